@@ -1,0 +1,41 @@
+// Registers the operators with torch's dispatcher and names the module. Fakes and derivatives: mixed_attention/ops.py.
+#include <torch/csrc/utils/pybind.h>
+#include <torch/library.h>
+
+#include "cpu/launch.h"
+#include "ops.h"
+
+TORCH_LIBRARY(mixed_attention, m) {
+  m.def(
+      "forward(Tensor q, Tensor k, Tensor v, SymInt[] segments, float softmax_scale, Tensor? key_padding_mask=None, "
+      "float dropout_p=0., Tensor? dropout_seed=None) -> (Tensor out, Tensor lse)");
+  m.def(
+      "backward(Tensor dout, Tensor? dlse, Tensor q, Tensor k, Tensor v, Tensor out, Tensor lse, SymInt[] segments, "
+      "float softmax_scale, Tensor? key_padding_mask=None, float dropout_p=0., Tensor? dropout_seed=None) "
+      "-> (Tensor dq, Tensor dk, Tensor dv)");
+  m.def(
+      "backward_out(Tensor dout, Tensor? dlse, Tensor q, Tensor k, Tensor v, Tensor out, Tensor lse, "
+      "SymInt[] segments, float softmax_scale, Tensor? key_padding_mask, float dropout_p, Tensor? dropout_seed, "
+      "Tensor(a!) dq, Tensor(b!) dk, Tensor(c!) dv) -> ()");
+  m.def("rope_out(Tensor x, Tensor freqs, bool conjugate, Tensor(a!) out) -> ()");
+}
+
+TORCH_LIBRARY_IMPL(mixed_attention, CPU, m) {
+  m.impl("forward", &mixed_attention::forward);
+  m.impl("backward", &mixed_attention::backward);
+  m.impl("backward_out", &mixed_attention::backward_out);
+  m.impl("rope_out", &mixed_attention::rope_out);
+}
+
+PYBIND11_MODULE(TORCH_EXTENSION_NAME, m) {
+  m.doc() = "Compiled part of mixed_attention; its operators live in torch.ops.mixed_attention.";
+  m.def("cpu_instruction_set", &mixed_attention::cpu::instruction_set, "Instruction set of the CPU kernels here.");
+  m.def(
+      "check_forward",
+      [](const at::Tensor& q, const at::Tensor& k, const at::Tensor& v, const std::vector<int64_t>& segments,
+         const std::optional<at::Tensor>& key_padding_mask, double dropout_p) {
+        mixed_attention::check_forward(q, k, v, segments, key_padding_mask, dropout_p);
+      },
+      py::arg("q"), py::arg("k"), py::arg("v"), py::arg("segments"), py::arg("key_padding_mask"), py::arg("dropout_p"),
+      "Throws what the forward operator would throw, without computing.");
+}

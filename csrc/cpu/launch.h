@@ -1,0 +1,15 @@
+// The CPU kernels' entry points.
+#pragma once
+
+#include "params.h"
+
+namespace mixed_attention::cpu {
+
+void run_fwd(const FwdParams& params);
+void run_bwd(const BwdParams& params);
+void run_rope(const RopeParams& params);
+
+// Name of the instruction set that the kernels use on this machine: "AVX512", "AVX2" or "portable".
+const char* instruction_set();
+
+}  // namespace mixed_attention::cpu

@@ -1,0 +1,266 @@
+#include "ops.h"
+
+#include <ATen/DimVector.h>
+#include <ATen/Functions.h>
+#include <ATen/Parallel.h>
+#include <c10/core/DeviceGuard.h>
+
+#include <stdexcept>
+
+#include "checks.h"
+#include "cpu/launch.h"
+#include "params.h"
+#include "schedule.h"
+
+namespace mixed_attention {
+namespace {
+
+using at::Tensor;
+using OptionalTensor = std::optional<Tensor>;
+
+DType to_dtype(at::ScalarType dtype) {
+  switch (dtype) {
+    case at::kFloat: return DType::kFloat32;
+    case at::kDouble: return DType::kFloat64;
+    case at::kBFloat16: return DType::kBFloat16;
+    case at::kHalf: return DType::kFloat16;
+    default: TORCH_CHECK_VALUE(false, "q: expected dtype float32, float64, bfloat16 or float16, got ", dtype);
+  }
+}
+
+// A batch or head of one row may carry any stride; kernels never step along it.
+Strides strides(const Tensor& tensor) { return {tensor.stride(0), tensor.stride(1), tensor.stride(2)}; }
+
+Strides strides_broadcast(const Tensor& tensor, int64_t batch_size) {
+  Strides result = strides(tensor);
+  if (tensor.size(0) == 1 && batch_size != 1) result.batch = 0;
+  return result;
+}
+
+Tensor last_dim_contiguous(const Tensor& tensor) {
+  return tensor.stride(-1) == 1 || tensor.size(-1) <= 1 ? tensor : tensor.contiguous();
+}
+
+at::ScalarType lse_dtype(const Tensor& q) { return q.scalar_type() == at::kDouble ? at::kDouble : at::kFloat; }
+
+void parallel_for(int num_workers, void (*task)(int worker, void* context), void* context) {
+  at::parallel_for(0, num_workers, 1, [&](int64_t begin, int64_t end) {
+    for (int64_t worker = begin; worker < end; ++worker) task(static_cast<int>(worker), context);
+  });
+}
+
+// Fields that depend on where the call runs.
+template <class Params>
+void fill_device(Params& params, const Tensor& tensor) {
+  params.parallel_for = parallel_for;
+  params.num_threads = at::get_num_threads();
+}
+
+void check_inputs(const Tensor& q, const Tensor& k, const Tensor& v, const OptionalTensor& key_padding_mask,
+                  double dropout_p) {
+  check_rank("q", q, 4, "(batch_size, seqlen_q, num_heads, head_dim)");
+  check_rank("k", k, 4, "(batch_size or 1, seqlen_k, num_heads, head_dim)");
+  check_rank("v", v, 4, "(batch_size or 1, seqlen_k, num_heads, head_dim_v)");
+  check_device("k", k, q.device());
+  check_device("v", v, q.device());
+  to_dtype(q.scalar_type());
+  check_dtype("k", k, q.scalar_type(), "like q");
+  check_dtype("v", v, q.scalar_type(), "like q");
+  const int64_t batch_size = q.size(0), num_heads = q.size(2), head_dim = q.size(3);
+  const int64_t batch_size_k = k.size(0) == 1 ? 1 : batch_size;
+  check_shape("k", k, {batch_size_k, k.size(1), num_heads, head_dim}, "to match q");
+  const int64_t batch_size_v = v.size(0) == 1 ? 1 : batch_size;
+  check_shape("v", v, {batch_size_v, k.size(1), num_heads, v.size(3)}, "to match q and k");
+  TORCH_CHECK_VALUE(head_dim > 0, "q: expected head_dim of at least 1, got ", q.sizes());
+  TORCH_CHECK_VALUE(v.size(3) > 0, "v: expected head_dim of at least 1, got ", v.sizes());
+  if (key_padding_mask) {
+    check_device("key_padding_mask", *key_padding_mask, q.device());
+    check_dtype("key_padding_mask", *key_padding_mask, at::kBool, "(True = real token)");
+    check_rank("key_padding_mask", *key_padding_mask, 2, "(batch_size or 1, seqlen_k)");
+    const int64_t batch_size_mask = key_padding_mask->size(0) == 1 ? 1 : batch_size;
+    check_shape("key_padding_mask", *key_padding_mask, {batch_size_mask, k.size(1)}, "to match q and k");
+  }
+  TORCH_CHECK_VALUE(dropout_p >= 0 && dropout_p <= 1, "dropout_p: expected a probability, got ", dropout_p);
+}
+
+Schedule checked_schedule(at::IntArrayRef segments, const Tensor& q, const Tensor& k) {
+  try {
+    return make_schedule(segments.data(), segments.size(), q.size(1), k.size(1));
+  } catch (const std::invalid_argument& error) {
+    TORCH_CHECK_VALUE(false, error.what());
+  }
+}
+
+// Owns what the params point to.
+struct Call {
+  Tensor q, k, v, key_padding_mask, dropout_seed;
+  Schedule schedule;
+};
+
+Call prepare(const Tensor& q, const Tensor& k, const Tensor& v, at::IntArrayRef segments,
+             const OptionalTensor& key_padding_mask, double dropout_p, const OptionalTensor& dropout_seed) {
+  check_inputs(q, k, v, key_padding_mask, dropout_p);
+  Call call{last_dim_contiguous(q), last_dim_contiguous(k), last_dim_contiguous(v), {}, {},
+            checked_schedule(segments, q, k)};
+  if (key_padding_mask) call.key_padding_mask = last_dim_contiguous(*key_padding_mask);
+  if (dropout_p > 0) {
+    TORCH_CHECK_VALUE(dropout_seed.has_value(), "dropout_seed: expected an int64 tensor of shape (1,), got None");
+    check_device("dropout_seed", *dropout_seed, q.device());
+    check_dtype("dropout_seed", *dropout_seed, at::kLong, "(the seed of Philox)");
+    check_shape("dropout_seed", *dropout_seed, {1}, "(the seed of Philox)");
+    call.dropout_seed = *dropout_seed;
+  }
+  return call;
+}
+
+void fill(AttentionParams& params, const Call& call, double softmax_scale, double dropout_p) {
+  const Tensor &q = call.q, &k = call.k, &v = call.v;
+  params.dtype = to_dtype(q.scalar_type());
+  params.batch_size = q.size(0);
+  params.num_heads = q.size(2);
+  params.seqlen_q = q.size(1);
+  params.seqlen_k = k.size(1);
+  params.head_dim = q.size(3);
+  params.head_dim_v = v.size(3);
+  params.q = q.const_data_ptr();
+  params.k = k.const_data_ptr();
+  params.v = v.const_data_ptr();
+  params.q_strides = strides(q);
+  params.k_strides = strides_broadcast(k, q.size(0));
+  params.v_strides = strides_broadcast(v, q.size(0));
+  if (call.key_padding_mask.defined()) {
+    params.key_padding_mask = call.key_padding_mask.const_data_ptr<bool>();
+    params.key_padding_mask_batch_stride = call.key_padding_mask.size(0) == 1 ? 0 : call.key_padding_mask.stride(0);
+  }
+  params.softmax_scale = softmax_scale;
+  params.dropout_p = dropout_p;
+  if (call.dropout_seed.defined()) params.dropout_seed = call.dropout_seed.const_data_ptr<int64_t>();
+  params.schedule = &call.schedule;
+  fill_device(params, q);
+}
+
+// A gradient of (batch_size, ...) for an input that one sequence of the batch stands for.
+Tensor sum_broadcast(const Tensor& grad, const Tensor& input) {
+  return input.size(0) == grad.size(0) ? grad : grad.sum(0, true);
+}
+
+}  // namespace
+
+std::tuple<Tensor, Tensor> forward(const Tensor& q, const Tensor& k, const Tensor& v, at::IntArrayRef segments,
+                                   double softmax_scale, const OptionalTensor& key_padding_mask, double dropout_p,
+                                   const OptionalTensor& dropout_seed) {
+  const Call call = prepare(q, k, v, segments, key_padding_mask, dropout_p, dropout_seed);
+  const c10::DeviceGuard guard(q.device());
+  Tensor out = at::empty({q.size(0), q.size(1), q.size(2), v.size(3)}, q.options());
+  Tensor lse = at::empty({q.size(0), q.size(2), q.size(1)}, q.options().dtype(lse_dtype(q)));
+  FwdParams params{};
+  fill(params, call, softmax_scale, dropout_p);
+  params.out = out.mutable_data_ptr();
+  params.lse = lse.mutable_data_ptr();
+  params.out_strides = strides(out);
+  cpu::run_fwd(params);
+  return {out, lse};
+}
+
+void backward_out(const Tensor& dout, const OptionalTensor& dlse, const Tensor& q, const Tensor& k, const Tensor& v,
+                  const Tensor& out, const Tensor& lse, at::IntArrayRef segments, double softmax_scale,
+                  const OptionalTensor& key_padding_mask, double dropout_p, const OptionalTensor& dropout_seed,
+                  const Tensor& dq, const Tensor& dk, const Tensor& dv) {
+  const Call call = prepare(q, k, v, segments, key_padding_mask, dropout_p, dropout_seed);
+  const at::DimVector out_shape{q.size(0), q.size(1), q.size(2), v.size(3)};
+  const at::DimVector lse_shape{q.size(0), q.size(2), q.size(1)};
+  const at::DimVector dk_shape{q.size(0), k.size(1), k.size(2), k.size(3)};
+  const at::DimVector dv_shape{q.size(0), v.size(1), v.size(2), v.size(3)};
+  const auto check = [&](const char* name, const Tensor& tensor, at::ScalarType dtype, at::IntArrayRef shape) {
+    check_device(name, tensor, q.device());
+    check_dtype(name, tensor, dtype, "to match q");
+    check_shape(name, tensor, shape, "to match the inputs");
+  };
+  check("dout", dout, q.scalar_type(), out_shape);
+  check("out", out, q.scalar_type(), out_shape);
+  check("lse", lse, lse_dtype(q), lse_shape);
+  if (dlse) check("dlse", *dlse, lse_dtype(q), lse_shape);
+  check("dq", dq, q.scalar_type(), q.sizes());
+  check("dk", dk, q.scalar_type(), dk_shape);
+  check("dv", dv, q.scalar_type(), dv_shape);
+  for (const Tensor& grad : {dq, dk, dv}) {
+    TORCH_CHECK_VALUE(grad.stride(-1) == 1 || grad.size(-1) == 1, "gradients must be contiguous in their last dim");
+  }
+  const c10::DeviceGuard guard(q.device());
+  const Tensor dout_rows = last_dim_contiguous(dout), out_rows = last_dim_contiguous(out);
+  const Tensor lse_rows = lse.contiguous(), dlse_rows = dlse ? dlse->contiguous() : Tensor();
+  BwdParams params{};
+  fill(params, call, softmax_scale, dropout_p);
+  params.out = out_rows.const_data_ptr();
+  params.lse = lse_rows.const_data_ptr();
+  params.dout = dout_rows.const_data_ptr();
+  if (dlse) params.dlse = dlse_rows.const_data_ptr();
+  params.dq = dq.mutable_data_ptr();
+  params.dk = dk.mutable_data_ptr();
+  params.dv = dv.mutable_data_ptr();
+  params.out_strides = strides(out_rows);
+  params.dout_strides = strides(dout_rows);
+  params.dq_strides = strides(dq);
+  params.dk_strides = strides(dk);
+  params.dv_strides = strides(dv);
+  params.deterministic = at::globalContext().deterministicAlgorithms();
+  cpu::run_bwd(params);
+}
+
+std::tuple<Tensor, Tensor, Tensor> backward(const Tensor& dout, const OptionalTensor& dlse, const Tensor& q,
+                                            const Tensor& k, const Tensor& v, const Tensor& out, const Tensor& lse,
+                                            at::IntArrayRef segments, double softmax_scale,
+                                            const OptionalTensor& key_padding_mask, double dropout_p,
+                                            const OptionalTensor& dropout_seed) {
+  check_inputs(q, k, v, key_padding_mask, dropout_p);
+  const int64_t batch_size = q.size(0);
+  const Tensor dq = at::empty(q.sizes(), q.options());
+  const Tensor dk = at::empty({batch_size, k.size(1), k.size(2), k.size(3)}, k.options());
+  const Tensor dv = at::empty({batch_size, v.size(1), v.size(2), v.size(3)}, v.options());
+  backward_out(dout, dlse, q, k, v, out, lse, segments, softmax_scale, key_padding_mask, dropout_p, dropout_seed, dq,
+               dk, dv);
+  return {dq, sum_broadcast(dk, k), sum_broadcast(dv, v)};
+}
+
+void rope_out(const Tensor& x, const Tensor& freqs, bool conjugate, const Tensor& out) {
+  check_rank("x", x, 4, "(batch_size, seqlen, num_heads, head_dim)");
+  to_dtype(x.scalar_type());
+  check_shape("out", out, x.sizes(), "like x");
+  check_dtype("out", out, x.scalar_type(), "like x");
+  check_device("out", out, x.device());
+  check_device("freqs", freqs, x.device());
+  check_dtype("freqs", freqs, x.scalar_type() == at::kDouble ? at::kDouble : at::kFloat,
+              "(fp64 for fp64 inputs, fp32 for all others)");
+  check_rank("freqs", freqs, 4, "(batch_size or 1, seqlen, head_dim / 2, 2)");
+  TORCH_CHECK_VALUE(x.size(3) % 2 == 0, "x: expected an even head_dim, got ", x.sizes());
+  const int64_t batch_size_freqs = freqs.size(0) == 1 ? 1 : x.size(0);
+  check_shape("freqs", freqs, {batch_size_freqs, x.size(1), x.size(3) / 2, 2}, "to match x");
+  TORCH_CHECK_VALUE((x.stride(3) == 1 && out.stride(3) == 1) || x.size(3) == 0,
+                    "x and out must be contiguous in their last dim");
+  const c10::DeviceGuard guard(x.device());
+  const Tensor rows = freqs.stride(3) == 1 && freqs.stride(2) == 2 ? freqs : freqs.contiguous();
+  RopeParams params{};
+  params.dtype = to_dtype(x.scalar_type());
+  params.batch_size = x.size(0);
+  params.seqlen = x.size(1);
+  params.num_heads = x.size(2);
+  params.head_dim = x.size(3);
+  params.x = x.const_data_ptr();
+  params.out = out.mutable_data_ptr();
+  params.x_strides = strides(x);
+  params.out_strides = strides(out);
+  params.freqs = rows.const_data_ptr();
+  params.freqs_batch_stride = rows.size(0) == 1 ? 0 : rows.stride(0);
+  params.freqs_row_stride = rows.stride(1);
+  params.conjugate = conjugate;
+  fill_device(params, x);
+  cpu::run_rope(params);
+}
+
+void check_forward(const Tensor& q, const Tensor& k, const Tensor& v, at::IntArrayRef segments,
+                   const OptionalTensor& key_padding_mask, double dropout_p) {
+  check_inputs(q, k, v, key_padding_mask, dropout_p);
+  checked_schedule(segments, q, k);
+}
+
+}  // namespace mixed_attention

@@ -1,0 +1,36 @@
+// The torch side of a call: what bindings.cpp exposes.
+#pragma once
+
+#include <ATen/core/Tensor.h>
+
+#include <optional>
+#include <string>
+#include <tuple>
+
+namespace mixed_attention {
+
+std::tuple<at::Tensor, at::Tensor> forward(const at::Tensor& q, const at::Tensor& k, const at::Tensor& v,
+                                           at::IntArrayRef segments, double softmax_scale,
+                                           const std::optional<at::Tensor>& key_padding_mask, double dropout_p,
+                                           const std::optional<at::Tensor>& dropout_seed);
+
+std::tuple<at::Tensor, at::Tensor, at::Tensor> backward(
+    const at::Tensor& dout, const std::optional<at::Tensor>& dlse, const at::Tensor& q, const at::Tensor& k,
+    const at::Tensor& v, const at::Tensor& out, const at::Tensor& lse, at::IntArrayRef segments, double softmax_scale,
+    const std::optional<at::Tensor>& key_padding_mask, double dropout_p, const std::optional<at::Tensor>& dropout_seed);
+
+// The same, into tensors of the caller's: slices of one packed gradient, say.
+void backward_out(const at::Tensor& dout, const std::optional<at::Tensor>& dlse, const at::Tensor& q,
+                  const at::Tensor& k, const at::Tensor& v, const at::Tensor& out, const at::Tensor& lse,
+                  at::IntArrayRef segments, double softmax_scale, const std::optional<at::Tensor>& key_padding_mask,
+                  double dropout_p, const std::optional<at::Tensor>& dropout_seed, const at::Tensor& dq,
+                  const at::Tensor& dk, const at::Tensor& dv);
+
+// Multiplies channel pairs by freqs, or its conjugate, into out; out may be x itself.
+void rope_out(const at::Tensor& x, const at::Tensor& freqs, bool conjugate, const at::Tensor& out);
+
+// Throws what forward would throw, without computing: for the paths that do not reach a kernel.
+void check_forward(const at::Tensor& q, const at::Tensor& k, const at::Tensor& v, at::IntArrayRef segments,
+                   const std::optional<at::Tensor>& key_padding_mask, double dropout_p);
+
+}  // namespace mixed_attention

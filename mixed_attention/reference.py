@@ -1,0 +1,126 @@
+"""The meaning of the operation in plain PyTorch: the oracle of the tests and the path of higher derivatives.
+
+For a query row ``i`` of a segment with listed keys ``j`` (ranges in order, a range listed twice visited twice)::
+
+    s_ij  = softmax_scale * <q_i, k_j>          for keys that the padding mask leaves, else absent
+    lse_i = log sum_j exp(s_ij)                 -inf where no key is left
+    p_ij  = exp(s_ij - lse_i)
+    out_i = sum_j m_ij p_ij v_j                 0 where no key is left
+
+with ``m_ij = 1`` without dropout, and ``keep_ij / (1 - dropout_p)`` with it (:func:`dropout_keep`).
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import torch
+from torch import Tensor
+
+from mixed_attention.plan import AttentionPlan, QuerySegment
+
+
+def attention(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    plan: AttentionPlan,
+    *,
+    softmax_scale: float | None = None,
+    key_padding_mask: Tensor | None = None,
+    dropout_p: float = 0.0,
+    dropout_seed: Tensor | None = None,
+    return_lse: bool = False,
+) -> Tensor | tuple[Tensor, Tensor]:
+    """Structured attention, one segment of the plan after the other. Arguments as :func:`mixed_attention.attention`.
+
+    Memory is that of one segment's scores. Differentiable any number of times, in both modes, under any transform.
+
+    Args:
+        q, k, v, plan, softmax_scale, key_padding_mask, dropout_p, return_lse: See :func:`mixed_attention.attention`.
+        dropout_seed: The int64 tensor ``(1,)`` that fixes which weights are dropped; needed if ``dropout_p`` > 0.
+
+    Returns:
+        out ``(B, Nq, H, Dv)`` in the dtype of ``q``, and with ``return_lse`` the log-sum-exp ``(B, H, Nq)``.
+    """
+    batch_size, _, num_heads, head_dim = q.shape
+    scale = head_dim**-0.5 if softmax_scale is None else softmax_scale
+    k, v = k.expand(batch_size, -1, -1, -1), v.expand(batch_size, -1, -1, -1)
+    if key_padding_mask is not None:
+        # Masked keys must not matter even as NaN, neither in the products nor in their derivatives.
+        k = torch.where(key_padding_mask[:, :, None, None], k, 0)
+        v = torch.where(key_padding_mask[:, :, None, None], v, 0)
+    outs, lses = [q.new_empty(batch_size, 0, num_heads, v.shape[-1])], [q.new_empty(batch_size, num_heads, 0)]
+    for segment in plan.query_segments:
+        ranges = segment.key_ranges
+        q_rows = q[:, segment.start : segment.end]
+        k_rows = torch.cat([k[:, start:end] for start, end in ranges], 1)
+        v_rows = torch.cat([v[:, start:end] for start, end in ranges], 1)
+        s = torch.einsum("bqhd,bkhd->bhqk", q_rows * scale, k_rows)
+        if key_padding_mask is not None:
+            real = torch.cat([key_padding_mask[:, start:end] for start, end in ranges], 1)
+            s = s.masked_fill(~real[:, None, None, :], -torch.inf)
+        # The floor keeps the maximum of a row without keys finite, and the two `where` its derivatives.
+        s_max = s.detach().amax(-1, keepdim=True).clamp(min=torch.finfo(s.dtype).min) if s.shape[-1] else 0.0
+        p = torch.exp(s - s_max)
+        p_sum = p.sum(-1, keepdim=True)
+        has_keys = p_sum > 0
+        p_sum = torch.where(has_keys, p_sum, 1)
+        p = p / p_sum
+        if dropout_p > 0:
+            keep, keep_probability = dropout_keep(segment, batch_size, num_heads, dropout_p, dropout_seed)
+            p = p * keep / keep_probability
+        outs.append(torch.einsum("bhqk,bkhd->bqhd", p, v_rows))
+        lses.append(torch.where(has_keys, s_max + torch.log(p_sum), -torch.inf).squeeze(-1))
+    out, lse = torch.cat(outs, 1), torch.cat(lses, 2)
+    return (out, lse) if return_lse else out
+
+
+def dropout_keep(
+    segment: QuerySegment, batch_size: int, num_heads: int, dropout_p: float, dropout_seed: Tensor
+) -> tuple[Tensor, float]:
+    """Which attention weights dropout keeps: the definition that every kernel follows.
+
+    Philox-4x32-10 (Salmon et al., "Parallel random numbers: as easy as 1, 2, 3", 2011), keyed by the 64-bit seed. The
+    counter is ``(query row, 4 * window + t, index of the key range in its segment, batch * num_heads + head)``. One
+    draw of four words decides over eight keys of a range: with ``x`` the key's position in the range,
+    ``window = x // 32``, ``t = x % 8 // 2``, word ``x % 32 // 8``, its low half for even ``x``, its high half for odd.
+    (Those eight are the keys that one thread holds in the tensor cores' accumulator layout.) A weight is kept where
+    these 16 bits are at least ``round(65536 * dropout_p)``.
+
+    Returns:
+        The boolean tensor ``(B, H, queries of the segment, keys of the segment)`` and the exact probability of
+        keeping; 1 instead of 0 where everything is dropped, so that it can be divided by.
+    """
+    device = dropout_seed.device
+    threshold = round(65536 * dropout_p)
+    rows = torch.arange(segment.start, segment.end, device=device)
+    batch_heads = torch.arange(batch_size * num_heads, device=device)
+    keeps = []
+    for index, (start, end) in enumerate(segment.key_ranges):
+        x = torch.arange(end - start, device=device)
+        words = _philox(
+            (
+                rows[None, :, None],
+                (x // 32 * 4 + x % 8 // 2)[None, None, :],
+                torch.full((1, 1, 1), index, device=device),
+                batch_heads[:, None, None],
+            ),
+            (dropout_seed & 0xFFFFFFFF, dropout_seed >> 32 & 0xFFFFFFFF),
+        )
+        word = torch.stack(torch.broadcast_tensors(*words)).gather(0, (x % 32 // 8).expand(1, *words[0].shape)).squeeze(0)
+        keeps.append((word >> x % 2 * 16 & 0xFFFF) >= threshold)
+    keep = torch.cat(keeps, 2).view(batch_size, num_heads, len(rows), -1)
+    return keep, max(1 - threshold / 65536, 0) or 1.0
+
+
+def _philox(counter: Sequence[Tensor], key: tuple[Tensor, Tensor]) -> tuple[Tensor, ...]:
+    """Philox-4x32-10 on 32-bit words held in int64; products wrap at 64 bits, which leaves every bit in place."""
+    c0, c1, c2, c3 = torch.broadcast_tensors(*counter)
+    k0, k1 = key
+    low = 0xFFFFFFFF
+    for _ in range(10):
+        a, b = c0 * 0xD2511F53, c2 * 0xCD9E8D57
+        c0, c1, c2, c3 = (b >> 32 & low) ^ c1 ^ k0, b & low, (a >> 32 & low) ^ c3 ^ k1, a & low
+        k0, k1 = k0 + 0x9E3779B9 & low, k1 + 0xBB67AE85 & low
+    return c0, c1, c2, c3
