@@ -1,0 +1,264 @@
+"""``attention`` and ``rotate``: the compiled operators, their fakes and derivatives, and the choice of path.
+
+Compiling: the registered operator. A functorch transform, a forward-mode level or a second derivative: the
+reference, a composition of framework operators that is closed under every transform. Plain eager: an autograd
+function over the operator. Nothing else may answer, because a plain custom operator would answer some transforms
+with silent zeros.
+
+The only module that imports ``_C``.
+"""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+from torch.autograd import forward_ad
+
+from mixed_attention import reference
+from mixed_attention.plan import AttentionPlan
+
+try:
+    from mixed_attention import _C
+
+    _import_error: ImportError | None = None
+except ImportError as error:
+    _C = None  # type: ignore[assignment]
+    _import_error = error
+
+
+def is_compiled() -> bool:
+    """Whether the compiled part of the package is there."""
+    return _C is not None
+
+
+def _require_compiled() -> None:
+    if _C is None:
+        raise ImportError(
+            "the compiled part of mixed_attention is missing or does not fit this torch; in a checkout run `make build`, "
+            "otherwise reinstall with `pip install --no-build-isolation --force-reinstall mixed_attention`. "
+            "mixed_attention.reference.attention works without it"
+        ) from _import_error
+
+
+def _needs_composite(*tensors: Tensor | None) -> bool:
+    """Whether a transform is active that only a composition of framework operators answers rightly."""
+    if torch._C._functorch.peek_interpreter_stack() is not None:
+        return True
+    if forward_ad._current_level < 0:
+        return False
+    return any(t is not None and forward_ad.unpack_dual(t).tangent is not None for t in tensors)
+
+
+def attention(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    plan: AttentionPlan,
+    *,
+    softmax_scale: float | None = None,
+    key_padding_mask: Tensor | None = None,
+    dropout_p: float = 0.0,
+    return_lse: bool = False,
+) -> Tensor | tuple[Tensor, Tensor]:
+    """Structured attention: every query attends to the keys that the plan gives it, under one softmax.
+
+    The definition is :mod:`mixed_attention.reference`. Differentiable in q, k and v, in any mode and order.
+
+    Args:
+        q: Queries ``(B, Nq, H, D)``; fp32, fp64, bf16 or fp16; last dim contiguous, other strides free.
+        k: Keys ``(B or 1, Nk, H, D)``, dtype and device of ``q``. With 1, one sequence serves the whole batch.
+        v: Values ``(B or 1, Nk, H, Dv)``, likewise.
+        plan: The compiled patterns; ``plan.num_queries`` = Nq, ``plan.num_keys`` = Nk.
+        softmax_scale: Factor on the products q·k; default ``D ** -0.5``.
+        key_padding_mask: Boolean ``(B or 1, Nk)``, True = real token. Masked keys get no weight from anybody.
+        dropout_p: Probability with which an attention weight is dropped, applied whenever it is above 0. Rounded to
+            a multiple of 1/65536.
+        return_lse: Whether to return the log-sum-exp as well.
+
+    Returns:
+        out ``(B, Nq, H, Dv)`` in the dtype of ``q``. With ``return_lse`` a pair of it and the natural log-sum-exp of
+        the scores, ``(B, H, Nq)``, fp32 (fp64 for fp64). A row without keys: out 0, log-sum-exp -inf, gradients 0.
+
+    Raises:
+        ValueError: If a rank, shape, dtype, device or probability does not fit, or the plan was made for other sizes.
+        NotImplementedError: If the device has no kernels.
+        ImportError: If the compiled part of the package is missing.
+    """
+    _require_compiled()
+    scale = q.shape[-1] ** -0.5 if softmax_scale is None else softmax_scale
+    if torch.is_autocast_enabled(q.device.type):
+        dtype = torch.get_autocast_dtype(q.device.type)
+        q, k, v = (t.to(dtype) if t.dtype == torch.float32 else t for t in (q, k, v))
+    seed = _draw_seed(q.device) if dropout_p > 0 else None
+    if torch.compiler.is_compiling():
+        out, lse = torch.ops.mixed_attention.forward(
+            q, k, v, plan.flat(), scale, key_padding_mask, dropout_p, seed
+        )
+    elif _needs_composite(q, k, v):
+        out, lse = _composite(q, k, v, plan, scale, key_padding_mask, dropout_p, seed)
+    else:
+        out, lse = _Attention.apply(q, k, v, plan, scale, key_padding_mask, dropout_p, seed)
+    return (out, lse) if return_lse else out
+
+
+def rotate(x: Tensor, freqs: Tensor, *, conjugate: bool = False) -> Tensor:
+    """Multiplies neighbouring channel pairs, read as complex numbers, by ``freqs``, the same for all heads.
+
+    Arithmetic is fp32 (fp64 for fp64 inputs); the result has the dtype of ``x``. Differentiable in both, in any mode
+    and order.
+
+    Args:
+        x: ``(B, N, H, D)`` with even D, last dim contiguous.
+        freqs: Complex ``(B or 1, N, D / 2)``, of any magnitude.
+        conjugate: Whether to multiply by the conjugate: the inverse rotation where the magnitude is one.
+
+    Returns:
+        A new tensor, shape and dtype of ``x``.
+
+    Raises:
+        ValueError: If a shape or device does not fit.
+        ImportError: If the compiled part of the package is missing.
+    """
+    pairs = real_freqs(freqs, x.dtype)
+    if torch.compiler.is_compiling() or _needs_composite(x, pairs):
+        return _rotate_composite(x, pairs, conjugate)
+    _require_compiled()
+    return _Rotate.apply(x, pairs, conjugate)
+
+
+def real_freqs(freqs: Tensor, dtype: torch.dtype) -> Tensor:
+    """Complex frequencies as the kernels take them: ``(…, 2)`` in fp32, or in fp64 where x has that dtype."""
+    return torch.view_as_real(freqs.to(torch.complex128 if dtype == torch.float64 else torch.complex64))
+
+
+def _draw_seed(device: torch.device) -> Tensor:
+    """A seed for Philox from torch's own generator of the device, so that seeding, checkpointing and graphs work."""
+    return torch.randint(-(2**63), 2**63 - 1, (1,), dtype=torch.int64, device=device)
+
+
+def _composite(q, k, v, plan, scale, key_padding_mask, dropout_p, seed):
+    if not torch.compiler.is_compiling():
+        _C.check_forward(q, k, v, plan.flat(), key_padding_mask, dropout_p)
+    out, lse = reference.attention(
+        q,
+        k,
+        v,
+        plan,
+        softmax_scale=scale,
+        key_padding_mask=key_padding_mask,
+        dropout_p=dropout_p,
+        dropout_seed=seed,
+        return_lse=True,
+    )
+    return out, lse if q.dtype == torch.float64 else lse.float()
+
+
+class _Attention(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx, q, k, v, plan, scale, key_padding_mask, dropout_p, seed):
+        out, lse = torch.ops.mixed_attention.forward(q, k, v, plan.flat(), scale, key_padding_mask, dropout_p, seed)
+        ctx.save_for_backward(q, k, v, out, lse, key_padding_mask, seed)
+        ctx.plan, ctx.scale, ctx.dropout_p = plan, scale, dropout_p
+        ctx.set_materialize_grads(False)
+        return out, lse
+
+    @staticmethod
+    def backward(ctx, dout, dlse):
+        q, k, v, out, lse, key_padding_mask, seed = ctx.saved_tensors
+        dout = torch.zeros_like(out) if dout is None else dout
+        if torch.is_grad_enabled() or _needs_composite(dout, dlse, q, k, v):
+            grads = _backward_composite(
+                (q, k, v), (dout, dlse), ctx.needs_input_grad, (ctx.plan, ctx.scale, key_padding_mask, ctx.dropout_p, seed)
+            )
+        else:
+            grads = torch.ops.mixed_attention.backward(
+                dout, dlse, q, k, v, out, lse, ctx.plan.flat(), ctx.scale, key_padding_mask, ctx.dropout_p, seed
+            )
+        return *grads, None, None, None, None, None
+
+
+def _backward_composite(inputs, grads_out, needs_grad, arguments):
+    """The derivative through the reference, so that it has derivatives of its own."""
+    wanted = [t for t, needed in zip(inputs, needs_grad) if needed]
+    with torch.enable_grad():
+        outputs = _composite(*inputs, *arguments)
+        pairs = [(o, g) for o, g in zip(outputs, grads_out) if g is not None]
+        grads = iter(
+            torch.autograd.grad(
+                [o for o, _ in pairs], wanted, [g for _, g in pairs], create_graph=True, materialize_grads=True
+            )
+        )
+    return [next(grads) if needed else None for _, needed in zip(inputs, needs_grad)]
+
+
+def _rotate_composite(x: Tensor, pairs: Tensor, conjugate: bool) -> Tensor:
+    cos, sin = pairs[..., 0].unsqueeze(2), pairs[..., 1].unsqueeze(2)
+    sin = -sin if conjugate else sin
+    even, odd = x.to(pairs.dtype).unflatten(-1, (-1, 2)).unbind(-1)
+    return torch.stack((even * cos - odd * sin, even * sin + odd * cos), -1).flatten(-2).to(x.dtype)
+
+
+class _Rotate(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx, x, pairs, conjugate):
+        ctx.save_for_backward(x if ctx.needs_input_grad[1] else None, pairs)
+        ctx.conjugate = conjugate
+        out = torch.empty(x.shape, dtype=x.dtype, device=x.device)
+        torch.ops.mixed_attention.rope_out(x, pairs, conjugate, out)
+        return out
+
+    @staticmethod
+    def backward(ctx, dout):
+        x, pairs = ctx.saved_tensors
+        composite = torch.is_grad_enabled() or _needs_composite(dout, x, pairs)
+        rotation = _rotate_composite if composite else _Rotate.apply
+        dx = rotation(dout, pairs, not ctx.conjugate) if ctx.needs_input_grad[0] else None
+        dpairs = _freqs_grad(x, dout, pairs, ctx.conjugate) if ctx.needs_input_grad[1] else None
+        return dx, dpairs, None
+
+
+def _freqs_grad(x: Tensor, dout: Tensor, pairs: Tensor, conjugate: bool) -> Tensor:
+    """conj(x) * dout, summed over what shares a frequency: the heads, and the batch where one sequence serves all."""
+    x_even, x_odd = x.to(pairs.dtype).unflatten(-1, (-1, 2)).unbind(-1)
+    dout_even, dout_odd = dout.to(pairs.dtype).unflatten(-1, (-1, 2)).unbind(-1)
+    dcos = x_even * dout_even + x_odd * dout_odd
+    dsin = x_even * dout_odd - x_odd * dout_even
+    return torch.stack((dcos, -dsin if conjugate else dsin), -1).sum(2).sum_to_size(pairs.shape)
+
+
+if _C is not None:
+
+    @torch.library.register_fake("mixed_attention::forward")
+    def _forward_fake(q, k, v, segments, softmax_scale, key_padding_mask=None, dropout_p=0.0, dropout_seed=None):
+        batch_size, seqlen_q, num_heads, _ = q.shape
+        lse_dtype = torch.float64 if q.dtype == torch.float64 else torch.float32
+        out = q.new_empty((batch_size, seqlen_q, num_heads, v.shape[-1]))
+        return out, q.new_empty((batch_size, num_heads, seqlen_q), dtype=lse_dtype)
+
+    @torch.library.register_fake("mixed_attention::backward")
+    def _backward_fake(dout, dlse, q, k, v, out, lse, segments, softmax_scale, *_):
+        return q.new_empty(q.shape), k.new_empty(k.shape), v.new_empty(v.shape)
+
+    @torch.library.register_fake("mixed_attention::backward_out")
+    def _backward_out_fake(*_):
+        return None
+
+    @torch.library.register_fake("mixed_attention::rope_out")
+    def _rope_out_fake(x, freqs, conjugate, out):
+        return None
+
+    def _setup_context(ctx, inputs, output):
+        q, k, v, segments, scale, key_padding_mask, dropout_p, seed = inputs
+        ctx.save_for_backward(q, k, v, *output, key_padding_mask, seed)
+        ctx.segments, ctx.scale, ctx.dropout_p = segments, scale, dropout_p
+        ctx.set_materialize_grads(False)
+
+    def _backward(ctx, dout, dlse):
+        q, k, v, out, lse, key_padding_mask, seed = ctx.saved_tensors
+        dout = torch.zeros_like(out) if dout is None else dout
+        grads = torch.ops.mixed_attention.backward(
+            dout, dlse, q, k, v, out, lse, ctx.segments, ctx.scale, key_padding_mask, ctx.dropout_p, seed
+        )
+        return *grads, None, None, None, None, None
+
+    torch.library.register_autograd("mixed_attention::forward", _backward, setup_context=_setup_context)
