@@ -40,7 +40,14 @@ def _require_compiled() -> None:
         ) from _import_error
 
 
-def _needs_composite(*tensors: Tensor | None) -> bool:
+def has_kernels(device_type: str) -> bool:
+    """Whether this build has kernels for a type of device (``"cpu"``, ``"cuda"``, ...)."""
+    if _C is None:
+        return False
+    return torch._C._dispatch_has_kernel_for_dispatch_key("mixed_attention::forward", device_type.upper())
+
+
+def needs_composite(*tensors: Tensor | None) -> bool:
     """Whether a transform is active that only a composition of framework operators answers rightly."""
     if torch._C._functorch.peek_interpreter_stack() is not None:
         return True
@@ -89,12 +96,12 @@ def attention(
     if torch.is_autocast_enabled(q.device.type):
         dtype = torch.get_autocast_dtype(q.device.type)
         q, k, v = (t.to(dtype) if t.dtype == torch.float32 else t for t in (q, k, v))
-    seed = _draw_seed(q.device) if dropout_p > 0 else None
+    seed = draw_seed(q.device) if dropout_p > 0 else None
     if torch.compiler.is_compiling():
         out, lse = torch.ops.mixed_attention.forward(
             q, k, v, plan.flat(), scale, key_padding_mask, dropout_p, seed
         )
-    elif _needs_composite(q, k, v):
+    elif needs_composite(q, k, v):
         out, lse = _composite(q, k, v, plan, scale, key_padding_mask, dropout_p, seed)
     else:
         out, lse = _Attention.apply(q, k, v, plan, scale, key_padding_mask, dropout_p, seed)
@@ -120,8 +127,8 @@ def rotate(x: Tensor, freqs: Tensor, *, conjugate: bool = False) -> Tensor:
         ImportError: If the compiled part of the package is missing.
     """
     pairs = real_freqs(freqs, x.dtype)
-    if torch.compiler.is_compiling() or _needs_composite(x, pairs):
-        return _rotate_composite(x, pairs, conjugate)
+    if torch.compiler.is_compiling() or needs_composite(x, pairs):
+        return rotate_composite(x, pairs, conjugate)
     _require_compiled()
     return _Rotate.apply(x, pairs, conjugate)
 
@@ -131,7 +138,7 @@ def real_freqs(freqs: Tensor, dtype: torch.dtype) -> Tensor:
     return torch.view_as_real(freqs.to(torch.complex128 if dtype == torch.float64 else torch.complex64))
 
 
-def _draw_seed(device: torch.device) -> Tensor:
+def draw_seed(device: torch.device) -> Tensor:
     """A seed for Philox from torch's own generator of the device, so that seeding, checkpointing and graphs work."""
     return torch.randint(-(2**63), 2**63 - 1, (1,), dtype=torch.int64, device=device)
 
@@ -166,7 +173,7 @@ class _Attention(torch.autograd.Function):
     def backward(ctx, dout, dlse):
         q, k, v, out, lse, key_padding_mask, seed = ctx.saved_tensors
         dout = torch.zeros_like(out) if dout is None else dout
-        if torch.is_grad_enabled() or _needs_composite(dout, dlse, q, k, v):
+        if torch.is_grad_enabled() or needs_composite(dout, dlse, q, k, v):
             grads = _backward_composite(
                 (q, k, v), (dout, dlse), ctx.needs_input_grad, (ctx.plan, ctx.scale, key_padding_mask, ctx.dropout_p, seed)
             )
@@ -191,7 +198,8 @@ def _backward_composite(inputs, grads_out, needs_grad, arguments):
     return [next(grads) if needed else None for _, needed in zip(inputs, needs_grad)]
 
 
-def _rotate_composite(x: Tensor, pairs: Tensor, conjugate: bool) -> Tensor:
+def rotate_composite(x: Tensor, pairs: Tensor, conjugate: bool) -> Tensor:
+    """:func:`rotate` in framework operators, with the frequencies of :func:`real_freqs`."""
     cos, sin = pairs[..., 0].unsqueeze(2), pairs[..., 1].unsqueeze(2)
     sin = -sin if conjugate else sin
     even, odd = x.to(pairs.dtype).unflatten(-1, (-1, 2)).unbind(-1)
@@ -210,8 +218,8 @@ class _Rotate(torch.autograd.Function):
     @staticmethod
     def backward(ctx, dout):
         x, pairs = ctx.saved_tensors
-        composite = torch.is_grad_enabled() or _needs_composite(dout, x, pairs)
-        rotation = _rotate_composite if composite else _Rotate.apply
+        composite = torch.is_grad_enabled() or needs_composite(dout, x, pairs)
+        rotation = rotate_composite if composite else _Rotate.apply
         dx = rotation(dout, pairs, not ctx.conjugate) if ctx.needs_input_grad[0] else None
         dpairs = _freqs_grad(x, dout, pairs, ctx.conjugate) if ctx.needs_input_grad[1] else None
         return dx, dpairs, None
