@@ -1,8 +1,52 @@
 """Structured attention between named token groups, as one fused and differentiable PyTorch operator."""
 
-from mixed_attention import reference
+from mixed_attention import checkpoint, noether, reference
+from mixed_attention.anchor import (
+    CrossAnchorAttention,
+    JointAnchorAttention,
+    MissingAnchorTokenError,
+    MissingBranchTokensError,
+    MultiBranchAnchorAttention,
+    SelfAnchorAttention,
+    UnexpectedTokenError,
+)
+from mixed_attention.module import DotProductAttention, MixedAttention, PerceiverAttention
 from mixed_attention.ops import attention
 from mixed_attention.plan import AttentionPlan
-from mixed_attention.spec import AttentionPattern, TokenSpec
+from mixed_attention.rope import RopeFrequency, apply_rope
+from mixed_attention.spec import (
+    AnchorAttentionConfig,
+    AttentionPattern,
+    DotProductAttentionConfig,
+    MixedAttentionConfig,
+    PerceiverAttentionConfig,
+    RopeFrequencyConfig,
+    TokenSpec,
+)
 
-__all__ = ["AttentionPattern", "AttentionPlan", "TokenSpec", "attention", "reference"]
+__all__ = [
+    "AnchorAttentionConfig",
+    "AttentionPattern",
+    "AttentionPlan",
+    "CrossAnchorAttention",
+    "DotProductAttention",
+    "DotProductAttentionConfig",
+    "JointAnchorAttention",
+    "MissingAnchorTokenError",
+    "MissingBranchTokensError",
+    "MixedAttention",
+    "MixedAttentionConfig",
+    "MultiBranchAnchorAttention",
+    "PerceiverAttention",
+    "PerceiverAttentionConfig",
+    "RopeFrequency",
+    "RopeFrequencyConfig",
+    "SelfAnchorAttention",
+    "TokenSpec",
+    "UnexpectedTokenError",
+    "apply_rope",
+    "attention",
+    "checkpoint",
+    "noether",
+    "reference",
+]

@@ -1,0 +1,146 @@
+"""The KV cache: keys and values of token groups, recorded in one call and attended to in others.
+
+A cache is a dict ``{group name: {"k": Tensor, "v": Tensor}}`` of ``(B, H, n, D)`` tensors, keys after rotation. Where
+a padding mask was given when it was recorded, the entries also hold it, as ``"key_padding_mask"`` ``(B, n)``.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from mixed_attention.plan import AttentionPlan
+
+KVEntry = dict[str, Tensor]
+KVCache = dict[str, KVEntry]
+
+
+def record_entry(k: Tensor, v: Tensor, key_padding_mask: Tensor | None = None, *, detach: bool = False) -> KVEntry:
+    """Copies keys and values ``(B, n, H, D)`` into an entry that keeps nothing else alive."""
+    entry = {"k": k.transpose(1, 2), "v": v.transpose(1, 2)}
+    if key_padding_mask is not None:
+        entry["key_padding_mask"] = key_padding_mask.expand(k.shape[0], -1)
+    if detach:
+        entry = {name: tensor.detach() for name, tensor in entry.items()}
+    return {name: tensor.clone(memory_format=torch.contiguous_format) for name, tensor in entry.items()}
+
+
+def read_entry(name: str, entry: Mapping[str, Any], q: Tensor) -> tuple[Tensor, Tensor]:
+    """Keys and values of an entry as the attention takes them, ``(B, n, H, D)``, checked against the queries.
+
+    Args:
+        name: Whose entry it is, for the messages.
+        entry: The entry; a batch of 1 serves every sequence.
+        q: The projected queries ``(B, N, H, D)``.
+
+    Raises:
+        ValueError: If the entry lacks a tensor, or a shape, dtype or device does not fit.
+    """
+    for which in ("k", "v"):
+        if not isinstance(entry, Mapping) or not isinstance(entry.get(which), Tensor):
+            raise ValueError(f"kv_cache entry {name!r}: expected a dict with the tensors 'k' and 'v'")
+    k, v = entry["k"], entry["v"]
+    if torch.is_autocast_enabled(q.device.type):
+        k, v = (t.to(q.dtype) if t.dtype == torch.float32 else t for t in (k, v))
+    for which, tensor in (("k", k), ("v", v)):
+        if tensor.ndim != 4:
+            raise ValueError(
+                f"kv_cache entry {name!r}: expected {which} of shape (batch_size, num_heads, seqlen, head_dim), "
+                f"got {tuple(tensor.shape)}"
+            )
+        batch_size = 1 if tensor.shape[0] == 1 else q.shape[0]
+        expected = (batch_size, q.shape[2], k.shape[2], q.shape[3])
+        if tuple(tensor.shape) != expected:
+            raise ValueError(
+                f"kv_cache entry {name!r}: expected {which} of shape {expected} to match x, got {tuple(tensor.shape)}"
+            )
+        for what in ("dtype", "device"):
+            if getattr(tensor, what) != getattr(q, what):
+                raise ValueError(
+                    f"kv_cache entry {name!r}: expected {which} of {what} {getattr(q, what)} to match x, "
+                    f"got {getattr(tensor, what)}"
+                )
+    k, v = (tensor.transpose(1, 2).expand(q.shape[0], -1, -1, -1) for tensor in (k, v))
+    return k, v
+
+
+def cached_length(kv_cache: Mapping[str, Any] | None, name: str) -> int:
+    """The number of keys that a cache holds of a group; 0 where it holds no such thing (see :func:`check_names`)."""
+    entry = (kv_cache or {}).get(name)
+    k = entry.get("k") if isinstance(entry, Mapping) else None
+    return k.shape[2] if isinstance(k, Tensor) and k.ndim == 4 else 0
+
+
+def check_names(kv_cache: Mapping[str, Any] | None, names: Sequence[str]) -> None:
+    """Checks that a cache has an entry for each of the groups.
+
+    Raises:
+        ValueError: If it has not.
+    """
+    if names and not kv_cache:
+        raise ValueError(f"kv_cache is empty, but the token groups {list(names)} have size None: pass their cache")
+    for name in names:
+        if name not in kv_cache:
+            raise ValueError(f"token group {name!r} not found in kv_cache, which holds {sorted(kv_cache)}")
+
+
+def join_keys(
+    plan: AttentionPlan, fresh: Sequence[Tensor], kv_cache: Mapping[str, Any], q: Tensor
+) -> tuple[Tensor, Tensor]:
+    """Puts cached and fresh keys and values into the order of the plan.
+
+    Args:
+        plan: A plan with cached groups.
+        fresh: Keys and values ``(B, n, H, D)`` of the other groups that the plan has keys of, in its order.
+        kv_cache: The cache.
+        q: The projected queries ``(B, N, H, D)``.
+
+    Returns:
+        k and v, ``(B, plan.num_keys, H, D)``.
+
+    Raises:
+        ValueError: If an entry does not fit, also one that nobody attends to.
+    """
+    pieces, taken = [], 0
+    for group in plan.groups:
+        if group.query_start is None:
+            piece = read_entry(group.name, kv_cache[group.name], q)
+        elif group.key_start is not None:
+            piece = tuple(tensor[:, taken : taken + group.size] for tensor in fresh)
+            taken = taken + group.size
+        if group.key_start is not None:
+            pieces.append(piece)
+    k, v = pieces[0] if len(pieces) == 1 else (torch.cat(tensors, 1) for tensors in zip(*pieces))
+    return k, v
+
+
+def join_masks(
+    plan: AttentionPlan, mask: Tensor | None, kv_cache: Mapping[str, Any], like: Tensor
+) -> Tensor | None:
+    """The padding mask of the keys of a plan with cached groups, or None if there is nothing to mask.
+
+    Args:
+        plan: The plan.
+        mask: The mask of the tokens that are present, ``(B or 1, N)``.
+        kv_cache: The cache, whose entries may hold masks of their own.
+        like: A tensor ``(B, ...)`` on the device of the mask to make.
+
+    Returns:
+        Boolean ``(B, plan.num_keys)``.
+    """
+    pieces = []
+    for group in plan.groups:
+        if group.key_start is None:
+            continue
+        if group.query_start is None:
+            piece = kv_cache[group.name].get("key_padding_mask")
+        else:
+            piece = None if mask is None else mask[:, group.query_start : group.query_start + group.size]
+        pieces.append((piece, group.size))
+    if all(piece is None for piece, _ in pieces):
+        return None
+    every = [like.new_ones((1, n), dtype=torch.bool) if piece is None else piece for piece, n in pieces]
+    return torch.cat([piece.expand(like.shape[0], -1) for piece in every], 1)

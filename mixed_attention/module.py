@@ -1,0 +1,445 @@
+"""The attention layers: projections, rotation and attention, one path for all devices and dtypes."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from mixed_attention import cache, checkpoint, packed
+from mixed_attention.cache import KVCache, KVEntry
+from mixed_attention.init import init_weights
+from mixed_attention.packed import Freqs, Packed
+from mixed_attention.plan import AttentionPatternLike, AttentionPlan, Group, TokenSpecLike
+from mixed_attention.rope import check_freqs
+from mixed_attention.spec import (
+    AttentionPattern,
+    DotProductAttentionConfig,
+    MixedAttentionConfig,
+    PerceiverAttentionConfig,
+    TokenSpec,
+)
+
+
+class ProjectedAttention(nn.Module):
+    """What the layers share: heads, an output projection, and linear layers that make q, k and v.
+
+    The layers that make q, k and v are named by what they make: ``qkv`` makes all three, its rows laid out as
+    (which, head, channel); ``k`` makes keys alone. Which of them a class has is its parameter layout.
+
+    Args:
+        settings: The configuration.
+        kv_dim: Width of the tokens that keys and values are made of.
+    """
+
+    projections: tuple[str, ...] = ("qkv",)  # in the order of construction, which fixes the random initial weights
+
+    def __init__(self, settings: DotProductAttentionConfig, kv_dim: int) -> None:
+        super().__init__()
+        self.num_heads = settings.num_heads
+        self.head_dim = settings.head_dim
+        self.init_weights = settings.init_weights
+        self.use_rope = settings.use_rope
+        self.dropout = settings.dropout
+        for name in self.projections:
+            in_features = settings.dim if name.startswith("q") else kv_dim
+            self.add_module(name, self._linear(in_features, len(name) * settings.dim, settings))
+        self.proj = self._linear(settings.dim, settings.dim, settings)
+        self.proj_dropout = nn.Dropout(settings.dropout)
+        init_weights(self, settings.init_weights)
+        self.register_load_state_dict_pre_hook(checkpoint.adapt_layout)
+
+    def _linear(self, in_features: int, out_features: int, settings: DotProductAttentionConfig) -> nn.Module:
+        return nn.Linear(in_features, out_features, bias=settings.bias)
+
+    def _rows(self, slots: str) -> tuple[Tensor, Tensor | None]:
+        """Weight and bias that make some neighbouring slots out of "qkv", whatever the parameter layout."""
+        dim = self.num_heads * self.head_dim
+        weights, biases = [], []
+        for name in self.projections:
+            made = [index for index, slot in enumerate(name) if slot in slots]
+            if made:
+                layer, rows = self.get_submodule(name), slice(made[0] * dim, (made[-1] + 1) * dim)
+                weights.append(layer.weight[rows])
+                biases.append(None if layer.bias is None else layer.bias[rows])
+        # NOTE: joining separate weights and multiplying once is never slower than one product each, from 64 tokens on
+        # (measured on CPU, width 192, fp32 and bf16, forward and backward), and it writes the packed form directly.
+        if len(weights) == 1:
+            return weights[0], biases[0]
+        return torch.cat(weights), None if biases[0] is None else torch.cat(biases)
+
+    def _project(self, x: Tensor, slots: str, freqs: Freqs | None = None) -> Packed:
+        """Projects tokens ``(B, N, C)`` to some slots; ``freqs`` rotates those of q and k."""
+        # NOTE: rank 2 in, so that the product is no view and can be overwritten without a copy of its gradient.
+        return self._pack(F.linear(x.flatten(0, 1), *self._rows(slots)), x, slots, freqs)
+
+    def _pack(self, buffer: Tensor, x: Tensor, slots: str, freqs: Freqs | None) -> Packed:
+        """What was projected from ``x``, and how it is to be rotated."""
+        batch_size, seqlen, _ = x.shape
+        shape = (batch_size, seqlen, len(slots), self.num_heads, self.head_dim)
+        if freqs is None:
+            return Packed(buffer, shape)
+        if not isinstance(freqs, tuple):
+            check_freqs(freqs, batch_size, seqlen, self.head_dim)
+        return Packed(buffer, shape, len(slots.replace("v", "")), freqs)
+
+    @property
+    def _dropout_p(self) -> float:
+        return self.dropout if self.training else 0.0
+
+    def _attend_dense(self, parts: list[Packed], attn_mask: Tensor | None) -> tuple[Tensor, Sequence[Tensor]]:
+        """Every query attends to every key, but for what the framework's attention makes of the mask."""
+        if attn_mask is None:
+            (batch_size, seqlen_q, *_), (_, seqlen_k, *_) = parts[0].shape, parts[-1].shape
+            return packed.attend(parts, _dense_plan(seqlen_q, seqlen_k), dropout_p=self._dropout_p)
+        slots = [slot for part in parts for slot in packed.rotated_slots(part)]
+        q, k, v = (slot.transpose(1, 2) for slot in slots)
+        out = F.scaled_dot_product_attention(q, k, v, attn_mask=attn_mask, dropout_p=self._dropout_p)
+        return out.transpose(1, 2), slots
+
+    def extra_repr(self) -> str:
+        return f"num_heads={self.num_heads}, head_dim={self.head_dim}, use_rope={self.use_rope}, dropout={self.dropout}"
+
+
+def _dense_plan(seqlen_q: int, seqlen_k: int) -> AttentionPlan:
+    """One group of queries that attends to another of keys; the keys ask nothing, as those of a cache do."""
+    specs = [TokenSpec("queries", seqlen_q), TokenSpec("keys", None)]
+    pattern = AttentionPattern(["queries", "keys"], ["keys"])
+    return AttentionPlan.compile(specs, [pattern], cached=[TokenSpec("keys", seqlen_k)], skip_unread_keys=True)
+
+
+class DotProductAttention(ProjectedAttention):
+    """Dense multi-head self-attention.
+
+    Args:
+        config: A :class:`mixed_attention.DotProductAttentionConfig`, or whatever describes one: a mapping, an object
+            with ``model_dump()``, or an object with its attributes.
+
+    Attributes:
+        qkv: Linear layer to q, k and v, whose weight ``(3 * dim, dim)`` is laid out as (which, head, channel).
+        proj: Output projection.
+
+    Raises:
+        ValueError: If the configuration is not allowed.
+        NotImplementedError: If ``init_weights`` is a mode that nobody implements.
+    """
+
+    def __init__(self, config: Any) -> None:
+        settings = DotProductAttentionConfig.of(config)
+        super().__init__(settings, settings.dim)
+
+    def forward(self, x: Tensor, attn_mask: Tensor | None = None, freqs: Freqs | None = None) -> Tensor:
+        """Every token attends to every token.
+
+        Args:
+            x: Tokens ``(B, N, dim)``.
+            attn_mask: Boolean (True = attend) or additive, broadcastable to ``(B, H, N, N)``; passed to
+                ``F.scaled_dot_product_attention``, which then computes the attention.
+            freqs: Frequencies of the tokens, see :func:`mixed_attention.apply_rope`; exactly with ``use_rope``.
+
+        Returns:
+            ``(B, N, dim)``.
+
+        Raises:
+            AssertionError: If ``freqs`` is given without ``use_rope``, or missing with it.
+        """
+        if self.use_rope != (freqs is not None):
+            raise AssertionError(_rope_mismatch(self.use_rope))
+        out, _ = self._attend_dense([self._project(x, "qkv", freqs)], attn_mask)
+        return self.proj_dropout(self.proj(out.flatten(2)))
+
+
+def _rope_mismatch(use_rope: bool) -> str:
+    return f"RoPE usage mismatch: use_rope is {use_rope}, but freqs were {'not ' if use_rope else ''}given"
+
+
+class MixedAttention(DotProductAttention):
+    """Multi-head attention in which named groups of tokens attend to the groups that patterns name.
+
+    Args:
+        config: A :class:`mixed_attention.MixedAttentionConfig`, or whatever describes one: a mapping, an object with
+            ``model_dump()``, or an object with its attributes.
+
+    Attributes:
+        qkv: Linear layer to q, k and v, whose weight ``(3 * dim, dim)`` is laid out as (which, head, channel).
+        proj: Output projection.
+        parallel: Whether the fused kernels run, or else the readable reference.
+        proj_dropout: Unused here, as upstream; dropout acts on the attention weights alone.
+
+    Raises:
+        ValueError: If the configuration is not allowed.
+        NotImplementedError: If ``init_weights`` is a mode that nobody implements.
+
+    Example:
+        >>> layer = MixedAttention(MixedAttentionConfig(dim=192, num_heads=3))
+        >>> specs = [TokenSpec("anchors", 100), TokenSpec("queries", 50)]
+        >>> layer(torch.randn(1, 150, 192), specs, [AttentionPattern(["anchors", "queries"], ["anchors"])]).shape
+        torch.Size([1, 150, 192])
+    """
+
+    cached_groups: frozenset[str] = frozenset()
+    """Names of groups that go into a cache besides those whose name contains ``_anchor``."""
+
+    def __init__(self, config: Any) -> None:
+        settings = MixedAttentionConfig.of(config)
+        super().__init__(settings)
+        self.parallel = settings.parallel
+        self.detach_kv_cache = settings.detach_kv_cache
+
+    def forward(
+        self,
+        x: Tensor,
+        token_specs: Sequence[TokenSpecLike],
+        attention_patterns: Sequence[AttentionPatternLike],
+        attention_mask: Tensor | None = None,
+        freqs: Freqs | None = None,
+        *,
+        key_padding_mask: Tensor | None = None,
+        kv_cache: Mapping[str, Mapping[str, Tensor]] | None = None,
+        return_kv_cache: bool = False,
+    ) -> Tensor | tuple[Tensor, KVCache | None]:
+        """Applies the patterns.
+
+        Args:
+            x: Tokens ``(B, N, dim)``, the groups of ``token_specs`` one after the other.
+            token_specs: Name and size of the groups. Those of size ``None`` are not in ``x``: they ask nothing, and
+                their keys and values are those of ``kv_cache``.
+            attention_patterns: Who attends to whom. Every group must be a query of exactly one pattern.
+            attention_mask: A boolean ``(B or 1, N)`` means the same as ``key_padding_mask``; anything else is refused.
+            freqs: Frequencies of the tokens of ``x``, see :func:`mixed_attention.apply_rope`; exactly with
+                ``use_rope``.
+            key_padding_mask: Boolean ``(B or 1, N)``, True = real token. Nobody attends to the others.
+            kv_cache: A cache that an earlier call returned: ``{name: {"k": (B or 1, H, n, D), "v": likewise}}``. Only
+                looked at if a group has size ``None``.
+            return_kv_cache: Whether to return a cache as well.
+
+        Returns:
+            ``(B, N, dim)``, in the order of ``token_specs``. With ``return_kv_cache``, a pair of it and the cache of
+            all groups whose name contains ``_anchor``, keys after rotation; ``None`` if the call itself read a cache.
+
+        Raises:
+            ValueError: If ``freqs``, the mask, the sizes, the patterns or the cache do not fit.
+            NotImplementedError: If ``attention_mask`` is anything but a padding mask.
+        """
+        if attention_mask is not None:
+            self._check_rope(freqs)
+            key_padding_mask = _as_padding_mask(attention_mask, key_padding_mask, x)
+        out, recorded = self._attend(
+            x, token_specs, attention_patterns, key_padding_mask, freqs, kv_cache, record=return_kv_cache
+        )
+        return (out, recorded) if return_kv_cache else out
+
+    def _attend(
+        self,
+        x: Tensor,
+        token_specs: Sequence[TokenSpecLike],
+        attention_patterns: Sequence[AttentionPatternLike],
+        key_padding_mask: Tensor | None,
+        freqs: Freqs | None,
+        kv_cache: Mapping[str, Mapping[str, Tensor]] | None,
+        *,
+        record: bool,
+    ) -> tuple[Tensor, KVCache | None]:
+        """The layer, but for what the published signatures disagree about."""
+        self._check_rope(freqs)
+        check_tokens(x, token_specs, key_padding_mask)
+        cached = [spec.name for spec in token_specs if spec.size is None]
+        to_record = [] if cached or not record else [spec.name for spec in token_specs if self._goes_to_cache(spec.name)]
+        read = {name for pattern in attention_patterns for name in pattern.key_value_tokens}
+        plan = AttentionPlan.compile(
+            token_specs,
+            attention_patterns,
+            cached=[TokenSpec(name, cache.cached_length(kv_cache, name)) for name in cached],
+            skip_unread_keys=read.issuperset(to_record),
+        )
+        cache.check_names(kv_cache, cached)
+        parts = self._parts(x, plan, freqs, kv_cache if cached else None)
+        if cached:
+            mask = cache.join_masks(plan, key_padding_mask, kv_cache, x)
+        else:
+            mask = None if key_padding_mask is None else _take_keys(key_padding_mask, plan)
+        out, (_, k, v) = packed.attend(
+            parts, plan, key_padding_mask=mask, dropout_p=self._dropout_p, parallel=self.parallel
+        )
+        recorded = None
+        if record and not cached:
+            recorded = {g.name: self._record(g, k, v, mask) for g in plan.groups if g.name in to_record}
+        return self.proj(out.flatten(2)), recorded
+
+    def _parts(
+        self, x: Tensor, plan: AttentionPlan, freqs: Freqs | None, kv_cache: Mapping[str, Mapping[str, Tensor]] | None
+    ) -> list[Packed]:
+        """q, k and v of a call: q of all tokens, k and v of those that somebody attends to, or from the cache."""
+        if kv_cache is None and all(group.key_start is not None for group in plan.groups):
+            return [self._project(x, "qkv", freqs)]
+        q = self._project(x, "q", freqs)
+        if kv_cache is None:
+            return [q, self._project(_take_keys(x, plan), "kv", _take_freqs(freqs, plan))]
+        fresh = []
+        if any(group.query_start is not None and group.key_start is not None for group in plan.groups):
+            kv = self._project(_take_keys(x, plan), "kv", _take_freqs(freqs, plan))
+            fresh = packed.rotated_slots(kv, parallel=self.parallel)
+        keys = cache.join_keys(plan, fresh, kv_cache, q.buffer.view(q.shape).squeeze(2))
+        return [q, *(Packed(tensor.unsqueeze(2), tensor.unsqueeze(2).shape) for tensor in keys)]
+
+    def _record(self, group: Group, k: Tensor, v: Tensor, mask: Tensor | None) -> KVEntry:
+        rows = slice(group.key_start, group.key_start + group.size)
+        kept = None if mask is None else mask[:, rows]
+        return cache.record_entry(k[:, rows], v[:, rows], kept, detach=self.detach_kv_cache)
+
+    def _goes_to_cache(self, name: str) -> bool:
+        return "_anchor" in name or name in self.cached_groups
+
+    def _check_rope(self, freqs: Freqs | None) -> None:
+        if self.use_rope != (freqs is not None):
+            raise ValueError(_rope_mismatch(self.use_rope))
+
+
+def _as_padding_mask(attention_mask: Any, key_padding_mask: Tensor | None, x: Tensor) -> Tensor:
+    """Reads an attention mask as one of keys alone."""
+    if key_padding_mask is not None:
+        raise ValueError("attention_mask and key_padding_mask are both given; a padding mask is needed once")
+    is_padding_mask = (
+        isinstance(attention_mask, Tensor)
+        and attention_mask.dtype == torch.bool
+        and attention_mask.ndim == 2
+        and attention_mask.shape[0] in (1, x.shape[0])
+        and attention_mask.shape[1] == x.shape[1]
+    )
+    if not is_padding_mask:
+        raise NotImplementedError(
+            "Attention masks are not supported: say who attends to whom with attention_patterns, and mask padding with "
+            "a boolean key_padding_mask (batch_size, n_tokens), True = real token"
+        )
+    return attention_mask
+
+
+def check_tokens(x: Tensor, token_specs: Sequence[TokenSpecLike], key_padding_mask: Tensor | None) -> None:
+    """Checks the mask and the sizes of the groups against ``x``, in upstream's order.
+
+    Raises:
+        ValueError: If one does not fit.
+    """
+    if key_padding_mask is not None:
+        if key_padding_mask.dtype != torch.bool:
+            raise ValueError(f"key_padding_mask: expected a bool tensor, True = real token, got {key_padding_mask.dtype}")
+        if key_padding_mask.ndim != 2:
+            raise ValueError(f"key_padding_mask: expected a 2D tensor, got shape {tuple(key_padding_mask.shape)}")
+        if key_padding_mask.shape[1] != x.shape[1]:
+            raise ValueError(f"key_padding_mask: n_tokens dim is {key_padding_mask.shape[1]}, but x has {x.shape[1]}")
+        if key_padding_mask.shape[0] not in (1, x.shape[0]):
+            raise ValueError(f"key_padding_mask: batch_size is {key_padding_mask.shape[0]}, but x has {x.shape[0]}")
+    total = sum(spec.size for spec in token_specs if spec.size is not None)
+    if x.ndim != 3 or total != x.shape[1]:
+        raise ValueError(
+            f"Token specs total size {total} does not match x of shape {tuple(x.shape)}, expected (batch_size, {total}, dim)"
+        )
+
+
+def _take_keys(x: Tensor, plan: AttentionPlan) -> Tensor:
+    """The tokens ``(B, N, ...)`` that the plan has keys of, out of those that are present."""
+    present = [group for group in plan.groups if group.query_start is not None]
+    runs: list[list[Group]] = []
+    for group in present:
+        if not runs or (runs[-1][0].key_start is None) != (group.key_start is None):
+            runs.append([])
+        runs[-1].append(group)
+    # NOTE: one split, because its derivative is one concatenation; slices would each make a gradient of full size.
+    pieces = x.split([sum(group.size for group in run) for run in runs], 1)
+    kept = [piece for piece, run in zip(pieces, runs) if run[0].key_start is not None]
+    if not kept:
+        return x[:, :0]
+    return kept[0] if len(kept) == 1 else torch.cat(kept, 1)
+
+
+def _take_freqs(freqs: Freqs | None, plan: AttentionPlan) -> Freqs | None:
+    if isinstance(freqs, tuple):
+        return tuple(_take_keys(angles, plan) for angles in freqs)
+    return None if freqs is None else _take_keys(freqs, plan)
+
+
+class PerceiverAttention(ProjectedAttention):
+    """Dense multi-head cross-attention.
+
+    Args:
+        config: A :class:`mixed_attention.PerceiverAttentionConfig`, or whatever describes one.
+
+    Attributes:
+        kv: Linear layer to k and v, whose weight ``(2 * dim, kv_dim)`` is laid out as (which, head, channel).
+        q: Linear layer to q.
+        proj: Output projection.
+
+    Raises:
+        ValueError: If the configuration is not allowed.
+        NotImplementedError: If ``init_weights`` is a mode that nobody implements.
+    """
+
+    projections = ("kv", "q")
+
+    def __init__(self, config: Any) -> None:
+        settings = PerceiverAttentionConfig.of(config)
+        super().__init__(settings, settings.kv_dim)
+
+    def forward(
+        self,
+        q: Tensor,
+        kv: Tensor | None = None,
+        attn_mask: Tensor | None = None,
+        q_freqs: Freqs | None = None,
+        k_freqs: Freqs | None = None,
+        *,
+        kv_cache: Mapping[str, Tensor] | None = None,
+        return_kv_cache: bool = False,
+    ) -> Tensor | tuple[Tensor, KVEntry | None]:
+        """Every token of ``q`` attends to every token of ``kv``.
+
+        Args:
+            q: Tokens that ask, ``(B, Nq, dim)``.
+            kv: Tokens that are attended to, ``(B or 1, Nk, kv_dim)``; not needed with ``kv_cache``.
+            attn_mask: Boolean (True = attend) or additive, broadcastable to ``(B, H, Nq, Nk)``; passed to
+                ``F.scaled_dot_product_attention``, which then computes the attention.
+            q_freqs: Frequencies of the tokens of ``q``; exactly with ``use_rope``.
+            k_freqs: Frequencies of the tokens of ``kv``; likewise, but not needed with ``kv_cache``.
+            kv_cache: ``{"k": (B or 1, H, Nk, D), "v": likewise}`` of an earlier call, used instead of ``kv``.
+            return_kv_cache: Whether to return the keys and values as well.
+
+        Returns:
+            ``(B, Nq, dim)``. With ``return_kv_cache`` a pair of it and the cache; ``None`` if the call read one.
+
+        Raises:
+            AssertionError: If frequencies are given without ``use_rope``, or missing with it.
+            ValueError: If neither ``kv`` nor ``kv_cache`` is given, or the cache does not fit.
+        """
+        if not self.use_rope and (q_freqs is not None or k_freqs is not None):
+            raise AssertionError(_rope_mismatch(self.use_rope))
+        out, recorded = self._attend(q, kv, attn_mask, q_freqs, k_freqs, kv_cache, record=return_kv_cache)
+        return (out, recorded) if return_kv_cache else out
+
+    def _attend(
+        self,
+        q: Tensor,
+        kv: Tensor | None,
+        attn_mask: Tensor | None,
+        q_freqs: Freqs | None,
+        k_freqs: Freqs | None,
+        kv_cache: Mapping[str, Tensor] | None,
+        *,
+        record: bool,
+    ) -> tuple[Tensor, KVEntry | None]:
+        """The layer, but for what the published signatures disagree about."""
+        if kv is None and kv_cache is None:
+            raise ValueError("Either kv or kv_cache must be provided")
+        if self.use_rope and (q_freqs is None or (k_freqs is None and kv_cache is None)):
+            raise AssertionError(_rope_mismatch(self.use_rope))
+        queries = self._project(q, "q", q_freqs)
+        if kv_cache is None:
+            parts = [queries, self._project(kv, "kv", k_freqs)]
+        else:
+            keys = cache.read_entry("kv_cache", kv_cache, queries.buffer.view(queries.shape).squeeze(2))
+            parts = [queries, *(Packed(tensor.unsqueeze(2), tensor.unsqueeze(2).shape) for tensor in keys)]
+        out, (_, k, v) = self._attend_dense(parts, attn_mask)
+        recorded = cache.record_entry(k, v) if record and kv_cache is None else None
+        return self.proj_dropout(self.proj(out.flatten(2))), recorded

@@ -1,0 +1,346 @@
+"""Upstream's newest signatures, parameter layout and return types (release 2026.4.0), over the same layers.
+
+Import from here instead of from upstream, or let :func:`swap` replace the modules inside a model. The classes at the
+top of the package have the older form: a fused ``qkv``, no cache in the arguments, a plain tensor in return.
+"""
+
+from __future__ import annotations
+
+import warnings
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from mixed_attention import anchor, cache, module, packed, rope, spec
+from mixed_attention.anchor import MissingAnchorTokenError, MissingBranchTokensError, UnexpectedTokenError
+from mixed_attention.cache import KVCache, KVEntry
+from mixed_attention.packed import Freqs
+from mixed_attention.plan import AttentionPatternLike, AttentionPlan, TokenSpecLike
+from mixed_attention.spec import AttentionPattern, TokenSpec
+
+__all__ = [
+    "AttentionPattern",
+    "CrossAnchorAttention",
+    "DotProductAttention",
+    "JointAnchorAttention",
+    "MissingAnchorTokenError",
+    "MissingBranchTokensError",
+    "MixedAttention",
+    "MultiBranchAnchorAttention",
+    "PerceiverAttention",
+    "RopeFrequency",
+    "SelfAnchorAttention",
+    "TokenSpec",
+    "UnexpectedTokenError",
+    "UntiedMixedAttention",
+    "swap",
+]
+
+
+class DotProductAttention(module.DotProductAttention):
+    """:class:`mixed_attention.DotProductAttention` with separate ``q``, ``k`` and ``v`` layers."""
+
+    projections = ("q", "k", "v")
+
+
+class MixedAttention(DotProductAttention, module.MixedAttention):
+    """:class:`mixed_attention.MixedAttention` with separate ``q``, ``k`` and ``v`` layers; always returns a pair."""
+
+    def forward(
+        self,
+        x: Tensor,
+        token_specs: Sequence[TokenSpecLike],
+        attention_patterns: Sequence[AttentionPatternLike],
+        key_padding_mask: Tensor | None = None,
+        freqs: Freqs | None = None,
+        kv_cache: Mapping[str, Mapping[str, Tensor]] | None = None,
+    ) -> tuple[Tensor, KVCache | None]:
+        """Applies the patterns. Arguments and errors: :meth:`mixed_attention.MixedAttention.forward`.
+
+        Returns:
+            The output ``(B, N, dim)``, and the cache of all groups whose name contains ``_anchor``; ``None`` instead
+            of it if a group has size ``None``.
+        """
+        return self._attend(x, token_specs, attention_patterns, key_padding_mask, freqs, kv_cache, record=True)
+
+
+class MultiBranchAnchorAttention(anchor.MultiBranchAnchorAttention):
+    """:class:`mixed_attention.MultiBranchAnchorAttention` over :class:`MixedAttention`; always returns a pair."""
+
+    mixed_attention_class = MixedAttention
+
+    def forward(
+        self,
+        x: Tensor,
+        token_specs: Sequence[TokenSpecLike],
+        key_padding_mask: Tensor | None = None,
+        freqs: Freqs | None = None,
+        kv_cache: Mapping[str, Mapping[str, Tensor]] | None = None,
+    ) -> tuple[Tensor, KVCache | None]:
+        """Attends from the tokens to anchors. Errors: :meth:`mixed_attention.MultiBranchAnchorAttention.forward`.
+
+        Returns:
+            See :meth:`MixedAttention.forward`.
+        """
+        return self.mixed_attention(x, token_specs, self._patterns(token_specs), key_padding_mask, freqs, kv_cache)
+
+
+class SelfAnchorAttention(MultiBranchAnchorAttention, anchor.SelfAnchorAttention):
+    """Every branch attends to its own anchors."""
+
+
+class CrossAnchorAttention(MultiBranchAnchorAttention, anchor.CrossAnchorAttention):
+    """Every branch attends to the anchors of all other branches."""
+
+
+class JointAnchorAttention(MultiBranchAnchorAttention, anchor.JointAnchorAttention):
+    """All tokens attend to the anchors of all branches."""
+
+
+class PerceiverAttention(module.PerceiverAttention):
+    """:class:`mixed_attention.PerceiverAttention` with separate ``k`` and ``v`` layers; always returns a pair."""
+
+    projections = ("k", "v", "q")
+
+    def forward(
+        self,
+        q: Tensor,
+        kv: Tensor | None = None,
+        attn_mask: Tensor | None = None,
+        q_freqs: Freqs | None = None,
+        k_freqs: Freqs | None = None,
+        kv_cache: Mapping[str, Tensor] | None = None,
+    ) -> tuple[Tensor, KVEntry | None]:
+        """Attends from ``q`` to ``kv``. Arguments and errors: :meth:`mixed_attention.PerceiverAttention.forward`.
+
+        Frequencies are ignored without ``use_rope``.
+
+        Returns:
+            The output ``(B, Nq, dim)``, and the keys and values as a cache; ``None`` instead of it if one was given.
+        """
+        if not self.use_rope:
+            q_freqs = k_freqs = None
+        return self._attend(q, kv, attn_mask, q_freqs, k_freqs, kv_cache, record=True)
+
+
+class _PerDomainLinear(nn.Module):
+    """One linear layer per domain, its matrices kept apart: ``weight.0``, ``weight.1``, ..."""
+
+    def __init__(self, in_features: int, out_features: int, num_types: int, bias: bool) -> None:
+        super().__init__()
+        layers = [nn.Linear(in_features, out_features, bias=bias) for _ in range(num_types)]
+        self.weight = nn.ParameterList(layer.weight for layer in layers)
+        self.bias = nn.ParameterList(layer.bias for layer in layers) if bias else None
+
+
+class UntiedMixedAttention(MixedAttention):
+    """:class:`MixedAttention` whose projections have one weight per domain; returns the output alone.
+
+    The domain of a group is its name up to the first underscore, and the groups of a domain must be neighbours. The
+    i-th domain, in order of appearance, uses the i-th weights, as ``x @ W.T + b`` whatever the sizes of the groups.
+    Upstream's result depends on them; see :func:`mixed_attention.checkpoint.load_untied_state_dict`.
+
+    Args:
+        config: As for :class:`MixedAttention`, with the field ``num_types``, the number of domains.
+
+    Raises:
+        ValueError: If ``num_types`` is missing, besides what :class:`MixedAttention` raises.
+        NotImplementedError: If ``init_weights`` is neither ``"torch"`` nor ``"truncnormal"``, ``"truncnormal002"``.
+    """
+
+    def __init__(self, config: Any) -> None:
+        settings = spec.UntiedMixedAttentionConfig.of(config)
+        if settings.init_weights == "truncnormal002-identity":
+            raise NotImplementedError("init_weights 'truncnormal002-identity' is not implemented per domain")
+        super().__init__(settings)
+        self.num_types = settings.num_types
+
+    def _linear(self, in_features: int, out_features: int, settings: Any) -> nn.Module:
+        return _PerDomainLinear(in_features, out_features, settings.num_types, settings.bias)
+
+    def forward(
+        self,
+        x: Tensor,
+        token_specs: Sequence[TokenSpecLike],
+        attention_patterns: Sequence[AttentionPatternLike],
+        key_padding_mask: Tensor | None = None,
+        freqs: Freqs | None = None,
+        kv_cache: None = None,
+    ) -> Tensor:
+        """Applies the patterns. Arguments: :meth:`mixed_attention.MixedAttention.forward`.
+
+        Returns:
+            ``(B, N, dim)``.
+
+        Raises:
+            NotImplementedError: If a cache is given.
+            RuntimeError: If there are more domains than weights.
+            ValueError: If the groups of a domain are not neighbours, besides what :class:`MixedAttention` raises.
+        """
+        if kv_cache is not None:
+            raise NotImplementedError("kv_cache is not supported with per-domain projections")
+        self._check_rope(freqs)
+        module.check_tokens(x, token_specs, key_padding_mask)
+        cache.check_names(kv_cache, [group.name for group in token_specs if group.size is None])
+        plan = AttentionPlan.compile(token_specs, attention_patterns)
+        sizes = self._domain_sizes(token_specs)
+        buffer = self._per_domain(x, sizes, (self.q, self.k, self.v))
+        out, _ = packed.attend(
+            [self._pack(buffer, x, "qkv", freqs)],
+            plan,
+            key_padding_mask=key_padding_mask,
+            dropout_p=self._dropout_p,
+            parallel=self.parallel,
+        )
+        return self._per_domain(out.flatten(2), sizes, (self.proj,))
+
+    def _domain_sizes(self, token_specs: Sequence[TokenSpecLike]) -> list[int]:
+        domains: dict[str, int] = {}
+        previous = None
+        for group in token_specs:
+            domain = group.name.split("_", 1)[0]
+            if domain in domains and domain != previous:
+                raise ValueError(f"the token groups of domain {domain!r} are not consecutive in token_specs")
+            domains[domain] = domains.get(domain, 0) + group.size
+            previous = domain
+        if len(domains) > self.num_types:
+            raise RuntimeError(f"sizes do not match: {len(domains)} domains {list(domains)}, {self.num_types} weights")
+        return list(domains.values())
+
+    @staticmethod
+    def _per_domain(x: Tensor, sizes: Sequence[int], layers: Sequence[_PerDomainLinear]) -> Tensor:
+        """Projects the tokens of every domain by its own weights, those of several layers side by side."""
+        projected = []
+        for index, tokens in enumerate(x.split(sizes, 1)):
+            weight = torch.cat([layer.weight[index] for layer in layers])
+            bias = None if layers[0].bias is None else torch.cat([layer.bias[index] for layer in layers])
+            projected.append(F.linear(tokens, weight, bias))
+        return torch.cat(projected, 1)
+
+
+class _RealRopeFrequencyConfig(spec.RopeFrequencyConfig):
+    def __init__(
+        self,
+        hidden_dim: int | None = None,
+        input_dim: int | None = None,
+        max_wavelength: int = 10_000,
+        implementation: str = "real",
+        **extra: Any,
+    ) -> None:
+        super().__init__(hidden_dim, input_dim, max_wavelength, implementation, **extra)
+
+
+class RopeFrequency(rope.RopeFrequency):
+    """:class:`mixed_attention.RopeFrequency`, whose default is the legacy form; warns where that is chosen."""
+
+    config_class = _RealRopeFrequencyConfig
+
+    def __init__(self, *args: Any, **fields: Any) -> None:
+        super().__init__(*args, **fields)
+        if self.implementation == "real":
+            warnings.warn("RopeFrequency: implementation='complex' is recommended over 'real'", stacklevel=2)
+
+
+_FUSED_CLASSES: dict[str, type[nn.Module]] = {
+    "DotProductAttention": module.DotProductAttention,
+    "MixedAttention": module.MixedAttention,
+    "PerceiverAttention": module.PerceiverAttention,
+    "SelfAnchorAttention": anchor.SelfAnchorAttention,
+    "CrossAnchorAttention": anchor.CrossAnchorAttention,
+    "JointAnchorAttention": anchor.JointAnchorAttention,
+}
+_SEPARATE_CLASSES: dict[str, type[nn.Module]] = {
+    "DotProductAttention": DotProductAttention,
+    "MixedAttention": MixedAttention,
+    "PerceiverAttention": PerceiverAttention,
+    "SelfAnchorAttention": SelfAnchorAttention,
+    "CrossAnchorAttention": CrossAnchorAttention,
+    "JointAnchorAttention": JointAnchorAttention,
+}
+
+
+def swap(model: nn.Module) -> int:
+    """Replaces upstream's attention modules inside a model by this package's, in place.
+
+    A module is recognised by the name of its class and the package that defines it (``noether`` or ``emmi``);
+    subclasses defined elsewhere are left alone, because they may compute something else, and so is
+    ``UntiedMixedAttention``, because what upstream computes with its weights depends on the sizes of the groups. A
+    module with a fused projection is replaced by the class of the same name at the top of this package, one with
+    separate projections by that of this module; so signatures, return types and state dicts stay as they are. The
+    parameters are the very same objects: an optimiser made before keeps working.
+
+    Args:
+        model: A model that contains upstream's modules.
+
+    Returns:
+        How many modules were replaced.
+
+    Raises:
+        ValueError: If ``model`` is itself such a module, or the parameters of one are not the published ones.
+    """
+    if _replacement(model) is not None:
+        raise ValueError(f"swap replaces modules inside a model, but the model itself is a {type(model).__name__}")
+    replaced: dict[nn.Module, nn.Module] = {}
+    _swap_children(model, replaced, set())
+    return len(replaced)
+
+
+def _swap_children(parent: nn.Module, replaced: dict[nn.Module, nn.Module], visited: set[nn.Module]) -> None:
+    if parent in visited:
+        return
+    visited.add(parent)
+    for name, child in parent._modules.items():
+        if child is None:
+            continue
+        replacement = _replacement(child)
+        if replacement is None:
+            _swap_children(child, replaced, visited)
+            continue
+        if child not in replaced:
+            replaced[child] = _rebuild(child, replacement)
+        parent._modules[name] = replaced[child]
+
+
+def _replacement(old: nn.Module) -> type[nn.Module] | None:
+    """The class to put in the place of a module, None if it is not one of upstream's."""
+    if type(old).__module__.split(".")[0] not in ("noether", "emmi"):
+        return None
+    core = getattr(old, "mixed_attention", old)
+    fused = any(name in core._modules for name in ("qkv", "kv"))
+    return (_FUSED_CLASSES if fused else _SEPARATE_CLASSES).get(type(old).__name__)
+
+
+def _rebuild(old: nn.Module, replacement: type[nn.Module]) -> nn.Module:
+    """A module of ours that computes what the old one does, with its parameters."""
+    with torch.device("meta"):  # neither memory nor random numbers
+        new = replacement(_config_of(old))
+    new.train(old.training)
+    parameters = dict(old.named_parameters(remove_duplicate=False))
+    if parameters.keys() != dict(new.named_parameters()).keys():
+        raise ValueError(f"{type(old).__name__}: unknown parameters, expected the published ones, got {sorted(parameters)}")
+    for name, parameter in parameters.items():
+        path, _, leaf = name.rpartition(".")
+        setattr(new.get_submodule(path), leaf, parameter)
+    return new
+
+
+def _config_of(old: nn.Module) -> dict[str, Any]:
+    core = getattr(old, "mixed_attention", old)
+    config = {
+        "dim": core.proj.in_features,
+        "num_heads": core.num_heads,
+        "use_rope": core.use_rope,
+        "bias": core.proj.bias is not None,
+        "init_weights": core.init_weights,
+        "dropout": core.dropout,
+    }
+    keys = core._modules.get("kv", core._modules.get("k"))
+    if keys is not None:
+        config["kv_dim"] = keys.in_features
+    for name in ("branches", "anchor_suffix"):
+        if hasattr(old, name):
+            config[name] = getattr(old, name)
+    return config

@@ -1,0 +1,167 @@
+"""Rotary position embeddings for continuous coordinates: making the frequencies and applying them."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from mixed_attention.ops import rotate
+from mixed_attention.spec import RopeFrequencyConfig
+
+
+def apply_rope(x: Tensor, freqs: Tensor | tuple[Tensor, ...]) -> Tensor:
+    """Rotates the channel pairs of every head by the frequencies of the token. Differentiable in both.
+
+    The arithmetic is fp32 (fp64 for fp64 inputs) whatever the dtype of ``x``.
+
+    Args:
+        x: ``(B, N, H, D)``, floating point.
+        freqs: Complex ``(B or 1, N, D / 2)``: the channels 2i and 2i+1 form one complex number, which is multiplied
+            by ``freqs[b, n, i]`` (of any magnitude), the same for all heads. Or, the legacy form, a tuple with one
+            real tensor of angles ``(B or 1, N, m)`` per coordinate axis: the channels are cut into slices of m, one
+            an axis, the channels i and i + m/2 of a slice form a pair, and channels beyond the slices stay as they
+            are. The two forms pair other channels: weights trained with one do not fit the other.
+
+    Returns:
+        A new tensor, shape and dtype of ``x``.
+
+    Raises:
+        AssertionError: If ``freqs`` is neither a complex tensor of rank 3 nor a tuple, or the slices of the legacy
+            form are wider than the head.
+        RuntimeError: If D is odd, or a size of ``freqs`` does not match ``x``.
+    """
+    if isinstance(freqs, tuple):
+        return _rotate_halves(x, freqs)
+    check_freqs(freqs, x.shape[0], x.shape[1], x.shape[-1])
+    return rotate(x, freqs)
+
+
+def check_freqs(freqs: Any, batch_size: int, seqlen: int, head_dim: int) -> None:
+    """Checks complex frequencies against the tokens they are to rotate; raises what :func:`apply_rope` says."""
+    if not isinstance(freqs, Tensor) or not freqs.is_complex():
+        got = freqs.dtype if isinstance(freqs, Tensor) else type(freqs).__name__
+        raise AssertionError(f"freqs: expected a complex tensor or a tuple of angles, got {got}")
+    if freqs.ndim != 3:
+        raise AssertionError(f"freqs.shape should be (batch_size, seqlen, head_dim // 2), got {tuple(freqs.shape)}")
+    if head_dim % 2:
+        raise RuntimeError(f"head_dim: the channels are rotated in pairs, got an odd number of {head_dim}")
+    for name, size, expected in zip(("seqlen", "head_dim // 2"), freqs.shape[1:], (seqlen, head_dim // 2)):
+        if size != expected:
+            raise RuntimeError(f"freqs: its size must match the tokens, expected {name} {expected}, got {size}")
+    if freqs.shape[0] != 1 and freqs.shape[0] != batch_size:
+        raise RuntimeError(f"freqs: its size must match the tokens, expected batch_size {batch_size} or 1, got {freqs.shape[0]}")
+
+
+def _rotate_halves(x: Tensor, angles: tuple[Tensor, ...]) -> Tensor:
+    for axis in angles:
+        if axis.ndim != 3 or axis.is_complex():
+            raise AssertionError(f"freqs: expected real angles (batch_size, seqlen, m), got {axis.dtype} {tuple(axis.shape)}")
+    widths = [axis.shape[-1] for axis in angles]
+    if sum(widths) > x.shape[-1]:
+        raise AssertionError(f"freqs: the axes rotate {sum(widths)} channels > head dimension {x.shape[-1]}")
+    *slices, rest = x.split([*widths, x.shape[-1] - sum(widths)], -1)
+    rotated = []
+    for part, axis in zip(slices, angles):
+        first, second = part.chunk(2, -1)
+        axis = axis.unsqueeze(2)
+        rotated.append((part * axis.cos() + torch.cat((-second, first), -1) * axis.sin()).to(x.dtype))
+    return torch.cat([*rotated, rest], -1)
+
+
+class RopeFrequency(nn.Module):
+    """Turns token coordinates into rotations, one group of frequencies per coordinate axis.
+
+    With ``a`` axes, each has ``e / 2`` frequencies ``max_wavelength ** (-2i / e)``, where ``e`` is the largest even
+    number with ``a * e <= hidden_dim``; the channels left over are not rotated.
+
+    Args:
+        hidden_dim: Channels of a head; or a configuration with the fields that follow.
+        input_dim: Number of coordinate axes.
+        max_wavelength: The longest wavelength, about.
+        implementation: ``"complex"``, the default, or ``"real"`` for the legacy form of :func:`apply_rope`.
+
+    Attributes:
+        omega: The frequencies ``(e / 2,)``, fp32 whatever the module is cast to; part of the state dict.
+
+    Raises:
+        ValueError: If a value is not allowed, or there are too few channels for the axes.
+
+    Example:
+        >>> freqs = RopeFrequency(hidden_dim=64, input_dim=3)(torch.rand(1, 100, 3) * 1000)
+        >>> freqs.shape, freqs.dtype
+        (torch.Size([1, 100, 32]), torch.complex64)
+    """
+
+    config_class = RopeFrequencyConfig
+    omega: Tensor
+
+    def __init__(
+        self,
+        hidden_dim: int | Any,
+        input_dim: int | None = None,
+        max_wavelength: int = 10_000,
+        implementation: str | None = None,
+    ) -> None:
+        super().__init__()
+        if isinstance(hidden_dim, int):
+            given = {} if implementation is None else {"implementation": implementation}
+            config = self.config_class(hidden_dim, input_dim, max_wavelength, **given)
+        else:
+            config = self.config_class.of(hidden_dim)
+        self.hidden_dim = config.hidden_dim
+        self.input_dim = config.input_dim
+        self.max_wavelength = config.max_wavelength
+        self.implementation = config.implementation
+        left_over = self.hidden_dim % self.input_dim
+        self.padding = left_over + self.input_dim * (self.hidden_dim // self.input_dim % 2)
+        width = (self.hidden_dim - self.padding) // self.input_dim
+        if width <= 0:
+            raise ValueError(
+                f"Effective hidden dimension per wave must be > 0, got {width} for {self.hidden_dim} channels "
+                f"and {self.input_dim} axes"
+            )
+        self.register_buffer("omega", self.max_wavelength ** -(torch.arange(0, width, 2, dtype=torch.float32) / width))
+
+    def forward(self, coords: Tensor) -> Tensor | tuple[Tensor, ...]:
+        """Computes the rotations of tokens.
+
+        Args:
+            coords: ``(..., input_dim)``, any real values; taken in fp32, also under autocast.
+
+        Returns:
+            Complex64 ``(..., hidden_dim / 2)`` of magnitude one. For ``"real"``, a tuple of angles ``(..., e)``, one
+            per axis.
+
+        Raises:
+            AssertionError: If the last dim of ``coords`` is not ``input_dim``, or the channels left over are odd.
+            NotImplementedError: If ``implementation`` is ``"real"`` and ``coords`` is not of rank 2 or 3.
+        """
+        if coords.shape[-1] != self.input_dim:
+            raise AssertionError(f"coords: expected {self.input_dim} axes in the last dim, got {tuple(coords.shape)}")
+        with torch.autocast(coords.device.type, enabled=False):
+            angles = coords.float().unsqueeze(-1) * self.omega
+            if self.implementation == "real":
+                return self._angles_per_axis(angles)
+            if self.padding % 2:
+                raise AssertionError(f"hidden_dim: {self.hidden_dim} leaves an odd number of channels, {self.padding}")
+            angles = nn.functional.pad(angles.flatten(-2), (0, self.padding // 2))
+            return torch.polar(torch.ones_like(angles), angles)
+
+    def _angles_per_axis(self, angles: Tensor) -> tuple[Tensor, ...]:
+        if angles.ndim not in (3, 4):
+            raise NotImplementedError(f"coords: the real form takes rank 2 or 3, got rank {angles.ndim - 1}")
+        return torch.cat((angles, angles), -1).unbind(-2)
+
+    def _apply(self, fn: Any, recurse: bool = True) -> RopeFrequency:
+        # NOTE: 16-bit frequencies would be wrong by whole turns at coordinates of a thousand, so that casting a model
+        # must leave them alone; moving it to another device must not.
+        omega = self.omega
+        super()._apply(fn, recurse)
+        if self.omega.dtype != omega.dtype:
+            self.omega = omega.to(self.omega.device)
+        return self
+
+    def extra_repr(self) -> str:
+        return f"hidden_dim={self.hidden_dim}, input_dim={self.input_dim}, max_wavelength={self.max_wavelength}"
