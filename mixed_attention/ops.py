@@ -44,12 +44,15 @@ def has_kernels(device_type: str) -> bool:
     """Whether this build has kernels for a type of device (``"cpu"``, ``"cuda"``, ...)."""
     if _C is None:
         return False
-    return torch._C._dispatch_has_kernel_for_dispatch_key("mixed_attention::forward", device_type.upper())
+    key = torch._C._dispatch_key_for_device(device_type)
+    return torch._C._dispatch_has_kernel_for_dispatch_key("mixed_attention::forward", key)
 
 
 def needs_composite(*tensors: Tensor | None) -> bool:
     """Whether a transform is active that only a composition of framework operators answers rightly."""
     if torch._C._functorch.peek_interpreter_stack() is not None:
+        return True
+    if any(t is not None and torch._C._functorch.is_legacy_batchedtensor(t) for t in tensors):  # is_grads_batched
         return True
     if forward_ad._current_level < 0:
         return False
@@ -202,8 +205,8 @@ def rotate_composite(x: Tensor, pairs: Tensor, conjugate: bool) -> Tensor:
     """:func:`rotate` in framework operators, with the frequencies of :func:`real_freqs`."""
     cos, sin = pairs[..., 0].unsqueeze(2), pairs[..., 1].unsqueeze(2)
     sin = -sin if conjugate else sin
-    even, odd = x.to(pairs.dtype).unflatten(-1, (-1, 2)).unbind(-1)
-    return torch.stack((even * cos - odd * sin, even * sin + odd * cos), -1).flatten(-2).to(x.dtype)
+    even, odd = x.to(pairs.dtype).reshape(*x.shape[:-1], x.shape[-1] // 2, 2).unbind(-1)
+    return torch.stack((even * cos - odd * sin, even * sin + odd * cos), -1).reshape(x.shape).to(x.dtype)
 
 
 class _Rotate(torch.autograd.Function):
