@@ -1,6 +1,7 @@
 // Registers the operators with torch's dispatcher and names the module. Fakes and derivatives: mixed_attention/ops.py.
 #include <torch/csrc/utils/pybind.h>
 #include <torch/library.h>
+#include <torch/version.h>
 
 #include "cpu/launch.h"
 #include "ops.h"
@@ -29,6 +30,7 @@ TORCH_LIBRARY_IMPL(mixed_attention, CPU, m) {
 
 PYBIND11_MODULE(TORCH_EXTENSION_NAME, m) {
   m.doc() = "Compiled part of mixed_attention; its operators live in torch.ops.mixed_attention.";
+  m.attr("build_flags") = "torch " TORCH_VERSION ", compiler " __VERSION__;
   m.def("cpu_instruction_set", &mixed_attention::cpu::instruction_set, "Instruction set of the CPU kernels here.");
   m.def(
       "check_forward",

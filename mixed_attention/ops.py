@@ -40,6 +40,17 @@ def _require_compiled() -> None:
         ) from _import_error
 
 
+def describe_build() -> str:
+    """What the compiled part was built with, or why it is missing; for people to read."""
+    return f"missing: {_import_error}" if _C is None else f"{_C.build_flags}, {_C.__file__}"
+
+
+def cpu_instruction_set() -> str:
+    """Instruction set of the CPU kernels on this machine: ``"AVX512"``, ``"AVX2"`` or ``"portable"``."""
+    _require_compiled()
+    return _C.cpu_instruction_set()
+
+
 def has_kernels(device_type: str) -> bool:
     """Whether this build has kernels for a type of device (``"cpu"``, ``"cuda"``, ...)."""
     if _C is None:

@@ -1,0 +1,79 @@
+"""``python -m mixed_attention``: versions, build, and which kernels this machine will use, or why it will not."""
+
+from __future__ import annotations
+
+import platform
+import sys
+from collections.abc import Iterator
+from importlib.metadata import PackageNotFoundError, version
+
+import torch
+
+from mixed_attention import ops
+from mixed_attention.plan import AttentionPlan
+from mixed_attention.spec import AttentionPattern, TokenSpec
+
+_DTYPES = (torch.float32, torch.float64, torch.bfloat16, torch.float16)
+
+
+def report() -> str:
+    """What this installation is and what it will run, as text."""
+    return "\n".join([*_versions(), *_cpu(), *_cuda()])
+
+
+def _versions() -> Iterator[str]:
+    try:
+        package = version("mixed_attention")
+    except PackageNotFoundError:
+        package = "(not installed, run from a checkout)"
+    yield f"mixed_attention  {package}"
+    yield f"python           {platform.python_version()}, {platform.system()} {platform.machine()}"
+    yield f"torch            {torch.__version__}, CUDA {torch.version.cuda or 'none'}"
+    yield f"compiled part    {ops.describe_build()}"
+
+
+def _cpu() -> Iterator[str]:
+    if not ops.has_kernels("cpu"):
+        yield "CPU              none: the compiled part is missing"
+        return
+    chosen = ops.cpu_instruction_set()
+    yield f"CPU              {chosen} kernels, {torch.get_num_threads()} threads"
+    better = ("AVX512", "AVX2")
+    for name in better[: better.index(chosen)] if chosen in better else better:
+        yield f"  {name:14s} not used: this processor does not offer it"
+    yield from _serves(torch.device("cpu"))
+
+
+def _cuda() -> Iterator[str]:
+    if torch.version.cuda is None:
+        yield "CUDA             not used: this torch was built without CUDA"
+    elif not torch.cuda.is_available():
+        yield "CUDA             not used: torch finds no GPU"
+    elif not ops.has_kernels("cuda"):
+        yield "CUDA             not used: built without CUDA kernels; rebuild with MIXED_ATTENTION_CUDA=1"
+    else:
+        for index in range(torch.cuda.device_count()):
+            major, minor = torch.cuda.get_device_capability(index)
+            yield f"CUDA {index}           {torch.cuda.get_device_name(index)}, sm_{major}{minor}"
+            yield from _serves(torch.device("cuda", index))
+
+
+def _serves(device: torch.device) -> Iterator[str]:
+    """Tries every dtype on a problem of a few tokens, forward and backward."""
+    for dtype in _DTYPES:
+        yield f"  {str(dtype).removeprefix('torch.'):14s} {_try(device, dtype)}"
+
+
+def _try(device: torch.device, dtype: torch.dtype) -> str:
+    plan = AttentionPlan.compile([TokenSpec("tokens", 4)], [AttentionPattern(["tokens"], ["tokens"])])
+    q = torch.ones(1, 4, 1, 64, dtype=dtype, device=device, requires_grad=True)
+    try:
+        ops.attention(q, q, q, plan).sum().backward()
+    except (RuntimeError, ValueError, NotImplementedError) as error:
+        return f"refused: {str(error).splitlines()[0]}"
+    return "forward, backward"
+
+
+if __name__ == "__main__":
+    print(report())
+    sys.exit(0 if ops.is_compiled() else 1)
