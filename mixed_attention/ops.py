@@ -216,8 +216,13 @@ def rotate_composite(x: Tensor, pairs: Tensor, conjugate: bool) -> Tensor:
     """:func:`rotate` in framework operators, with the frequencies of :func:`real_freqs`."""
     cos, sin = pairs[..., 0].unsqueeze(2), pairs[..., 1].unsqueeze(2)
     sin = -sin if conjugate else sin
-    even, odd = x.to(pairs.dtype).reshape(*x.shape[:-1], x.shape[-1] // 2, 2).unbind(-1)
+    even, odd = _even_odd(x, pairs.dtype)
     return torch.stack((even * cos - odd * sin, even * sin + odd * cos), -1).reshape(x.shape).to(x.dtype)
+
+
+def _even_odd(x: Tensor, dtype: torch.dtype) -> tuple[Tensor, ...]:
+    # NOTE: reshape instead of unflatten, which has no batching rule under is_grads_batched.
+    return x.to(dtype).reshape(*x.shape[:-1], x.shape[-1] // 2, 2).unbind(-1)
 
 
 class _Rotate(torch.autograd.Function):
@@ -241,8 +246,8 @@ class _Rotate(torch.autograd.Function):
 
 def _freqs_grad(x: Tensor, dout: Tensor, pairs: Tensor, conjugate: bool) -> Tensor:
     """conj(x) * dout, summed over what shares a frequency: the heads, and the batch where one sequence serves all."""
-    x_even, x_odd = x.to(pairs.dtype).unflatten(-1, (-1, 2)).unbind(-1)
-    dout_even, dout_odd = dout.to(pairs.dtype).unflatten(-1, (-1, 2)).unbind(-1)
+    x_even, x_odd = _even_odd(x, pairs.dtype)
+    dout_even, dout_odd = _even_odd(dout, pairs.dtype)
     dcos = x_even * dout_even + x_odd * dout_odd
     dsin = x_even * dout_odd - x_odd * dout_even
     return torch.stack((dcos, -dsin if conjugate else dsin), -1).sum(2).sum_to_size(pairs.shape)
