@@ -300,8 +300,6 @@ class MixedAttention(DotProductAttention):
 
 def _as_padding_mask(attention_mask: Any, key_padding_mask: Tensor | None, x: Tensor) -> Tensor:
     """Reads an attention mask as one of keys alone."""
-    if key_padding_mask is not None:
-        raise ValueError("attention_mask and key_padding_mask are both given; a padding mask is needed once")
     is_padding_mask = (
         isinstance(attention_mask, Tensor)
         and attention_mask.dtype == torch.bool
@@ -314,6 +312,8 @@ def _as_padding_mask(attention_mask: Any, key_padding_mask: Tensor | None, x: Te
             "Attention masks are not supported: say who attends to whom with attention_patterns, and mask padding with "
             "a boolean key_padding_mask (batch_size, n_tokens), True = real token"
         )
+    if key_padding_mask is not None:
+        raise ValueError("attention_mask and key_padding_mask are both given; a padding mask is needed once")
     return attention_mask
 
 

@@ -1,0 +1,106 @@
+"""What the package says about itself, and how it behaves without its compiled part and its extras."""
+
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+
+import mixed_attention as ma
+from layers import CROSS, SELF, Scene
+from mixed_attention import __main__ as main
+from mixed_attention import ops
+
+ROOT = Path(__file__).parents[1]
+
+
+def run(code_or_module, *, module=False):
+    arguments = ["-m", code_or_module] if module else ["-c", code_or_module]
+    environment = {**os.environ, "PYTHONPATH": str(ROOT)}
+    return subprocess.run([sys.executable, *arguments], capture_output=True, text=True, env=environment, check=False)
+
+
+def test_report_of_this_machine():
+    result = run("mixed_attention", module=True)
+    assert result.returncode == 0, result.stderr
+    for fact in (torch.__version__, ops.cpu_instruction_set(), "float32", "bfloat16", "forward, backward", "CUDA"):
+        assert fact in result.stdout
+
+
+def test_report_says_why_something_is_refused(monkeypatch):
+    def refuse(q, *_):
+        raise NotImplementedError("no kernel for this dtype\nand more")
+
+    monkeypatch.setattr(ops, "attention", refuse)
+    assert "refused: no kernel for this dtype" in main.report()
+    monkeypatch.setattr(ops, "has_kernels", lambda device: False)
+    assert "none: the compiled part is missing" in main.report()
+    monkeypatch.setattr(torch.version, "cuda", "13.0")
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
+    assert "not used: torch finds no GPU" in main.report()
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    assert "rebuild with MIXED_ATTENTION_CUDA=1" in main.report()
+    monkeypatch.setattr(torch.version, "cuda", None)
+    assert "this torch was built without CUDA" in main.report()
+
+
+WITHOUT_COMPILED_PART = """
+import sys
+sys.modules["mixed_attention._C"] = None
+import torch
+import mixed_attention as ma
+specs = [ma.TokenSpec("a", 3), ma.TokenSpec("b", 2)]
+patterns = [ma.AttentionPattern(["a", "b"], ["a"])]
+plan = ma.AttentionPlan.compile(specs, patterns)
+x, freqs = torch.randn(1, 5, 16), ma.RopeFrequency(8, 2)(torch.rand(1, 5, 2))
+layer = ma.MixedAttention(dict(dim=16, num_heads=2, use_rope=True, parallel=False))
+print(layer(x, specs, patterns, freqs=freqs).shape)
+layer.parallel = True
+for call in (lambda: ma.attention(x[:, :, None], x[:, :, None], x[:, :, None], plan), lambda: layer(x, specs, patterns, freqs=freqs)):
+    try:
+        call()
+    except ImportError as error:
+        print(error)
+"""
+
+
+def test_without_the_compiled_part_everything_imports_and_the_reference_runs():
+    result = run(WITHOUT_COMPILED_PART)
+    assert result.returncode == 0, result.stderr
+    shape, *messages = result.stdout.splitlines()
+    assert shape == "torch.Size([1, 5, 16])"
+    assert len(messages) == 2
+    assert all("compiled part of mixed_attention is missing" in message for message in messages)
+
+
+def test_every_public_name_exists_and_is_documented():
+    for name in ma.__all__:
+        assert getattr(ma, name).__doc__, name
+    for name in ma.noether.__all__:
+        assert getattr(ma.noether, name).__doc__, name
+
+
+@pytest.mark.parametrize("suffix", ["png", "svg"])
+def test_picture_of_a_plan(tmp_path, suffix):
+    plan = ma.AttentionPlan.compile(SELF.specs, SELF.patterns)
+    path = tmp_path / f"mask.{suffix}"
+    plan.plot(path)
+    plan.plot(str(path))
+    assert path.stat().st_size > 1000
+
+
+def test_picture_differs_with_the_plan(tmp_path):
+    pictures = []
+    for scene in (SELF, CROSS, Scene({"only": 0}, [(["only"], ["only"])])):
+        path = tmp_path / "mask.png"
+        ma.AttentionPlan.compile(scene.specs, scene.patterns).plot(path)
+        pictures.append(path.read_bytes())
+    assert len(set(pictures)) == 3
+
+
+def test_picture_without_matplotlib_names_the_extra(tmp_path, monkeypatch):
+    monkeypatch.setitem(sys.modules, "matplotlib.figure", None)
+    with pytest.raises(ImportError, match=r"`plot` extra .* pip install 'mixed_attention\[plot\]'"):
+        ma.AttentionPlan.compile(SELF.specs, SELF.patterns).plot(tmp_path / "mask.png")
