@@ -10,6 +10,8 @@ The only module that imports ``_C``.
 
 from __future__ import annotations
 
+from functools import lru_cache
+
 import torch
 from torch import Tensor
 from torch.autograd import forward_ad
@@ -51,6 +53,7 @@ def cpu_instruction_set() -> str:
     return _C.cpu_instruction_set()
 
 
+@lru_cache(maxsize=None)
 def has_kernels(device_type: str) -> bool:
     """Whether this build has kernels for a type of device (``"cpu"``, ``"cuda"``, ...)."""
     if _C is None:

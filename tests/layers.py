@@ -107,11 +107,11 @@ def oracle(
     return core.proj(out.transpose(1, 2).flatten(2))
 
 
-def gradients(out: Tensor, wanted: Sequence[Tensor]) -> tuple[Tensor, ...]:
+def gradients(out: Tensor, wanted: Sequence[Tensor], *, retain_graph: bool = False) -> tuple[Tensor, ...]:
     """Gradients of a fixed random functional of an output; zeros for what it does not depend on."""
     generator = torch.Generator().manual_seed(3)
     direction = torch.randn(out.shape, generator=generator, dtype=torch.float64).to(out.dtype)
-    return torch.autograd.grad(out, wanted, direction, retain_graph=True, materialize_grads=True)
+    return torch.autograd.grad(out, wanted, direction, retain_graph=retain_graph, materialize_grads=True)
 
 
 def assert_equal_in_fp64(actual, expected) -> None:
