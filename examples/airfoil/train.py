@@ -1,0 +1,100 @@
+"""Training, with a checkpoint after every epoch from which an interrupted run goes on as if nothing had happened."""
+
+from __future__ import annotations
+
+import math
+import os
+from dataclasses import asdict
+from pathlib import Path
+
+import torch
+from torch import Tensor
+from tqdm import tqdm
+
+from examples.airfoil.data import Batch, Flows, epoch_of_batches
+from examples.airfoil.model import AirfoilSurrogate
+from examples.airfoil.settings import Settings
+
+
+class Training:
+    """A model and all else that its next step depends on.
+
+    Args:
+        settings: What to do.
+        device: Where the model is.
+
+    Attributes:
+        model: The surrogate, with seeded initial weights.
+        epoch: How many epochs are done.
+    """
+
+    def __init__(self, settings: Settings, device: torch.device) -> None:
+        torch.manual_seed(settings.seed)
+        self.settings = settings
+        self.model = AirfoilSurrogate().to(device)
+        self.optimizer = torch.optim.AdamW(self.model.parameters(), lr=settings.learning_rate, betas=(0.9, 0.95))
+        self.generator = torch.Generator().manual_seed(settings.seed)
+        self.epoch = 0
+
+    def run(self, flows: Flows, checkpoint: Path) -> None:
+        """Trains on flows, on the device of the model, until all epochs are done; saves after each."""
+        steps_per_epoch = len(flows) // self.settings.batch_size
+        steps = self.settings.epochs * steps_per_epoch
+        with tqdm(total=steps, initial=self.epoch * steps_per_epoch, unit="step", desc="training") as bar:
+            while self.epoch < self.settings.epochs:
+                for batch in epoch_of_batches(flows, self.settings, self.generator):
+                    loss = self.step(batch, bar.n / steps)
+                    bar.set_postfix(loss=f"{loss:.4f}", refresh=False)
+                    bar.update()
+                self.epoch += 1
+                self.save(checkpoint)
+
+    def step(self, batch: Batch, progress: float) -> float:
+        """Takes one step down the sum of both branches' squared relative errors, and returns that.
+
+        The learning rate rises for a twentieth of the steps and then falls like a cosine; ``progress`` is in [0, 1].
+        """
+        predicted = self.model(batch.groups, batch.stream)
+        loss = sum(relative_error(predicted[branch], target) ** 2 for branch, target in batch.targets.items())
+        self.optimizer.zero_grad()
+        loss.backward()
+        torch.nn.utils.clip_grad_norm_(self.model.parameters(), 1.0)
+        share = min(20 * progress + 0.01, (1 + math.cos(math.pi * progress)) / 2)
+        for group in self.optimizer.param_groups:
+            group["lr"] = share * self.settings.learning_rate
+        self.optimizer.step()
+        return loss.item()
+
+    def save(self, path: Path) -> None:
+        """Writes a checkpoint. Whenever this is interrupted the file is whole: the old one or the new one."""
+        state = {
+            "settings": asdict(self.settings),
+            "epoch": self.epoch,
+            "model": self.model.state_dict(),
+            "optimizer": self.optimizer.state_dict(),
+            "generator": self.generator.get_state(),
+        }
+        path.parent.mkdir(parents=True, exist_ok=True)
+        unfinished = path.with_suffix(".unfinished")
+        torch.save(state, unfinished)
+        os.replace(unfinished, path)
+
+    def load(self, path: Path) -> None:
+        """Goes back to a checkpoint.
+
+        Raises:
+            ValueError: If it comes from other settings.
+        """
+        state = torch.load(path, map_location="cpu", weights_only=True)
+        differing = dict(state["settings"].items() - asdict(self.settings).items())
+        if differing:
+            raise ValueError(f"{path} was trained with {differing}; train as it was, or start anew with --restart")
+        self.model.load_state_dict(state["model"])
+        self.optimizer.load_state_dict(state["optimizer"])
+        self.generator.set_state(state["generator"])
+        self.epoch = state["epoch"]
+
+
+def relative_error(predicted: Tensor, target: Tensor) -> Tensor:
+    """The L2 norm of the error over that of the target."""
+    return (predicted - target).norm() / target.norm()
