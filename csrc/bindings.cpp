@@ -1,10 +1,31 @@
 // Registers the operators with torch's dispatcher and names the module. Fakes and derivatives: mixed_attention/ops.py.
+#include <ATen/core/LegacyTypeDispatch.h>
+#include <ATen/core/dispatch/Dispatcher.h>
+#include <c10/core/GradMode.h>
 #include <torch/csrc/utils/pybind.h>
 #include <torch/library.h>
 #include <torch/version.h>
 
 #include "cpu/launch.h"
 #include "ops.h"
+
+namespace {
+
+// Stands before operators whose results are not differentiable: refuses to be asked for a derivative instead of
+// answering zero.
+void refuse_derivatives(const c10::OperatorHandle& op, c10::DispatchKeySet keys, torch::jit::Stack* stack) {
+  for (const c10::IValue& argument : torch::jit::last(*stack, op.schema().arguments().size())) {
+    if (!argument.isTensor()) continue;
+    const at::Tensor& tensor = argument.toTensor();
+    TORCH_CHECK_NOT_IMPLEMENTED(
+        !(tensor.requires_grad() && c10::GradMode::is_enabled()) && !tensor._fw_grad(/*level=*/0).defined(),
+        op.schema().name(), " has no derivative; use mixed_attention.attention and mixed_attention.apply_rope, which do");
+  }
+  at::AutoDispatchBelowAutograd guard;
+  op.redispatchBoxed(keys & c10::after_autograd_keyset, stack);
+}
+
+}  // namespace
 
 TORCH_LIBRARY(mixed_attention, m) {
   m.def(
@@ -26,6 +47,12 @@ TORCH_LIBRARY_IMPL(mixed_attention, CPU, m) {
   m.impl("backward", &mixed_attention::backward);
   m.impl("backward_out", &mixed_attention::backward_out);
   m.impl("rope_out", &mixed_attention::rope_out);
+}
+
+TORCH_LIBRARY_IMPL(mixed_attention, Autograd, m) {
+  for (const char* name : {"backward", "backward_out", "rope_out"}) {
+    m.impl(name, torch::CppFunction::makeFromBoxedFunction<&refuse_derivatives>());
+  }
 }
 
 PYBIND11_MODULE(TORCH_EXTENSION_NAME, m) {

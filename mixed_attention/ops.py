@@ -1,23 +1,24 @@
 """``attention`` and ``rotate``: the compiled operators, their fakes and derivatives, and the choice of path.
 
-Compiling: the registered operator. A functorch transform, a forward-mode level or a second derivative: the
-reference, a composition of framework operators that is closed under every transform. Plain eager: an autograd
-function over the operator. Nothing else may answer, because a plain custom operator would answer some transforms
-with silent zeros.
+A functorch transform, a forward-mode level or a second derivative: the reference, a composition of framework
+operators that is closed under every transform. Otherwise: an autograd function over the kernels. Nothing else may
+answer, because a plain custom operator would answer some transforms with silent zeros. The registered operator makes
+the same choice by itself, since the compiler traces transforms too and then nobody but the operator meets them.
 
 The only module that imports ``_C``.
 """
 
 from __future__ import annotations
 
-from functools import lru_cache
+from collections.abc import Iterator, Sequence
+from functools import cache
 
 import torch
 from torch import Tensor
 from torch.autograd import forward_ad
 
 from mixed_attention import reference
-from mixed_attention.plan import AttentionPlan
+from mixed_attention.plan import AttentionPlan, QuerySegment
 
 try:
     from mixed_attention import _C
@@ -53,7 +54,7 @@ def cpu_instruction_set() -> str:
     return _C.cpu_instruction_set()
 
 
-@lru_cache(maxsize=None)
+@cache
 def has_kernels(device_type: str) -> bool:
     """Whether this build has kernels for a type of device (``"cpu"``, ``"cuda"``, ...)."""
     if _C is None:
@@ -114,14 +115,8 @@ def attention(
         dtype = torch.get_autocast_dtype(q.device.type)
         q, k, v = (t.to(dtype) if t.dtype == torch.float32 else t for t in (q, k, v))
     seed = draw_seed(q.device) if dropout_p > 0 else None
-    if torch.compiler.is_compiling():
-        out, lse = torch.ops.mixed_attention.forward(
-            q, k, v, plan.flat(), scale, key_padding_mask, dropout_p, seed
-        )
-    elif needs_composite(q, k, v):
-        out, lse = _composite(q, k, v, plan, scale, key_padding_mask, dropout_p, seed)
-    else:
-        out, lse = _Attention.apply(q, k, v, plan, scale, key_padding_mask, dropout_p, seed)
+    forward = torch.ops.mixed_attention.forward if torch.compiler.is_compiling() else _forward
+    out, lse = forward(q, k, v, plan.flat(), scale, key_padding_mask, dropout_p, seed)
     return (out, lse) if return_lse else out
 
 
@@ -160,29 +155,43 @@ def draw_seed(device: torch.device) -> Tensor:
     return torch.randint(-(2**63), 2**63 - 1, (1,), dtype=torch.int64, device=device)
 
 
-def _composite(q, k, v, plan, scale, key_padding_mask, dropout_p, seed):
-    if not torch.compiler.is_compiling():
-        _C.check_forward(q, k, v, plan.flat(), key_padding_mask, dropout_p)
-    out, lse = reference.attention(
-        q,
-        k,
-        v,
-        plan,
-        softmax_scale=scale,
-        key_padding_mask=key_padding_mask,
-        dropout_p=dropout_p,
-        dropout_seed=seed,
-        return_lse=True,
-    )
+def _forward(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    segments: Sequence[int],
+    softmax_scale: float,
+    key_padding_mask: Tensor | None = None,
+    dropout_p: float = 0.0,
+    dropout_seed: Tensor | None = None,
+) -> tuple[Tensor, Tensor]:
+    """The choice of path: what eager calls run, and the operator where derivatives may be asked for."""
+    path = _composite if needs_composite(q, k, v) else _Attention.apply
+    return path(q, k, v, segments, softmax_scale, key_padding_mask, dropout_p, dropout_seed)
+
+
+def _composite(q, k, v, segments, scale, key_padding_mask, dropout_p, seed):
+    if not any(isinstance(n, torch.SymInt) for n in (*segments, *q.shape, *k.shape, *v.shape)):
+        _C.check_forward(q, k, v, segments, key_padding_mask, dropout_p)
+    out, lse = reference.attend(q, k, v, _query_segments(segments), scale, key_padding_mask, dropout_p, seed)
     return out, lse if q.dtype == torch.float64 else lse.float()
+
+
+def _query_segments(flat: Sequence[int]) -> Iterator[QuerySegment]:
+    """The inverse of :meth:`AttentionPlan.flat`, but that it knows of no patterns: each segment counts as its own."""
+    numbers = iter(flat)
+    for index, start in enumerate(numbers):
+        end, num_ranges = next(numbers), next(numbers)
+        yield QuerySegment(start, end, tuple((next(numbers), next(numbers)) for _ in range(num_ranges)), index)
 
 
 class _Attention(torch.autograd.Function):
     @staticmethod
-    def forward(ctx, q, k, v, plan, scale, key_padding_mask, dropout_p, seed):
-        out, lse = torch.ops.mixed_attention.forward(q, k, v, plan.flat(), scale, key_padding_mask, dropout_p, seed)
+    def forward(ctx, q, k, v, segments, scale, key_padding_mask, dropout_p, seed):
+        with torch._C._AutoDispatchBelowAutograd():
+            out, lse = torch.ops.mixed_attention.forward(q, k, v, segments, scale, key_padding_mask, dropout_p, seed)
         ctx.save_for_backward(q, k, v, out, lse, key_padding_mask, seed)
-        ctx.plan, ctx.scale, ctx.dropout_p = plan, scale, dropout_p
+        ctx.segments, ctx.scale, ctx.dropout_p = segments, scale, dropout_p
         ctx.set_materialize_grads(False)
         return out, lse
 
@@ -190,15 +199,16 @@ class _Attention(torch.autograd.Function):
     def backward(ctx, dout, dlse):
         q, k, v, out, lse, key_padding_mask, seed = ctx.saved_tensors
         dout = torch.zeros_like(out) if dout is None else dout
+        arguments = ctx.segments, ctx.scale, key_padding_mask, ctx.dropout_p, seed
         if torch.is_grad_enabled() or needs_composite(dout, dlse, q, k, v):
-            grads = _backward_composite(
-                (q, k, v), (dout, dlse), ctx.needs_input_grad, (ctx.plan, ctx.scale, key_padding_mask, ctx.dropout_p, seed)
-            )
+            grads = _backward_composite((q, k, v), (dout, dlse), ctx.needs_input_grad, arguments)
         else:
-            grads = torch.ops.mixed_attention.backward(
-                dout, dlse, q, k, v, out, lse, ctx.plan.flat(), ctx.scale, key_padding_mask, ctx.dropout_p, seed
-            )
+            grads = torch.ops.mixed_attention.backward(dout, dlse, q, k, v, out, lse, *arguments)
         return *grads, None, None, None, None, None
+
+    @staticmethod
+    def jvp(ctx, *_):  # only a dual level opened inside a compiled function leads here
+        raise NotImplementedError("compiled forward-mode derivatives of attention: use torch.func.jvp")
 
 
 def _backward_composite(inputs, grads_out, needs_grad, arguments):
@@ -277,18 +287,5 @@ if _C is not None:
     def _rope_out_fake(x, freqs, conjugate, out):
         return None
 
-    def _setup_context(ctx, inputs, output):
-        q, k, v, segments, scale, key_padding_mask, dropout_p, seed = inputs
-        ctx.save_for_backward(q, k, v, *output, key_padding_mask, seed)
-        ctx.segments, ctx.scale, ctx.dropout_p = segments, scale, dropout_p
-        ctx.set_materialize_grads(False)
-
-    def _backward(ctx, dout, dlse):
-        q, k, v, out, lse, key_padding_mask, seed = ctx.saved_tensors
-        dout = torch.zeros_like(out) if dout is None else dout
-        grads = torch.ops.mixed_attention.backward(
-            dout, dlse, q, k, v, out, lse, ctx.segments, ctx.scale, key_padding_mask, ctx.dropout_p, seed
-        )
-        return *grads, None, None, None, None, None
-
-    torch.library.register_autograd("mixed_attention::forward", _backward, setup_context=_setup_context)
+    _library = torch.library.Library("mixed_attention", "IMPL")  # holds the registration as long as it lives
+    _library.impl("forward", _forward, "Autograd")

@@ -2,9 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Collection, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
-from functools import lru_cache
+from functools import lru_cache, partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Protocol
 
@@ -127,13 +127,10 @@ class AttentionPlan:
 
     def _key_segments(self) -> Iterator[KeySegment]:
         placed = [group for group in self.groups if group.key_start is not None]
-        for run in _runs(placed, lambda a, b: sorted(a.readers) == sorted(b.readers)):
-            readers = run[0].readers
-            yield KeySegment(
-                start=run[0].key_start,
-                end=run[-1].key_start + run[-1].size,
-                query_ranges=tuple((s.start, s.end) for p in sorted(readers) for s in self.query_segments if s.pattern == p),
-            )
+        for run in _runs(placed, lambda group: sorted(group.readers)):
+            readers = sorted(run[0].readers)
+            queries = tuple((s.start, s.end) for p in readers for s in self.query_segments if s.pattern == p)
+            yield KeySegment(*_key_rows(run), query_ranges=queries)
 
     def flat(self) -> list[int]:
         """The plan as the operator takes it: per segment ``start, end, number of ranges, start, end, start, end…``."""
@@ -176,16 +173,30 @@ class AttentionPlan:
         plot_plan(self, Path(path))
 
 
-def _runs(groups, alike):
-    """Splits neighbours into maximal runs of groups that are alike."""
+def _runs(groups: Iterable[Group], key: Callable[[Group], object]) -> Iterator[list[Group]]:
+    """Splits neighbours into maximal runs of groups with equal keys."""
     run: list[Group] = []
     for group in groups:
-        if run and not alike(run[-1], group):
+        if run and key(run[-1]) != key(group):
             yield run
             run = []
         run.append(group)
     if run:
         yield run
+
+
+def _key_rows(run: list[Group]) -> tuple[int, int]:
+    """The rows of k and v that neighbouring groups take."""
+    start, last_start = run[0].key_start, run[-1].key_start
+    assert start is not None and last_start is not None, "only groups with a place among the keys make runs"
+    return start, last_start + run[-1].size
+
+
+def _query_segment(run: list[Group], key_ranges: list[tuple[tuple[int, int], ...]]) -> QuerySegment:
+    """Neighbouring groups of one pattern, with what the pattern reads."""
+    start, last_start, pattern = run[0].query_start, run[-1].query_start, run[0].pattern
+    assert start is not None and last_start is not None and pattern is not None, "only groups that ask make runs"
+    return QuerySegment(start, last_start + run[-1].size, key_ranges[pattern], pattern)
 
 
 def _check(names: tuple[str, ...], patterns: tuple[tuple[tuple[str, ...], tuple[str, ...]], ...]) -> None:
@@ -213,17 +224,22 @@ def _check(names: tuple[str, ...], patterns: tuple[tuple[tuple[str, ...], tuple[
             raise ValueError(f"token_specs: the name {name!r} stands more than once; group names must be unique")
 
 
-def _compile(names, present, sizes, patterns, skip_unread_keys) -> AttentionPlan:
+def _compile(
+    names: tuple[str, ...],
+    present: tuple[bool, ...],
+    sizes: tuple[int | None, ...],
+    patterns: tuple[tuple[tuple[str, ...], tuple[str, ...]], ...],
+    skip_unread_keys: bool,
+) -> AttentionPlan:
     # Branches only on names and positions, never on a size: sizes stay symbolic under torch.compile, and a change
     # of sizes needs no new compilation. An empty group is a range of length zero.
     _check(names, patterns)
-    for name, size in zip(names, sizes):
-        if size is None:
-            raise ValueError(f"token group {name!r} has size None and no entry in `cached` gives its number of keys")
     pattern_of = {name: index for index, (query_names, _) in enumerate(patterns) for name in query_names}
     groups = []
     num_queries, num_keys = 0, 0
     for name, size, is_present in zip(names, sizes, present):
+        if size is None:
+            raise ValueError(f"token group {name!r} has size None and no entry in `cached` gives its number of keys")
         readers = tuple(i for i, (_, key_names) in enumerate(patterns) for key in key_names if key == name)
         has_keys = bool(readers) or not skip_unread_keys
         groups.append(
@@ -240,15 +256,7 @@ def _compile(names, present, sizes, patterns, skip_unread_keys) -> AttentionPlan
         num_keys = num_keys + size if has_keys else num_keys
     key_ranges = [_key_ranges(groups, index) for index in range(len(patterns))]
     asking = [group for group in groups if group.query_start is not None]
-    segments = tuple(
-        QuerySegment(
-            start=run[0].query_start,
-            end=run[-1].query_start + run[-1].size,
-            key_ranges=key_ranges[run[0].pattern],
-            pattern=run[0].pattern,
-        )
-        for run in _runs(asking, lambda a, b: a.pattern == b.pattern)
-    )
+    segments = tuple(_query_segment(run, key_ranges) for run in _runs(asking, lambda group: group.pattern))
     return AttentionPlan(tuple(groups), patterns, num_queries, num_keys, segments)
 
 
@@ -259,13 +267,16 @@ _compile_cached = lru_cache(maxsize=4096)(_compile)
 def _key_ranges(groups: list[Group], pattern: int) -> tuple[tuple[int, int], ...]:
     """The ranges that a pattern reads, neighbouring groups merged. A k-th listing of a group goes to a k-th layer
     of ranges, so that keys listed twice are visited twice."""
-    ranges = []
+    ranges: list[tuple[int, int]] = []
     placed = [group for group in groups if group.key_start is not None]
     for layer in range(max(group.readers.count(pattern) for group in placed)):
-        for run in _runs(placed, lambda a, b: (a.readers.count(pattern) > layer) == (b.readers.count(pattern) > layer)):
-            if run[0].readers.count(pattern) > layer:
-                ranges.append((run[0].key_start, run[-1].key_start + run[-1].size))
+        is_listed = partial(_is_listed, pattern, layer)
+        ranges += [_key_rows(run) for run in _runs(placed, is_listed) if is_listed(run[0])]
     return tuple(ranges)
+
+
+def _is_listed(pattern: int, layer: int, group: Group) -> bool:
+    return group.readers.count(pattern) > layer
 
 
 def _explain(plan: AttentionPlan) -> Iterator[str]:

@@ -12,7 +12,7 @@ with ``m_ij = 1`` without dropout, and ``keep_ij / (1 - dropout_p)`` with it (:f
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 
 import torch
 from torch import Tensor
@@ -43,37 +43,53 @@ def attention(
     Returns:
         out ``(B, Nq, H, Dv)`` in the dtype of ``q``, and with ``return_lse`` the log-sum-exp ``(B, H, Nq)``.
     """
-    batch_size, _, num_heads, head_dim = q.shape
-    scale = head_dim**-0.5 if softmax_scale is None else softmax_scale
+    scale = q.shape[-1] ** -0.5 if softmax_scale is None else softmax_scale
+    out, lse = attend(q, k, v, plan.query_segments, scale, key_padding_mask, dropout_p, dropout_seed)
+    return (out, lse) if return_lse else out
+
+
+def attend(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    query_segments: Iterable[QuerySegment],
+    softmax_scale: float,
+    key_padding_mask: Tensor | None,
+    dropout_p: float,
+    dropout_seed: Tensor | None,
+) -> tuple[Tensor, Tensor]:
+    """:func:`attention` over the query segments of a plan; always returns both, out and log-sum-exp."""
+    batch_size, _, num_heads, _ = q.shape
     k, v = k.expand(batch_size, -1, -1, -1), v.expand(batch_size, -1, -1, -1)
     if key_padding_mask is not None:
         # Masked keys must not matter even as NaN, neither in the products nor in their derivatives.
         k = torch.where(key_padding_mask[:, :, None, None], k, 0)
         v = torch.where(key_padding_mask[:, :, None, None], v, 0)
     outs, lses = [q.new_empty(batch_size, 0, num_heads, v.shape[-1])], [q.new_empty(batch_size, num_heads, 0)]
-    for segment in plan.query_segments:
+    for segment in query_segments:
         ranges = segment.key_ranges
         q_rows = q[:, segment.start : segment.end]
-        k_rows = torch.cat([k[:, start:end] for start, end in ranges], 1)
-        v_rows = torch.cat([v[:, start:end] for start, end in ranges], 1)
-        s = torch.einsum("bqhd,bkhd->bhqk", q_rows * scale, k_rows)
+        k_rows = torch.cat([k[:, :0], *(k[:, start:end] for start, end in ranges)], 1)
+        v_rows = torch.cat([v[:, :0], *(v[:, start:end] for start, end in ranges)], 1)
+        s = torch.einsum("bqhd,bkhd->bhqk", q_rows * softmax_scale, k_rows)
         if key_padding_mask is not None:
-            real = torch.cat([key_padding_mask[:, start:end] for start, end in ranges], 1)
+            real = torch.cat([key_padding_mask[:, :0], *(key_padding_mask[:, start:end] for start, end in ranges)], 1)
             s = s.masked_fill(~real[:, None, None, :], -torch.inf)
         # The floor keeps the maximum of a row without keys finite, and the two `where` its derivatives.
         s_max = s.detach().amax(-1, keepdim=True).clamp(min=torch.finfo(s.dtype).min) if s.shape[-1] else 0.0
         p = torch.exp(s - s_max)
         p_sum = p.sum(-1, keepdim=True)
-        has_keys = p_sum > 0
+        has_keys = p_sum != 0  # not "> 0": a NaN that a query may see must show
         p_sum = torch.where(has_keys, p_sum, 1)
         p = p / p_sum
         if dropout_p > 0:
+            if dropout_seed is None:
+                raise ValueError("dropout_seed: expected an int64 tensor of shape (1,), got None")
             keep, keep_probability = dropout_keep(segment, batch_size, num_heads, dropout_p, dropout_seed)
             p = p * keep / keep_probability
         outs.append(torch.einsum("bhqk,bkhd->bqhd", p, v_rows))
         lses.append(torch.where(has_keys, s_max + torch.log(p_sum), -torch.inf).squeeze(-1))
-    out, lse = torch.cat(outs, 1), torch.cat(lses, 2)
-    return (out, lse) if return_lse else out
+    return torch.cat(outs, 1), torch.cat(lses, 2)
 
 
 def dropout_keep(
@@ -96,7 +112,7 @@ def dropout_keep(
     threshold = round(65536 * dropout_p)
     rows = torch.arange(segment.start, segment.end, device=device)
     batch_heads = torch.arange(batch_size * num_heads, device=device)
-    keeps = []
+    keeps = [torch.empty(len(batch_heads), len(rows), 0, dtype=torch.bool, device=device)]
     for index, (start, end) in enumerate(segment.key_ranges):
         x = torch.arange(end - start, device=device)
         words = _philox(
@@ -108,9 +124,10 @@ def dropout_keep(
             ),
             (dropout_seed & 0xFFFFFFFF, dropout_seed >> 32 & 0xFFFFFFFF),
         )
-        word = torch.stack(torch.broadcast_tensors(*words)).gather(0, (x % 32 // 8).expand(1, *words[0].shape)).squeeze(0)
+        word_of_key = (x % 32 // 8).expand(1, *words[0].shape)
+        word = torch.stack(torch.broadcast_tensors(*words)).gather(0, word_of_key).squeeze(0)
         keeps.append((word >> x % 2 * 16 & 0xFFFF) >= threshold)
-    keep = torch.cat(keeps, 2).view(batch_size, num_heads, len(rows), -1)
+    keep = torch.cat(keeps, 2).unflatten(0, (batch_size, num_heads))
     return keep, max(1 - threshold / 65536, 0) or 1.0
 
 
