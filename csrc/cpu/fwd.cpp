@@ -1,0 +1,43 @@
+#include <algorithm>
+#include <vector>
+
+#include "cpu/kernels.h"
+#include "cpu/launch.h"
+#include "cpu/workers.h"
+
+namespace mixed_attention::cpu {
+namespace {
+
+// Tiles of query rows, longest first, so that no thread is left with a long one at the end.
+std::vector<FwdTask> fwd_tasks(const FwdParams& params) {
+  std::vector<FwdTask> tasks;
+  for (int64_t batch = 0; batch < params.batch_size; ++batch) {
+    for (int64_t head = 0; head < params.num_heads; ++head) {
+      for (const QuerySegment& segment : params.schedule->query_segments) {
+        int64_t num_keys = 0;
+        for (const Range& keys : segment.keys) num_keys += keys.size();
+        for (int64_t begin = segment.rows.begin; begin < segment.rows.end; begin += kFwdBlockM) {
+          const Range rows{begin, std::min(begin + kFwdBlockM, segment.rows.end)};
+          tasks.push_back({batch, head, rows, segment.keys.data(), static_cast<int64_t>(segment.keys.size()),
+                           rows.size() * num_keys});
+        }
+      }
+    }
+  }
+  std::stable_sort(tasks.begin(), tasks.end(), [](const FwdTask& a, const FwdTask& b) { return a.cost > b.cost; });
+  return tasks;
+}
+
+}  // namespace
+
+void run_fwd(const FwdParams& params) {
+  const AttentionKernels& kernels = selected_instruction_set().kernels[static_cast<int>(params.dtype)];
+  const std::vector<FwdTask> tasks = fwd_tasks(params);
+  int64_t operations = 0;
+  for (const FwdTask& task : tasks) operations += task.cost * (params.head_dim + params.head_dim_v);
+  const int64_t num_tasks = static_cast<int64_t>(tasks.size());
+  for_each_task(params.parallel_for, num_workers(params, num_tasks, operations), num_tasks, fwd_scratch_size(params),
+                [&](int64_t index, void* scratch) { kernels.fwd(params, tasks[index], scratch); });
+}
+
+}  // namespace mixed_attention::cpu

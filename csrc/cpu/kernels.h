@@ -1,0 +1,97 @@
+// What a task of the CPU kernels is, and the table of kernels that one instruction set provides. The task lists are
+// made here at the baseline instruction set; the kernels see plain pointers, so that no code of a newer instruction
+// set can leak into functions shared with older machines.
+#pragma once
+
+#include <cstdint>
+
+#include "params.h"
+#include "schedule.h"
+
+namespace mixed_attention::cpu {
+
+// Rows of a register block of the matrix products; row counts of tiles are rounded up to it.
+inline constexpr int64_t kRowBlock = 6;
+// Columns of packed tiles are rounded up to the widest vector: 16 fp32.
+inline constexpr int64_t kColumnBlock = 16;
+
+// Forward: queries and keys of a tile. Many queries share the packing of a key tile, and a key tile (K, V) stays in L2.
+inline constexpr int64_t kFwdBlockM = 192, kFwdBlockN = 128;
+// Backward: four packed tiles of kBwdBlockN keys and two accumulators, four tiles of kBwdBlockM queries.
+inline constexpr int64_t kBwdBlockM = 96, kBwdBlockN = 192;
+
+constexpr int64_t round_up(int64_t value, int64_t multiple) { return (value + multiple - 1) / multiple * multiple; }
+
+// Query rows of one segment against all keys of that segment, for one batch and head.
+struct FwdTask {
+  int64_t batch, head;
+  Range rows;  // at most kFwdBlockM
+  const Range* keys;
+  int64_t num_key_ranges;
+  int64_t cost;  // scores
+};
+
+// One reading of the keys of a backward task.
+struct Visit {
+  Range queries;
+  int range_index;
+  int64_t range_offset;  // of the task's first key in that range
+  int rank;              // how many tasks add to dq of these queries before this visit
+  bool is_last;          // whether this visit completes dq
+  int64_t first_tile;    // index of the first query tile, kBwdBlockM rows each, among all of a head
+};
+
+// Key rows with everybody who reads them, for one batch and head.
+struct BwdTask {
+  int64_t batch, head;
+  Range keys;  // at most kBwdBlockN
+  const Visit* visits;
+  int64_t num_visits;
+};
+
+// What the backward tasks of a call share. Acc is float, and double for fp64.
+struct BwdShared {
+  const void* delta;    // (batch_size, num_heads, seqlen_q) of Acc: row sums of out * dout, less dlse
+  void* dq_acc;         // sums of dq in Acc, with the strides below: dq itself, or scratch for 16-bit types
+  Strides dq_acc_strides;
+  int* progress;        // per (batch, head, query tile): visits that have added their part to dq
+  int64_t tiles_per_head;
+  void (*wait_until)(const int* progress, int rank);
+};
+
+// A kernel for one element type; scratch is 64-byte aligned, of the size that the scratch functions say.
+struct AttentionKernels {
+  void (*fwd)(const FwdParams&, const FwdTask&, void* scratch);
+  void (*delta)(const BwdParams&, int64_t batch, int64_t head, Range rows, void* delta);
+  void (*bwd)(const BwdParams&, const BwdShared&, const BwdTask&, void* scratch);
+  void (*rope)(const RopeParams&, int64_t batch, Range rows);
+};
+
+struct InstructionSet {
+  const char* name;
+  bool (*is_available)();
+  AttentionKernels kernels[4];  // by DType
+};
+
+extern const InstructionSet kAvx512, kAvx2, kPortable;
+
+// The instruction set of this process: the best that the machine has, or the one that MIXED_ATTENTION_CPU names.
+const InstructionSet& selected_instruction_set();
+
+inline int64_t accumulator_size(DType dtype) { return dtype == DType::kFloat64 ? 8 : 4; }
+
+// Bytes of scratch that one worker needs. The layouts are in simd/fwd_kernel.h and simd/bwd_kernel.h.
+inline int64_t fwd_scratch_size(const AttentionParams& p) {
+  const int64_t d = p.head_dim, dv = round_up(p.head_dim_v, kColumnBlock);
+  const int64_t elements = kFwdBlockM * (d + dv + 1 + kColumnBlock) + kFwdBlockN * (d + dv) + kRowBlock * (kFwdBlockN + 1);
+  return elements * accumulator_size(p.dtype) + kFwdBlockN * 32 + 1024;
+}
+
+inline int64_t bwd_scratch_size(const AttentionParams& p) {
+  const int64_t d = round_up(p.head_dim, kColumnBlock), dv = round_up(p.head_dim_v, kColumnBlock);
+  const int64_t keys = kBwdBlockN * (2 * d + dv + d + dv);
+  const int64_t queries = kBwdBlockM * (d + dv + d + 2 + 2 * kBwdBlockN);
+  return (keys + queries) * accumulator_size(p.dtype) + kBwdBlockN * 32 + 2048;
+}
+
+}  // namespace mixed_attention::cpu

@@ -1,0 +1,70 @@
+// Products of packed tiles: C (rows, columns) from A (rows, depth) and B (depth, columns).
+//
+// A block of kRowBlock rows by up to kBlockVectors vectors of columns stays in registers; elements of A are broadcast,
+// so A may be read along either of its axes, and only B and C need contiguous rows.
+#pragma once
+
+#include "cpu/kernels.h"
+#include "cpu/simd/vec.h"
+
+namespace mixed_attention::cpu::MIXED_ATTENTION_ISA {
+
+// 6 x 4 accumulators where there are 32 registers, 6 x 2 where there are 16.
+inline constexpr int kBlockVectors = MIXED_ATTENTION_VECTOR_REGISTERS >= 32 ? 4 : 2;
+
+enum class Update { kSet, kAdd };
+
+template <class T>
+struct Operand {
+  const T* data;
+  int64_t row_stride, column_stride;
+};
+
+template <class T, int kVectors, Update kUpdate>
+[[gnu::noinline]] void gemm_block(Operand<T> a, const T* b, int64_t b_stride, T* c, int64_t c_stride, int64_t depth) {
+  Vec<T> acc[kRowBlock][kVectors];
+#pragma GCC unroll 8
+  for (int row = 0; row < kRowBlock; ++row) {
+#pragma GCC unroll 4
+    for (int i = 0; i < kVectors; ++i) {
+      acc[row][i] = kUpdate == Update::kAdd ? load(c + row * c_stride + i * kLanes<T>) : Vec<T>{};
+    }
+  }
+  const T* a_column = a.data;
+  for (int64_t k = 0; k < depth; ++k, a_column += a.column_stride, b += b_stride) {
+    Vec<T> b_row[kVectors];
+#pragma GCC unroll 4
+    for (int i = 0; i < kVectors; ++i) b_row[i] = load(b + i * kLanes<T>);
+#pragma GCC unroll 8
+    for (int row = 0; row < kRowBlock; ++row) {
+      const Vec<T> a_element = broadcast(a_column[row * a.row_stride]);
+#pragma GCC unroll 4
+      for (int i = 0; i < kVectors; ++i) acc[row][i] += a_element * b_row[i];
+    }
+  }
+#pragma GCC unroll 8
+  for (int row = 0; row < kRowBlock; ++row) {
+#pragma GCC unroll 4
+    for (int i = 0; i < kVectors; ++i) store(c + row * c_stride + i * kLanes<T>, acc[row][i]);
+  }
+}
+
+// rows is a multiple of kRowBlock, columns of the vector width.
+template <Update kUpdate, class T>
+void gemm(int64_t rows, int64_t columns, int64_t depth, Operand<T> a, const T* b, int64_t b_stride, T* c,
+          int64_t c_stride) {
+  // A block of columns of B stays in L1 while all rows pass.
+  for (int64_t column = 0; column < columns; column += kBlockVectors * kLanes<T>) {
+    const int64_t vectors = (columns - column) / kLanes<T>;
+    const auto block = vectors >= 4   ? gemm_block<T, kBlockVectors, kUpdate>
+                       : vectors == 3 ? gemm_block<T, kBlockVectors < 3 ? kBlockVectors : 3, kUpdate>
+                       : vectors == 2 ? gemm_block<T, 2, kUpdate>
+                                      : gemm_block<T, 1, kUpdate>;
+    for (int64_t row = 0; row < rows; row += kRowBlock) {
+      const Operand<T> a_rows{a.data + row * a.row_stride, a.row_stride, a.column_stride};
+      block(a_rows, b + column, b_stride, c + row * c_stride + column, c_stride, depth);
+    }
+  }
+}
+
+}  // namespace mixed_attention::cpu::MIXED_ATTENTION_ISA

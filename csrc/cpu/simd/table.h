@@ -1,0 +1,20 @@
+// The kernels of the instruction set that this file is compiled for.
+#pragma once
+
+#include "cpu/simd/bwd_kernel.h"
+#include "cpu/simd/fwd_kernel.h"
+#include "cpu/simd/rope_kernel.h"
+
+namespace mixed_attention::cpu::MIXED_ATTENTION_ISA {
+
+template <class Element>
+constexpr AttentionKernels kernels() {
+  return {fwd<Element>, delta<Element>, bwd<Element>, rope<Element>};
+}
+
+// In the order of DType.
+constexpr InstructionSet instruction_set(const char* name, bool (*is_available)()) {
+  return {name, is_available, {kernels<float>(), kernels<double>(), kernels<BFloat16>(), kernels<Float16>()}};
+}
+
+}  // namespace mixed_attention::cpu::MIXED_ATTENTION_ISA
