@@ -19,7 +19,8 @@ void refuse_derivatives(const c10::OperatorHandle& op, c10::DispatchKeySet keys,
     const at::Tensor& tensor = argument.toTensor();
     TORCH_CHECK_NOT_IMPLEMENTED(
         !(tensor.requires_grad() && c10::GradMode::is_enabled()) && !tensor._fw_grad(/*level=*/0).defined(),
-        op.schema().name(), " has no derivative; use mixed_attention.attention and mixed_attention.apply_rope, which do");
+        op.schema().name(),
+        " has no derivative; use mixed_attention.attention and mixed_attention.apply_rope, which do");
   }
   at::AutoDispatchBelowAutograd guard;
   op.redispatchBoxed(keys & c10::after_autograd_keyset, stack);
@@ -62,9 +63,8 @@ PYBIND11_MODULE(TORCH_EXTENSION_NAME, m) {
   m.def(
       "check_forward",
       [](const at::Tensor& q, const at::Tensor& k, const at::Tensor& v, const std::vector<int64_t>& segments,
-         const std::optional<at::Tensor>& key_padding_mask, double dropout_p) {
-        mixed_attention::check_forward(q, k, v, segments, key_padding_mask, dropout_p);
-      },
+         const std::optional<at::Tensor>& key_padding_mask,
+         double dropout_p) { mixed_attention::check_forward(q, k, v, segments, key_padding_mask, dropout_p); },
       py::arg("q"), py::arg("k"), py::arg("v"), py::arg("segments"), py::arg("key_padding_mask"), py::arg("dropout_p"),
       "Throws what the forward operator would throw, without computing.");
 }

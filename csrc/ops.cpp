@@ -100,7 +100,7 @@ struct Call {
 Call prepare(const Tensor& q, const Tensor& k, const Tensor& v, at::IntArrayRef segments,
              const OptionalTensor& key_padding_mask, double dropout_p, const OptionalTensor& dropout_seed) {
   check_inputs(q, k, v, key_padding_mask, dropout_p);
-  Call call{last_dim_contiguous(q), last_dim_contiguous(k), last_dim_contiguous(v), {}, {},
+  Call call{last_dim_contiguous(q),          last_dim_contiguous(k), last_dim_contiguous(v), {}, {},
             checked_schedule(segments, q, k)};
   if (key_padding_mask) call.key_padding_mask = last_dim_contiguous(*key_padding_mask);
   if (dropout_p > 0) {

@@ -32,8 +32,8 @@ struct AttentionParams {
   int64_t key_padding_mask_batch_stride;
 
   double softmax_scale;
-  double dropout_p;              // 0 = none; which weights are kept: reference.py, dropout_keep
-  const int64_t* dropout_seed;   // one word, in the memory of the device; null without dropout
+  double dropout_p;             // 0 = none; which weights are kept: reference.py, dropout_keep
+  const int64_t* dropout_seed;  // one word, in the memory of the device; null without dropout
 
   const Schedule* schedule;
 
@@ -42,8 +42,8 @@ struct AttentionParams {
   int num_threads;
   // CUDA
   int device;
-  void* stream;      // cudaStream_t
-  bool allow_tf32;   // fp32 products may be rounded to TF32
+  void* stream;     // cudaStream_t
+  bool allow_tf32;  // fp32 products may be rounded to TF32
 };
 
 struct FwdParams : AttentionParams {

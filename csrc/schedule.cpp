@@ -10,7 +10,8 @@ namespace {
 [[noreturn]] void fail(const std::string& message) { throw std::invalid_argument("plan: " + message); }
 
 std::string to_string(Range range) {
-  return "[" + std::to_string(range.begin) + ", " + std::to_string(range.end) + ")";
+  std::string text = "[";
+  return text.append(std::to_string(range.begin)).append(", ").append(std::to_string(range.end)).append(")");
 }
 
 std::vector<QuerySegment> parse(const int64_t* flat, size_t length, int64_t seqlen_q, int64_t seqlen_k) {

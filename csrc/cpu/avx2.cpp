@@ -1,5 +1,5 @@
-// The kernels for AVX2 with FMA and F16C. Standard headers stand above the target pragma: their functions are shared with the rest of
-// the program and must not use what an older machine lacks.
+// The kernels for AVX2 with FMA and F16C. Standard headers stand above the target pragma: their functions are shared
+// with the rest of the program and must not use what an older machine lacks.
 #include <cmath>
 #include <cstdint>
 #include <cstring>

@@ -76,8 +76,8 @@ void zero_rows(const BwdParams& params, Range rows) {
     for (int64_t head = 0; head < params.num_heads; ++head) {
       for (int64_t row = rows.begin; row < rows.end; ++row) {
         const Strides& strides = params.dq_strides;
-        char* out = static_cast<char*>(params.dq) +
-                    (batch * strides.batch + head * strides.head + row * strides.row) * size;
+        char* out =
+            static_cast<char*>(params.dq) + (batch * strides.batch + head * strides.head + row * strides.row) * size;
         std::fill_n(out, params.head_dim * size, 0);
       }
     }

@@ -51,10 +51,10 @@ struct BwdTask {
 
 // What the backward tasks of a call share. Acc is float, and double for fp64.
 struct BwdShared {
-  const void* delta;    // (batch_size, num_heads, seqlen_q) of Acc: row sums of out * dout, less dlse
-  void* dq_acc;         // sums of dq in Acc, with the strides below: dq itself, or scratch for 16-bit types
+  const void* delta;  // (batch_size, num_heads, seqlen_q) of Acc: row sums of out * dout, less dlse
+  void* dq_acc;       // sums of dq in Acc, with the strides below: dq itself, or scratch for 16-bit types
   Strides dq_acc_strides;
-  int* progress;        // per (batch, head, query tile): visits that have added their part to dq
+  int* progress;  // per (batch, head, query tile): visits that have added their part to dq
   int64_t tiles_per_head;
   void (*wait_until)(const int* progress, int rank);
 };
@@ -83,7 +83,8 @@ inline int64_t accumulator_size(DType dtype) { return dtype == DType::kFloat64 ?
 // Bytes of scratch that one worker needs. The layouts are in simd/fwd_kernel.h and simd/bwd_kernel.h.
 inline int64_t fwd_scratch_size(const AttentionParams& p) {
   const int64_t d = p.head_dim, dv = round_up(p.head_dim_v, kColumnBlock);
-  const int64_t elements = kFwdBlockM * (d + dv + 1 + kColumnBlock) + kFwdBlockN * (d + dv) + kRowBlock * (kFwdBlockN + 1);
+  const int64_t elements =
+      kFwdBlockM * (d + dv + 1 + kColumnBlock) + kFwdBlockN * (d + dv) + kRowBlock * (kFwdBlockN + 1);
   return elements * accumulator_size(p.dtype) + kFwdBlockN * 32 + 1024;
 }
 

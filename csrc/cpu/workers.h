@@ -48,8 +48,7 @@ void for_each_task(ParallelFor parallel_for, int num_workers, int64_t num_tasks,
   const AlignedMemory scratch = allocate(num_workers * scratch_size);
   Context context{task, num_tasks, scratch_size, 0, scratch.get()};
   if (num_workers == 1) return context.work(0);
-  parallel_for(
-      num_workers, [](int worker, void* context) { static_cast<Context*>(context)->work(worker); }, &context);
+  parallel_for(num_workers, [](int worker, void* context) { static_cast<Context*>(context)->work(worker); }, &context);
 }
 
 }  // namespace mixed_attention::cpu

@@ -65,10 +65,10 @@ class FwdTile {
   }
 
   void load_keys(int64_t count) {
-    const Element* k = static_cast<const Element*>(p_.k) + task_.batch * p_.k_strides.batch +
-                       task_.head * p_.k_strides.head;
-    const Element* v = static_cast<const Element*>(p_.v) + task_.batch * p_.v_strides.batch +
-                       task_.head * p_.v_strides.head;
+    const Element* k =
+        static_cast<const Element*>(p_.k) + task_.batch * p_.k_strides.batch + task_.head * p_.k_strides.head;
+    const Element* v =
+        static_cast<const Element*>(p_.v) + task_.batch * p_.v_strides.batch + task_.head * p_.v_strides.head;
     pack_transposed(k, p_.k_strides.row, keys_, count, p_.head_dim, k_transposed_, kFwdBlockN);
     pack_rows(v, p_.v_strides.row, keys_, count, p_.head_dim_v, v_, width_v_);
   }

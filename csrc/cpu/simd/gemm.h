@@ -56,10 +56,11 @@ void gemm(int64_t rows, int64_t columns, int64_t depth, Operand<T> a, const T* b
   // A block of columns of B stays in L1 while all rows pass.
   for (int64_t column = 0; column < columns; column += kBlockVectors * kLanes<T>) {
     const int64_t vectors = (columns - column) / kLanes<T>;
-    const auto block = vectors >= 4   ? gemm_block<T, kBlockVectors, kUpdate>
-                       : vectors == 3 ? gemm_block<T, kBlockVectors < 3 ? kBlockVectors : 3, kUpdate>
-                       : vectors == 2 ? gemm_block<T, 2, kUpdate>
-                                      : gemm_block<T, 1, kUpdate>;
+    const auto block = vectors >= 4 ? gemm_block<T, kBlockVectors, kUpdate> : vectors == 3 ? gemm_block < T,
+               kBlockVectors < 3 ? kBlockVectors : 3,
+               kUpdate >
+        : vectors == 2 ? gemm_block<T, 2, kUpdate>
+                       : gemm_block<T, 1, kUpdate>;
     for (int64_t row = 0; row < rows; row += kRowBlock) {
       const Operand<T> a_rows{a.data + row * a.row_stride, a.row_stride, a.column_stride};
       block(a_rows, b + column, b_stride, c + row * c_stride + column, c_stride, depth);

@@ -1,0 +1,54 @@
+# The front door. Every target works alone on a fresh machine with Python 3.10 or later and a C++20 compiler.
+PYTHON ?= python3
+VENV := .venv
+BIN := $(VENV)/bin
+RUN := PATH="$(CURDIR)/$(BIN):$$PATH"
+SANITIZED := build/sanitize
+
+.PHONY: demo build kernels smoke test test-long test-gpu bench lint sanitize clean
+
+demo: build ## train the airfoil surrogate, evaluate and draw it
+	$(BIN)/python -m examples.airfoil
+
+build: $(VENV)/ready ## compile the extension in place; only what changed
+	$(RUN) python setup.py --quiet build_ext --inplace
+
+$(VENV)/ready: requirements.txt
+	$(PYTHON) -m venv $(VENV)
+	$(BIN)/pip install --quiet --requirement requirements.txt
+	touch $@
+
+kernels: $(VENV)/ready ## compile the CUDA kernels for every architecture and read the compiler's report
+	$(BIN)/python tools/check_kernels.py
+
+smoke: $(VENV)/ready ## the torch-free kernel library with its C++ test
+	$(RUN) cmake -S . -B build/cmake -G Ninja -DCMAKE_BUILD_TYPE=Release
+	$(RUN) cmake --build build/cmake
+	$(RUN) ctest --test-dir build/cmake --output-on-failure
+
+test: build smoke ## all tests but the long and the GPU ones
+	$(BIN)/python -m pytest -q
+
+test-long: build ## the long random sweep as well
+	HYPOTHESIS_PROFILE=long $(BIN)/python -m pytest -q -m "not gpu"
+
+test-gpu: build ## what needs a CUDA device
+	$(BIN)/python -m pytest -q -m gpu
+
+bench: build ## measure ours beside the peers that are installed
+	$(BIN)/python -m bench
+
+lint: $(VENV)/ready
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+	$(BIN)/mypy
+	$(BIN)/clang-format --dry-run -Werror $$(git ls-files 'csrc/*.h' 'csrc/*.cpp' 'csrc/*.cu' 'csrc/*.cuh' 'tests/cpp/*')
+
+sanitize: $(VENV)/ready ## the tests of operator and layer under AddressSanitizer and UBSan
+	mkdir -p $(SANITIZED) && cp -r mixed_attention $(SANITIZED)/ && rm -f $(SANITIZED)/mixed_attention/*.so
+	MIXED_ATTENTION_SANITIZE=address,undefined $(RUN) python setup.py --quiet build_ext \
+	  --build-lib $(SANITIZED) --build-temp $(SANITIZED)/temp
+	tools/sanitize.sh $(SANITIZED) $(BIN)/python
+
+clean:
+	rm -rf build dist *.egg-info mixed_attention/*.so $(VENV)
