@@ -1,0 +1,1 @@
+"""Measures the operator and the layer beside their peers; see ``python -m bench --help``."""
