@@ -26,9 +26,7 @@ template <class T, int kVectors, Update kUpdate>
 #pragma GCC unroll 8
   for (int row = 0; row < kRowBlock; ++row) {
 #pragma GCC unroll 4
-    for (int i = 0; i < kVectors; ++i) {
-      acc[row][i] = kUpdate == Update::kAdd ? load(c + row * c_stride + i * kLanes<T>) : Vec<T>{};
-    }
+    for (int i = 0; i < kVectors; ++i) acc[row][i] = Vec<T>{};
   }
   const T* a_column = a.data;
   for (int64_t k = 0; k < depth; ++k, a_column += a.column_stride, b += b_stride) {
@@ -45,7 +43,11 @@ template <class T, int kVectors, Update kUpdate>
 #pragma GCC unroll 8
   for (int row = 0; row < kRowBlock; ++row) {
 #pragma GCC unroll 4
-    for (int i = 0; i < kVectors; ++i) store(c + row * c_stride + i * kLanes<T>, acc[row][i]);
+    for (int i = 0; i < kVectors; ++i) {
+      T* sum = c + row * c_stride + i * kLanes<T>;
+      // Added only now: a long sum made of short ones loses far less to rounding than one grown term by term.
+      store(sum, kUpdate == Update::kAdd ? load(sum) + acc[row][i] : acc[row][i]);
+    }
   }
 }
 
