@@ -1,0 +1,228 @@
+"""The judge: results against dense attention in fp64, with the error of torch's own attention as the yardstick.
+
+The largest error of a tensor may be twice that of torch's ``scaled_dot_product_attention``, called once per pattern in
+the same dtype, plus what *one rounding* makes of the exact result. The latter counts where the yardstick is lucky: of
+five numbers, all may come out exact. It is derived, not chosen. Each intermediate result of the exact computation (the
+scores, the log-sum-exp, the weights, the output, ``dp``, ``delta``, ``ds``, the gradients) is off by one rounding: the
+sums over channels as below; the weights, ``ds`` and what is stored by the unit roundoff of the dtype. These errors are carried through the formulas to first order: those of different
+weights in quadrature, since they are independent; those that a whole row shares (of its log-sum-exp and its delta)
+added.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, fields
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+import mixed_attention as ma
+from cases import Case, Inputs, make_inputs
+
+
+@dataclass
+class Results:
+    """What a forward and a backward give; shapes as the operator's."""
+
+    out: Tensor
+    lse: Tensor
+    dq: Tensor
+    dk: Tensor
+    dv: Tensor
+
+
+def run(inputs: Inputs) -> Results:
+    """Forward and backward of the operator."""
+    out, lse = ma.attention(
+        inputs.q,
+        inputs.k,
+        inputs.v,
+        inputs.case.plan,
+        softmax_scale=inputs.case.softmax_scale,
+        key_padding_mask=inputs.key_padding_mask,
+        return_lse=True,
+    )
+    outputs, grads_in = (out, lse), (inputs.dout, inputs.dlse)
+    if inputs.dlse is None:
+        outputs, grads_in = (out,), (inputs.dout,)
+    grads = torch.autograd.grad(outputs, (inputs.q, inputs.k, inputs.v), grads_in)
+    return Results(out.detach(), lse.detach(), *grads)
+
+
+def check(case: Case, device: torch.device | str = "cpu") -> Results:
+    """Makes inputs, runs the operator and judges the results."""
+    inputs = make_inputs(case, device)
+    results = run(inputs)
+    judge(results, inputs)
+    return results
+
+
+def judge(actual: Results, inputs: Inputs) -> None:
+    """Holds results against the oracle.
+
+    Raises:
+        AssertionError: Naming the tensor, the place of the worst error, both numbers, and the bound.
+    """
+    exact, rounding = oracle(inputs)
+    torch_error = _error_of_torch(inputs, exact)
+    for field in fields(Results):
+        name = field.name
+        got, expected = getattr(actual, name), getattr(exact, name)
+        assert got.shape == expected.shape, f"{name}: shape {tuple(got.shape)}, expected {tuple(expected.shape)}"
+        assert got.dtype == _dtype(name, inputs), f"{name}: dtype {got.dtype}"
+        got = got.double()
+        _check_non_finite(name, got, expected)
+        error = torch.where(got == expected, 0.0, (got - expected).abs())  # equal infinities differ by 0
+        largest = _largest(error)
+        bound = 2 * torch_error[name] + _largest(getattr(rounding, name))
+        if largest > bound:
+            place = tuple(int(i) for i in torch.unravel_index(error.argmax(), error.shape))
+            raise AssertionError(
+                f"{name}{list(place)} is {got[place]:.9g}, expected {expected[place]:.9g}: off by {largest:.3g}, allowed "
+                f"{bound:.3g} = 2 x {torch_error[name]:.3g} (torch's own) + {_largest(getattr(rounding, name)):.3g} "
+                f"(one rounding); {int((error > bound).sum())} of {error.numel()} are off by more; {inputs.case}"
+            )
+
+
+def _dtype(name: str, inputs: Inputs) -> torch.dtype:
+    is_fp64 = inputs.case.dtype == torch.float64
+    return (torch.float64 if is_fp64 else torch.float32) if name == "lse" else inputs.case.dtype
+
+
+def _check_non_finite(name: str, got: Tensor, expected: Tensor) -> None:
+    for kind, is_kind in (("NaN", torch.isnan), ("inf", torch.isposinf), ("-inf", torch.isneginf)):
+        wrong = (is_kind(got) != is_kind(expected)).nonzero()
+        if len(wrong):
+            place = tuple(wrong[0].tolist())
+            raise AssertionError(
+                f"{name}: {len(wrong)} of {got.numel()} are {kind} in one only; first at {list(place)}: "
+                f"got {got[place]}, expected {expected[place]}"
+            )
+
+
+def _largest(tensor: Tensor) -> float:
+    return float(tensor.max()) if tensor.numel() else 0.0
+
+
+def oracle(inputs: Inputs) -> tuple[Results, Results]:
+    """Dense attention in fp64 over all pairs, by the multiplicities of the case; and what one rounding makes of it."""
+    case, weights = inputs.case, inputs.weights[:, None]  # (B, 1, Nq, Nk)
+    visible = inputs.weights.any(1)[:, :, None, None]
+    batch = case.batch_size
+    heads_first = (0, 2, 1, 3)
+    q, dout = inputs.q.detach().double().permute(heads_first), inputs.dout.double().permute(heads_first)
+    k, v = (t.detach().double().expand(batch, -1, -1, -1) for t in (inputs.k, inputs.v))
+    k, v = (torch.where(visible, t, 0.0).permute(heads_first) for t in (k, v))
+    dlse = torch.zeros(q.shape[:3], device=q.device) if inputs.dlse is None else inputs.dlse
+    dlse = dlse.double()[..., None]  # columns, (B, H, Nq, 1), like all that a row shares
+
+    s = case.scale * q @ k.mT
+    s_max = torch.cat([torch.where(weights > 0, s, -torch.inf), torch.full_like(dlse, -1e300)], -1).amax(-1, True)
+    p = torch.where(weights > 0, weights * torch.exp(s - s_max), 0.0)
+    p_sum = p.sum(-1, keepdim=True)
+    has_keys = p_sum > 0
+    p = p / torch.where(has_keys, p_sum, 1.0)
+    lse = torch.where(has_keys, s_max + torch.log(p_sum), -torch.inf)
+    out = p @ v
+    dp, delta = dout @ v.mT, (dout * out).sum(-1, True) - dlse
+    ds = p * (dp - delta)
+    dq, dk, dv = case.scale * ds @ k, case.scale * ds.mT @ q, p.mT @ dout
+
+    # One rounding, u of the accumulator and w of the dtype. fp64 rounds twice: the oracle is no better.
+    u = torch.finfo(torch.float64).eps if case.dtype == torch.float64 else torch.finfo(torch.float32).eps / 2
+    w = max(u, torch.finfo(case.dtype).eps / 2)
+    off_s = _off_sum(case.scale * q, k, u) + u * s.abs()  # summed, and scaled
+    lse_size = torch.where(has_keys, lse, 0.0).abs()
+    off_lse = _norm(p * off_s, -1, keepdim=True) + u * (1 + lse_size)
+    off_p = p * torch.sqrt(off_s**2 + u**2 + w**2)  # without what the row shares
+    off_out = _quadrature(off_p, v) + (off_lse + w) * out.abs()
+    off_delta = _norm(dout * off_out, -1, keepdim=True) + u * ((dout * out).abs().sum(-1, True) + dlse.abs())
+    off_dp = _off_sum(dout, v, u)
+    off_ds = torch.sqrt((p * off_dp) ** 2 + ((dp - delta) * off_p) ** 2 + (w * ds) ** 2)
+    off_row = off_delta * (p @ k).abs() + off_lse * (ds @ k).abs()
+    off_dq = abs(case.scale) * (_quadrature(off_ds, k) + off_row) + w * dq.abs()
+    off_ds_column = torch.sqrt(off_ds**2 + (p * off_delta) ** 2 + (ds * off_lse) ** 2)
+    off_dk = abs(case.scale) * _quadrature(off_ds_column.mT, q) + w * dk.abs()
+    off_dv = _quadrature(torch.sqrt(off_p**2 + (p * off_lse) ** 2).mT, dout) + w * dv.abs()
+
+    def rows_first(t: Tensor, like: Tensor) -> Tensor:
+        return t.permute(heads_first).sum_to_size(like.shape)
+
+    exact = Results(
+        rows_first(out, inputs.dout), lse.squeeze(-1), rows_first(dq, inputs.q), rows_first(dk, inputs.k), rows_first(dv, inputs.v)
+    )
+    rounding = Results(
+        rows_first(off_out, inputs.dout),
+        off_lse.squeeze(-1),
+        rows_first(off_dq, inputs.q),
+        rows_first(off_dk, inputs.k),
+        rows_first(off_dv, inputs.v),
+    )
+    return exact, rounding
+
+
+def _off_sum(left: Tensor, right: Tensor, u: float) -> Tensor:
+    """The error of ``left @ right.mT``, if each of the n partial sums of an entry is rounded.
+
+    Terms of random signs make partial sums of the size of the square root of their number: together the errors are u
+    times the sum of magnitudes. Terms of one sign make a steadily growing sum: sqrt(n / 3) u times the result.
+    """
+    return u * (left.abs() @ right.abs().mT + (left.shape[-1] / 3) ** 0.5 * (left @ right.mT).abs())
+
+
+def _norm(t: Tensor, dim: int, keepdim: bool = False) -> Tensor:
+    return t.square().sum(dim, keepdim).sqrt()
+
+
+def _quadrature(off_left: Tensor, right: Tensor) -> Tensor:
+    """The error of ``left @ right`` if the entries of ``left`` are off independently."""
+    return (off_left.square() @ right.square()).sqrt()
+
+
+def _error_of_torch(inputs: Inputs, exact: Results) -> dict[str, float]:
+    """The largest errors of torch's attention in the same dtype."""
+    results = run_torch(inputs)
+    return {f.name: _largest_difference(getattr(results, f.name), getattr(exact, f.name)) for f in fields(Results)}
+
+
+def _largest_difference(got: Tensor, expected: Tensor) -> float:
+    return _largest(torch.where(torch.isfinite(expected), (got.double() - expected).abs(), 0.0))
+
+
+def run_torch(inputs: Inputs) -> Results:
+    """``scaled_dot_product_attention`` for each sequence and each set of queries that count keys alike.
+
+    The log-sum-exp, which torch does not give, and its part of the gradients come from a matrix product and
+    ``logsumexp`` in the accumulator's dtype.
+    """
+    case = inputs.case
+    accumulator = _dtype("lse", inputs)
+    q, k, v = (t.detach().clone().requires_grad_() for t in (inputs.q, inputs.k, inputs.v))
+    out = torch.zeros_like(inputs.dout, memory_format=torch.contiguous_format)
+    lse = torch.full((case.batch_size, case.num_heads, q.shape[1]), -torch.inf, dtype=accumulator, device=q.device)
+    totals = [torch.zeros_like(t) for t in (q, k, v)]
+    for batch_idx in range(case.batch_size):
+        k_idx, v_idx = min(batch_idx, k.shape[0] - 1), min(batch_idx, v.shape[0] - 1)
+        for rows, columns in _patterns(inputs.weights[batch_idx]):
+            parts = q[batch_idx, rows], k[k_idx, columns], v[v_idx, columns]
+            q_rows, k_rows, v_rows = (t.transpose(0, 1)[None] for t in parts)
+            o = F.scaled_dot_product_attention(q_rows, k_rows, v_rows, scale=case.scale)
+            outputs, grads_in = [o], [inputs.dout[batch_idx, rows].transpose(0, 1)[None]]
+            l = (case.scale * (q_rows.to(accumulator) @ k_rows.to(accumulator).mT)).logsumexp(-1)
+            if inputs.dlse is not None:
+                outputs, grads_in = [*outputs, l], [*grads_in, inputs.dlse[batch_idx, :, rows][None]]
+            for total, grad in zip(totals, torch.autograd.grad(outputs, (q, k, v), grads_in)):
+                total += grad
+            out[batch_idx, rows] = o.detach()[0].transpose(0, 1)
+            lse[batch_idx, :, rows] = l.detach()[0]
+    return Results(out, lse, *totals)
+
+
+def _patterns(weights: Tensor) -> list[tuple[Tensor, Tensor]]:
+    """Rows that count keys alike, and their keys, a key that counts twice listed twice; without rows that have none."""
+    if not weights.numel():
+        return []
+    kinds, kind_of_row = weights.unique(dim=0, return_inverse=True)
+    keys = [torch.arange(weights.shape[1], device=weights.device).repeat_interleave(kind.long()) for kind in kinds]
+    return [((kind_of_row == i).nonzero()[:, 0], columns) for i, columns in enumerate(keys) if len(columns)]

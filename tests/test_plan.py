@@ -1,0 +1,219 @@
+"""The compiled plan against the meaning of specs and patterns."""
+
+from __future__ import annotations
+
+import os
+import pickle
+import subprocess
+import sys
+from dataclasses import FrozenInstanceError
+from types import SimpleNamespace
+
+import pytest
+import torch
+from hypothesis import given
+from hypothesis import strategies as st
+
+import mixed_attention as ma
+from cases import EDGE_CASES, NAMES, Case, counts, make_inputs
+from compare import run
+from test_random import cases
+
+A, B, C = ma.TokenSpec("a", 3), ma.TokenSpec("b", 4), ma.TokenSpec("c", 2)
+
+
+def pattern(queries: str, keys: str) -> ma.AttentionPattern:
+    return ma.AttentionPattern(list(queries), list(keys))
+
+
+def multiplicities(plan: ma.AttentionPlan) -> torch.Tensor:
+    """The dense matrix that the query segments say."""
+    total = torch.zeros(plan.num_queries, plan.num_keys, dtype=torch.float64)
+    for segment in plan.query_segments:
+        for start, end in segment.key_ranges:
+            total[segment.start : segment.end, start:end] += 1
+    return total
+
+
+@given(case=cases())
+def test_segments_say_what_the_patterns_say(case: Case):
+    plan, expected = case.plan, counts(case)
+    assert torch.equal(multiplicities(plan), expected)
+    assert torch.equal(plan.mask(), expected > 0)
+    assert plan.num_pairs() == expected.sum()
+
+
+@given(case=cases())
+def test_query_segments_cover_the_queries_once_and_in_order(case: Case):
+    plan = case.plan
+    ends = [0, *(segment.end for segment in plan.query_segments)]
+    assert [segment.start for segment in plan.query_segments] == ends[:-1]
+    assert ends[-1] == plan.num_queries
+
+
+@given(case=cases())
+def test_key_segments_are_the_inverse(case: Case):
+    plan = case.plan
+    total = torch.zeros(plan.num_queries, plan.num_keys, dtype=torch.float64)
+    ends = [0]
+    for segment in plan.key_segments:
+        assert segment.start == ends[-1]
+        ends.append(segment.end)
+        for start, end in segment.query_ranges:
+            total[start:end, segment.start : segment.end] += 1
+    assert ends[-1] == plan.num_keys
+    assert torch.equal(total, counts(case))
+
+
+@given(case=cases(), data=st.data())
+def test_order_of_patterns_and_names_leaves_the_plan_alone(case: Case, data: st.DataObject):
+    patterns = data.draw(st.permutations(case.attends.split()))
+    shuffled = ["".join(data.draw(st.permutations(side))) for p in patterns for side in p.split(">")]
+    attends = " ".join(f"{queries}>{keys}" for queries, keys in zip(shuffled[::2], shuffled[1::2]))
+    assert case.with_(attends=attends).plan.flat() == case.plan.flat()
+
+
+def test_order_of_patterns_and_names_changes_no_bit():
+    case = Case((33, 17, 20, 9), "ab>acc cd>ca", batch_size=2, num_heads=2, head_dim=20)
+    other = case.with_(attends="dc>ac ba>cac")
+    for got, expected in zip(vars(run(make_inputs(other))).values(), vars(run(make_inputs(case))).values()):
+        assert torch.equal(got, expected)
+
+
+@pytest.mark.parametrize(
+    ("attends", "segments"),
+    [
+        ("abc>abc", [(0, 9, [(0, 9)])]),
+        ("ab>ab c>c", [(0, 7, [(0, 7)]), (7, 9, [(7, 9)])]),
+        ("ac>b b>ac", [(0, 3, [(3, 7)]), (3, 7, [(0, 3), (7, 9)]), (7, 9, [(3, 7)])]),
+        ("abc>aba", [(0, 9, [(0, 7), (0, 3)])]),
+        ("abc>abcacab", [(0, 9, [(0, 9), (0, 9), (0, 3)])]),
+    ],
+)
+def test_neighbours_merge(attends, segments):
+    plan = ma.AttentionPlan.compile([A, B, C], [pattern(*p.split(">")) for p in attends.split()])
+    assert [(s.start, s.end, list(s.key_ranges)) for s in plan.query_segments] == segments
+
+
+def test_merging_looks_at_positions_not_at_sizes():
+    """An empty group between two groups keeps them apart, so that a plan's form depends on no size."""
+    forms = [
+        [(s.pattern, len(s.key_ranges)) for s in Case((4, size, 5), "ac>ac b>b").plan.query_segments] for size in (0, 1, 7)
+    ]
+    assert forms[0] == forms[1] == forms[2]
+
+
+def test_flat_form():
+    plan = ma.AttentionPlan.compile([A, B, C], [pattern("ab", "ac"), pattern("c", "b")])
+    assert plan.flat() == [0, 7, 2, 0, 3, 7, 9, 7, 9, 1, 3, 7]
+
+
+def test_flops_count_attended_pairs():
+    plan = ma.AttentionPlan.compile([A, B], [pattern("a", "bb"), pattern("b", "a")])
+    assert plan.num_pairs() == 3 * 8 + 4 * 3
+    assert plan.flops(2, 16) == 4 * 2 * 16 * 36
+    assert plan.flops(2, 16, backward=True) == 5 * plan.flops(2, 16) // 2
+
+
+def test_equal_arguments_give_the_same_plan():
+    first = ma.AttentionPlan.compile([A, B], [pattern("a", "b"), pattern("b", "a")])
+    again = ma.AttentionPlan.compile((ma.TokenSpec("a", 3), B), (pattern("a", "b"), pattern("b", "a")))
+    assert first is again
+    other = ma.AttentionPlan.compile([A, C, B], [pattern("a", "b"), pattern("bc", "a")])
+    assert first != other
+    assert len({first, again, other}) == 2
+    assert hash(first) == hash(pickle.loads(pickle.dumps(first)))
+    assert first == pickle.loads(pickle.dumps(first))
+
+
+def test_plans_are_immutable():
+    plan = ma.AttentionPlan.compile([A], [pattern("a", "a")])
+    with pytest.raises(FrozenInstanceError):
+        plan.num_queries = 7
+
+
+def test_any_object_with_the_attributes_serves():
+    specs = [SimpleNamespace(name="a", size=3), SimpleNamespace(name="b", size=4)]
+    patterns = [SimpleNamespace(query_tokens=["b", "a"], key_value_tokens=("a",))]
+    assert ma.AttentionPlan.compile(specs, patterns) == ma.AttentionPlan.compile([A, B], [pattern("ba", "a")])
+
+
+def test_cached_groups_ask_nothing_and_are_attended_to():
+    plan = ma.AttentionPlan.compile(
+        [ma.TokenSpec("a", None), B, ma.TokenSpec("c", None)], [pattern("ab", "ac"), pattern("c", "b")], cached=[A, C]
+    )
+    assert (plan.num_queries, plan.num_keys) == (4, 9)
+    assert plan.flat() == [0, 4, 2, 0, 3, 7, 9]
+    assert [group.query_start for group in plan.groups] == [None, 0, None]
+    assert [group.key_start for group in plan.groups] == [0, 3, 7]
+
+
+def test_cached_sizes_are_part_of_the_plan():
+    specs, patterns = [ma.TokenSpec("a", None), B], [pattern("ab", "a")]
+    plans = [ma.AttentionPlan.compile(specs, patterns, cached=[ma.TokenSpec("a", n)]) for n in (3, 5)]
+    assert [plan.num_keys for plan in plans] == [7, 9]
+
+
+def test_keys_that_nobody_reads_can_be_left_out():
+    arguments = [A, B, C], [pattern("abc", "ac")]
+    assert ma.AttentionPlan.compile(*arguments).flat() == [0, 9, 2, 0, 3, 7, 9]
+    plan = ma.AttentionPlan.compile(*arguments, skip_unread_keys=True)
+    assert plan.flat() == [0, 9, 1, 0, 5]
+    assert [group.key_start for group in plan.groups] == [0, None, 3]
+    assert (plan.num_queries, plan.num_keys) == (9, 5)
+
+
+def test_explain_names_segments_and_keys_that_nobody_reads():
+    text = ma.AttentionPlan.compile([A, B, C], [pattern("ab", "aac"), pattern("c", "a")]).explain()
+    assert "3 token groups, 2 patterns: 9 queries, 9 keys" in text
+    assert "[0, 7) -> keys [0, 3) + [7, 9) + [0, 3)" in text
+    assert "nobody attends to: b" in text
+
+
+def test_no_tokens_at_all():
+    plan = ma.AttentionPlan.compile([], [])
+    assert (plan.num_queries, plan.num_keys, plan.flat(), plan.num_pairs()) == (0, 0, [], 0)
+    assert plan.mask().shape == (0, 0)
+    q = torch.empty(2, 0, 3, 8)
+    assert ma.attention(q, q, q, plan).shape == (2, 0, 3, 8)
+
+
+ERRORS = {
+    "asks twice": ([A, B], ["ab>a", "b>a"], "'b' cannot be a query in multiple"),
+    "named twice in one pattern": ([A, B], ["abb>a"], "'b' cannot be a query in multiple"),
+    "asks nowhere": ([A, B, C], ["ab>a"], r"set of query tokens must exactly match .* in no pattern: \['c'\]"),
+    "no patterns": ([A], [], r"set of query tokens must exactly match .* in no pattern: \['a'\]"),
+    "unknown query": ([A], ["ab>a"], r"set of query tokens must exactly match .* not in token_specs: \['b'\]"),
+    "unknown key": ([A], ["a>ab"], "'b' is not defined in `token_specs`"),
+    "no keys": ([A], ["a>"], "attention pattern 0 has no key_value_tokens"),
+    "no queries": ([A], ["a>a", ">a"], "attention pattern 1 has no query_tokens"),
+    "a name twice": ([A, A], ["a>a"], "'a' stands more than once"),
+    "no size": ([ma.TokenSpec("a", None), B], ["ab>a"], "'a' has size None and no entry in `cached`"),
+    "twice and unknown": ([A], ["aa>b"], "cannot be a query in multiple"),
+    "missing and unknown key": ([A, B], ["a>z"], "set of query tokens must exactly match"),
+}
+
+
+@pytest.mark.parametrize("name", ERRORS)
+def test_errors(name):
+    specs, patterns, message = ERRORS[name]
+    with pytest.raises(ValueError, match=message):
+        ma.AttentionPlan.compile(specs, [pattern(*p.split(">")) for p in patterns])
+
+
+def test_specs_and_plans_need_no_compiled_part():
+    code = (
+        "import sys; sys.modules['mixed_attention._C'] = None\n"
+        "import mixed_attention as ma\n"
+        "plan = ma.AttentionPlan.compile([ma.TokenSpec('a', 2)], [ma.AttentionPattern(['a'], ['a'])])\n"
+        "assert plan.flat() == [0, 2, 1, 0, 2] and not ma.ops.is_compiled()"
+    )
+    subprocess.run([sys.executable, "-c", code], check=True, cwd=os.path.dirname(os.path.dirname(__file__)))
+
+
+@pytest.mark.parametrize("name", EDGE_CASES)
+def test_edge_cases_mean_what_their_patterns_say(name):
+    """Guards the tables of the operator's tests: no case is another one by mistake."""
+    case = EDGE_CASES[name]
+    assert torch.equal(multiplicities(case.plan), counts(case))
+    assert len(case.sizes) <= len(NAMES)
