@@ -61,7 +61,9 @@ def _sampled_reference(qkv: Tensor, case: Case, rows: Tensor) -> Tensor:
     return torch.cat(outs, 1)
 
 
-def layer_reference(layer: ma.MixedAttention, x: Tensor, case: Case, freqs: Tensor, dout: Tensor) -> tuple[Tensor, Tensor]:
+def layer_reference(
+    layer: ma.MixedAttention, x: Tensor, case: Case, freqs: Tensor, dout: Tensor
+) -> tuple[Tensor, Tensor]:
     """Output and gradient of x of the sequential reference in fp64, over copies of the layer's weights."""
     config = ma.MixedAttentionConfig(dim=case.dim, num_heads=case.num_heads, use_rope=True, parallel=False)
     exact = ma.MixedAttention(config).to(x.device, torch.float64)

@@ -135,5 +135,3 @@ def memory(num_tokens: int, dtype: torch.dtype) -> Row:
 
 def _name(dtype: torch.dtype) -> str:
     return str(dtype).removeprefix("torch.")
-
-

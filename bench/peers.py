@@ -29,9 +29,11 @@ def _gather(tensors: dict[str, Tensor], names: tuple[str, ...]) -> Tensor:
     return torch.cat([tensors[name] for name in names], 1) if len(names) > 1 else tensors[names[0]]
 
 
-def _per_pattern(attend: Callable[[Tensor, Tensor, Tensor], Tensor], q: Tensor, k: Tensor, v: Tensor, case: Case) -> Tensor:
+def _per_pattern(
+    attend: Callable[[Tensor, Tensor, Tensor], Tensor], q: Tensor, k: Tensor, v: Tensor, case: Case
+) -> Tensor:
     sizes = list(case.groups.values())
-    qs, ks, vs = ({n: part for n, part in zip(case.groups, t.split(sizes, 1), strict=True)} for t in (q, k, v))
+    qs, ks, vs = (dict(zip(case.groups, t.split(sizes, 1), strict=True)) for t in (q, k, v))
     outs: dict[str, Tensor] = {}
     for queries, keys in case.patterns:
         out = attend(_gather(qs, queries), _gather(ks, keys), _gather(vs, keys))

@@ -24,8 +24,8 @@ def tables(result: dict[str, Any]) -> str:
     versions = ", ".join(f"{name} {version}" for name, version in result["versions"].items())
     dirty = " with uncommitted changes" if result["uncommitted_changes"] else ""
     head = (
-        f"{result['device']}, {result['threads']} threads, CPU kernels for {result['cpu_instruction_set']}; {versions}; "
-        f"{result['date']}, commit {result['commit'][:12]}{dirty}\n\n    {result['command']}\n"
+        f"{result['device']}, {result['threads']} threads, CPU kernels for {result['cpu_instruction_set']}; "
+        f"{versions}; {result['date']}, commit {result['commit'][:12]}{dirty}\n\n    {result['command']}\n"
     )
     parts = [head]
     for kind, title in (("operator", "The operator"), ("layer", "The layer"), ("overhead", "One call of eight tokens")):
@@ -91,8 +91,8 @@ def plot(result: dict[str, Any], path: Path) -> None:
 def main() -> None:
     parts = [
         "# Performance\n",
-        "Made by `python -m bench.report` from the files in bench/results; every table is one run, in which ours and the",
-        "peers took turns. Rates count attended pairs only: 4·B·H·D per pair forward, 2.5 times that backward.\n",
+        "Made by `python -m bench.report` from the files in bench/results; every table is one run, in which ours and",
+        "the peers took turns. Rates count attended pairs only: 4·B·H·D per pair forward, 2.5 times that backward.\n",
     ]
     for path in sorted((ROOT / "bench" / "results").glob("*.json")):
         parts.append(f"## {path.stem}\n\n{tables(json.loads(path.read_text()))}")

@@ -119,7 +119,8 @@ class MultiBranchAnchorAttention(nn.Module, ABC):
         for branch in self.branches:
             if self._anchor(branch) not in names:
                 raise MissingAnchorTokenError(
-                    f"branch {branch!r} is missing its required anchor token group {self._anchor(branch)!r}, got {names}"
+                    f"branch {branch!r} is missing its required anchor token group "
+                    f"{self._anchor(branch)!r}, got {names}"
                 )
         patterns = self._create_attention_patterns(token_specs)
         self._check_collisions(patterns, names)
@@ -177,4 +178,6 @@ class JointAnchorAttention(MultiBranchAnchorAttention):
     min_branches = 2
 
     def _create_attention_patterns(self, token_specs: Sequence[TokenSpecLike]) -> Sequence[AttentionPatternLike]:
-        return [AttentionPattern([spec.name for spec in token_specs], [self._anchor(branch) for branch in self.branches])]
+        return [
+            AttentionPattern([spec.name for spec in token_specs], [self._anchor(branch) for branch in self.branches])
+        ]

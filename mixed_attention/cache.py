@@ -117,9 +117,7 @@ def join_keys(
     return k, v
 
 
-def join_masks(
-    plan: AttentionPlan, mask: Tensor | None, kv_cache: Mapping[str, Any], like: Tensor
-) -> Tensor | None:
+def join_masks(plan: AttentionPlan, mask: Tensor | None, kv_cache: Mapping[str, Any], like: Tensor) -> Tensor | None:
     """The padding mask of the keys of a plan with cached groups, or None if there is nothing to mask.
 
     Args:

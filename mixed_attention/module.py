@@ -93,8 +93,8 @@ class ProjectedAttention(nn.Module):
     def _attend_dense(self, parts: list[Packed], attn_mask: Tensor | None) -> tuple[Tensor, Sequence[Tensor]]:
         """Every query attends to every key, but for what the framework's attention makes of the mask."""
         if attn_mask is None:
-            (batch_size, seqlen_q, *_), (_, seqlen_k, *_) = parts[0].shape, parts[-1].shape
-            return packed.attend(parts, _dense_plan(seqlen_q, seqlen_k), dropout_p=self._dropout_p)
+            plan = _dense_plan(parts[0].shape[1], parts[-1].shape[1])
+            return packed.attend(parts, plan, dropout_p=self._dropout_p)
         slots = [slot for part in parts for slot in packed.rotated_slots(part)]
         q, k, v = (slot.transpose(1, 2) for slot in slots)
         out = F.scaled_dot_product_attention(q, k, v, attn_mask=attn_mask, dropout_p=self._dropout_p)
@@ -247,7 +247,9 @@ class MixedAttention(DotProductAttention):
         self._check_rope(freqs)
         check_tokens(x, token_specs, key_padding_mask)
         cached = [spec.name for spec in token_specs if spec.size is None]
-        to_record = [] if cached or not record else [spec.name for spec in token_specs if self._goes_to_cache(spec.name)]
+        to_record = (
+            [] if cached or not record else [spec.name for spec in token_specs if self._goes_to_cache(spec.name)]
+        )
         read = {name for pattern in attention_patterns for name in pattern.key_value_tokens}
         plan = AttentionPlan.compile(
             token_specs,
@@ -325,7 +327,9 @@ def check_tokens(x: Tensor, token_specs: Sequence[TokenSpecLike], key_padding_ma
     """
     if key_padding_mask is not None:
         if key_padding_mask.dtype != torch.bool:
-            raise ValueError(f"key_padding_mask: expected a bool tensor, True = real token, got {key_padding_mask.dtype}")
+            raise ValueError(
+                f"key_padding_mask: expected a bool tensor, True = real token, got {key_padding_mask.dtype}"
+            )
         if key_padding_mask.ndim != 2:
             raise ValueError(f"key_padding_mask: expected a 2D tensor, got shape {tuple(key_padding_mask.shape)}")
         if key_padding_mask.shape[1] != x.shape[1]:
@@ -335,7 +339,8 @@ def check_tokens(x: Tensor, token_specs: Sequence[TokenSpecLike], key_padding_ma
     total = sum(spec.size for spec in token_specs if spec.size is not None)
     if x.ndim != 3 or total != x.shape[1]:
         raise ValueError(
-            f"Token specs total size {total} does not match x of shape {tuple(x.shape)}, expected (batch_size, {total}, dim)"
+            f"Token specs total size {total} does not match x of shape {tuple(x.shape)}, "
+            f"expected (batch_size, {total}, dim)"
         )
 
 

@@ -320,7 +320,9 @@ def _rebuild(old: nn.Module, replacement: type[nn.Module]) -> nn.Module:
     new.train(old.training)
     parameters = dict(old.named_parameters(remove_duplicate=False))
     if parameters.keys() != dict(new.named_parameters()).keys():
-        raise ValueError(f"{type(old).__name__}: unknown parameters, expected the published ones, got {sorted(parameters)}")
+        raise ValueError(
+            f"{type(old).__name__}: unknown parameters, expected the published ones, got {sorted(parameters)}"
+        )
     for name, parameter in parameters.items():
         path, _, leaf = name.rpartition(".")
         setattr(new.get_submodule(path), leaf, parameter)

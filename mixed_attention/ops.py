@@ -37,8 +37,8 @@ def is_compiled() -> bool:
 def _require_compiled() -> None:
     if _C is None:
         raise ImportError(
-            "the compiled part of mixed_attention is missing or does not fit this torch; in a checkout run `make build`, "
-            "otherwise reinstall with `pip install --no-build-isolation --force-reinstall mixed_attention`. "
+            "the compiled part of mixed_attention is missing or does not fit this torch; in a checkout run "
+            "`make build`, otherwise `pip install --no-build-isolation --force-reinstall mixed_attention`. "
             "mixed_attention.reference.attention works without it"
         ) from _import_error
 

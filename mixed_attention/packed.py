@@ -207,11 +207,14 @@ def _backward_composite(call, buffers, pairs, dout, dbuffers, key_padding_mask, 
 
 
 def _rotate_back(grad, more, pairs, part):
-    if grad is None or pairs is None:
-        return grad
+    if grad is None:
+        return None
+    total = grad if more is None else grad + more
+    if pairs is None:
+        return total
     # NOTE: reshape and split alone, because is_grads_batched has batching rules for no other views.
     (batch_size, seqlen, slots, num_heads, head_dim), rotated = part
     grad_shape = grad.shape
-    flat = (grad if more is None else grad + more).reshape(batch_size, seqlen, slots * num_heads, head_dim)
+    flat = total.reshape(batch_size, seqlen, slots * num_heads, head_dim)
     heads, rest = flat.split([rotated * num_heads, (slots - rotated) * num_heads], 2)
     return torch.cat((ops.rotate_composite(heads, pairs, True), rest), 2).reshape(grad_shape)

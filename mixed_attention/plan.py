@@ -146,7 +146,7 @@ class AttentionPlan:
         return sum((s.end - s.start) * sum(end - start for start, end in s.key_ranges) for s in self.query_segments)
 
     def flops(self, num_heads: int, head_dim: int, *, backward: bool = False) -> int:
-        """Floating-point operations of one sequence (batch size 1): 4·H·D per attended pair, 2.5 times that backward."""
+        """Floating-point operations of a batch of one: 4·H·D per attended pair, 2.5 times that backward."""
         forward = 4 * num_heads * head_dim * self.num_pairs()
         return forward * 5 // 2 if backward else forward
 
@@ -288,6 +288,7 @@ def _explain(plan: AttentionPlan) -> Iterator[str]:
     for segment in plan.query_segments:
         names = [g.name for g in plan.groups if g.query_start is not None and g.pattern == segment.pattern]
         keys = " + ".join(f"[{start}, {end})" for start, end in segment.key_ranges)
-        yield f"  queries [{segment.start}, {segment.end}) -> keys {keys}   pattern {segment.pattern}: {', '.join(names)}"
+        rows = f"queries [{segment.start}, {segment.end}) -> keys {keys}"
+        yield f"  {rows}   pattern {segment.pattern}: {', '.join(names)}"
     if unread:
         yield f"  keys that nobody attends to: {', '.join(unread)}"

@@ -66,7 +66,9 @@ def _draw_blocks(axes: Axes, plan: AttentionPlan, rows: list[Any], columns: list
             if not times:
                 continue
             color = _COLORS[query_group.pattern % len(_COLORS)]
-            axes.add_patch(Rectangle((left, top), right - left, bottom - top, facecolor=color, edgecolor="white", lw=1.2))
+            axes.add_patch(
+                Rectangle((left, top), right - left, bottom - top, facecolor=color, edgecolor="white", lw=1.2)
+            )
             if times > 1:
                 center = (left + right) / 2, (top + bottom) / 2
                 axes.text(*center, f"counted {times}×", ha="center", va="center", color="white", fontsize=8)

@@ -51,13 +51,17 @@ def check_freqs(freqs: Any, batch_size: int, seqlen: int, head_dim: int) -> None
         if size != expected:
             raise RuntimeError(f"freqs: its size must match the tokens, expected {name} {expected}, got {size}")
     if freqs.shape[0] != 1 and freqs.shape[0] != batch_size:
-        raise RuntimeError(f"freqs: its size must match the tokens, expected batch_size {batch_size} or 1, got {freqs.shape[0]}")
+        raise RuntimeError(
+            f"freqs: its size must match the tokens, expected batch_size {batch_size} or 1, got {freqs.shape[0]}"
+        )
 
 
 def _rotate_halves(x: Tensor, angles: tuple[Tensor, ...]) -> Tensor:
     for axis in angles:
         if axis.ndim != 3 or axis.is_complex():
-            raise AssertionError(f"freqs: expected real angles (batch_size, seqlen, m), got {axis.dtype} {tuple(axis.shape)}")
+            raise AssertionError(
+                f"freqs: expected real angles (batch_size, seqlen, m), got {axis.dtype} {tuple(axis.shape)}"
+            )
     widths = [axis.shape[-1] for axis in angles]
     if sum(widths) > x.shape[-1]:
         raise AssertionError(f"freqs: the axes rotate {sum(widths)} channels > head dimension {x.shape[-1]}")

@@ -156,7 +156,9 @@ class Config:
     def _field_names(cls) -> set[str]:
         variadic = (Parameter.VAR_POSITIONAL, Parameter.VAR_KEYWORD)
         constructors = [signature(base) for base in cls.__mro__ if issubclass(base, Config) and base is not Config]
-        return {p.name for constructor in constructors for p in constructor.parameters.values() if p.kind not in variadic}
+        return {
+            p.name for constructor in constructors for p in constructor.parameters.values() if p.kind not in variadic
+        }
 
     def to_dict(self) -> dict[str, Any]:
         """Returns every field, the unknown ones included, as the constructor takes them."""

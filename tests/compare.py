@@ -4,9 +4,9 @@ The largest error of a tensor may be twice that of torch's ``scaled_dot_product_
 the same dtype, plus what *one rounding* makes of the exact result. The latter counts where the yardstick is lucky: of
 five numbers, all may come out exact. It is derived, not chosen. Each intermediate result of the exact computation (the
 scores, the log-sum-exp, the weights, the output, ``dp``, ``delta``, ``ds``, the gradients) is off by one rounding: the
-sums over channels as below; the weights, ``ds`` and what is stored by the unit roundoff of the dtype. These errors are carried through the formulas to first order: those of different
-weights in quadrature, since they are independent; those that a whole row shares (of its log-sum-exp and its delta)
-added.
+sums over channels as below; the weights, ``ds`` and what is stored by the unit roundoff of the dtype. These errors are
+carried through the formulas to first order: those of different weights in quadrature, since they are independent;
+those that a whole row shares (of its log-sum-exp and its delta) added.
 """
 
 from __future__ import annotations
@@ -15,10 +15,10 @@ from dataclasses import dataclass, fields
 
 import torch
 import torch.nn.functional as F
+from cases import Case, Inputs, make_inputs
 from torch import Tensor
 
 import mixed_attention as ma
-from cases import Case, Inputs, make_inputs
 
 
 @dataclass
@@ -79,9 +79,9 @@ def judge(actual: Results, inputs: Inputs) -> None:
         if largest > bound:
             place = tuple(int(i) for i in torch.unravel_index(error.argmax(), error.shape))
             raise AssertionError(
-                f"{name}{list(place)} is {got[place]:.9g}, expected {expected[place]:.9g}: off by {largest:.3g}, allowed "
-                f"{bound:.3g} = 2 x {torch_error[name]:.3g} (torch's own) + {_largest(getattr(rounding, name)):.3g} "
-                f"(one rounding); {int((error > bound).sum())} of {error.numel()} are off by more; {inputs.case}"
+                f"{name}{list(place)} is {got[place]:.9g}, expected {expected[place]:.9g}: off by {largest:.3g}, "
+                f"allowed {bound:.3g} = 2 x {torch_error[name]:.3g} (torch's own) + "
+                f"{_largest(getattr(rounding, name)):.3g} (one rounding); {int((error > bound).sum())} of {error.numel()} are off by more; {inputs.case}"
             )
 
 
@@ -150,7 +150,11 @@ def oracle(inputs: Inputs) -> tuple[Results, Results]:
         return t.permute(heads_first).sum_to_size(like.shape)
 
     exact = Results(
-        rows_first(out, inputs.dout), lse.squeeze(-1), rows_first(dq, inputs.q), rows_first(dk, inputs.k), rows_first(dv, inputs.v)
+        rows_first(out, inputs.dout),
+        lse.squeeze(-1),
+        rows_first(dq, inputs.q),
+        rows_first(dk, inputs.k),
+        rows_first(dv, inputs.v),
     )
     rounding = Results(
         rows_first(off_out, inputs.dout),
@@ -209,13 +213,13 @@ def run_torch(inputs: Inputs) -> Results:
             q_rows, k_rows, v_rows = (t.transpose(0, 1)[None] for t in parts)
             o = F.scaled_dot_product_attention(q_rows, k_rows, v_rows, scale=case.scale)
             outputs, grads_in = [o], [inputs.dout[batch_idx, rows].transpose(0, 1)[None]]
-            l = (case.scale * (q_rows.to(accumulator) @ k_rows.to(accumulator).mT)).logsumexp(-1)
+            pattern_lse = (case.scale * (q_rows.to(accumulator) @ k_rows.to(accumulator).mT)).logsumexp(-1)
             if inputs.dlse is not None:
-                outputs, grads_in = [*outputs, l], [*grads_in, inputs.dlse[batch_idx, :, rows][None]]
+                outputs, grads_in = [*outputs, pattern_lse], [*grads_in, inputs.dlse[batch_idx, :, rows][None]]
             for total, grad in zip(totals, torch.autograd.grad(outputs, (q, k, v), grads_in)):
                 total += grad
             out[batch_idx, rows] = o.detach()[0].transpose(0, 1)
-            lse[batch_idx, :, rows] = l.detach()[0]
+            lse[batch_idx, :, rows] = pattern_lse.detach()[0]
     return Results(out, lse, *totals)
 
 

@@ -96,7 +96,10 @@ def oracle(
     projected = torch.nn.functional.linear(x, weight, bias)
     q, k, v = (t.unflatten(-1, (core.num_heads, -1)).transpose(1, 2) for t in projected.chunk(3, -1))
     if freqs is not None:
-        q, k = (torch.view_as_real(torch.view_as_complex(t.unflatten(-1, (-1, 2))) * freqs[:, None]).flatten(-2) for t in (q, k))
+        q, k = (
+            torch.view_as_real(torch.view_as_complex(t.unflatten(-1, (-1, 2))) * freqs[:, None]).flatten(-2)
+            for t in (q, k)
+        )
     weights = counts.expand(x.shape[0], 1, -1, -1)
     if key_padding_mask is not None:
         weights = weights * key_padding_mask[:, None, None, :]

@@ -1,8 +1,8 @@
 import pytest
 import torch
+from layers import CROSS, DIM, GROUPS, JOINT, NUM_HEADS, SELF, make_freqs, make_layer, make_x, tensor_of
 
 import mixed_attention as ma
-from layers import CROSS, DIM, GROUPS, JOINT, NUM_HEADS, SELF, make_freqs, make_layer, make_x, tensor_of
 
 SIBLINGS = {
     "self": (ma.SelfAnchorAttention, SELF),
@@ -100,7 +100,9 @@ def test_branches_must_be_given(cls):
 @pytest.mark.parametrize("branches", [["vol", "volume"], ["vol", "vol"]], ids=["prefix", "twice"])
 def test_branches_that_begin_alike(cls, branches):
     specs = [ma.TokenSpec(name, 1) for name in ("vol_anchors", "volume_anchors")]
-    with pytest.raises(ValueError, match=f"cannot be a query in multiple .* branches .'{branches[0]}', '{branches[1]}'."):
+    with pytest.raises(
+        ValueError, match=f"cannot be a query in multiple .* branches .'{branches[0]}', '{branches[1]}'."
+    ):
         make_layer(cls, branches=branches)(torch.ones(1, 2, DIM, dtype=torch.float64), specs)
 
 

@@ -1,7 +1,5 @@
 import pytest
 import torch
-
-import mixed_attention as ma
 from layers import (
     CROSS,
     GROUPS,
@@ -16,6 +14,8 @@ from layers import (
     make_layer,
     make_x,
 )
+
+import mixed_attention as ma
 
 ANCHORS = [GROUPS[0], GROUPS[2]]
 FREQS = make_freqs(SELF.num_tokens)
@@ -38,9 +38,7 @@ def test_cached_groups_give_the_rows_of_the_uncached_call(scene, cached, paralle
     layer, x = make_layer(use_rope=True, parallel=parallel), make_x(scene)
     expected, cache = record(layer, x, scene)
     specs, rows = without(scene, *cached)
-    out, none = layer(
-        x[:, rows], specs, scene.patterns, freqs=FREQS[:, rows], kv_cache=cache, return_kv_cache=True
-    )
+    out, none = layer(x[:, rows], specs, scene.patterns, freqs=FREQS[:, rows], kv_cache=cache, return_kv_cache=True)
     assert none is None
     assert_equal_in_fp64(out, expected[:, rows])
 
@@ -72,7 +70,9 @@ def test_a_cache_holds_the_anchors_and_nothing_else():
 def test_keys_are_recorded_after_rotation():
     layer, x = make_layer(use_rope=True), make_x(SELF)
     _, cache = record(layer, x, SELF)
-    _, k, v = torch.nn.functional.linear(x, layer.qkv.weight, layer.qkv.bias).unflatten(-1, (3, NUM_HEADS, -1)).unbind(2)
+    _, k, v = (
+        torch.nn.functional.linear(x, layer.qkv.weight, layer.qkv.bias).unflatten(-1, (3, NUM_HEADS, -1)).unbind(2)
+    )
     rows = SELF.rows("volume_anchors")
     rotated = ma.apply_rope(k[:, rows], FREQS[:, rows])
     assert_equal_in_fp64(cache["volume_anchors"]["k"], rotated.transpose(1, 2))
@@ -174,9 +174,7 @@ def test_masks_work_with_caches(cached, batch_size):
     mask = torch.rand(batch_size, JOINT.num_tokens, generator=torch.Generator().manual_seed(1)) < 0.6
     expected, cache = record(layer, x, JOINT, key_padding_mask=mask)
     specs, rows = without(JOINT, *cached)
-    out = layer(
-        x[:, rows], specs, JOINT.patterns, freqs=FREQS[:, rows], kv_cache=cache, key_padding_mask=mask[:, rows]
-    )
+    out = layer(x[:, rows], specs, JOINT.patterns, freqs=FREQS[:, rows], kv_cache=cache, key_padding_mask=mask[:, rows])
     assert_equal_in_fp64(out, expected[:, rows])
 
 
@@ -187,9 +185,7 @@ def test_a_mask_of_fresh_groups_leaves_the_cached_ones_alone():
     expected = layer(x, JOINT.specs, JOINT.patterns, freqs=FREQS, key_padding_mask=mask)
     _, cache = record(layer, x, JOINT)
     specs, rows = without(JOINT, "surface_anchors")
-    out = layer(
-        x[:, rows], specs, JOINT.patterns, freqs=FREQS[:, rows], kv_cache=cache, key_padding_mask=mask[:, rows]
-    )
+    out = layer(x[:, rows], specs, JOINT.patterns, freqs=FREQS[:, rows], kv_cache=cache, key_padding_mask=mask[:, rows])
     assert_equal_in_fp64(out, expected[:, rows])
 
 
@@ -199,7 +195,10 @@ def test_upstreams_caches_are_read():
     expected, cache = record(layer, x, SELF)
     views = {
         name: {
-            which: torch.stack([tensor, torch.full_like(tensor, torch.nan)], -1)[..., 0].transpose(1, 2).contiguous().transpose(1, 2)
+            which: torch.stack([tensor, torch.full_like(tensor, torch.nan)], -1)[..., 0]
+            .transpose(1, 2)
+            .contiguous()
+            .transpose(1, 2)
             for which, tensor in entry.items()
         }
         for name, entry in {**cache, "unused_anchors": cache[ANCHORS[0]]}.items()
@@ -252,7 +251,9 @@ def test_keys_and_values_of_different_length():
 
 @pytest.mark.parametrize("entry", [None, {}, {"k": torch.ones(2, 3, 4, 8)}, {"k": 1, "v": 2}], ids=str)
 def test_entries_that_are_none(entry):
-    with pytest.raises(ValueError, match="kv_cache entry 'volume_anchors': expected a dict with the tensors 'k' and 'v'"):
+    with pytest.raises(
+        ValueError, match="kv_cache entry 'volume_anchors': expected a dict with the tensors 'k' and 'v'"
+    ):
         read_with(lambda _: entry)
 
 

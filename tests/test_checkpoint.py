@@ -1,9 +1,9 @@
 import pytest
 import torch
+from layers import DIM, NUM_HEADS, SELF, make_layer, make_x, tensor_of
 from torch import nn
 
 import mixed_attention as ma
-from layers import DIM, NUM_HEADS, SELF, make_layer, make_x, tensor_of
 
 CONVERTED = ma.checkpoint.convert_state_dict
 PAIRS = {
@@ -29,7 +29,9 @@ def make_model(cls, **config):
 
 
 @pytest.mark.parametrize("bias", [True, False], ids=["bias", "no bias"])
-@pytest.mark.parametrize("wrap", [lambda layer: layer, Block, lambda layer: nn.Sequential(Block(layer))], ids=["bare", "block", "model"])
+@pytest.mark.parametrize(
+    "wrap", [lambda layer: layer, Block, lambda layer: nn.Sequential(Block(layer))], ids=["bare", "block", "model"]
+)
 @pytest.mark.parametrize("name", PAIRS)
 def test_either_layout_loads_into_either_under_any_prefix(name, wrap, bias):
     fused, separate = (wrap(make_layer(cls, bias=bias)) for cls in PAIRS[name])
@@ -111,7 +113,9 @@ def test_perceivers_are_converted(kv_dim):
 
 
 def test_a_perceiver_between_layers_of_attention():
-    model = nn.ModuleDict({"a": make_layer(), "b": make_layer(ma.PerceiverAttention), "c": make_layer(ma.SelfAnchorAttention)})
+    model = nn.ModuleDict(
+        {"a": make_layer(), "b": make_layer(ma.PerceiverAttention), "c": make_layer(ma.SelfAnchorAttention)}
+    )
     separate = CONVERTED(model.state_dict(), "separate")
     assert not any("kv" in key for key in separate)
     assert CONVERTED(separate, "fused", perceiver=["b"]).keys() == model.state_dict().keys()

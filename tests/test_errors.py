@@ -2,9 +2,9 @@
 
 import pytest
 import torch
+from layers import DIM, GROUPS, SELF, make_freqs, make_layer, make_x
 
 import mixed_attention as ma
-from layers import DIM, GROUPS, SELF, make_freqs, make_layer, make_x
 
 X = make_x(SELF).detach()
 N = SELF.num_tokens
@@ -103,8 +103,14 @@ def test_two_masks():
     "patterns, message",
     [
         ([], "set of query tokens must exactly match"),
-        (pattern(GROUPS[:1], GROUPS[:1]), "set of query tokens must exactly match .* in no pattern: .'surface_queries'"),
-        (pattern([*GROUPS[:2], "extra"], GROUPS[:1]), "set of query tokens must exactly match .* not in token_specs: .'extra'"),
+        (
+            pattern(GROUPS[:1], GROUPS[:1]),
+            "set of query tokens must exactly match .* in no pattern: .'surface_queries'",
+        ),
+        (
+            pattern([*GROUPS[:2], "extra"], GROUPS[:1]),
+            "set of query tokens must exactly match .* not in token_specs: .'extra'",
+        ),
         (pattern([GROUPS[0], *GROUPS[:2]], GROUPS[:1]), "cannot be a query in multiple"),
         (pattern(GROUPS[:2], []), "attention pattern 0 has no key_value_tokens"),
         ([*SELF.patterns, PATTERN([], GROUPS)], "attention pattern 2 has no query_tokens"),

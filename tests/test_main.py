@@ -7,9 +7,9 @@ from pathlib import Path
 
 import pytest
 import torch
+from layers import CROSS, SELF, Scene
 
 import mixed_attention as ma
-from layers import CROSS, SELF, Scene
 from mixed_attention import __main__ as main
 from mixed_attention import ops
 
@@ -58,7 +58,8 @@ x, freqs = torch.randn(1, 5, 16), ma.RopeFrequency(8, 2)(torch.rand(1, 5, 2))
 layer = ma.MixedAttention(dict(dim=16, num_heads=2, use_rope=True, parallel=False))
 print(layer(x, specs, patterns, freqs=freqs).shape)
 layer.parallel = True
-for call in (lambda: ma.attention(x[:, :, None], x[:, :, None], x[:, :, None], plan), lambda: layer(x, specs, patterns, freqs=freqs)):
+q = x[:, :, None]
+for call in (lambda: ma.attention(q, q, q, plan), lambda: layer(x, specs, patterns, freqs=freqs)):
     try:
         call()
     except ImportError as error:

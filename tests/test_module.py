@@ -3,13 +3,6 @@ import pickle
 
 import pytest
 import torch
-from torch import nn
-from torch._dynamo.testing import CompileCounterWithBackend
-from torch.autograd import gradcheck, gradgradcheck
-from torch.func import functional_call
-from torch.utils.checkpoint import checkpoint
-
-import mixed_attention as ma
 from layers import (
     CROSS,
     DENSE,
@@ -29,6 +22,13 @@ from layers import (
     oracle,
     tensor_of,
 )
+from torch import nn
+from torch._dynamo.testing import CompileCounterWithBackend
+from torch.autograd import gradcheck, gradgradcheck
+from torch.func import functional_call
+from torch.utils.checkpoint import checkpoint
+
+import mixed_attention as ma
 
 LAYERS = {"fused": ma.MixedAttention, "separate": ma.noether.MixedAttention}
 
@@ -392,6 +392,16 @@ def tiny(scene):
     return function, (x.requires_grad_(), *weights.values())
 
 
+@pytest.fixture
+def one_thread():
+    """Thousands of tiny calls: waking a second thread for each would take most of the time."""
+    num_threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(num_threads)
+
+
+@pytest.mark.usefixtures("one_thread")
 @pytest.mark.parametrize("scene", [TINY, TINY_DENSE], ids=["keys of anchors", "keys of all"])
 def test_derivatives_of_first_and_second_order(scene):
     function, inputs = tiny(scene)
@@ -474,7 +484,9 @@ def test_autocast_computes_in_its_dtype(parallel):
     assert all(grad.dtype == torch.float32 and grad.isfinite().all() for grad in grads)
 
 
-@pytest.mark.parametrize("cls", [*LAYERS.values(), ma.SelfAnchorAttention, ma.DotProductAttention, ma.PerceiverAttention])
+@pytest.mark.parametrize(
+    "cls", [*LAYERS.values(), ma.SelfAnchorAttention, ma.DotProductAttention, ma.PerceiverAttention]
+)
 def test_copies_of_a_layer_compute_the_same(cls):
     layer = make_layer(cls)
     arguments = {

@@ -5,9 +5,6 @@ import copy
 import pytest
 import torch
 import torch.nn.functional as F
-from torch import nn
-
-import mixed_attention as ma
 from layers import (
     CROSS,
     DENSE,
@@ -25,6 +22,9 @@ from layers import (
     make_x,
     oracle,
 )
+from torch import nn
+
+import mixed_attention as ma
 
 FREQS = make_freqs(SELF.num_tokens)
 
@@ -139,7 +139,9 @@ def test_weights_do_not_depend_on_the_sizes():
 
 
 def test_published_names_of_untied_parameters():
-    names = [f"{layer}.{kind}.{i}" for layer in ("q", "k", "v", "proj") for kind in ("weight", "bias") for i in range(3)]
+    names = [
+        f"{layer}.{kind}.{i}" for layer in ("q", "k", "v", "proj") for kind in ("weight", "bias") for i in range(3)
+    ]
     state = make_untied(num_types=3).state_dict()
     assert list(state) == names
     assert all(value.shape == ((DIM, DIM) if "weight" in name else (DIM,)) for name, value in state.items())
@@ -243,8 +245,12 @@ class Model(nn.Module):
         mixed = upstream("MixedAttention", package)(UpstreamMixed)
         self.dense = upstream("DotProductAttention", package)(UpstreamDense)(projections)
         self.perceiver = upstream("PerceiverAttention", package)(UpstreamPerceiver)(perceiver_projections, kv_dim=5)
-        cross = upstream("CrossAnchorAttention", package)(UpstreamSibling)(mixed(projections, bias=False), ["surface", "volume"])
-        self.blocks = nn.ModuleList([nn.ModuleDict({"attention_block": cross}), nn.ModuleDict({"attention_block": cross})])
+        cross = upstream("CrossAnchorAttention", package)(UpstreamSibling)(
+            mixed(projections, bias=False), ["surface", "volume"]
+        )
+        self.blocks = nn.ModuleList(
+            [nn.ModuleDict({"attention_block": cross}), nn.ModuleDict({"attention_block": cross})]
+        )
         self.mixed = nn.Sequential(mixed(projections))
         self.mlp = nn.Linear(DIM, DIM)
 

@@ -31,5 +31,7 @@ def test_import_without_the_compiled_part_says_on_use_what_to_do():
 
 def test_every_module_is_in_the_package():
     # setuptools is told the packages by name: a new folder would be left out of the wheel without a word.
-    folders = {str(path.parent.relative_to(ROOT)).replace("/", ".") for path in (ROOT / "mixed_attention").rglob("*.py")}
+    folders = {
+        str(path.parent.relative_to(ROOT)).replace("/", ".") for path in (ROOT / "mixed_attention").rglob("*.py")
+    }
     assert all(f'"{folder}"' in (ROOT / "pyproject.toml").read_text() for folder in folders)

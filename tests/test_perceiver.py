@@ -1,10 +1,10 @@
 import pytest
 import torch
 import torch.nn.functional as F
+from layers import DIM, NUM_HEADS, assert_equal_in_fp64, gradients, make_freqs, make_layer, tensor_of
 from torch.autograd import gradcheck, gradgradcheck
 
 import mixed_attention as ma
-from layers import DIM, NUM_HEADS, assert_equal_in_fp64, gradients, make_freqs, make_layer, tensor_of
 
 KV_DIM, NUM_QUERIES, NUM_KEYS = 10, 5, 7
 LAYERS = {"fused": ma.PerceiverAttention, "separate": ma.noether.PerceiverAttention}

@@ -11,13 +11,13 @@ from types import SimpleNamespace
 
 import pytest
 import torch
-from hypothesis import given
-from hypothesis import strategies as st
-
-import mixed_attention as ma
 from cases import EDGE_CASES, NAMES, Case, counts, make_inputs
 from compare import run
+from hypothesis import given
+from hypothesis import strategies as st
 from test_random import cases
+
+import mixed_attention as ma
 
 A, B, C = ma.TokenSpec("a", 3), ma.TokenSpec("b", 4), ma.TokenSpec("c", 2)
 
@@ -98,7 +98,8 @@ def test_neighbours_merge(attends, segments):
 def test_merging_looks_at_positions_not_at_sizes():
     """An empty group between two groups keeps them apart, so that a plan's form depends on no size."""
     forms = [
-        [(s.pattern, len(s.key_ranges)) for s in Case((4, size, 5), "ac>ac b>b").plan.query_segments] for size in (0, 1, 7)
+        [(s.pattern, len(s.key_ranges)) for s in Case((4, size, 5), "ac>ac b>b").plan.query_segments]
+        for size in (0, 1, 7)
     ]
     assert forms[0] == forms[1] == forms[2]
 

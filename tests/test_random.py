@@ -3,11 +3,10 @@
 from __future__ import annotations
 
 import torch
-from hypothesis import given
-from hypothesis import strategies as st
-
 from cases import DTYPES, NAMES, Case
 from compare import check
+from hypothesis import given
+from hypothesis import strategies as st
 
 # Every size around a tile is as likely as an empty group or any small one.
 SIZES = st.one_of(

@@ -34,7 +34,9 @@ def test_arithmetic_is_fp32_and_rounded_once(dtype):
     rotated = ma.apply_rope(x, freqs)
     assert rotated.dtype == dtype
     # Three fp32 roundings of terms of the size of x times freqs, then one to the dtype.
-    bound = 3 * torch.finfo(torch.float32).eps * x.abs().max() * freqs.abs().max() + torch.finfo(dtype).eps * exact.abs()
+    bound = (
+        3 * torch.finfo(torch.float32).eps * x.abs().max() * freqs.abs().max() + torch.finfo(dtype).eps * exact.abs()
+    )
     assert ((rotated.double() - exact).abs() <= bound).all()
 
 
@@ -55,11 +57,19 @@ def test_derivatives_of_both_arguments():
 @pytest.mark.parametrize(
     "freqs, error, message",
     [
-        (torch.ones(N, D // 2, dtype=torch.complex64), AssertionError, r"freqs.shape should be \(batch_size, seqlen, head_dim // 2\)"),
+        (
+            torch.ones(N, D // 2, dtype=torch.complex64),
+            AssertionError,
+            r"freqs.shape should be \(batch_size, seqlen, head_dim // 2\)",
+        ),
         (torch.ones(B, N, 1, D // 2, dtype=torch.complex64), AssertionError, "freqs.shape should be"),
         (torch.ones(B, N, D // 2), AssertionError, "expected a complex tensor"),
         ([torch.ones(B, N, D)], AssertionError, "expected a complex tensor .* got list"),
-        (torch.ones(B + 1, N, D // 2, dtype=torch.complex64), RuntimeError, "size must match .* batch_size 2 or 1, got 3"),
+        (
+            torch.ones(B + 1, N, D // 2, dtype=torch.complex64),
+            RuntimeError,
+            "size must match .* batch_size 2 or 1, got 3",
+        ),
         (torch.ones(B, N + 1, D // 2, dtype=torch.complex64), RuntimeError, "size must match .* seqlen 5, got 6"),
         (torch.ones(B, N, D, dtype=torch.complex64), RuntimeError, r"size must match .* head_dim // 2 4, got 8"),
         ((torch.ones(B, N, 6), torch.ones(B, N, 4)), AssertionError, "10 channels > head dimension 8"),
@@ -107,7 +117,16 @@ def test_tuple_form_is_the_complex_form_of_permuted_channels():
 
 @pytest.mark.parametrize(
     "head_dim, axes, per_axis, unrotated",
-    [(64, 3, 10, 4), (64, 2, 16, 0), (64, 1, 32, 0), (48, 3, 8, 0), (32, 3, 5, 2), (16, 3, 2, 4), (8, 3, 1, 2), (6, 3, 1, 0)],
+    [
+        (64, 3, 10, 4),
+        (64, 2, 16, 0),
+        (64, 1, 32, 0),
+        (48, 3, 8, 0),
+        (32, 3, 5, 2),
+        (16, 3, 2, 4),
+        (8, 3, 1, 2),
+        (6, 3, 1, 0),
+    ],
 )
 def test_frequency_table(head_dim, axes, per_axis, unrotated):
     rope = ma.RopeFrequency(head_dim, axes)
@@ -175,7 +194,9 @@ def test_gradient_reaches_the_coordinates():
     for index in ((0, 1, 0), (0, 3, 1)):
         step = torch.zeros_like(coords)
         step[index] = 1e-2
-        change = sum(s * (ma.apply_rope(x, rope(coords.detach() + s * step)) * x.flip(1)).double().sum() for s in (1, -1))
+        change = sum(
+            s * (ma.apply_rope(x, rope(coords.detach() + s * step)) * x.flip(1)).double().sum() for s in (1, -1)
+        )
         # Central difference of a function whose third derivative is of the size of its value.
         torch.testing.assert_close(grad[index].double(), change / 2e-2, rtol=1e-2, atol=1e-2)
 

@@ -4,11 +4,10 @@ from __future__ import annotations
 
 import pytest
 import torch
-from hypothesis import given
-from hypothesis import strategies as st
-
 from cases import Case, make_inputs
 from compare import judge, run
+from hypothesis import given
+from hypothesis import strategies as st
 
 SEQLEN_Q, SEQLEN_K = 6, 8
 

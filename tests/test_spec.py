@@ -161,7 +161,9 @@ def test_perceiver_config_defaults_to_keys_as_wide_as_queries():
     assert ma.PerceiverAttentionConfig(dim=192, num_heads=3).kv_dim == 192
 
 
-@pytest.mark.parametrize("fields", [{"hidden_dim": 0}, {"input_dim": None}, {"max_wavelength": 0.5}, {"implementation": "x"}])
+@pytest.mark.parametrize(
+    "fields", [{"hidden_dim": 0}, {"input_dim": None}, {"max_wavelength": 0.5}, {"implementation": "x"}]
+)
 def test_rope_config_refuses_what_is_not_allowed(fields):
     with pytest.raises(ValueError, match=f"{next(iter(fields))}: expected"):
         ma.RopeFrequencyConfig(**{"hidden_dim": 64, "input_dim": 3, **fields})
