@@ -110,7 +110,7 @@ def attention(
         ImportError: If the compiled part of the package is missing.
     """
     _require_compiled()
-    scale = q.shape[-1] ** -0.5 if softmax_scale is None else softmax_scale
+    scale = max(q.shape[-1], 1) ** -0.5 if softmax_scale is None else softmax_scale  # 0 channels are refused below
     if torch.is_autocast_enabled(q.device.type):
         dtype = torch.get_autocast_dtype(q.device.type)
         q, k, v = (t.to(dtype) if t.dtype == torch.float32 else t for t in (q, k, v))

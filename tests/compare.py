@@ -81,7 +81,8 @@ def judge(actual: Results, inputs: Inputs) -> None:
             raise AssertionError(
                 f"{name}{list(place)} is {got[place]:.9g}, expected {expected[place]:.9g}: off by {largest:.3g}, "
                 f"allowed {bound:.3g} = 2 x {torch_error[name]:.3g} (torch's own) + "
-                f"{_largest(getattr(rounding, name)):.3g} (one rounding); {int((error > bound).sum())} of {error.numel()} are off by more; {inputs.case}"
+                f"{_largest(getattr(rounding, name)):.3g} (one rounding); "
+                f"{int((error > bound).sum())} of {error.numel()} are off by more; {inputs.case}"
             )
 
 
