@@ -16,6 +16,10 @@ except ImportError:
 ROOT = Path(__file__).parent
 COMPILE_FLAGS = ["-O3", "-std=c++20", "-Wall", "-Wextra", "-Wno-unused-parameter", "-fvisibility=hidden"]
 
+# NOTE: at::parallel_for is inline code of torch's headers: without OpenMP here it runs serially, without a word. The
+# runtime is the one that torch has loaded by then, as both go by the same name.
+THREAD_FLAGS = ["-fopenmp"] if torch.backends.openmp.is_available() else []
+
 
 def sanitizer_flags() -> list[str]:
     """``MIXED_ATTENTION_SANITIZE=address,undefined`` builds with these sanitizers."""
@@ -38,8 +42,8 @@ setup(
             "mixed_attention._C",
             sources("*.cpp", "cpu/*.cpp"),
             include_dirs=[str(ROOT / "csrc")],
-            extra_compile_args=COMPILE_FLAGS + sanitizer_flags(),
-            extra_link_args=sanitizer_flags(),
+            extra_compile_args=COMPILE_FLAGS + THREAD_FLAGS + sanitizer_flags(),
+            extra_link_args=THREAD_FLAGS + sanitizer_flags(),
         )
     ],
     # Ninja compiles only what changed, and in parallel; without it everything is compiled in turn.
