@@ -41,9 +41,9 @@ def parse(arguments: Sequence[str] | None) -> argparse.Namespace:
     parser.add_argument("--seed", type=int, default=settings.seed)
     parser.add_argument("--device", type=torch.device, default=torch.device("cpu"), help="cpu, cuda, cuda:1, ...")
     parser.add_argument("--cases", type=positive, default=6, help="held-out sections to judge by")
-    parser.add_argument("--queries", type=positive, default=100_000, help="points in the volume around each of them, at least")
+    parser.add_argument("--queries", type=positive, default=100_000, help="points around each of them, at least")
     parser.add_argument("--chunk", type=positive, default=8192, help="queries at a time")
-    parser.add_argument("--output", type=Path, default=Path("outputs/airfoil"), help="folder for checkpoint and picture")
+    parser.add_argument("--output", type=Path, default=Path("outputs/airfoil"), help="folder of checkpoint and picture")
     parser.add_argument("--restart", action="store_true", help="train anew even if there is a checkpoint")
     return parser.parse_args(arguments)
 

@@ -92,11 +92,14 @@ def epoch_of_batches(flows: Flows, settings: Settings, generator: torch.Generato
 
 def draw_batch(flows: Flows, sections: Tensor, settings: Settings, generator: torch.Generator) -> Batch:
     """Draws angles of attack, anchors and queries for some sections ``(B,)``."""
+    batch_size = len(sections)
+    num_surface, num_volume = flows.surface.shape[1], flows.volume.shape[1]
     sizes = [settings.surface_anchors, settings.surface_queries], [settings.volume_anchors, settings.volume_queries]
-    surface = draw_points(len(sections), flows.surface.shape[1], sum(sizes[0]), generator)
-    volume = draw_points(len(sections), flows.volume.shape[1], sum(sizes[1]), generator)
-    chosen = flows.select(sections, surface, volume)
-    angle = torch.deg2rad(torch.empty(len(sections)).uniform_(*ANGLES, generator=generator))
+    anchors = draw_spread(batch_size, num_surface, settings.surface_anchors, generator)
+    queries = draw_points(batch_size, num_surface, settings.surface_queries, generator)
+    volume = draw_points(batch_size, num_volume, sum(sizes[1]), generator)
+    chosen = flows.select(sections, torch.cat([anchors, queries], 1), volume)
+    angle = torch.deg2rad(torch.empty(batch_size).uniform_(*ANGLES, generator=generator))
     stream = free_streams(angle).to(flows.surface.device)
     groups = dict(zip(GROUPS, (*chosen.surface.split(sizes[0], 1), *chosen.volume.split(sizes[1], 1))))
     return Batch(groups, stream, {"surface": chosen.pressure(stream), "volume": chosen.perturbation(stream)})
@@ -105,6 +108,12 @@ def draw_batch(flows: Flows, sections: Tensor, settings: Settings, generator: to
 def draw_points(batch_size: int, count: int, chosen: int, generator: torch.Generator) -> Tensor:
     """Indices ``(batch_size, chosen)`` out of ``count`` points, without repetition in a row."""
     return torch.rand(batch_size, count, generator=generator).argsort(1)[:, :chosen]
+
+
+def draw_spread(batch_size: int, count: int, chosen: int, generator: torch.Generator) -> Tensor:
+    """Indices ``(batch_size, chosen)``, one out of every ``count / chosen`` points, so that no part is left bare."""
+    places = torch.arange(chosen) + torch.rand(batch_size, chosen, generator=generator)
+    return (places * (count / chosen)).long().clamp(max=count - 1)
 
 
 def free_streams(angles: Tensor) -> Tensor:
@@ -153,4 +162,4 @@ def points_in_box(count: int, rng: np.random.Generator) -> Complex:
 def points_near(flow: PanelFlow, count: int, rng: np.random.Generator) -> Complex:
     """Points off the surface, ``(count,)``, as many between 1 and 2 % of a chord as between 2 and 4 %."""
     points, normals, _ = flow.surface(rng.uniform(0, NUM_PANELS, count))
-    return points + normals * np.exp(rng.uniform(*np.log((NEAR, FAR)), count))
+    return points + normals * np.exp(rng.uniform(np.log(NEAR), np.log(FAR), count))

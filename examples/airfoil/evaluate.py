@@ -10,7 +10,17 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
-from examples.airfoil.data import ANGLES, BOX, NUM_PANELS, Flows, as_pairs, draw_points, free_streams, solve
+from examples.airfoil.data import (
+    ANGLES,
+    BOX,
+    NUM_PANELS,
+    Flows,
+    as_pairs,
+    draw_points,
+    draw_spread,
+    free_streams,
+    solve,
+)
 from examples.airfoil.model import AirfoilSurrogate
 from examples.airfoil.panel import Naca4, PanelFlow, Real
 from examples.airfoil.settings import Settings
@@ -97,11 +107,9 @@ def draw_anchors(section: Naca4, settings: Settings, rng: np.random.Generator) -
     """Anchors of one section, drawn as in training."""
     surface, _, volume, _ = solve(section, settings.surface_points, settings.volume_points, rng)
     generator = torch.Generator().manual_seed(int(rng.integers(2**62)))
-    chosen = (
-        points[None, draw_points(1, len(points), count, generator)[0]]
-        for points, count in ((surface, settings.surface_anchors), (volume, settings.volume_anchors))
-    )
-    return dict(zip(("surface_anchors", "volume_anchors"), chosen))
+    on_surface = draw_spread(1, len(surface), settings.surface_anchors, generator)
+    in_volume = draw_points(1, len(volume), settings.volume_anchors, generator)
+    return {"surface_anchors": surface[on_surface], "volume_anchors": volume[in_volume]}
 
 
 def box_grid(count: float) -> NDArray[np.complex128]:

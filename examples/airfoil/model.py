@@ -13,7 +13,8 @@ BRANCHES = {"surface": (4, 1), "volume": (2, 2)}  # features of a token, values 
 GROUPS = tuple(f"{branch}_{role}" for branch in BRANCHES for role in ("anchors", "queries"))
 POSITION_SCALE = 100.0  # so that the shortest wavelength of RoPE, 2 pi, is about a tenth of a chord
 
-KVCaches = Sequence[Mapping[str, Mapping[str, Tensor]]]
+KVCache = Mapping[str, Mapping[str, Tensor]]
+KVCaches = Sequence[KVCache | None]  # of the blocks
 
 
 class Block(nn.Module):
@@ -28,12 +29,11 @@ class Block(nn.Module):
         self.mlp = nn.Sequential(nn.Linear(dim, 4 * dim), nn.GELU(), nn.Linear(4 * dim, dim))
 
     def forward(
-        self, x: Tensor, specs: Sequence[ma.TokenSpec], freqs: Tensor, kv_cache: Mapping | None, return_kv_cache: bool
-    ) -> tuple[Tensor, Mapping | None]:
+        self, x: Tensor, specs: Sequence[ma.TokenSpec], freqs: Tensor, kv_cache: KVCache | None, return_kv_cache: bool
+    ) -> tuple[Tensor, KVCache | None]:
         """Returns the tokens ``(B, N, dim)``, and the cache of the anchors if it is asked for."""
-        attended = self.attention(
-            self.norm1(x), specs, freqs=freqs, kv_cache=kv_cache, return_kv_cache=return_kv_cache
-        )
+        arguments = {"freqs": freqs, "kv_cache": kv_cache, "return_kv_cache": return_kv_cache}
+        attended = self.attention(self.norm1(x), specs, **arguments)
         attended, recorded = attended if return_kv_cache else (attended, None)
         x = x + attended
         return x + self.mlp(self.norm2(x)), recorded
@@ -42,16 +42,19 @@ class Block(nn.Module):
 class Embedding(nn.Module):
     """Tokens of one branch: waves of the position in octaves, the other features, and the free stream."""
 
-    def __init__(self, num_features: int, dim: int, num_octaves: int = 7) -> None:
+    wave_numbers: Tensor
+
+    def __init__(self, num_features: int, dim: int, num_octaves: int = 5) -> None:
         super().__init__()
         self.register_buffer("wave_numbers", 0.5 * torch.pi * 2.0 ** torch.arange(num_octaves), persistent=False)
-        num_inputs = num_features + 2 * 2 * num_octaves + 2
+        num_inputs = num_features + 2 * 2 * num_octaves + 1
         self.layers = nn.Sequential(nn.Linear(num_inputs, 2 * dim), nn.GELU(), nn.Linear(2 * dim, dim))
 
     def forward(self, features: Tensor, stream: Tensor) -> Tensor:
         """Features ``(B, n, num_features)``, position first, and free streams ``(B, 2)`` to ``(B, n, dim)``."""
         phases = (features[..., :2, None] * self.wave_numbers).flatten(-2)
-        stream = stream[:, None].expand(-1, features.shape[1], -1)
+        # Angles of attack are small: the factor makes their sine as large as the other inputs.
+        stream = (10 * stream[:, None, 1:]).expand(-1, features.shape[1], -1)
         return self.layers(torch.cat([features, phases.sin(), phases.cos(), stream], -1))
 
 
@@ -67,7 +70,7 @@ class AirfoilSurrogate(nn.Module):
         num_blocks: Blocks, self and cross attention in turn.
     """
 
-    def __init__(self, dim: int = 64, num_heads: int = 2, num_blocks: int = 4) -> None:
+    def __init__(self, dim: int = 64, num_heads: int = 2, num_blocks: int = 3) -> None:
         super().__init__()
         self.rope = ma.RopeFrequency(hidden_dim=dim // num_heads, input_dim=2)
         self.embeddings = nn.ModuleDict({name: Embedding(features, dim) for name, (features, _) in BRANCHES.items()})
@@ -99,7 +102,7 @@ class AirfoilSurrogate(nn.Module):
         """
         present = [name for name in GROUPS if name in groups]
         cached = [name for name in GROUPS if kv_caches and name.endswith("anchors")]
-        sizes = {name: groups[name].shape[1] if name in groups else None for name in [*present, *cached]}
+        sizes = {name: groups[name].shape[1] for name in present} | dict.fromkeys(cached)
         specs = [ma.TokenSpec(name, sizes[name]) for name in GROUPS if name in sizes]
 
         x = torch.cat([self.embeddings[branch_of(name)](groups[name], stream) for name in present], 1)
@@ -109,7 +112,7 @@ class AirfoilSurrogate(nn.Module):
             x, entry = block(x, specs, freqs, kv_cache, return_kv_caches)
             recorded.append(entry)
 
-        num_surface = sum(sizes[name] for name in present if branch_of(name) == "surface")
+        num_surface = sum(groups[name].shape[1] for name in present if branch_of(name) == "surface")
         parts = zip(BRANCHES, x.split([num_surface, x.shape[1] - num_surface], 1))
         values = {branch: self.heads[branch](tokens) for branch, tokens in parts}
         return (values, recorded) if return_kv_caches else values

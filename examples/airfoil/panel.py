@@ -99,7 +99,7 @@ class PanelFlow:
     Example:
         >>> flow = PanelFlow(Naca4.of("2412").contour(160))
         >>> round(flow.lift_coefficient(np.radians(4)), 2)
-        0.73
+        0.74
     """
 
     def __init__(self, nodes: Complex) -> None:
@@ -124,7 +124,7 @@ class PanelFlow:
         return np.pad(solution[:-1], ((1, 1), (0, 0)))
 
     def _influence(self, points: Complex, own_panel: bool = False) -> tuple[Complex, Real]:
-        """Conjugate velocity at points ``(p,)`` by unit strength at nodes, ``(p, n + 1)``, and winding numbers ``(p,)``.
+        """Conjugate velocity at points ``(p,)`` by unit strengths at nodes, ``(p, n + 1)``, and winding numbers.
 
         With ``own_panel``, point i lies on panel i and is approached from outside.
         """

@@ -24,12 +24,12 @@ class Settings:
         ValueError: If there are fewer sections than a step takes.
     """
 
-    epochs: int = 20
+    epochs: int = 18
     sections: int = 512
-    batch_size: int = 4
+    batch_size: int = 6
     learning_rate: float = 4e-3
     surface_points: int = 320
-    volume_points: int = 2048
+    volume_points: int = 1024
     surface_anchors: int = 128
     surface_queries: int = 64
     volume_anchors: int = 128
