@@ -55,26 +55,24 @@ class ProjectedAttention(nn.Module):
     def _linear(self, in_features: int, out_features: int, settings: DotProductAttentionConfig) -> nn.Module:
         return nn.Linear(in_features, out_features, bias=settings.bias)
 
-    def _rows(self, slots: str) -> tuple[Tensor, Tensor | None]:
-        """Weight and bias that make some neighbouring slots out of "qkv", whatever the parameter layout."""
-        dim = self.num_heads * self.head_dim
-        weights, biases = [], []
+    def _weights(self, *parts: str) -> list[tuple[Tensor, Tensor | None]]:
+        """Weight and bias that make each part, some neighbouring slots out of "qkv", whatever the parameter layout."""
+        pieces: list[tuple[list[Tensor], list[Tensor]]] = [([], []) for _ in parts]
         for name in self.projections:
-            made = [index for index, slot in enumerate(name) if slot in slots]
-            if made:
-                layer, rows = self.get_submodule(name), slice(made[0] * dim, (made[-1] + 1) * dim)
-                weights.append(layer.weight[rows])
-                biases.append(None if layer.bias is None else layer.bias[rows])
+            layer = self.get_submodule(name)
+            shares = [sum(slot in part for slot in name) for part in parts]
+            for kind, parameter in enumerate((layer.weight, layer.bias)):
+                if parameter is not None:
+                    for part, rows in zip(pieces, _split_rows(parameter, shares, len(name))):
+                        part[kind].extend(rows)
         # NOTE: joining separate weights and multiplying once is never slower than one product each, from 64 tokens on
         # (measured on CPU, width 192, fp32 and bf16, forward and backward), and it writes the packed form directly.
-        if len(weights) == 1:
-            return weights[0], biases[0]
-        return torch.cat(weights), None if biases[0] is None else torch.cat(biases)
+        return [(_join(weights), _join(biases) if biases else None) for weights, biases in pieces]
 
-    def _project(self, x: Tensor, slots: str, freqs: Freqs | None = None) -> Packed:
+    def _project(self, x: Tensor, slots: str, weight: Tensor, bias: Tensor | None, freqs: Freqs | None) -> Packed:
         """Projects tokens ``(B, N, C)`` to some slots; ``freqs`` rotates those of q and k."""
         # NOTE: rank 2 in, so that the product is no view and can be overwritten without a copy of its gradient.
-        return self._pack(F.linear(x.flatten(0, 1), *self._rows(slots)), x, slots, freqs)
+        return self._pack(F.linear(x.flatten(0, 1), weight, bias), x, slots, freqs)
 
     def _pack(self, buffer: Tensor, x: Tensor, slots: str, freqs: Freqs | None) -> Packed:
         """What was projected from ``x``, and how it is to be rotated."""
@@ -102,6 +100,20 @@ class ProjectedAttention(nn.Module):
 
     def extra_repr(self) -> str:
         return f"num_heads={self.num_heads}, head_dim={self.head_dim}, use_rope={self.use_rope}, dropout={self.dropout}"
+
+
+def _split_rows(parameter: Tensor, shares: Sequence[int], num_slots: int) -> list[list[Tensor]]:
+    """Cuts the rows of a parameter that makes ``num_slots`` slots: for each part those of its share, if any."""
+    if num_slots in shares:
+        return [[parameter] if share else [] for share in shares]
+    # NOTE: one split, because its derivative is one concatenation; slices would each make a gradient of full size.
+    rows = parameter.shape[0] // num_slots
+    cuts = parameter.split([rows * share for share in (*shares, num_slots - sum(shares))])
+    return [[cut] if share else [] for cut, share in zip(cuts, shares)]
+
+
+def _join(tensors: list[Tensor]) -> Tensor:
+    return tensors[0] if len(tensors) == 1 else torch.cat(tensors)
 
 
 def _dense_plan(seqlen_q: int, seqlen_k: int) -> AttentionPlan:
@@ -148,7 +160,7 @@ class DotProductAttention(ProjectedAttention):
         """
         if self.use_rope != (freqs is not None):
             raise AssertionError(_rope_mismatch(self.use_rope))
-        out, _ = self._attend_dense([self._project(x, "qkv", freqs)], attn_mask)
+        out, _ = self._attend_dense([self._project(x, "qkv", *self._weights("qkv")[0], freqs)], attn_mask)
         return self.proj_dropout(self.proj(out.flatten(2)))
 
 
@@ -276,13 +288,16 @@ class MixedAttention(DotProductAttention):
     ) -> list[Packed]:
         """q, k and v of a call: q of all tokens, k and v of those that somebody attends to, or from the cache."""
         if kv_cache is None and all(group.key_start is not None for group in plan.groups):
-            return [self._project(x, "qkv", freqs)]
-        q = self._project(x, "q", freqs)
-        if kv_cache is None:
-            return [q, self._project(_take_keys(x, plan), "kv", _take_freqs(freqs, plan))]
-        fresh = []
-        if any(group.query_start is not None and group.key_start is not None for group in plan.groups):
-            kv = self._project(_take_keys(x, plan), "kv", _take_freqs(freqs, plan))
+            return [self._project(x, "qkv", *self._weights("qkv")[0], freqs)]
+        if kv_cache is not None and all(g.query_start is None or g.key_start is None for g in plan.groups):
+            q = self._project(x, "q", *self._weights("q")[0], freqs)
+            fresh = []
+        else:
+            weights = self._weights("q", "kv")
+            q = self._project(x, "q", *weights[0], freqs)
+            kv = self._project(_take_keys(x, plan), "kv", *weights[1], _take_freqs(freqs, plan))
+            if kv_cache is None:
+                return [q, kv]
             fresh = packed.rotated_slots(kv, parallel=self.parallel)
         keys = cache.join_keys(plan, fresh, kv_cache, q.buffer.view(q.shape).squeeze(2))
         return [q, *(Packed(tensor.unsqueeze(2), tensor.unsqueeze(2).shape) for tensor in keys)]
@@ -439,9 +454,11 @@ class PerceiverAttention(ProjectedAttention):
             raise ValueError("Either kv or kv_cache must be provided")
         if self.use_rope and (q_freqs is None or (k_freqs is None and kv_cache is None)):
             raise AssertionError(_rope_mismatch(self.use_rope))
-        queries = self._project(q, "q", q_freqs)
+        (query_weights,) = self._weights("q")
+        queries = self._project(q, "q", *query_weights, q_freqs)
         if kv_cache is None:
-            parts = [queries, self._project(kv, "kv", k_freqs)]
+            (key_weights,) = self._weights("kv")
+            parts = [queries, self._project(kv, "kv", *key_weights, k_freqs)]
         else:
             keys = cache.read_entry("kv_cache", kv_cache, queries.buffer.view(queries.shape).squeeze(2))
             parts = [queries, *(Packed(tensor.unsqueeze(2), tensor.unsqueeze(2).shape) for tensor in keys)]
