@@ -43,6 +43,7 @@ struct AttentionParams {
   // CUDA
   int device;
   void* stream;     // cudaStream_t
+  void* workspace;  // device memory of as many bytes as the pass asks for (cuda/launch.h), 256-byte aligned
   bool allow_tf32;  // fp32 products may be rounded to TF32
 };
 

@@ -1,0 +1,36 @@
+// The CUDA kernels' entry points, and what they serve.
+#pragma once
+
+#include <cstddef>
+#include <string>
+
+#include "params.h"
+
+namespace mixed_attention::cuda {
+
+// What decides which kernel serves a call.
+struct Problem {
+  DType dtype;
+  int64_t head_dim, head_dim_v;
+  int device;
+};
+
+// The kernel family that serves a problem. The dispatch and the words for people come from this one place.
+struct Choice {
+  enum class Family { kNone, kPortable, kHopper } family;
+  std::string why;  // why not a faster family, or why none at all; empty where nothing was refused
+};
+
+Choice choose_fwd(const Problem& problem);
+Choice choose_bwd(const Problem& problem);
+
+// Bytes of device memory that a call needs beside its inputs and outputs; 0 for most.
+size_t fwd_workspace_size(const FwdParams& params);
+size_t bwd_workspace_size(const BwdParams& params);
+
+// These enqueue on params.stream and return; they never synchronise and never allocate.
+void run_fwd(const FwdParams& params);
+void run_bwd(const BwdParams& params);
+void run_rope(const RopeParams& params);
+
+}  // namespace mixed_attention::cuda
