@@ -2,7 +2,7 @@
 PYTHON ?= python3
 VENV := .venv
 BIN := $(VENV)/bin
-RUN := PATH="$(CURDIR)/$(BIN):$$PATH"
+RUN := PATH="$(abspath $(BIN)):$$PATH"
 SANITIZED := build/sanitize
 
 .PHONY: demo build kernels smoke test test-long test-gpu bench lint sanitize clean

@@ -8,5 +8,6 @@ python=$(realpath --no-symlinks "$2")
 export LD_PRELOAD="$(gcc -print-file-name=libasan.so) $(gcc -print-file-name=libubsan.so)"
 export ASAN_OPTIONS=detect_leaks=0:detect_odr_violation=0 UBSAN_OPTIONS=print_stacktrace=1
 export PYTHONPATH="$package"
-exec "$python" -m pytest -q -p no:cacheprovider -o pythonpath= --import-mode=importlib \
+# `python -m pytest` would put the current folder, and with it the package that is built for use, before that path.
+exec "$python" "$(dirname "$python")/pytest" -q -p no:cacheprovider -o pythonpath= \
   tests/test_ops.py tests/test_edges.py tests/test_dropout.py tests/test_threads.py tests/test_random.py tests/test_cache.py

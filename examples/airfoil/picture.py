@@ -16,6 +16,7 @@ from examples.airfoil.data import BOX
 from examples.airfoil.evaluate import Case, Values
 
 TRUE, PREDICTED, PAPER = "#1f2937", "#e11d48", "#f3f4f6"
+NUM_STREAMLINES = 27
 STYLE = {"font.size": 9, "axes.spines.top": False, "axes.spines.right": False, "axes.titlelocation": "left"}
 
 
@@ -28,7 +29,7 @@ def draw(case: Case, predicted: Values, path: Path) -> None:
         path: File of the picture, whose suffix says the format.
     """
     with matplotlib.rc_context(STYLE):
-        figure = Figure(figsize=(13, 7), layout="constrained")
+        figure = Figure(figsize=(13, 8.4), layout="constrained")
         axes = figure.subplot_mosaic([["pressure", "speed"], ["anchors", "error"]])
         draw_pressure(axes["pressure"], case, predicted["surface"])
         draw_anchors(axes["anchors"], case)
@@ -37,7 +38,7 @@ def draw(case: Case, predicted: Values, path: Path) -> None:
         wrong = on_grid(case, predicted["volume"] - case.truth["volume"])
         draw_speed(axes["speed"], case, velocity)
         draw_error(axes["error"], case, wrong)
-        figure.suptitle(f"{case.name} under {case.angle:.1f}°, not trained on", fontsize=13)
+        figure.suptitle(f"{case.name} at {case.angle:.1f}°, a section that was held out from training", fontsize=13)
         figure.savefig(path, dpi=150)
 
 
@@ -54,28 +55,29 @@ def draw_pressure(axes: Axes, case: Case, predicted: Tensor) -> None:
     axes.plot(chord, case.truth["surface"][0, :, 0], color=TRUE, linewidth=2.5, label="panel method")
     axes.plot(chord, predicted[0, :, 0], color=PREDICTED, linewidth=1.3, label="surrogate")
     axes.invert_yaxis()
-    axes.set(title="Pressure coefficient on the surface", xlabel="x / chord")
+    axes.set(title="Pressure coefficient on the surface", xlabel="x / chord", xlim=(-0.02, 1.02))
     axes.grid(alpha=0.25)
     axes.legend(frameon=False)
 
 
 def draw_anchors(axes: Axes, case: Case) -> None:
     """The section, and the anchors by which the model knows it and the space around it."""
-    prepare_plane(axes, case, "What the surrogate sees: the anchors of both branches")
+    prepare_plane(axes, case, "What the surrogate sees")
     for name, color in (("volume_anchors", "#2563eb"), ("surface_anchors", PREDICTED)):
         points = case.anchors[name][0]
         label = f"{len(points)} {name.replace('_', ' ')}"
         axes.scatter(points[:, 0], points[:, 1], s=7, color=color, linewidth=0, label=label, zorder=3)
-    axes.legend(loc="lower left", frameon=False, ncols=2)
+    axes.legend(loc="lower right", bbox_to_anchor=(1, 1), borderpad=0, handletextpad=0, columnspacing=1, frameon=False, ncols=2)
 
 
 def draw_speed(axes: Axes, case: Case, velocity: NDArray[np.complex128]) -> None:
-    """Predicted speed and streamlines."""
-    count = case.outside.sum()
-    prepare_plane(axes, case, f"Predicted speed / free stream, {count:,} queries".replace(",", "\u202f"))
+    """Predicted speed, and streamlines through points above and below the middle of the chord."""
+    prepare_plane(axes, case, f"Predicted speed / free stream, at {case.outside.sum():,} queries")
     x, y = case.grid[0].real, case.grid[:, 0].imag
     image = axes.pcolormesh(x, y, np.abs(velocity), cmap="Spectral_r", vmin=0.4, vmax=1.6, rasterized=True)
-    axes.streamplot(x, y, velocity.real, velocity.imag, density=0.9, color="#00000070", linewidth=0.6, arrowsize=0.6)
+    seeds = np.column_stack([np.full(NUM_STREAMLINES, x.mean()), np.linspace(y[0], y[-1], NUM_STREAMLINES)])
+    look = {"color": "#00000070", "linewidth": 0.6, "arrowsize": 0.6}
+    axes.streamplot(x, y, velocity.real, velocity.imag, start_points=seeds, broken_streamlines=False, **look)
     axes.figure.colorbar(image, ax=axes, extend="both", pad=0.01)
 
 
