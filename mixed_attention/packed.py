@@ -207,14 +207,11 @@ def _backward_composite(call, buffers, pairs, dout, dbuffers, key_padding_mask, 
 
 
 def _rotate_back(grad, more, pairs, part):
-    if grad is None:
-        return None
-    total = grad if more is None else grad + more
-    if pairs is None:
-        return total
+    if grad is None or pairs is None:  # what was not rotated is no output of this node, and nothing more comes in
+        return grad
     # NOTE: reshape and split alone, because is_grads_batched has batching rules for no other views.
     (batch_size, seqlen, slots, num_heads, head_dim), rotated = part
     grad_shape = grad.shape
-    flat = total.reshape(batch_size, seqlen, slots * num_heads, head_dim)
+    flat = (grad if more is None else grad + more).reshape(batch_size, seqlen, slots * num_heads, head_dim)
     heads, rest = flat.split([rotated * num_heads, (slots - rotated) * num_heads], 2)
     return torch.cat((ops.rotate_composite(heads, pairs, True), rest), 2).reshape(grad_shape)

@@ -139,6 +139,22 @@ def test_gradients_of_the_output_and_of_its_own_cache_add_up():
     assert_equal_in_fp64(together, tuple(sum(grads) for grads in zip(*alone)))
 
 
+@pytest.mark.parametrize("with_output", [True, False], ids=["with the output", "the cache alone"])
+@pytest.mark.parametrize("use_rope", [True, False], ids=["rotated", "without RoPE"])
+def test_second_derivatives_of_a_recorded_cache(use_rope, with_output):
+    """Those of the kernels' node against those of the reference, which autograd differentiates by itself."""
+    x, results = make_x(SELF), []
+    for parallel in (True, False):
+        layer = make_layer(use_rope=use_rope, parallel=parallel)
+        out, cache = layer(x, SELF.specs, SELF.patterns, freqs=FREQS if use_rope else None, return_kv_cache=True)
+        values = [out] * with_output + [tensor for entry in cache.values() for tensor in entry.values()]
+        wanted = [x, *layer.qkv.parameters()]
+        first = torch.autograd.grad(sum(tensor.sin().sum() for tensor in values), wanted, create_graph=True)
+        second = torch.autograd.grad(sum(grad.square().sum() for grad in first), wanted)
+        results.append((*first, *second))
+    assert_equal_in_fp64(*results)
+
+
 def test_detached_caches():
     x = make_x(SELF)
     _, attached = record(make_layer(use_rope=True), x, SELF)
