@@ -268,7 +268,7 @@ def _table() -> dict[str, Case]:
         cases[f"head_dim {width}"] = Case((34, 21), "a>b b>ab", head_dim=width, num_heads=2)
     for width, width_v in ((1, 160), (160, 1), (64, 24), (24, 64), (17, 33)):
         cases[f"head_dim {width}, v {width_v}"] = Case((34, 21), "a>b b>ab", head_dim=width, head_dim_v=width_v)
-    for size in (15, 16, 17, 31, 32, 33, 63, 64, 65, 127, 128, 129):
+    for size in (15, 16, 17, 31, 32, 33, 63, 64, 65, 95, 96, 97, 127, 128, 129, 191, 192, 193, 385):
         cases[f"{size} queries and keys"] = Case((size, 3), "a>a b>ab", head_dim=16)
         cases[f"{size} keys behind 3, {size} queries"] = Case((3, size), "a>b b>ab", head_dim=16)
     return cases
@@ -279,8 +279,8 @@ DTYPES = {"fp32": torch.float32, "fp64": torch.float64, "bf16": torch.bfloat16, 
 
 # What the kernels are built for: long enough that tiles, ranges and heads are many, with the widths of real models.
 LARGE_CASES = {
-    "abupt": Case((300, 411, 257, 350), "ab>a cd>c", num_heads=3, head_dim=64),
-    "joint": Case((300, 411, 257, 350), "abcd>ac", num_heads=3, head_dim=64, layout="packed"),
+    "abupt": Case((200, 411, 130, 193), "ab>a cd>c", num_heads=3, head_dim=64),
+    "joint": Case((200, 411, 130, 193), "abcd>ac", num_heads=3, head_dim=64, layout="packed"),
     "wide": Case((300, 411), "a>b b>a", num_heads=2, head_dim=128),
     "groups": Case((77, 250, 130, 410, 91, 320), "ab>ae cd>ca ef>ec", num_heads=3, head_dim=48, layout="packed"),
     "masked": Case((300, 411), "a>b b>ab", batch_size=2, num_heads=2, head_dim=32, mask="random"),

@@ -63,8 +63,8 @@ inline T reduce_sum(Vec<T> v) {
   return result;
 }
 
-// 2^x for x <= 0, also -inf; what would be subnormal is 0. Chebyshev approximations of 2^f on [-1/2, 1/2], relative
-// error 2e-9 (fp32) and 3e-18 (fp64) before rounding.
+// 2^x for x <= 0, also -inf; what would be subnormal is 0, and NaN stays NaN. Chebyshev approximations of 2^f on
+// [-1/2, 1/2], relative error 2e-9 (fp32) and 3e-18 (fp64) before rounding.
 template <class T>
 inline Vec<T> exp2_nonpositive(Vec<T> x) {
   using Int = IntOf<T>;
@@ -101,7 +101,7 @@ inline Vec<T> exp2_nonpositive(Vec<T> x) {
   }
   const Vec<Int> exponent = reinterpret_cast<Vec<Int>>(shifted) << kMantissaBits;
   const Vec<T> result = reinterpret_cast<Vec<T>>(reinterpret_cast<Vec<Int>>(p) + exponent);
-  return x < kLowest ? Vec<T>{} : result;
+  return x >= kLowest ? result : x < 0 ? Vec<T>{} : x;
 }
 
 }  // namespace mixed_attention::cpu::MIXED_ATTENTION_ISA
