@@ -43,12 +43,22 @@ TORCH_LIBRARY(mixed_attention, m) {
   m.def("rope_out(Tensor x, Tensor freqs, bool conjugate, Tensor(a!) out) -> ()");
 }
 
-TORCH_LIBRARY_IMPL(mixed_attention, CPU, m) {
+namespace {
+
+void implement(torch::Library& m) {
   m.impl("forward", &mixed_attention::forward);
   m.impl("backward", &mixed_attention::backward);
   m.impl("backward_out", &mixed_attention::backward_out);
   m.impl("rope_out", &mixed_attention::rope_out);
 }
+
+}  // namespace
+
+TORCH_LIBRARY_IMPL(mixed_attention, CPU, m) { implement(m); }
+
+#ifdef MIXED_ATTENTION_WITH_CUDA
+TORCH_LIBRARY_IMPL(mixed_attention, CUDA, m) { implement(m); }
+#endif
 
 TORCH_LIBRARY_IMPL(mixed_attention, Autograd, m) {
   for (const char* name : {"backward", "backward_out", "rope_out"}) {

@@ -1,14 +1,20 @@
 #include "ops.h"
 
+#include <ATen/Context.h>
 #include <ATen/DimVector.h>
 #include <ATen/Functions.h>
 #include <ATen/Parallel.h>
 #include <c10/core/DeviceGuard.h>
+#include <c10/core/impl/VirtualGuardImpl.h>
 
 #include <stdexcept>
+#include <type_traits>
 
 #include "checks.h"
 #include "cpu/launch.h"
+#ifdef MIXED_ATTENTION_WITH_CUDA
+#include "cuda/launch.h"
+#endif
 #include "params.h"
 #include "schedule.h"
 
@@ -52,8 +58,54 @@ void parallel_for(int num_workers, void (*task)(int worker, void* context), void
 // Fields that depend on where the call runs.
 template <class Params>
 void fill_device(Params& params, const Tensor& tensor) {
-  params.parallel_for = parallel_for;
-  params.num_threads = at::get_num_threads();
+  if (tensor.is_cpu()) {
+    params.parallel_for = parallel_for;
+    params.num_threads = at::get_num_threads();
+  } else {
+    const c10::impl::VirtualGuardImpl device(tensor.device().type());
+    params.device = tensor.device().index();
+    params.stream = device.getStream(tensor.device()).native_handle();
+    if constexpr (std::is_base_of_v<AttentionParams, Params>) {
+      params.allow_tf32 = at::globalContext().float32Precision(at::Float32Backend::CUDA, at::Float32Op::MATMUL) ==
+                          at::Float32Precision::TF32;
+    }
+  }
+}
+
+// What a call needs beside its inputs and outputs; it goes back to torch's allocator, which knows of streams.
+Tensor allocate_workspace(size_t bytes, const Tensor& like) {
+  return at::empty({static_cast<int64_t>(bytes)}, like.options().dtype(at::kByte));
+}
+
+void run_fwd(FwdParams& params, const Tensor& q) {
+  if (q.is_cpu()) return cpu::run_fwd(params);
+#ifdef MIXED_ATTENTION_WITH_CUDA
+  Tensor workspace;
+  if (const size_t bytes = cuda::fwd_workspace_size(params)) {
+    workspace = allocate_workspace(bytes, q);
+    params.workspace = workspace.mutable_data_ptr();
+  }
+  cuda::run_fwd(params);
+#endif
+}
+
+void run_bwd(BwdParams& params, const Tensor& q) {
+  if (q.is_cpu()) return cpu::run_bwd(params);
+#ifdef MIXED_ATTENTION_WITH_CUDA
+  Tensor workspace;
+  if (const size_t bytes = cuda::bwd_workspace_size(params)) {
+    workspace = allocate_workspace(bytes, q);
+    params.workspace = workspace.mutable_data_ptr();
+  }
+  cuda::run_bwd(params);
+#endif
+}
+
+void run_rope(const RopeParams& params, const Tensor& x) {
+  if (x.is_cpu()) return cpu::run_rope(params);
+#ifdef MIXED_ATTENTION_WITH_CUDA
+  cuda::run_rope(params);
+#endif
 }
 
 void check_inputs(const Tensor& q, const Tensor& k, const Tensor& v, const OptionalTensor& key_padding_mask,
@@ -158,7 +210,7 @@ std::tuple<Tensor, Tensor> forward(const Tensor& q, const Tensor& k, const Tenso
   params.out = out.mutable_data_ptr();
   params.lse = lse.mutable_data_ptr();
   params.out_strides = strides(out);
-  cpu::run_fwd(params);
+  run_fwd(params, q);
   return {out, lse};
 }
 
@@ -204,7 +256,7 @@ void backward_out(const Tensor& dout, const OptionalTensor& dlse, const Tensor& 
   params.dk_strides = strides(dk);
   params.dv_strides = strides(dv);
   params.deterministic = at::globalContext().deterministicAlgorithms();
-  cpu::run_bwd(params);
+  run_bwd(params, q);
 }
 
 std::tuple<Tensor, Tensor, Tensor> backward(const Tensor& dout, const OptionalTensor& dlse, const Tensor& q,
@@ -254,7 +306,7 @@ void rope_out(const Tensor& x, const Tensor& freqs, bool conjugate, const Tensor
   params.freqs_row_stride = rows.stride(1);
   params.conjugate = conjugate;
   fill_device(params, x);
-  cpu::run_rope(params);
+  run_rope(params, x);
 }
 
 void check_forward(const Tensor& q, const Tensor& k, const Tensor& v, at::IntArrayRef segments,

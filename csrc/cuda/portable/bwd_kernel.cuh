@@ -1,0 +1,361 @@
+// Backward in two kernels that own what they write, so that nothing is added atomically and repeats are bitwise equal:
+// one goes over tiles of keys, for dk and dv, the other over tiles of queries, for dq. Both recompute the probabilities
+// out of the log-sum-exps. In front of them a small kernel prepares two numbers for each query.
+//
+// With p the probabilities, m dropout's factors and dp = dout · vᵀ:  ds = p (m dp - delta), delta = Σ out dout - dlse,
+// dv = (m p)ᵀ dout, dk = scale dsᵀ q, dq = scale ds k.
+#pragma once
+
+#include "cuda/dropout.cuh"
+#include "cuda/portable/config.h"
+#include "cuda/portable/scores.cuh"
+#include "cuda/portable/tensor_core.cuh"
+#include "cuda/ptx/math.cuh"
+#include "cuda/tile_iterator.cuh"
+
+namespace mixed_attention::cuda::portable {
+
+constexpr float kLog2E = 1.44269504088896340736f;
+
+struct BwdArguments {
+  BwdParams params;
+  WorkTable work;
+  DropoutParams dropout;
+  float softmax_scale, scale_log2;
+  bool aligned;     // rows of all tensors start at multiples of 16 bytes
+  float* lse_log2;  // BwdPlan
+  float* delta;
+  float *partial_dq, *partial_dk, *partial_dv;
+};
+
+// One warp to a row (batch, head, query) of lse_log2 and delta.
+template <class Element>
+__global__ void portable_bwd_stats_kernel(const __grid_constant__ BwdArguments args) {
+  const BwdParams& params = args.params;
+  const int64_t index = (static_cast<int64_t>(blockIdx.x) * blockDim.x + threadIdx.x) / 32;
+  if (index >= params.batch_size * params.num_heads * params.seqlen_q) return;
+  const int64_t row = index % params.seqlen_q, copy = index / params.seqlen_q;
+  const int64_t head = copy % params.num_heads, batch = copy / params.num_heads;
+  const auto at = [&](const void* tensor, const Strides& strides) {
+    return static_cast<const Element*>(tensor) + batch * strides.batch + row * strides.row + head * strides.head;
+  };
+  const Element *out = at(params.out, params.out_strides), *dout = at(params.dout, params.dout_strides);
+  float delta = 0;
+  for (int64_t col = threadIdx.x % 32; col < params.head_dim_v; col += 32) {
+    delta += static_cast<float>(out[col]) * static_cast<float>(dout[col]);
+  }
+#pragma unroll
+  for (int lanes = 16; lanes > 0; lanes /= 2) delta += __shfl_xor_sync(0xFFFFFFFF, delta, lanes);
+  if (threadIdx.x % 32 != 0) return;
+  const float lse = static_cast<const float*>(params.lse)[index];
+  // +inf makes the probabilities of a row without keys zero.
+  args.lse_log2[index] = lse == -INFINITY ? INFINITY : lse * kLog2E;
+  args.delta[index] = params.dlse == nullptr ? delta : delta - static_cast<const float*>(params.dlse)[index];
+}
+
+// The accumulators' way out: to a part's place in scratch, or times factor to the gradient, through shared memory.
+template <int kWarpRows, class Element, int kRows, int kCols, int kTilesM, int kTilesN>
+__device__ void store_grad(float (&grad)[kTilesM][kTilesN][4], float factor, float* partial,
+                           SharedTile<Element, kRows, kCols>& staging, const GlobalRows<Element>& rows, int warp_row,
+                           const WorkItem& item) {
+#pragma unroll
+  for (int m = 0; m < kTilesM; ++m) {
+#pragma unroll
+    for (int n = 0; n < kTilesN; ++n) {
+#pragma unroll
+      for (int e = 0; e < 4; ++e) grad[m][n][e] *= factor;
+    }
+  }
+  const int row_begin = item.row_begin + warp_row, num_rows = min(kWarpRows, item.num_rows - warp_row);
+  if (partial != nullptr) {
+    store_fp32(partial + static_cast<int64_t>(row_begin) * rows.num_cols, rows.num_cols, num_rows, grad);
+    return;
+  }
+  put_accumulators(staging, warp_row, grad);
+  __syncwarp();
+  store_rows<kWarpRows>(staging, warp_row, rows, row_begin, num_rows);
+}
+
+// dq: a thread block owns queries and streams keys.
+template <Arithmetic kArithmetic, int kHeadDim>
+struct DqShared {
+  static constexpr Tile kTile = bwd_tile(kArithmetic, kHeadDim);
+  using Element = typename ProductsOf<kArithmetic>::Element;
+
+  SharedTile<Element, kTile.rows, kHeadDim> q, dout;  // q: and dq, at the end
+  SharedTile<Element, kTile.block_rows, kHeadDim> k[kTile.stages], v[kTile.stages];
+};
+
+template <Arithmetic kArithmetic, int kHeadDim>
+__global__ void __launch_bounds__(bwd_tile(kArithmetic, kHeadDim).num_threads(), kBlocksPerMultiprocessor)
+    portable_dq_kernel(const __grid_constant__ BwdArguments args, const __grid_constant__ InlineWork in_parameters) {
+  using Products = ProductsOf<kArithmetic>;
+  using Shared = DqShared<kArithmetic, kHeadDim>;
+  using Element = typename Products::Element;
+  constexpr Tile kTile = Shared::kTile;
+  constexpr int kThreads = kTile.num_threads(), kTilesM = kTile.warp_rows / 16, kTilesN = kTile.block_rows / 8;
+  extern __shared__ __align__(16) char shared_memory[];
+  Shared& shared = *reinterpret_cast<Shared*>(shared_memory);
+
+  const BwdParams& params = args.params;
+  const WorkView work = view(args.work, in_parameters);
+  const WorkItem item = locate(args.work, work, blockIdx.x, kTile.rows, params.num_heads);
+  const auto rows = [&](const void* tensor, const Strides& strides, int64_t num_cols) {
+    return rows_of<Element>(tensor, strides, item.batch, item.head, num_cols, args.aligned);
+  };
+  const auto k = rows(params.k, params.k_strides, params.head_dim);
+  const auto v = rows(params.v, params.v_strides, params.head_dim_v);
+  const bool* mask = params.key_padding_mask;
+  if (mask != nullptr) mask += item.batch * params.key_padding_mask_batch_stride;
+  const int64_t copy = static_cast<int64_t>(item.batch) * params.num_heads + item.head;
+  const int warp_row = threadIdx.x / 32 * kTile.warp_rows;
+  const int thread_row = warp_row + threadIdx.x % 32 / 4;
+
+  BlockWalk<kTile.block_rows> walk(work, item, args.work.num_splits);
+  const auto load_next = [&](int stage) {
+    const Block block = walk.block();
+    load_tile<kThreads>(shared.k[stage], k, block.row_begin, block.num_rows, mask);
+    load_tile<kThreads>(shared.v[stage], v, block.row_begin, block.num_rows, mask);
+  };
+  load_tile<kThreads>(shared.q, rows(params.q, params.q_strides, params.head_dim), item.row_begin, item.num_rows);
+  load_tile<kThreads>(shared.dout, rows(params.dout, params.dout_strides, params.head_dim_v), item.row_begin,
+                      item.num_rows);
+  if (!walk.done()) load_next(0);
+
+  float lse_log2[2 * kTilesM], delta[2 * kTilesM];
+#pragma unroll
+  for (int i = 0; i < 2 * kTilesM; ++i) {
+    const bool is_row = thread_row + 8 * i < item.num_rows;
+    const int64_t index = copy * params.seqlen_q + item.row_begin + thread_row + 8 * i;
+    lse_log2[i] = is_row ? args.lse_log2[index] : INFINITY;
+    delta[i] = is_row ? args.delta[index] : 0;
+  }
+
+  float dq[kTilesM][kHeadDim / 8][4] = {};
+  for (int stage = 0; !walk.done(); stage = (stage + 1) % kTile.stages) {
+    ptx::cp_async_wait_all();
+    __syncthreads();
+    const Block block = walk.block();
+    walk.advance();
+    if (kTile.stages == 2 && !walk.done()) load_next(stage ^ 1);
+
+    float s[kTilesM][kTilesN][4] = {}, dp[kTilesM][kTilesN][4] = {};
+    multiply_rows<Products>(s, shared.q, warp_row, shared.k[stage]);
+    multiply_rows<Products>(dp, shared.dout, warp_row, shared.v[stage]);
+    if (args.dropout.seed != nullptr) {
+      const Dropout dropout(args.dropout, static_cast<int>(copy));
+      drop_columns(dp, dropout, item.row_begin + thread_row, block.range_index, block.offset);
+    }
+    const bool all_visible = block.num_rows == kTile.block_rows && mask == nullptr;
+#pragma unroll
+    for (int n = 0; n < kTilesN; ++n) {
+#pragma unroll
+      for (int e = 0; e < 2; ++e) {
+        const int col = 8 * n + threadIdx.x % 4 * 2 + e;
+        // Keys behind the block's end have the score 0 here, whose probability may even be infinite.
+        const bool visible = all_visible || (col < block.num_rows && (mask == nullptr || mask[block.row_begin + col]));
+#pragma unroll
+        for (int i = 0; i < 2 * kTilesM; ++i) {
+          float& score = s[i / 2][n][i % 2 * 2 + e];
+          const float p = ptx::exp2(fmaf(score, args.scale_log2, -lse_log2[i]));
+          score = visible ? p * (dp[i / 2][n][i % 2 * 2 + e] - delta[i]) : 0.0f;
+        }
+      }
+    }
+    multiply_scores<Products>(dq, s, shared.k[stage]);
+    if (kTile.stages == 1 && !walk.done()) {
+      __syncthreads();
+      load_next(0);
+    }
+  }
+
+  ptx::cp_async_wait_all();  // of the queries, where there was no key
+  __syncthreads();
+  float* partial = args.partial_dq;
+  if (partial != nullptr) {
+    partial += (copy + static_cast<int64_t>(item.split) * params.batch_size * params.num_heads) * params.seqlen_q *
+               params.head_dim;
+  }
+  store_grad<kTile.warp_rows>(dq, args.softmax_scale, partial, shared.q,
+                              rows(params.dq, params.dq_strides, params.head_dim), warp_row, item);
+}
+
+// dk and dv: a thread block owns keys and streams queries. Scores are transposed here: rows are keys.
+enum class Grads { kKeyAndValue, kKey, kValue };
+
+// A dropped probability carries a minus sign, so that both m and p stand in one register.
+template <int kTilesM, int kTilesN>
+__device__ void mark_dropped(float (&p)[kTilesM][kTilesN][4], const Dropout& dropout, int query_row, int range_index,
+                             int key) {
+#pragma unroll
+  for (int i = 0; i < 2 * kTilesM; ++i) {
+#pragma unroll
+    for (int n = 0; n < kTilesN; ++n) {
+#pragma unroll
+      for (int e = 0; e < 2; ++e) {
+        float& weight = p[i / 2][n][i % 2 * 2 + e];
+        const int row = query_row + 8 * n + threadIdx.x % 4 * 2 + e;
+        if (dropout.weight(row, range_index, key + 8 * i) == 0) weight = -weight;
+      }
+    }
+  }
+}
+
+__device__ inline bool is_dropped(float weight) { return __float_as_uint(weight) >> 31; }
+
+template <int kTilesM, int kTilesN>
+__device__ void zero_dropped(float (&p)[kTilesM][kTilesN][4]) {
+#pragma unroll
+  for (int m = 0; m < kTilesM; ++m) {
+#pragma unroll
+    for (int n = 0; n < kTilesN; ++n) {
+#pragma unroll
+      for (int e = 0; e < 4; ++e) p[m][n][e] = is_dropped(p[m][n][e]) ? 0 : p[m][n][e];
+    }
+  }
+}
+
+// i counts a thread's rows: two for each tile of 16.
+template <int kTilesM, int kTilesN>
+__device__ void zero_row(float (&c)[kTilesM][kTilesN][4], int i) {
+#pragma unroll
+  for (int n = 0; n < kTilesN; ++n) c[i / 2][n][i % 2 * 2] = c[i / 2][n][i % 2 * 2 + 1] = 0;
+}
+
+template <Arithmetic kArithmetic, int kHeadDim>
+struct DkDvShared {
+  static constexpr Tile kTile = bwd_tile(kArithmetic, kHeadDim);
+  using Element = typename ProductsOf<kArithmetic>::Element;
+
+  SharedTile<Element, kTile.rows, kHeadDim> k, v;  // and dk, dv, at the end
+  SharedTile<Element, kTile.block_rows, kHeadDim> q[kTile.stages], dout[kTile.stages];
+  float lse_log2[kTile.stages][kTile.block_rows], delta[kTile.stages][kTile.block_rows];
+};
+
+template <Arithmetic kArithmetic, int kHeadDim, Grads kGrads>
+__global__ void __launch_bounds__(bwd_tile(kArithmetic, kHeadDim).num_threads(), kBlocksPerMultiprocessor)
+    portable_dk_dv_kernel(const __grid_constant__ BwdArguments args, const __grid_constant__ InlineWork in_parameters) {
+  using Products = ProductsOf<kArithmetic>;
+  using Shared = DkDvShared<kArithmetic, kHeadDim>;
+  using Element = typename Products::Element;
+  constexpr Tile kTile = Shared::kTile;
+  constexpr bool kWantsDk = kGrads != Grads::kValue, kWantsDv = kGrads != Grads::kKey;
+  constexpr int kThreads = kTile.num_threads(), kTilesM = kTile.warp_rows / 16, kTilesN = kTile.block_rows / 8;
+  extern __shared__ __align__(16) char shared_memory[];
+  Shared& shared = *reinterpret_cast<Shared*>(shared_memory);
+
+  const BwdParams& params = args.params;
+  const WorkView work = view(args.work, in_parameters);
+  const WorkItem item = locate(args.work, work, blockIdx.x, kTile.rows, params.num_heads);
+  const auto rows = [&](const void* tensor, const Strides& strides, int64_t num_cols) {
+    return rows_of<Element>(tensor, strides, item.batch, item.head, num_cols, args.aligned);
+  };
+  const auto q = rows(params.q, params.q_strides, params.head_dim);
+  const auto dout = rows(params.dout, params.dout_strides, params.head_dim_v);
+  const bool* mask = params.key_padding_mask;
+  if (mask != nullptr) mask += item.batch * params.key_padding_mask_batch_stride;
+  const int64_t copy = static_cast<int64_t>(item.batch) * params.num_heads + item.head;
+  const float *lse_log2 = args.lse_log2 + copy * params.seqlen_q, *delta = args.delta + copy * params.seqlen_q;
+  const int warp_row = threadIdx.x / 32 * kTile.warp_rows;
+  const int thread_row = warp_row + threadIdx.x % 32 / 4;
+
+  // Rows behind the block's end are zero throughout: their probabilities come out as 1, their gradients as 0.
+  BlockWalk<kTile.block_rows> walk(work, item, args.work.num_splits);
+  const auto load_next = [&](int stage) {
+    const Block block = walk.block();
+    load_tile<kThreads>(shared.q[stage], q, block.row_begin, block.num_rows);
+    load_tile<kThreads>(shared.dout[stage], dout, block.row_begin, block.num_rows);
+    static_assert(kThreads >= kTile.block_rows);
+    if (threadIdx.x < kTile.block_rows) {
+      const int bytes = threadIdx.x < block.num_rows ? 4 : 0, row = bytes ? block.row_begin + threadIdx.x : 0;
+      ptx::cp_async_4(&shared.lse_log2[stage][threadIdx.x], lse_log2 + row, bytes);
+      ptx::cp_async_4(&shared.delta[stage][threadIdx.x], delta + row, bytes);
+    }
+  };
+  load_tile<kThreads>(shared.k, rows(params.k, params.k_strides, params.head_dim), item.row_begin, item.num_rows, mask);
+  load_tile<kThreads>(shared.v, rows(params.v, params.v_strides, params.head_dim_v), item.row_begin, item.num_rows,
+                      mask);
+  if (!walk.done()) load_next(0);
+
+  float dk[kWantsDk ? kTilesM : 1][kHeadDim / 8][4] = {}, dv[kWantsDv ? kTilesM : 1][kHeadDim / 8][4] = {};
+  for (int stage = 0; !walk.done(); stage = (stage + 1) % kTile.stages) {
+    ptx::cp_async_wait_all();
+    __syncthreads();
+    const Block block = walk.block();
+    walk.advance();
+    if (kTile.stages == 2 && !walk.done()) load_next(stage ^ 1);
+
+    float p[kTilesM][kTilesN][4] = {};
+    multiply_rows<Products>(p, shared.k, warp_row, shared.q[stage]);
+#pragma unroll
+    for (int n = 0; n < kTilesN; ++n) {
+      const float2 lse = *reinterpret_cast<const float2*>(&shared.lse_log2[stage][8 * n + threadIdx.x % 4 * 2]);
+#pragma unroll
+      for (int i = 0; i < 2 * kTilesM; ++i) {
+        float* pair = &p[i / 2][n][i % 2 * 2];
+        pair[0] = ptx::exp2(fmaf(pair[0], args.scale_log2, -lse.x));
+        pair[1] = ptx::exp2(fmaf(pair[1], args.scale_log2, -lse.y));
+      }
+    }
+    const bool drops = args.dropout.seed != nullptr;
+    if (drops) {
+      const int key = item.row_begin + thread_row - work.segments[item.segment].row_begin + block.range_offset;
+      mark_dropped(p, Dropout(args.dropout, static_cast<int>(copy)), block.row_begin, block.range_index, key);
+    }
+    if constexpr (kWantsDk) {
+      float ds[kTilesM][kTilesN][4] = {};
+      multiply_rows<Products>(ds, shared.v, warp_row, shared.dout[stage]);
+#pragma unroll
+      for (int n = 0; n < kTilesN; ++n) {
+        const float2 means = *reinterpret_cast<const float2*>(&shared.delta[stage][8 * n + threadIdx.x % 4 * 2]);
+#pragma unroll
+        for (int i = 0; i < 2 * kTilesM; ++i) {
+#pragma unroll
+          for (int e = 0; e < 2; ++e) {
+            const float weight = p[i / 2][n][i % 2 * 2 + e];
+            float& score = ds[i / 2][n][i % 2 * 2 + e];
+            if (drops) score = is_dropped(weight) ? 0 : score * args.dropout.inverse_keep_probability;
+            score = fabsf(weight) * (score - (e == 0 ? means.x : means.y));
+          }
+        }
+      }
+      multiply_scores<Products>(dk, ds, shared.q[stage]);
+    }
+    if constexpr (kWantsDv) {
+      if (drops) zero_dropped(p);
+      multiply_scores<Products>(dv, p, shared.dout[stage]);
+    }
+    if (kTile.stages == 1 && !walk.done()) {
+      __syncthreads();
+      load_next(0);
+    }
+  }
+
+  // The rows of blocked keys, whose values were zeroed, hold what is not their gradient.
+  if (mask != nullptr) {
+#pragma unroll
+    for (int i = 0; i < 2 * kTilesM; ++i) {
+      const int row = thread_row + 8 * i;
+      if (row >= item.num_rows || mask[item.row_begin + row]) continue;
+      if constexpr (kWantsDk) zero_row(dk, i);
+      if constexpr (kWantsDv) zero_row(dv, i);
+    }
+  }
+  ptx::cp_async_wait_all();  // of the keys, where there was no query
+  __syncthreads();
+  const int64_t split_copy = copy + static_cast<int64_t>(item.split) * params.batch_size * params.num_heads;
+  const auto partial_of = [&](float* partial, int64_t num_cols) {
+    return partial == nullptr ? nullptr : partial + split_copy * params.seqlen_k * num_cols;
+  };
+  if constexpr (kWantsDk) {
+    store_grad<kTile.warp_rows>(dk, args.softmax_scale, partial_of(args.partial_dk, params.head_dim), shared.k,
+                                rows(params.dk, params.dk_strides, params.head_dim), warp_row, item);
+  }
+  if constexpr (kWantsDv) {
+    const float factor = args.dropout.seed == nullptr ? 1.0f : args.dropout.inverse_keep_probability;
+    store_grad<kTile.warp_rows>(dv, factor, partial_of(args.partial_dv, params.head_dim_v), shared.v,
+                                rows(params.dv, params.dv_strides, params.head_dim_v), warp_row, item);
+  }
+}
+
+}  // namespace mixed_attention::cuda::portable

@@ -1,0 +1,61 @@
+// Tile sizes of the portable kernels, one row for each padded head_dim, and why.
+#pragma once
+
+#include "cuda/portable/launch.h"
+
+namespace mixed_attention::cuda::portable {
+
+// What one thread block owns and what it streams through shared memory.
+struct Tile {
+  int rows;        // that the block owns: queries (forward, dq) or keys (dk, dv)
+  int block_rows;  // of the other side at a time
+  int warp_rows;   // 16 or 32 of the owned rows to a warp: 32 reads each streamed operand half as often
+  int stages;      // buffers of the streamed side
+
+  constexpr int num_warps() const { return rows / warp_rows; }
+  constexpr int num_threads() const { return 32 * num_warps(); }
+};
+
+constexpr bool is_16_bit(Arithmetic arithmetic) {
+  return arithmetic == Arithmetic::kFloat16 || arithmetic == Arithmetic::kBFloat16;
+}
+
+// Bounds on all tiles: accumulators of a thread within 255 registers with room for operands, and shared memory within
+// 99 KiB, which is what the smaller chips of compute capability 8.6, 8.9 and 12.0 give to a block.
+
+// Registers of a thread, for R rows to a warp: scores R * block_rows / 32, output R * head_dim / 32.
+constexpr Tile fwd_tile(Arithmetic arithmetic, int head_dim) {
+  if (is_16_bit(arithmetic)) {
+    if (head_dim <= 96) return {128, 64, 32, 2};
+    if (head_dim <= 128) return {128, 32, 32, 2};
+    return {64, 32, 16, 2};
+  }
+  if (head_dim <= 32) return {128, 64, 32, 2};
+  if (head_dim <= 64) return {128, 32, 32, 2};
+  if (head_dim <= 128) return {64, 32, 16, 2};
+  return {32, 16, 16, 2};
+}
+
+// Both backward kernels: two score tiles of R * block_rows / 32 registers; one accumulator for dq, two for dk and dv.
+constexpr Tile bwd_tile(Arithmetic arithmetic, int head_dim) {
+  if (is_16_bit(arithmetic)) {
+    if (head_dim <= 64) return {128, 32, 32, 2};
+    if (head_dim <= 128) return {64, 32, 16, 2};
+    if (head_dim <= 192) return {64, 16, 16, 2};
+    return {64, 16, 16, 1};
+  }
+  if (head_dim <= 32) return {128, 32, 32, 2};
+  if (head_dim <= 64) return {64, 32, 16, 2};
+  if (head_dim <= 96) return {64, 16, 16, 2};
+  if (head_dim <= 128) return {64, 16, 16, 1};
+  if (head_dim <= 192) return {32, 16, 16, 2};
+  return {32, 16, 16, 1};
+}
+
+// dk and dv together do not fit in registers beyond this: they are computed one after the other.
+constexpr bool fuses_dk_dv(int head_dim) { return head_dim <= 128; }
+
+// How many thread blocks run at a time on a multiprocessor; also the bound that registers are allocated for.
+constexpr int kBlocksPerMultiprocessor = 2;
+
+}  // namespace mixed_attention::cuda::portable

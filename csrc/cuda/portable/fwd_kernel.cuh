@@ -1,0 +1,124 @@
+// Forward. One thread block computes the output of one tile of queries of one head, or a part of it where the walk over
+// the keys is split; a warp has 16 or 32 of the rows to itself. Keys and values stream through shared memory by
+// asynchronous copies, a block of them ahead of the products.
+#pragma once
+
+#include "cuda/portable/config.h"
+#include "cuda/portable/scores.cuh"
+#include "cuda/portable/tensor_core.cuh"
+#include "cuda/softmax.cuh"
+#include "cuda/tile_iterator.cuh"
+
+namespace mixed_attention::cuda::portable {
+
+struct FwdArguments {
+  FwdParams params;
+  WorkTable work;
+  DropoutParams dropout;
+  float scale_log2;    // |softmax_scale| * log2(e), above 0
+  bool negate;         // softmax_scale is negative: the scores change their sign
+  bool aligned;        // rows of q, k, v and out start at multiples of 16 bytes
+  float* partial_out;  // FwdPlan
+  float* partial_lse;
+};
+
+template <Arithmetic kArithmetic, int kHeadDim>
+struct FwdShared {
+  static constexpr Tile kTile = fwd_tile(kArithmetic, kHeadDim);
+  using Element = typename ProductsOf<kArithmetic>::Element;
+
+  SharedTile<Element, kTile.rows, kHeadDim> q;  // and out, at the end
+  SharedTile<Element, kTile.block_rows, kHeadDim> k[kTile.stages], v[kTile.stages];
+};
+
+template <Arithmetic kArithmetic, int kHeadDim>
+__global__ void __launch_bounds__(fwd_tile(kArithmetic, kHeadDim).num_threads(), kBlocksPerMultiprocessor)
+    portable_fwd_kernel(const __grid_constant__ FwdArguments args, const __grid_constant__ InlineWork in_parameters) {
+  using Products = ProductsOf<kArithmetic>;
+  using Shared = FwdShared<kArithmetic, kHeadDim>;
+  using Element = typename Products::Element;
+  constexpr Tile kTile = Shared::kTile;
+  static_assert(kTile.stages == 2);
+  constexpr int kThreads = kTile.num_threads(), kTilesM = kTile.warp_rows / 16;
+  extern __shared__ __align__(16) char shared_memory[];
+  Shared& shared = *reinterpret_cast<Shared*>(shared_memory);
+
+  // Who we are
+  const FwdParams& params = args.params;
+  const WorkView work = view(args.work, in_parameters);
+  const WorkItem item = locate(args.work, work, blockIdx.x, kTile.rows, params.num_heads);
+  const auto q = rows_of<Element>(params.q, params.q_strides, item.batch, item.head, params.head_dim, args.aligned);
+  const auto k = rows_of<Element>(params.k, params.k_strides, item.batch, item.head, params.head_dim, args.aligned);
+  const auto v = rows_of<Element>(params.v, params.v_strides, item.batch, item.head, params.head_dim_v, args.aligned);
+  const bool* mask = params.key_padding_mask;
+  if (mask != nullptr) mask += item.batch * params.key_padding_mask_batch_stride;
+  const int warp_row = threadIdx.x / 32 * kTile.warp_rows;
+  const int thread_row = warp_row + threadIdx.x % 32 / 4;
+
+  float out[kTilesM][kHeadDim / 8][4] = {};
+  OnlineSoftmax<kTilesM> softmax;
+
+  // The queries and the first block of keys
+  BlockWalk<kTile.block_rows> walk(work, item, args.work.num_splits);
+  const auto load_next = [&](int stage) {
+    const Block block = walk.block();
+    load_tile<kThreads>(shared.k[stage], k, block.row_begin, block.num_rows, mask);
+    load_tile<kThreads>(shared.v[stage], v, block.row_begin, block.num_rows, mask);
+  };
+  load_tile<kThreads>(shared.q, q, item.row_begin, item.num_rows);
+  if (!walk.done()) load_next(0);
+
+  for (int stage = 0; !walk.done(); stage ^= 1) {
+    // This block has arrived, and nobody reads the other buffer any more: the next block may go there.
+    ptx::cp_async_wait_all();
+    __syncthreads();
+    const Block block = walk.block();
+    walk.advance();
+    if (!walk.done()) load_next(stage ^ 1);
+
+    float s[kTilesM][kTile.block_rows / 8][4] = {};
+    multiply_rows<Products>(s, shared.q, warp_row, shared.k[stage]);
+    if (args.negate) negate(s);
+    if (block.num_rows < kTile.block_rows || mask != nullptr) {
+      mask_columns(s, block.num_rows, mask == nullptr ? nullptr : mask + block.row_begin);
+    }
+    softmax.update(s, out, args.scale_log2);
+    if (args.dropout.seed != nullptr) {
+      const Dropout dropout(args.dropout, item.batch * params.num_heads + item.head);
+      drop_columns(s, dropout, item.row_begin + thread_row, block.range_index, block.offset);
+    }
+    multiply_scores<Products>(out, s, shared.v[stage]);
+  }
+
+  float lse[2 * kTilesM];
+  softmax.finish(out, lse);
+
+  // Log-sum-exps, by the first of the four lanes that share a row
+  const bool is_split = args.work.num_splits > 1;
+  const int64_t copy = static_cast<int64_t>(item.batch) * params.num_heads + item.head;
+  const int64_t split_copy = copy + static_cast<int64_t>(item.split) * params.batch_size * params.num_heads;
+  float* lse_rows = is_split ? args.partial_lse + split_copy * params.seqlen_q
+                             : static_cast<float*>(params.lse) + copy * params.seqlen_q;
+#pragma unroll
+  for (int i = 0; i < 2 * kTilesM; ++i) {
+    const int row = thread_row + 8 * i;
+    if (threadIdx.x % 4 == 0 && row < item.num_rows) lse_rows[item.row_begin + row] = lse[i];
+  }
+
+  // The output: through shared memory, for whole rows to be written at a time. A warp meets only its own rows there.
+  const int num_rows = min(kTile.warp_rows, item.num_rows - warp_row);
+  if (is_split) {
+    float* rows = args.partial_out + (split_copy * params.seqlen_q + item.row_begin + warp_row) * params.head_dim_v;
+    store_fp32(rows, params.head_dim_v, num_rows, out);
+    return;
+  }
+  ptx::cp_async_wait_all();  // of the queries, where there was no key
+  __syncthreads();
+  put_accumulators(shared.q, warp_row, out);
+  __syncwarp();
+  const auto o =
+      rows_of<Element>(params.out, params.out_strides, item.batch, item.head, params.head_dim_v, args.aligned);
+  store_rows<kTile.warp_rows>(shared.q, warp_row, o, item.row_begin + warp_row, num_rows);
+}
+
+}  // namespace mixed_attention::cuda::portable

@@ -1,0 +1,44 @@
+// Launches the forward of one arithmetic and head_dim.
+#pragma once
+
+#include "cuda/portable/combine_kernel.cuh"
+#include "cuda/portable/fwd_kernel.cuh"
+#include "cuda/portable/launch_common.cuh"
+
+namespace mixed_attention::cuda::portable {
+
+template <Arithmetic kArithmetic, int kHeadDim>
+void launch_fwd(const FwdParams& params, const FwdPlan& plan) {
+  using Element = typename ProductsOf<kArithmetic>::Element;
+  constexpr auto kKernel = portable_fwd_kernel<kArithmetic, kHeadDim>;
+  constexpr int kSharedBytes = sizeof(FwdShared<kArithmetic, kHeadDim>), kSize = sizeof(Element);
+  static_assert(kSharedBytes <= 99 * 1024);
+  const int64_t copies = params.batch_size * params.num_heads;
+  const unsigned grid = plan.pass.grid(copies);
+  if (grid == 0) return;
+  const auto stream = static_cast<cudaStream_t>(params.stream);
+  const double scale_log2 = params.softmax_scale * 1.44269504088896340736;
+  const FwdArguments args{
+      params,
+      plan.pass.table,
+      dropout_params(params),
+      // Not 0, by which the -inf of blocked keys would become NaN.
+      std::max(static_cast<float>(std::abs(scale_log2)), std::numeric_limits<float>::min()),
+      scale_log2 < 0,
+      is_aligned(params.q, params.q_strides, kSize) && is_aligned(params.k, params.k_strides, kSize) &&
+          is_aligned(params.v, params.v_strides, kSize) && is_aligned(params.out, params.out_strides, kSize),
+      plan.partial_out,
+      plan.partial_lse,
+  };
+  allow_shared_memory<kKernel>(kSharedBytes);
+  const InlineWork in_parameters = bring(plan.pass, params.stream);
+  kKernel<<<grid, fwd_tile(kArithmetic, kHeadDim).num_threads(), kSharedBytes, stream>>>(args, in_parameters);
+  check(cudaGetLastError(), "portable_fwd_kernel");
+  if (plan.partial_out == nullptr) return;
+  const int64_t rows = copies * params.seqlen_q;
+  portable_combine_kernel<Element><<<blocks_for(32 * rows, 256), 256, 0, stream>>>(
+      params, plan.partial_out, plan.partial_lse, plan.pass.table.num_splits);
+  check(cudaGetLastError(), "portable_combine_kernel");
+}
+
+}  // namespace mixed_attention::cuda::portable

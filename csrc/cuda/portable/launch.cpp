@@ -1,0 +1,47 @@
+// Arithmetic and head_dim at run time -> kernel.
+#include "cuda/portable/launch.h"
+
+#include <utility>
+
+#include "cuda/portable/plan.h"
+
+namespace mixed_attention::cuda::portable {
+namespace {
+
+// Calls function.operator()<arithmetic, head_dim>() with the values as template arguments.
+template <Arithmetic kArithmetic, size_t... kIndices, class Function>
+void with_head_dim(int head_dim, std::index_sequence<kIndices...>, Function&& function) {
+  ((head_dim == kHeadDims[kIndices] && (function.template operator()<kArithmetic, kHeadDims[kIndices]>(), true)) ||
+   ...);
+}
+
+template <class Function>
+void with_kernel(Arithmetic arithmetic, int head_dim, Function&& function) {
+  constexpr auto kAll = std::make_index_sequence<std::size(kHeadDims)>();
+  switch (arithmetic) {
+    case Arithmetic::kFloat16: return with_head_dim<Arithmetic::kFloat16>(head_dim, kAll, function);
+    case Arithmetic::kBFloat16: return with_head_dim<Arithmetic::kBFloat16>(head_dim, kAll, function);
+    case Arithmetic::kTf32: return with_head_dim<Arithmetic::kTf32>(head_dim, kAll, function);
+    case Arithmetic::kTf32x3: return with_head_dim<Arithmetic::kTf32x3>(head_dim, kAll, function);
+  }
+}
+
+}  // namespace
+
+size_t fwd_workspace_size(const FwdParams& params) { return plan_fwd(params).workspace_size; }
+
+size_t bwd_workspace_size(const BwdParams& params) { return plan_bwd(params).workspace_size; }
+
+void run_fwd(const FwdParams& params) {
+  const FwdPlan plan = plan_fwd(params);
+  with_kernel(plan.arithmetic, plan.head_dim,
+              [&]<Arithmetic kArithmetic, int kHeadDim>() { launch_fwd<kArithmetic, kHeadDim>(params, plan); });
+}
+
+void run_bwd(const BwdParams& params) {
+  const BwdPlan plan = plan_bwd(params);
+  with_kernel(plan.arithmetic, plan.head_dim,
+              [&]<Arithmetic kArithmetic, int kHeadDim>() { launch_bwd<kArithmetic, kHeadDim>(params, plan); });
+}
+
+}  // namespace mixed_attention::cuda::portable

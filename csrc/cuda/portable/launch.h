@@ -1,0 +1,39 @@
+// The portable kernels' entry points: sm_80 and later.
+#pragma once
+
+#include <cstddef>
+#include <string>
+
+#include "cuda/launch.h"
+#include "params.h"
+
+// The padded head_dims for which kernels are built. A development build may narrow the list.
+#ifndef MIXED_ATTENTION_HEAD_DIMS
+#define MIXED_ATTENTION_HEAD_DIMS 32, 64, 96, 128, 192, 256
+#endif
+
+namespace mixed_attention::cuda::portable {
+
+constexpr int kHeadDims[] = {MIXED_ATTENTION_HEAD_DIMS};
+
+// Why these kernels do not serve a problem; empty where they do.
+std::string refusal(const Problem& problem);
+
+size_t fwd_workspace_size(const FwdParams& params);
+size_t bwd_workspace_size(const BwdParams& params);
+void run_fwd(const FwdParams& params);
+void run_bwd(const BwdParams& params);
+
+// How the tensor cores multiply. kTf32x3 sums three products of the parts of each operand: as accurate as fp32.
+enum class Arithmetic { kFloat16, kBFloat16, kTf32, kTf32x3 };
+
+struct FwdPlan;  // plan.h
+struct BwdPlan;
+
+// One arithmetic and padded head_dim; instantiated in cuda/instantiations.
+template <Arithmetic kArithmetic, int kHeadDim>
+void launch_fwd(const FwdParams& params, const FwdPlan& plan);
+template <Arithmetic kArithmetic, int kHeadDim>
+void launch_bwd(const BwdParams& params, const BwdPlan& plan);
+
+}  // namespace mixed_attention::cuda::portable

@@ -1,0 +1,63 @@
+// What the host decides about a launch before it: tiles, how the work is cut, and where scratch lies.
+#pragma once
+
+#include <optional>
+
+#include "cuda/portable/launch.h"
+#include "cuda/work_table.h"
+
+namespace mixed_attention::cuda::portable {
+
+// Hands out 256-byte aligned parts of the workspace; without one it counts their bytes.
+class Scratch {
+ public:
+  explicit Scratch(void* workspace) : base_(static_cast<char*>(workspace)) {}
+
+  template <class T>
+  T* take(int64_t count) {
+    T* part = base_ ? reinterpret_cast<T*>(base_ + bytes_) : nullptr;
+    bytes_ += (static_cast<size_t>(count) * sizeof(T) + 255) / 256 * 256;
+    return part;
+  }
+
+  size_t bytes() const { return bytes_; }
+
+ private:
+  char* base_;
+  size_t bytes_ = 0;
+};
+
+// One pass over the tiles: the table as the kernel gets it, and what of it must be brought to the device first.
+struct Pass {
+  HostWork host;
+  WorkTable table;
+
+  Pass(HostWork work, int64_t copies, int device, Scratch& scratch);
+  unsigned grid(int64_t copies) const;
+};
+
+struct FwdPlan {
+  Arithmetic arithmetic;
+  int head_dim;  // padded
+  Pass pass;
+  float* partial_out;  // (num_splits, batch_size, num_heads, seqlen_q, head_dim_v); null without splits
+  float* partial_lse;  // (num_splits, batch_size, num_heads, seqlen_q), natural
+  size_t workspace_size;
+};
+
+struct BwdPlan {
+  Arithmetic arithmetic;
+  int head_dim;
+  Pass by_query, by_key;
+  float* lse_log2;                 // (batch_size, num_heads, seqlen_q); +inf for rows without keys
+  float* delta;                    // likewise
+  float* partial_dq;               // (num_splits, batch_size, num_heads, seqlen_q, head_dim); null without splits
+  float *partial_dk, *partial_dv;  // (num_splits, batch_size, num_heads, seqlen_k, head_dim or head_dim_v)
+  size_t workspace_size;
+};
+
+// Both read params.workspace alone of the pointers: null gives a plan of the same sizes.
+FwdPlan plan_fwd(const FwdParams& params);
+BwdPlan plan_bwd(const BwdParams& params);
+
+}  // namespace mixed_attention::cuda::portable

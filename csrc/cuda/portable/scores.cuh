@@ -1,0 +1,54 @@
+// Changes to a warp's scores in registers: sign, mask, dropout.
+//
+// A thread's elements [m][n][e] stand at rows 16m + lane / 4 + e / 2 * 8 and columns 8n + lane % 4 * 2 + e % 2.
+#pragma once
+
+#include "cuda/dropout.cuh"
+
+namespace mixed_attention::cuda::portable {
+
+template <int kTilesM, int kTilesN>
+__device__ void negate(float (&s)[kTilesM][kTilesN][4]) {
+#pragma unroll
+  for (int m = 0; m < kTilesM; ++m) {
+#pragma unroll
+    for (int n = 0; n < kTilesN; ++n) {
+#pragma unroll
+      for (int e = 0; e < 4; ++e) s[m][n][e] = -s[m][n][e];
+    }
+  }
+}
+
+// Scores of keys behind the block's end, or blocked by the mask, become -inf.
+template <int kTilesM, int kTilesN>
+__device__ void mask_columns(float (&s)[kTilesM][kTilesN][4], int num_visible, const bool* mask) {
+#pragma unroll
+  for (int n = 0; n < kTilesN; ++n) {
+#pragma unroll
+    for (int e = 0; e < 2; ++e) {
+      const int col = 8 * n + threadIdx.x % 4 * 2 + e;
+      if (col < num_visible && (mask == nullptr || mask[col])) continue;
+#pragma unroll
+      for (int m = 0; m < kTilesM; ++m) s[m][n][e] = s[m][n][e + 2] = -INFINITY;
+    }
+  }
+}
+
+// Multiplies probabilities by dropout's factors. row = this thread's first query; x = where in its range column 0
+// stands, a multiple of 32 or of the block's rows if they are fewer, so that one draw serves four tiles.
+template <int kTilesM, int kTilesN>
+__device__ void drop_columns(float (&p)[kTilesM][kTilesN][4], const Dropout& dropout, int row, int range_index, int x) {
+  const int x_thread = x + threadIdx.x % 4 * 2;
+#pragma unroll
+  for (int i = 0; i < 2 * kTilesM; ++i) {
+    uint4 words;
+#pragma unroll
+    for (int n = 0; n < kTilesN; ++n) {
+      if (n % 4 == 0) words = dropout.draw(row + 8 * i, range_index, x_thread + 8 * n);
+#pragma unroll
+      for (int e = 0; e < 2; ++e) p[i / 2][n][i % 2 * 2 + e] *= dropout.factor(words, x_thread + 8 * n + e);
+    }
+  }
+}
+
+}  // namespace mixed_attention::cuda::portable

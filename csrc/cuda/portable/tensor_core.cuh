@@ -1,0 +1,231 @@
+// Matrix products of a warp on tiles in shared memory, in each arithmetic.
+//
+// Operands are a: 16 rows, and b: 8 columns, of one depth step of 32 bytes: 16 elements of 16 bits or 8 of 32.
+// With g = lane / 4 and t = lane % 4, a thread's accumulators stand at rows g and g + 8, columns 2t and 2t + 1.
+#pragma once
+
+#include "cuda/portable/launch.h"
+#include "cuda/portable/tile.cuh"
+#include "cuda/ptx/convert.cuh"
+#include "cuda/ptx/ldmatrix.cuh"
+#include "cuda/ptx/mma.cuh"
+
+namespace mixed_attention::cuda::portable {
+
+template <class Element_>
+struct Products16 {
+  using Element = Element_;
+  static constexpr int kDepth = 16;
+
+  struct A {
+    uint32_t x[4];
+  };
+  struct B {
+    uint32_t x[2];
+  };
+
+  __device__ static A make_a(const uint32_t (&x)[4]) { return {{x[0], x[1], x[2], x[3]}}; }
+  __device__ static B make_b(uint32_t x0, uint32_t x1) { return {{x0, x1}}; }
+
+  // Depth step k of the scores becomes an operand: their columns are its depth.
+  template <int kTiles>
+  __device__ static A from_accumulators(const float (&c)[kTiles][4], int k) {
+    const auto &low = c[2 * k], &high = c[2 * k + 1];
+    return {{ptx::pack<Element>(low[0], low[1]), ptx::pack<Element>(low[2], low[3]),
+             ptx::pack<Element>(high[0], high[1]), ptx::pack<Element>(high[2], high[3])}};
+  }
+
+  // 16 columns out of a tile whose rows are the depth, at depth step k.
+  template <class Tile>
+  __device__ static void load_b_by_depth(B (&b)[2], const Tile& tile, int col, int k) {
+    const int lane = threadIdx.x % 32;
+    uint32_t x[4];
+    ptx::ldmatrix_x4_trans(x, tile.row(16 * k + lane % 16) + col + lane / 16 * 8);
+    b[0] = {{x[0], x[1]}};
+    b[1] = {{x[2], x[3]}};
+  }
+
+  __device__ static void mma(float (&c)[4], const A& a, const B& b) { ptx::mma_m16n8k16(c, a.x, b.x, Element()); }
+};
+
+// kTerms = 1 rounds operands to TF32. With 3, each is split into a TF32 number and the rest, and of the four products
+// only that of the rests, below fp32's precision, is left out.
+template <int kTerms>
+struct ProductsTf32 {
+  using Element = float;
+  static constexpr int kDepth = 8;
+
+  template <int kCount>
+  struct Operand {
+    uint32_t x[kCount];
+    uint32_t rest[kTerms == 3 ? kCount : 1];
+
+    __device__ void set(int i, float value) {
+      x[i] = ptx::round_tf32(value);
+      if constexpr (kTerms == 3) rest[i] = __float_as_uint(value - __uint_as_float(x[i]));
+    }
+  };
+  using A = Operand<4>;
+  using B = Operand<2>;
+
+  __device__ static A make_a(const uint32_t (&x)[4]) {
+    A a;
+#pragma unroll
+    for (int i = 0; i < 4; ++i) a.set(i, __uint_as_float(x[i]));
+    return a;
+  }
+
+  __device__ static B make_b(uint32_t x0, uint32_t x1) {
+    B b;
+    b.set(0, __uint_as_float(x0));
+    b.set(1, __uint_as_float(x1));
+    return b;
+  }
+
+  // A thread has columns 2t and 2t + 1 of the scores, and the operand wants t and t + 4: the sum over the depth may be
+  // taken in any order, so that these are exchanged for those, here and in load_b_by_depth.
+  template <int kTiles>
+  __device__ static A from_accumulators(const float (&c)[kTiles][4], int k) {
+    A a;
+    a.set(0, c[k][0]);
+    a.set(1, c[k][2]);
+    a.set(2, c[k][1]);
+    a.set(3, c[k][3]);
+    return a;
+  }
+
+  template <class Tile>
+  __device__ static void load_b_by_depth(B (&b)[2], const Tile& tile, int col, int k) {
+    const int lane = threadIdx.x % 32;
+    const float* row = tile.row(8 * k + lane % 4 * 2) + col + lane / 4;
+#pragma unroll
+    for (int i = 0; i < 2; ++i) {
+      b[i].set(0, row[8 * i]);
+      b[i].set(1, row[8 * i + Tile::kPitch]);
+    }
+  }
+
+  __device__ static void mma(float (&c)[4], const A& a, const B& b) {
+    if constexpr (kTerms == 3) {
+      ptx::mma_m16n8k8_tf32(c, a.rest, b.x);
+      ptx::mma_m16n8k8_tf32(c, a.x, b.rest);
+    }
+    ptx::mma_m16n8k8_tf32(c, a.x, b.x);
+  }
+};
+
+template <Arithmetic>
+struct ProductsOf;
+template <>
+struct ProductsOf<Arithmetic::kFloat16> : Products16<__half> {};
+template <>
+struct ProductsOf<Arithmetic::kBFloat16> : Products16<__nv_bfloat16> {};
+template <>
+struct ProductsOf<Arithmetic::kTf32> : ProductsTf32<1> {};
+template <>
+struct ProductsOf<Arithmetic::kTf32x3> : ProductsTf32<3> {};
+
+// 16 rows of a tile whose columns are the depth.
+template <class Products, class Tile>
+__device__ typename Products::A load_a(const Tile& tile, int row, int k) {
+  const int lane = threadIdx.x % 32;
+  uint32_t x[4];
+  ptx::ldmatrix_x4(x, tile.row(row + lane % 16) + k * Products::kDepth + lane / 16 * Tile::kPerChunk);
+  return Products::make_a(x);
+}
+
+// 16 columns of the product out of as many rows of a tile whose columns are the depth.
+template <class Products, class Tile>
+__device__ void load_b(typename Products::B (&b)[2], const Tile& tile, int row, int k) {
+  const int lane = threadIdx.x % 32;
+  uint32_t x[4];
+  ptx::ldmatrix_x4(x, tile.row(row + lane / 16 * 8 + lane % 8) + k * Products::kDepth + lane / 8 % 2 * Tile::kPerChunk);
+  b[0] = Products::make_b(x[0], x[1]);
+  b[1] = Products::make_b(x[2], x[3]);
+}
+
+// c += a · bᵀ: rows of tile a from a_row on against all rows of tile b, over their columns.
+template <class Products, int kTilesM, int kTilesN, class TileA, class Element, int kRows, int kCols>
+__device__ void multiply_rows(float (&c)[kTilesM][kTilesN][4], const TileA& a, int a_row,
+                              const SharedTile<Element, kRows, kCols>& b) {
+  static_assert(kTilesN * 8 == kRows);
+#pragma unroll
+  for (int k = 0; k < kCols / Products::kDepth; ++k) {
+    typename Products::A fragment_a[kTilesM];
+#pragma unroll
+    for (int m = 0; m < kTilesM; ++m) fragment_a[m] = load_a<Products>(a, a_row + 16 * m, k);
+#pragma unroll
+    for (int n = 0; n < kTilesN; n += 2) {
+      typename Products::B fragment_b[2];
+      load_b<Products>(fragment_b, b, 8 * n, k);
+#pragma unroll
+      for (int m = 0; m < kTilesM; ++m) {
+        Products::mma(c[m][n], fragment_a[m], fragment_b[0]);
+        Products::mma(c[m][n + 1], fragment_a[m], fragment_b[1]);
+      }
+    }
+  }
+}
+
+// c += p · b: scores in registers against a tile whose rows are the scores' columns.
+template <class Products, int kTilesM, int kTilesN, int kTilesP, class Element, int kRows, int kCols>
+__device__ void multiply_scores(float (&c)[kTilesM][kTilesN][4], const float (&p)[kTilesM][kTilesP][4],
+                                const SharedTile<Element, kRows, kCols>& b) {
+  static_assert(kTilesN * 8 == kCols && kTilesP * 8 == kRows);
+#pragma unroll
+  for (int k = 0; k < kRows / Products::kDepth; ++k) {
+    typename Products::A fragment_a[kTilesM];
+#pragma unroll
+    for (int m = 0; m < kTilesM; ++m) fragment_a[m] = Products::from_accumulators(p[m], k);
+#pragma unroll
+    for (int n = 0; n < kTilesN; n += 2) {
+      typename Products::B fragment_b[2];
+      Products::load_b_by_depth(fragment_b, b, 8 * n, k);
+#pragma unroll
+      for (int m = 0; m < kTilesM; ++m) {
+        Products::mma(c[m][n], fragment_a[m], fragment_b[0]);
+        Products::mma(c[m][n + 1], fragment_a[m], fragment_b[1]);
+      }
+    }
+  }
+}
+
+// Writes a warp's accumulators to rows of a tile, rounded to its elements.
+template <int kTilesM, int kTilesN, class Element, int kRows, int kCols>
+__device__ void put_accumulators(SharedTile<Element, kRows, kCols>& tile, int row,
+                                 const float (&c)[kTilesM][kTilesN][4]) {
+  const int lane = threadIdx.x % 32;
+#pragma unroll
+  for (int m = 0; m < kTilesM; ++m) {
+#pragma unroll
+    for (int half = 0; half < 2; ++half) {
+      Element* target = tile.row(row + 16 * m + 8 * half + lane / 4) + lane % 4 * 2;
+#pragma unroll
+      for (int n = 0; n < kTilesN; ++n) {
+        target[8 * n] = Element(c[m][n][2 * half]);
+        target[8 * n + 1] = Element(c[m][n][2 * half + 1]);
+      }
+    }
+  }
+}
+
+// Writes a warp's accumulators to the first num_rows rows and num_cols columns of a dense matrix.
+template <int kTilesM, int kTilesN>
+__device__ void store_fp32(float* matrix, int64_t num_cols, int num_rows, const float (&c)[kTilesM][kTilesN][4]) {
+  const int lane = threadIdx.x % 32;
+#pragma unroll
+  for (int i = 0; i < 2 * kTilesM; ++i) {
+    const int row = 8 * i + lane / 4;
+    if (row >= num_rows) continue;
+#pragma unroll
+    for (int n = 0; n < kTilesN; ++n) {
+#pragma unroll
+      for (int e = 0; e < 2; ++e) {
+        const int col = 8 * n + lane % 4 * 2 + e;
+        if (col < num_cols) matrix[row * num_cols + col] = c[i / 2][n][i % 2 * 2 + e];
+      }
+    }
+  }
+}
+
+}  // namespace mixed_attention::cuda::portable

@@ -1,0 +1,68 @@
+// The work of one launch: which rows a tile owns, and which rows of the other side it walks through.
+//
+// One form serves both directions: query segments with the key ranges that they attend to (forward, dq), and key
+// segments with the query ranges that read them (dk, dv).
+#pragma once
+
+#include <cstddef>
+#include <cstdint>
+#include <vector>
+
+#include "params.h"
+#include "schedule.h"
+
+namespace mixed_attention::cuda {
+
+// Half-open range of rows to walk through. The last two say where the keys at hand stand, for dropout: which range of
+// the query segment's list, and where in it the range (or, by key, the owning segment) begins.
+struct WorkRange {
+  int32_t begin, end;
+  int32_t range_index, range_offset;
+};
+
+// Rows that tiles own. Tiles are numbered through all segments.
+struct WorkSegment {
+  int32_t row_begin, row_end;
+  int32_t first_range, num_ranges;
+  int32_t first_tile;
+  int32_t num_blocks;  // blocks of the other side that each tile walks through
+};
+
+// Segments are in order of falling num_blocks: the hardware hands out tiles in order, so the longest start first.
+struct WorkTable {
+  const WorkSegment* segments;  // null: they travel in the kernel's parameters
+  const WorkRange* ranges;
+  int32_t num_segments;
+  int32_t num_tiles;
+  int32_t num_splits;  // into so many parts is the walk of every tile cut
+};
+
+// Room for a plan in the parameters of a kernel, which are 4 KiB in all.
+struct InlineWork {
+  static constexpr int kMaxSegments = 48, kMaxRanges = 96;
+  WorkSegment segments[kMaxSegments];
+  WorkRange ranges[kMaxRanges];
+};
+
+// The host's copy of a table.
+struct HostWork {
+  std::vector<WorkSegment> segments;
+  std::vector<WorkRange> ranges;
+  int64_t num_tiles = 0;
+  int64_t num_blocks = 0;  // over all tiles
+
+  bool fits_inline() const {
+    return segments.size() <= InlineWork::kMaxSegments && ranges.size() <= InlineWork::kMaxRanges;
+  }
+  // Bytes of device memory for a table that does not travel in the parameters.
+  size_t device_bytes() const;
+};
+
+HostWork work_by_query(const Schedule& schedule, int tile_rows, int block_rows);
+HostWork work_by_key(const Schedule& schedule, int tile_rows, int block_rows);
+
+// Into how many parts to cut the walks, so that the device is filled: 1 where the tiles do that by themselves.
+// slots = how many tiles run at a time on the device; copies = batch_size * num_heads.
+int choose_splits(const HostWork& work, int64_t copies, int64_t slots);
+
+}  // namespace mixed_attention::cuda
