@@ -1,17 +1,34 @@
 """Prints the bytes that forward and backward of dense self attention need beyond inputs, outputs and gradients.
 
-Run as ``python -m bench.memory TOKENS DTYPE``, on Linux: the kernel's record of the largest resident set is reset when
-all inputs lie in memory, and read when all is done.
+Run as ``python -m bench.memory TOKENS DTYPE``, on Linux with glibc: the kernel's record of the largest resident set is
+reset when all inputs lie in memory, and read when all is done. The kernel keeps that record to within half a MiB.
 """
 
 from __future__ import annotations
 
+import ctypes
 import sys
 from pathlib import Path
 
 import torch
 
 import mixed_attention as ma
+
+TRIM_THRESHOLD, MMAP_THRESHOLD = -1, -3  # of mallopt
+PAGE = 4096
+
+
+def _return_freed_memory_at_once() -> None:
+    """Lets the resident set be what is allocated.
+
+    Otherwise malloc keeps what was freed before the measurement, tens of megabytes, hands it out again during it, and
+    the set does not grow: the difference measures nothing.
+    """
+    libc = ctypes.CDLL(None)
+    for option, value in ((MMAP_THRESHOLD, PAGE), (TRIM_THRESHOLD, 0)):
+        if not libc.mallopt(option, value):
+            raise RuntimeError(f"mallopt({option}, {value}) failed")
+    libc.malloc_trim(0)
 
 
 def _resident(field: str) -> int:
@@ -35,7 +52,8 @@ def _self_attention(num_tokens: int, dtype: torch.dtype, num_heads: int, head_di
 
 def main() -> None:
     num_tokens, dtype = int(sys.argv[1]), getattr(torch, sys.argv[2])
-    _self_attention(512, dtype, 3, 64)  # threads, code and the allocator's own memory exist before we count
+    _self_attention(512, dtype, 3, 64)  # threads and code lie in memory before we count
+    _return_freed_memory_at_once()
     print(_self_attention(num_tokens, dtype, 3, 64))
 
 

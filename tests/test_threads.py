@@ -11,6 +11,8 @@ import torch
 from cases import Case, make_inputs
 from compare import check, run
 
+import mixed_attention as ma
+
 CASE = Case((300, 517, 260, 95), "ab>ac c>d d>aacd", batch_size=2, num_heads=3, head_dim=40, head_dim_v=24)
 
 
@@ -48,8 +50,7 @@ for dtype in (torch.float32, torch.float64, torch.bfloat16, torch.float16):
 
 
 def _run_with(instruction_set):
-    folder = Path(__file__).parent
-    paths = [str(folder), str(folder.parent), os.environ.get("PYTHONPATH", "")]
+    paths = [str(Path(__file__).parent), str(Path(ma.__file__).parents[1])]  # the package that is being tested
     environment = os.environ | {"MIXED_ATTENTION_CPU": instruction_set, "PYTHONPATH": os.pathsep.join(paths)}
     return subprocess.run([sys.executable, "-c", SCRIPT], env=environment, capture_output=True, text=True)
 

@@ -1,5 +1,5 @@
 #!/usr/bin/env bash
-# Runs the tests of the operator and the layers on a package built with sanitizers: tools/sanitize.sh PACKAGE_DIR PYTHON
+# Runs the tests on a package built with sanitizers: tools/sanitize.sh PACKAGE_DIR PYTHON
 set -euo pipefail
 package=$(realpath "$1")
 python=$(realpath --no-symlinks "$2")
@@ -9,5 +9,12 @@ export LD_PRELOAD="$(gcc -print-file-name=libasan.so) $(gcc -print-file-name=lib
 export ASAN_OPTIONS=detect_leaks=0:detect_odr_violation=0 UBSAN_OPTIONS=print_stacktrace=1
 export PYTHONPATH="$package"
 # `python -m pytest` would put the current folder, and with it the package that is built for use, before that path.
-exec "$python" "$(dirname "$python")/pytest" -q -p no:cacheprovider -o pythonpath= \
-  tests/test_ops.py tests/test_edges.py tests/test_dropout.py tests/test_threads.py tests/test_random.py tests/test_cache.py
+run_tests() {
+  "$python" "$(dirname "$python")/pytest" -q -p no:cacheprovider -o pythonpath= "$@"
+}
+# The example and the packaging start programs of their own.
+run_tests tests --ignore=tests/test_example_airfoil.py --ignore=tests/test_packaging.py --ignore=tests/test_readme.py
+# The instruction sets that were not this machine's choice.
+for instruction_set in AVX2 portable; do
+  MIXED_ATTENTION_CPU=$instruction_set run_tests tests/test_edges.py tests/test_random.py tests/test_rope.py
+done

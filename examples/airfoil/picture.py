@@ -67,7 +67,9 @@ def draw_anchors(axes: Axes, case: Case) -> None:
         points = case.anchors[name][0]
         label = f"{len(points)} {name.replace('_', ' ')}"
         axes.scatter(points[:, 0], points[:, 1], s=7, color=color, linewidth=0, label=label, zorder=3)
-    axes.legend(loc="lower right", bbox_to_anchor=(1, 1), borderpad=0, handletextpad=0, columnspacing=1, frameon=False, ncols=2)
+    axes.legend(
+        loc="lower right", bbox_to_anchor=(1, 1), borderpad=0, handletextpad=0, columnspacing=1, frameon=False, ncols=2
+    )
 
 
 def draw_speed(axes: Axes, case: Case, velocity: NDArray[np.complex128]) -> None:
