@@ -55,6 +55,21 @@ class ProjectedAttention(nn.Module):
     def _linear(self, in_features: int, out_features: int, settings: DotProductAttentionConfig) -> nn.Module:
         return nn.Linear(in_features, out_features, bias=settings.bias)
 
+    def _project(self, *wanted: tuple[str, Tensor, Freqs | None]) -> list[Packed]:
+        """Makes parts, some neighbouring slots out of "qkv" each, whatever the parameter layout.
+
+        Args:
+            wanted: For every part its slots, the tokens ``(B, N, C)`` they are made of, and the frequencies that
+                rotate those of q and k.
+        """
+        if all(_is_plain(self.get_submodule(name)) for name in self.projections):
+            weights = self._weights(*(slots for slots, _, _ in wanted))
+            # NOTE: rank 2 in, so that the product is no view and can be overwritten without a copy of its gradient.
+            buffers = [F.linear(x.flatten(0, 1), *both) for both, (_, x, _) in zip(weights, wanted)]
+        else:
+            buffers = [self._call_projections(slots, x) for slots, x, _ in wanted]
+        return [self._pack(buffer, x, slots, freqs) for buffer, (slots, x, freqs) in zip(buffers, wanted)]
+
     def _weights(self, *parts: str) -> list[tuple[Tensor, Tensor | None]]:
         """Weight and bias that make each part, some neighbouring slots out of "qkv", whatever the parameter layout."""
         pieces: list[tuple[list[Tensor], list[Tensor]]] = [([], []) for _ in parts]
@@ -69,10 +84,14 @@ class ProjectedAttention(nn.Module):
         # (measured on CPU, width 192, fp32 and bf16, forward and backward), and it writes the packed form directly.
         return [(_join(weights), _join(biases) if biases else None) for weights, biases in pieces]
 
-    def _project(self, x: Tensor, slots: str, weight: Tensor, bias: Tensor | None, freqs: Freqs | None) -> Packed:
-        """Projects tokens ``(B, N, C)`` to some slots; ``freqs`` rotates those of q and k."""
-        # NOTE: rank 2 in, so that the product is no view and can be overwritten without a copy of its gradient.
-        return self._pack(F.linear(x.flatten(0, 1), weight, bias), x, slots, freqs)
+    def _call_projections(self, slots: str, x: Tensor) -> Tensor:
+        """Some slots as the layers themselves make them, copied: a hook may hold on to what it saw."""
+        pieces: list[Tensor] = []
+        for name in self.projections:
+            if any(slot in slots for slot in name):
+                made = self.get_submodule(name)(x).flatten(0, 1).chunk(len(name), -1)
+                pieces.extend(piece for slot, piece in zip(name, made) if slot in slots)
+        return torch.cat(pieces, -1)
 
     def _pack(self, buffer: Tensor, x: Tensor, slots: str, freqs: Freqs | None) -> Packed:
         """What was projected from ``x``, and how it is to be rotated."""
@@ -100,6 +119,15 @@ class ProjectedAttention(nn.Module):
 
     def extra_repr(self) -> str:
         return f"num_heads={self.num_heads}, head_dim={self.head_dim}, use_rope={self.use_rope}, dropout={self.dropout}"
+
+
+def _is_plain(layer: nn.Module) -> bool:
+    """Whether calling a layer does nothing but multiply by its weight and add its bias.
+
+    Not so with hooks on it, with another module in its place (adapters, quantised layers), or with another forward.
+    """
+    hooks = layer._forward_pre_hooks, layer._forward_hooks, layer._backward_pre_hooks, layer._backward_hooks
+    return type(layer) is nn.Linear and not any(hooks) and "forward" not in layer.__dict__
 
 
 def _split_rows(parameter: Tensor, shares: Sequence[int], num_slots: int) -> list[list[Tensor]]:
@@ -160,7 +188,7 @@ class DotProductAttention(ProjectedAttention):
         """
         if self.use_rope != (freqs is not None):
             raise AssertionError(_rope_mismatch(self.use_rope))
-        out, _ = self._attend_dense([self._project(x, "qkv", *self._weights("qkv")[0], freqs)], attn_mask)
+        out, _ = self._attend_dense(self._project(("qkv", x, freqs)), attn_mask)
         return self.proj_dropout(self.proj(out.flatten(2)))
 
 
@@ -288,14 +316,12 @@ class MixedAttention(DotProductAttention):
     ) -> list[Packed]:
         """q, k and v of a call: q of all tokens, k and v of those that somebody attends to, or from the cache."""
         if kv_cache is None and all(group.key_start is not None for group in plan.groups):
-            return [self._project(x, "qkv", *self._weights("qkv")[0], freqs)]
+            return self._project(("qkv", x, freqs))
         if kv_cache is not None and all(g.query_start is None or g.key_start is None for g in plan.groups):
-            q = self._project(x, "q", *self._weights("q")[0], freqs)
+            (q,) = self._project(("q", x, freqs))
             fresh = []
         else:
-            weights = self._weights("q", "kv")
-            q = self._project(x, "q", *weights[0], freqs)
-            kv = self._project(_take_keys(x, plan), "kv", *weights[1], _take_freqs(freqs, plan))
+            q, kv = self._project(("q", x, freqs), ("kv", _take_keys(x, plan), _take_freqs(freqs, plan)))
             if kv_cache is None:
                 return [q, kv]
             fresh = packed.rotated_slots(kv, parallel=self.parallel)
@@ -454,12 +480,10 @@ class PerceiverAttention(ProjectedAttention):
             raise ValueError("Either kv or kv_cache must be provided")
         if self.use_rope and (q_freqs is None or (k_freqs is None and kv_cache is None)):
             raise AssertionError(_rope_mismatch(self.use_rope))
-        (query_weights,) = self._weights("q")
-        queries = self._project(q, "q", *query_weights, q_freqs)
         if kv_cache is None:
-            (key_weights,) = self._weights("kv")
-            parts = [queries, self._project(kv, "kv", *key_weights, k_freqs)]
+            parts = self._project(("q", q, q_freqs), ("kv", kv, k_freqs))
         else:
+            (queries,) = self._project(("q", q, q_freqs))
             keys = cache.read_entry("kv_cache", kv_cache, queries.buffer.view(queries.shape).squeeze(2))
             parts = [queries, *(Packed(tensor.unsqueeze(2), tensor.unsqueeze(2).shape) for tensor in keys)]
         out, (_, k, v) = self._attend_dense(parts, attn_mask)

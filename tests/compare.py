@@ -3,10 +3,11 @@
 The largest error of a tensor may be twice that of torch's ``scaled_dot_product_attention``, called once per pattern in
 the same dtype, plus what *one rounding* makes of the exact result. The latter counts where the yardstick is lucky: of
 five numbers, all may come out exact. It is derived, not chosen. Each intermediate result of the exact computation (the
-scores, the log-sum-exp, the weights, the output, ``dp``, ``delta``, ``ds``, the gradients) is off by one rounding: the
-sums over channels as below; the weights, ``ds`` and what is stored by the unit roundoff of the dtype. These errors are
-carried through the formulas to first order: those of different weights in quadrature, since they are independent;
-those that a whole row shares (of its log-sum-exp and its delta) added.
+scores, the sum of their exponentials, its logarithm, the log-sum-exp, the weights, the output, ``dp``, ``delta``,
+``ds``, the gradients) is off by one rounding: the sums over channels as below; the weights, ``ds`` and what is stored
+by the unit roundoff of the dtype. These errors are carried through the formulas to first order: those of different
+weights in quadrature, since they are independent; those that a whole row shares (of its log-sum-exp and its delta)
+added.
 """
 
 from __future__ import annotations
@@ -134,8 +135,8 @@ def oracle(inputs: Inputs) -> tuple[Results, Results]:
     u = torch.finfo(torch.float64).eps if case.dtype == torch.float64 else torch.finfo(torch.float32).eps / 2
     w = max(u, torch.finfo(case.dtype).eps / 2)
     off_s = _off_sum(case.scale * q, k, u) + u * s.abs()  # summed, and scaled
-    lse_size = torch.where(has_keys, lse, 0.0).abs()
-    off_lse = _norm(p * off_s, -1, keepdim=True) + u * (1 + lse_size)
+    log_sum, lse_size = torch.where(has_keys, torch.log(p_sum), 0.0).abs(), torch.where(has_keys, lse, 0.0).abs()
+    off_lse = _norm(p * off_s, -1, keepdim=True) + u * (1 + log_sum + lse_size)  # the sum, its logarithm, their whole
     off_p = p * torch.sqrt(off_s**2 + u**2 + w**2)  # without what the row shares
     off_out = _quadrature(off_p, v) + (off_lse + w) * out.abs()
     off_delta = _norm(dout * off_out, -1, keepdim=True) + u * ((dout * out).abs().sum(-1, True) + dlse.abs())
