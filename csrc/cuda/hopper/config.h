@@ -1,0 +1,63 @@
+// Tile sizes of the Hopper kernels and the shared memory of a block, by head_dim.
+#pragma once
+
+#include <cstdint>
+
+namespace mixed_attention::cuda::hopper {
+
+inline constexpr int kWarpgroup = 128;     // threads
+inline constexpr int kWarpgroupRows = 64;  // query rows of one warpgroup, fixed by wgmma
+inline constexpr int kSlabColumns = 64;    // columns of 16 bits in 128 bytes, the widest swizzle
+
+// Registers a thread: the sum over all warpgroups may not exceed what the launch gives, 65536 a block.
+template <int kHeadDim>
+struct FwdTuning;
+
+// A score costs as many cycles of the exponential unit as of the tensor cores here: a third warpgroup gives each one's
+// softmax two others' products to hide under. Scores, weights and output take 128 of its 160 registers.
+template <>
+struct FwdTuning<64> {
+  static constexpr int kConsumers = 3, kBlockN = 128, kStages = 4, kProducerRegisters = 32, kConsumerRegisters = 160;
+};
+
+// Two warpgroups: the product is twice as long as the softmax, and the output takes twice the registers.
+template <>
+struct FwdTuning<128> {
+  static constexpr int kConsumers = 2, kBlockN = 128, kStages = 2, kProducerRegisters = 24, kConsumerRegisters = 240;
+};
+
+template <typename Element_, int kHeadDim_>
+struct FwdConfig : FwdTuning<kHeadDim_> {
+  using Element = Element_;
+  using Tuning = FwdTuning<kHeadDim_>;
+  static constexpr int kHeadDim = kHeadDim_;
+  static constexpr int kSlabs = kHeadDim / kSlabColumns;
+  static constexpr int kBlockM = Tuning::kConsumers * kWarpgroupRows;
+  static constexpr int kThreads = (1 + Tuning::kConsumers) * kWarpgroup;
+
+  static constexpr int kSlabBytesM = kBlockM * kSlabColumns * sizeof(Element);
+  static constexpr int kSlabBytesN = Tuning::kBlockN * kSlabColumns * sizeof(Element);
+  static constexpr int kTileBytesM = kSlabs * kSlabBytesM;
+  static constexpr int kTileBytesN = kSlabs * kSlabBytesN;
+
+  static_assert(sizeof(Element) == 2 && kHeadDim % kSlabColumns == 0);
+  static_assert(Tuning::kProducerRegisters + Tuning::kConsumers * Tuning::kConsumerRegisters <=
+                65536 / kThreads / 8 * 8 * (1 + Tuning::kConsumers));
+};
+
+// Tiles are slabs of (rows, 64) elements, one after the other, as the copy engine's 128-byte swizzle writes them.
+template <typename Config>
+struct FwdSharedStorage {
+  using Element = typename Config::Element;
+
+  alignas(1024) Element q[Config::kBlockM * Config::kHeadDim];
+  alignas(1024) Element k[Config::kStages][Config::kBlockN * Config::kHeadDim];
+  alignas(1024) Element v[Config::kStages][Config::kBlockN * Config::kHeadDim];
+  alignas(1024) Element out[Config::kBlockM * Config::kHeadDim];  // (rows, head_dim), 16 rows a warp
+
+  uint64_t q_full, q_empty;
+  uint64_t k_full[Config::kStages], k_empty[Config::kStages];
+  uint64_t v_full[Config::kStages], v_empty[Config::kStages];
+};
+
+}  // namespace mixed_attention::cuda::hopper

@@ -1,0 +1,26 @@
+// The parameters of the forward kernel as they travel to the device.
+#pragma once
+
+#include <cuda.h>
+
+#include "cuda/hopper/work_table.h"
+#include "params.h"
+
+namespace mixed_attention::cuda::hopper {
+
+struct FwdKernelParams {
+  CUtensorMap q, k, v;  // tensor_map.h
+  // 1, or 0 where one sequence serves the whole batch.
+  int q_batch_step, k_batch_step, v_batch_step;
+  void* out;
+  float* lse;
+  Strides out_strides;
+  int64_t seqlen_q;
+  float softmax_scale, softmax_scale_log2;
+  WorkTable table;
+};
+
+// What a kernel's parameters may take without costing the launch; newer drivers allow 32 KiB.
+static_assert(sizeof(FwdKernelParams) <= 4096);
+
+}  // namespace mixed_attention::cuda::hopper

@@ -1,0 +1,32 @@
+// Descriptions of strided tensors for the copy engine.
+#pragma once
+
+#include <cuda.h>
+
+#include "params.h"
+
+namespace mixed_attention::cuda::hopper {
+
+// A (batch_size, seqlen, num_heads, head_dim) tensor of 16-bit elements.
+struct TensorView {
+  const void* data;
+  DType dtype;
+  int64_t batch_size, seqlen, num_heads, head_dim;
+  Strides strides;
+};
+
+// Whether the copy engine can read a tensor: 16-byte alignment, sizes within its limits, no row that stands for many.
+bool can_map(const TensorView& tensor);
+
+// Tiles of (block_rows, 64) at (column, row, head, batch). Rows past the end of the tensor read as zeros.
+CUtensorMap make_tile_map(const TensorView& tensor, int block_rows);
+
+// Tiles of (block_rows, 64) of which only the first num_rows are read, the others are zeros, so that a tile may end
+// inside the tensor without seeing what follows. Its coordinates are
+// (column, block_rows - num_rows, row + num_rows, head, batch).
+//
+// The rows have two dimensions of the same stride, and the base lies block_rows before the tensor: the sum of both
+// coordinates is where a row lies, while the first, of extent block_rows, says whether it is read.
+CUtensorMap make_clipped_tile_map(const TensorView& tensor, int block_rows);
+
+}  // namespace mixed_attention::cuda::hopper

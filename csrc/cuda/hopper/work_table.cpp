@@ -1,0 +1,81 @@
+#include "cuda/hopper/work_table.h"
+
+#include <algorithm>
+#include <limits>
+#include <numeric>
+#include <vector>
+
+#include "schedule.h"
+
+namespace mixed_attention::cuda::hopper {
+namespace {
+
+constexpr int64_t kMaxInt = std::numeric_limits<int>::max();
+
+// Tiles of the smallest kBlockM bound the number of items from above.
+constexpr int64_t kLeastBlockM = 64;
+
+KeyTiles make_key_tiles(Range keys, int block_n) {
+  return {static_cast<int>(keys.begin), static_cast<int>(keys.size() / block_n),
+          static_cast<int>(keys.size() % block_n)};
+}
+
+// Appends the ranges of one segment, those with a partial tile first, as only these are masked.
+QueryTiles add_segment(const QuerySegment& segment, int block_n, int first_range, WorkTable& table) {
+  KeyTiles* ranges = table.ranges + first_range;
+  int num_ranges = 0;
+  for (const Range& keys : segment.keys) {
+    if (keys.size() > 0) ranges[num_ranges++] = make_key_tiles(keys, block_n);
+  }
+  const auto first_even =
+      std::stable_partition(ranges, ranges + num_ranges, [](const KeyTiles& tiles) { return tiles.tail > 0; });
+  const int num_partial = static_cast<int>(first_even - ranges);
+  const int num_tiles = std::accumulate(ranges, ranges + num_ranges, num_partial,
+                                        [](int sum, const KeyTiles& tiles) { return sum + tiles.num_full; });
+  return {static_cast<int>(segment.rows.begin),
+          static_cast<int>(segment.rows.end),
+          first_range,
+          num_ranges,
+          num_partial,
+          num_tiles,
+          0};
+}
+
+}  // namespace
+
+bool fits_work_table(const AttentionParams& params) {
+  const std::vector<QuerySegment>& segments = params.schedule->query_segments;
+  if (segments.size() > WorkTable::kMaxSegments) return false;
+  size_t num_ranges = 0;
+  int64_t num_items = 0;
+  for (const QuerySegment& segment : segments) {
+    num_ranges += segment.keys.size();
+    num_items += (segment.rows.size() / kLeastBlockM + 1) * params.num_heads * params.batch_size;
+    int64_t num_keys = 0;
+    for (const Range& keys : segment.keys) num_keys += keys.size();
+    if (num_keys >= kMaxInt) return false;
+  }
+  return num_ranges <= WorkTable::kMaxRanges && num_items < kMaxInt / 2;
+}
+
+WorkTable make_work_table(const AttentionParams& params, int block_m, int block_n) {
+  WorkTable table{};
+  table.num_heads = static_cast<int>(params.num_heads);
+  int num_segments = 0, num_ranges = 0;
+  for (const QuerySegment& segment : params.schedule->query_segments) {
+    const QueryTiles tiles = add_segment(segment, block_n, num_ranges, table);
+    table.segments[num_segments++] = tiles;
+    num_ranges += tiles.num_ranges;
+  }
+  std::stable_sort(table.segments, table.segments + num_segments,
+                   [](const QueryTiles& a, const QueryTiles& b) { return a.num_tiles > b.num_tiles; });
+  for (int i = 0; i < num_segments; ++i) {
+    QueryTiles& tiles = table.segments[i];
+    const int64_t num_blocks = (tiles.row_end - tiles.row_begin + block_m - 1) / block_m;
+    table.num_items += static_cast<int>(num_blocks * params.num_heads * params.batch_size);
+    tiles.item_end = table.num_items;
+  }
+  return table;
+}
+
+}  // namespace mixed_attention::cuda::hopper

@@ -1,0 +1,39 @@
+// What the blocks of a launch work on: query tiles, longest first, and for each the key tiles that it attends to.
+//
+// The table is small and travels in the kernel's parameters, so that nothing is uploaded. Device side: work_items.cuh.
+#pragma once
+
+#include "params.h"
+
+namespace mixed_attention::cuda::hopper {
+
+// A key range as tiles of kBlockN rows. The rows that do not fill a tile stand at its end.
+struct KeyTiles {
+  int begin;     // first row
+  int num_full;  // full tiles
+  int tail;      // rows of the partial tile, 0 = none
+};
+
+// A query segment as tiles of kBlockM rows, the last one ragged. Its items are these tiles for every head and batch.
+struct QueryTiles {
+  int row_begin, row_end;
+  int first_range, num_ranges;  // in WorkTable::ranges; those with a partial tile come first
+  int num_partial, num_tiles;   // key tiles: partial ones, and all
+  int item_end;                 // items of this segment and of all before it
+};
+
+struct WorkTable {
+  static constexpr int kMaxSegments = 64;
+  static constexpr int kMaxRanges = 128;
+
+  int num_items, num_heads;
+  QueryTiles segments[kMaxSegments];  // most key tiles first
+  KeyTiles ranges[kMaxRanges];
+};
+
+// Whether the schedule of a call fits a table.
+bool fits_work_table(const AttentionParams& params);
+
+WorkTable make_work_table(const AttentionParams& params, int block_m, int block_n);
+
+}  // namespace mixed_attention::cuda::hopper

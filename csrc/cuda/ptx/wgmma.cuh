@@ -1,0 +1,111 @@
+// Matrix products of a warpgroup: d (64 x N, fp32) += a (64 x 16) * b (16 x N), asynchronous.
+//
+// A thread of warp w and lane l holds in d[i] the element of row 16 w + l / 4 + 8 (i / 2 % 2) and column
+// 8 (i / 4) + 2 (l % 4) + i % 2. As operand a from registers, the words of step k are the pairs d[8k..8k+7] in order.
+#pragma once
+
+#include <cuda_bf16.h>
+#include <cuda_fp16.h>
+
+#include <cstdint>
+
+#include "cuda/ptx/shared_address.cuh"
+
+namespace mixed_attention::cuda::ptx {
+
+// Opens a batch: orders earlier accesses to the registers that its products read or accumulate in.
+__device__ inline void wgmma_fence() { asm volatile("wgmma.fence.sync.aligned;\n" ::: "memory"); }
+
+__device__ inline void wgmma_commit() { asm volatile("wgmma.commit_group.sync.aligned;\n" ::: "memory"); }
+
+// Keeps the compiler from moving accesses to these registers across this point.
+template <int kCount>
+__device__ inline void pin(float (&registers)[kCount]) {
+#pragma unroll
+  for (int i = 0; i < kCount; ++i) asm volatile("" : "+f"(registers[i])::"memory");
+}
+
+// Waits until at most kPending batches are under way; `results` are accumulators of the finished ones.
+template <int kPending, int... kCounts>
+__device__ inline void wgmma_wait(float (&... results)[kCounts]) {
+  asm volatile("wgmma.wait_group.sync.aligned %0;\n" ::"n"(kPending) : "memory");
+  (pin(results), ...);
+}
+
+// Operand in shared memory: rows of 128 bytes, side by side as slabs of 64 columns, with the 128-byte swizzle of the
+// copy engine, aligned to 1024 bytes. Only the low word, the address in units of 16 bytes, differs between operands.
+struct Operand {
+  uint32_t low;
+
+  // slab_bytes: distance of the slabs; only transposed operands need it, the others step from slab to slab themselves.
+  __device__ static Operand make(const void* tile, int slab_bytes = 16) {
+    return {(shared_address(tile) >> 4) | (static_cast<uint32_t>(slab_bytes >> 4) << 16)};
+  }
+  __device__ Operand advance(int bytes) const { return {low + (bytes >> 4)}; }
+
+  __device__ uint64_t descriptor() const {
+    constexpr uint64_t kSwizzle128 = uint64_t{1} << 62;
+    constexpr uint64_t kEightRows = uint64_t{1024 >> 4} << 32;
+    return kSwizzle128 | kEightRows | low;
+  }
+};
+
+// One step of 16 along the summed dimension.
+//   ss: a and b from shared memory, both with the summed dimension along their rows; accumulate 0 overwrites d.
+//   rs: a from registers; b's summed dimension runs down its columns (the instruction transposes it).
+template <typename Element, int kN>
+struct Wgmma;
+
+// The instruction names every register it accumulates in, so that its text depends on N.
+#define WGMMA_REGISTERS_32                                                                                         \
+  "%0, %1, %2, %3, %4, %5, %6, %7, %8, %9, %10, %11, %12, %13, %14, %15, %16, %17, %18, %19, %20, %21, %22, %23, " \
+  "%24, %25, %26, %27, %28, %29, %30, %31"
+#define WGMMA_REGISTERS_64                                                                                           \
+  WGMMA_REGISTERS_32                                                                                                 \
+  ", %32, %33, %34, %35, %36, %37, %38, %39, %40, %41, %42, %43, %44, %45, %46, %47, %48, %49, %50, %51, %52, %53, " \
+  "%54, %55, %56, %57, %58, %59, %60, %61, %62, %63"
+
+#define WGMMA_8(d, i)                                                                                         \
+  "+f"(d[i]), "+f"(d[i + 1]), "+f"(d[i + 2]), "+f"(d[i + 3]), "+f"(d[i + 4]), "+f"(d[i + 5]), "+f"(d[i + 6]), \
+      "+f"(d[i + 7])
+#define WGMMA_ACCUMULATORS_32(d, i) WGMMA_8(d, i), WGMMA_8(d, i + 8), WGMMA_8(d, i + 16), WGMMA_8(d, i + 24)
+#define WGMMA_ACCUMULATORS_64(d, i) WGMMA_ACCUMULATORS_32(d, i), WGMMA_ACCUMULATORS_32(d, i + 32)
+
+// p0 to p4: the numbers of the operands after the accumulators.
+#define WGMMA_DEFINE(N, Element, type, count, p0, p1, p2, p3, p4)                                                 \
+  template <>                                                                                                     \
+  struct Wgmma<Element, N> {                                                                                      \
+    __device__ static void ss(float (&d)[count], Operand a, Operand b, int accumulate) {                          \
+      asm volatile(                                                                                               \
+          "{\n"                                                                                                   \
+          ".reg .pred p;\n"                                                                                       \
+          "setp.ne.b32 p, %" p2                                                                                   \
+          ", 0;\n"                                                                                                \
+          "wgmma.mma_async.sync.aligned.m64n" #N "k16.f32." type "." type " {" WGMMA_REGISTERS_##count            \
+          "}, %" p0 ", %" p1                                                                                      \
+          ", p, 1, 1, 0, 0;\n"                                                                                    \
+          "}\n"                                                                                                   \
+          : WGMMA_ACCUMULATORS_##count(d, 0)                                                                      \
+          : "l"(a.descriptor()), "l"(b.descriptor()), "r"(accumulate));                                           \
+    }                                                                                                             \
+    __device__ static void rs(float (&d)[count], uint32_t a0, uint32_t a1, uint32_t a2, uint32_t a3, Operand b) { \
+      asm volatile("wgmma.mma_async.sync.aligned.m64n" #N "k16.f32." type "." type " {" WGMMA_REGISTERS_##count   \
+                   "}, {%" p0 ", %" p1 ", %" p2 ", %" p3 "}, %" p4 ", 1, 1, 1, 1;\n"                              \
+                   : WGMMA_ACCUMULATORS_##count(d, 0)                                                             \
+                   : "r"(a0), "r"(a1), "r"(a2), "r"(a3), "l"(b.descriptor()));                                    \
+    }                                                                                                             \
+  };
+
+WGMMA_DEFINE(64, __nv_bfloat16, "bf16", 32, "32", "33", "34", "35", "36")
+WGMMA_DEFINE(64, __half, "f16", 32, "32", "33", "34", "35", "36")
+WGMMA_DEFINE(128, __nv_bfloat16, "bf16", 64, "64", "65", "66", "67", "68")
+WGMMA_DEFINE(128, __half, "f16", 64, "64", "65", "66", "67", "68")
+
+#undef WGMMA_DEFINE
+#undef WGMMA_ACCUMULATORS_64
+#undef WGMMA_ACCUMULATORS_32
+#undef WGMMA_8
+#undef WGMMA_REGISTERS_64
+#undef WGMMA_REGISTERS_32
+
+}  // namespace mixed_attention::cuda::ptx
