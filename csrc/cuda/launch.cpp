@@ -1,28 +1,53 @@
 // Which kernel family serves a call.
 #include "cuda/launch.h"
 
+#include <cstdlib>
+#include <string_view>
+
+#include "cuda/hopper/launch.h"
 #include "cuda/portable/launch.h"
 
 namespace mixed_attention::cuda {
 namespace {
 
-Choice portable_or_none(const Problem& problem, std::string why_not_hopper) {
-  std::string refusal = portable::refusal(problem);
-  if (!refusal.empty()) return {Choice::Family::kNone, std::move(refusal)};
-  return {Choice::Family::kPortable, std::move(why_not_hopper)};
+using Family = Choice::Family;
+
+// MIXED_ATTENTION_GPU=portable leaves the others out: for comparisons, and where one is under suspicion.
+bool only_portable() {
+  static const char* const family = std::getenv("MIXED_ATTENTION_GPU");
+  return family != nullptr && std::string_view(family) == "portable";
+}
+
+Choice choose(const Problem& problem, std::string hopper_refusal) {
+  if (only_portable()) hopper_refusal = "MIXED_ATTENTION_GPU asks for the portable kernels";
+  if (hopper_refusal.empty()) return {Family::kHopper, ""};
+  std::string portable_refusal = portable::refusal(problem);
+  if (!portable_refusal.empty()) return {Family::kNone, std::move(portable_refusal)};
+  return {Family::kPortable, std::move(hopper_refusal)};
+}
+
+Problem problem_of(const AttentionParams& params) {
+  return {params.dtype, params.head_dim, params.head_dim_v, params.device};
+}
+
+// What a problem allows, the call at hand may still rule out.
+bool hopper_serves(const FwdParams& params) {
+  return !only_portable() && hopper::refusal_fwd(problem_of(params)).empty() && hopper::can_fwd(params);
 }
 
 }  // namespace
 
-Choice choose_fwd(const Problem& problem) { return portable_or_none(problem, ""); }
+Choice choose_fwd(const Problem& problem) { return choose(problem, hopper::refusal_fwd(problem)); }
 
-Choice choose_bwd(const Problem& problem) { return portable_or_none(problem, ""); }
+Choice choose_bwd(const Problem& problem) { return choose(problem, "it has no backward yet"); }
 
-size_t fwd_workspace_size(const FwdParams& params) { return portable::fwd_workspace_size(params); }
+size_t fwd_workspace_size(const FwdParams& params) {
+  return hopper_serves(params) ? hopper::fwd_workspace_size(params) : portable::fwd_workspace_size(params);
+}
 
 size_t bwd_workspace_size(const BwdParams& params) { return portable::bwd_workspace_size(params); }
 
-void run_fwd(const FwdParams& params) { portable::run_fwd(params); }
+void run_fwd(const FwdParams& params) { hopper_serves(params) ? hopper::run_fwd(params) : portable::run_fwd(params); }
 
 void run_bwd(const BwdParams& params) { portable::run_bwd(params); }
 

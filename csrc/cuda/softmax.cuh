@@ -23,6 +23,8 @@ class OnlineSoftmax {
   // was accumulated before to the same factor. scale_log2 is positive.
   template <int kTilesN, int kTilesOut>
   __device__ void update(float (&s)[kTilesM][kTilesN][4], float (&out)[kTilesM][kTilesOut][4], float scale_log2) {
+    float factor[2 * kTilesM];
+    bool grew = false;
 #pragma unroll
     for (int row = 0; row < 2 * kTilesM; ++row) {
       const int m = row / 2, e = row % 2 * 2;
@@ -44,10 +46,17 @@ class OnlineSoftmax {
         sum += s[m][n][e] + s[m][n][e + 1];
       }
       sum_[row] = sum_[row] * rescale + sum;
+      factor[row] = rescale;
+      grew |= rescale != 1;
+    }
+    // After the first blocks the maximum seldom grows: then nothing need be done.
+    if (!__any_sync(0xFFFFFFFF, grew)) return;
+#pragma unroll
+    for (int row = 0; row < 2 * kTilesM; ++row) {
 #pragma unroll
       for (int n = 0; n < kTilesOut; ++n) {
-        out[m][n][e] *= rescale;
-        out[m][n][e + 1] *= rescale;
+        out[row / 2][n][row % 2 * 2] *= factor[row];
+        out[row / 2][n][row % 2 * 2 + 1] *= factor[row];
       }
     }
   }

@@ -38,6 +38,19 @@ __device__ GlobalRows<Element> rows_of(const void* tensor, const Strides& stride
   return {data, strides.row, static_cast<int>(num_cols), aligned};
 }
 
+// Starts to copy one 16-byte chunk: `count` elements, then zeros.
+template <class Element>
+__device__ void copy_chunk(Element* target, const Element* source, int count, const GlobalRows<Element>& rows) {
+  constexpr int kPerChunk = 16 / sizeof(Element);
+  if (rows.aligned) {
+    // Nothing is read where count is 0, but the address must be one of the tensor's all the same.
+    ptx::cp_async_16(target, count > 0 ? source : rows.data, count * static_cast<int>(sizeof(Element)));
+  } else {
+#pragma unroll
+    for (int e = 0; e < kPerChunk; ++e) target[e] = e < count ? source[e] : Element(0.0f);
+  }
+}
+
 // Starts to copy rows row_begin to row_begin + num_rows - 1. All else in the tile becomes zero: rows behind them,
 // columns behind the tensor's, and rows that `mask`, if there is one, blocks. So what a query may not see never enters
 // a product, not even as NaN.
@@ -45,22 +58,24 @@ template <int kThreads, class Element, int kRows, int kCols>
 __device__ void load_tile(SharedTile<Element, kRows, kCols>& tile, const GlobalRows<Element>& rows, int row_begin,
                           int num_rows, const bool* mask = nullptr) {
   using Tile = SharedTile<Element, kRows, kCols>;
-  constexpr int kChunks = kCols / Tile::kPerChunk;
-#pragma unroll 4  // more would hold more addresses in registers than large tiles leave
-  for (int i = 0; i < (kRows * kChunks + kThreads - 1) / kThreads; ++i) {
-    const int index = i * kThreads + threadIdx.x;
-    if (kRows * kChunks % kThreads != 0 && index >= kRows * kChunks) break;
-    const int row = index / kChunks, col = index % kChunks * Tile::kPerChunk;
-    const bool visible = row < num_rows && (mask == nullptr || mask[row_begin + row]);
-    const int count = visible ? max(0, min(Tile::kPerChunk, rows.num_cols - col)) : 0;
-    // Nothing is read where count is 0, but the address must be one of the tensor's all the same.
-    const Element* source = count > 0 ? rows.row(row_begin + row) + col : rows.data;
-    Element* target = tile.row(row) + col;
-    if (rows.aligned) {
-      ptx::cp_async_16(target, source, count * static_cast<int>(sizeof(Element)));
-    } else {
+  constexpr int kChunks = kCols / Tile::kPerChunk, kRowsAtOnce = kThreads / kChunks;
+  // Neighbours copy the chunks of one row; threads that are left over of that rest.
+  const int thread_row = threadIdx.x / kChunks, col = threadIdx.x % kChunks * Tile::kPerChunk;
+  if (kThreads % kChunks != 0 && thread_row >= kRowsAtOnce) return;
+  const Element* source = rows.row(row_begin + thread_row) + col;
+  const int64_t step = kRowsAtOnce * rows.stride;
+  const auto is_row = [&](int row) { return kRows % kRowsAtOnce == 0 || row < kRows; };
+  if (rows.aligned && mask == nullptr && num_rows == kRows && rows.num_cols == kCols) {
 #pragma unroll
-      for (int e = 0; e < Tile::kPerChunk; ++e) target[e] = e < count ? source[e] : Element(0.0f);
+    for (int i = 0; i < kRows; i += kRowsAtOnce, source += step) {
+      if (is_row(thread_row + i)) ptx::cp_async_16(tile.row(thread_row + i) + col, source);
+    }
+  } else {
+#pragma unroll 1  // seldom taken: unrolled, its addresses would take the registers of the common case
+    for (int row = thread_row; row < kRows; row += kRowsAtOnce, source += step) {
+      const bool visible = row < num_rows && (mask == nullptr || mask[row_begin + row]);
+      const int count = visible ? max(0, min(Tile::kPerChunk, rows.num_cols - col)) : 0;
+      copy_chunk(tile.row(row) + col, source, count, rows);
     }
   }
 }
