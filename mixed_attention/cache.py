@@ -80,7 +80,9 @@ def check_names(kv_cache: Mapping[str, Any] | None, names: Sequence[str]) -> Non
     Raises:
         ValueError: If it has not.
     """
-    if names and not kv_cache:
+    if not names:
+        return
+    if not kv_cache:
         raise ValueError(f"kv_cache is empty, but the token groups {list(names)} have size None: pass their cache")
     for name in names:
         if name not in kv_cache:
@@ -104,7 +106,9 @@ def join_keys(
     Raises:
         ValueError: If an entry does not fit, also one that nobody attends to.
     """
-    pieces, taken = [], 0
+    pieces: list[tuple[Tensor, ...]] = []
+    piece: tuple[Tensor, ...]
+    taken = 0
     for group in plan.groups:
         if group.query_start is None:
             piece = read_entry(group.name, kv_cache[group.name], q)

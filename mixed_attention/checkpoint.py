@@ -79,7 +79,7 @@ def load_untied_state_dict(
     return model.load_state_dict(state_dict, strict=strict)
 
 
-def adapt_layout(module: nn.Module, state_dict: dict[str, Any], prefix: str, *_: Any) -> None:
+def adapt_layout(module: Any, state_dict: dict[str, Any], prefix: str, *_: Any) -> None:
     """Load hook of the layers: turns whichever layout is stored into that of the module."""
     _convert(state_dict, prefix, module.projections)
 

@@ -27,4 +27,4 @@ def init_weights(module: nn.Module, mode: str) -> None:
         else:
             nn.init.zeros_(parameter)
     if mode == "truncnormal002-identity":  # drawn all the same
-        nn.init.zeros_(module.proj.weight)
+        nn.init.zeros_(module.get_parameter("proj.weight"))

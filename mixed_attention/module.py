@@ -74,7 +74,7 @@ class ProjectedAttention(nn.Module):
         """Weight and bias that make each part, some neighbouring slots out of "qkv", whatever the parameter layout."""
         pieces: list[tuple[list[Tensor], list[Tensor]]] = [([], []) for _ in parts]
         for name in self.projections:
-            layer = self.get_submodule(name)
+            layer: Any = self.get_submodule(name)
             shares = [sum(slot in part for slot in name) for part in parts]
             for kind, parameter in enumerate((layer.weight, layer.bias)):
                 if parameter is not None:
@@ -99,9 +99,12 @@ class ProjectedAttention(nn.Module):
         shape = (batch_size, seqlen, len(slots), self.num_heads, self.head_dim)
         if freqs is None:
             return Packed(buffer, shape)
-        if not isinstance(freqs, tuple):
-            check_freqs(freqs, batch_size, seqlen, self.head_dim)
+        self._check_freqs(freqs, x)
         return Packed(buffer, shape, len(slots.replace("v", "")), freqs)
+
+    def _check_freqs(self, freqs: Freqs | None, x: Tensor) -> None:
+        if freqs is not None and not isinstance(freqs, tuple):
+            check_freqs(freqs, x.shape[0], x.shape[1], self.head_dim)
 
     @property
     def _dropout_p(self) -> float:
@@ -298,8 +301,9 @@ class MixedAttention(DotProductAttention):
             skip_unread_keys=read.issuperset(to_record),
         )
         cache.check_names(kv_cache, cached)
-        parts = self._parts(x, plan, freqs, kv_cache if cached else None)
-        if cached:
+        kv_cache = kv_cache if cached else None
+        parts = self._parts(x, plan, freqs, kv_cache)
+        if kv_cache is not None:
             mask = cache.join_masks(plan, key_padding_mask, kv_cache, x)
         else:
             mask = None if key_padding_mask is None else _take_keys(key_padding_mask, plan)
@@ -321,14 +325,16 @@ class MixedAttention(DotProductAttention):
             (q,) = self._project(("q", x, freqs))
             fresh = []
         else:
+            self._check_freqs(freqs, x)  # before the frequencies of the keys are taken out of them
             q, kv = self._project(("q", x, freqs), ("kv", _take_keys(x, plan), _take_freqs(freqs, plan)))
             if kv_cache is None:
                 return [q, kv]
             fresh = packed.rotated_slots(kv, parallel=self.parallel)
         keys = cache.join_keys(plan, fresh, kv_cache, q.buffer.view(q.shape).squeeze(2))
-        return [q, *(Packed(tensor.unsqueeze(2), tensor.unsqueeze(2).shape) for tensor in keys)]
+        return [q, *map(Packed.of, keys)]
 
     def _record(self, group: Group, k: Tensor, v: Tensor, mask: Tensor | None) -> KVEntry:
+        assert group.key_start is not None  # plans of calls that record have the keys of these groups
         rows = slice(group.key_start, group.key_start + group.size)
         kept = None if mask is None else mask[:, rows]
         return cache.record_entry(k[:, rows], v[:, rows], kept, detach=self.detach_kv_cache)
@@ -423,7 +429,7 @@ class PerceiverAttention(ProjectedAttention):
         NotImplementedError: If ``init_weights`` is a mode that nobody implements.
     """
 
-    projections = ("kv", "q")
+    projections: tuple[str, ...] = ("kv", "q")
 
     def __init__(self, config: Any) -> None:
         settings = PerceiverAttentionConfig.of(config)
@@ -481,11 +487,12 @@ class PerceiverAttention(ProjectedAttention):
         if self.use_rope and (q_freqs is None or (k_freqs is None and kv_cache is None)):
             raise AssertionError(_rope_mismatch(self.use_rope))
         if kv_cache is None:
+            assert kv is not None
             parts = self._project(("q", q, q_freqs), ("kv", kv, k_freqs))
         else:
             (queries,) = self._project(("q", q, q_freqs))
             keys = cache.read_entry("kv_cache", kv_cache, queries.buffer.view(queries.shape).squeeze(2))
-            parts = [queries, *(Packed(tensor.unsqueeze(2), tensor.unsqueeze(2).shape) for tensor in keys)]
+            parts = [queries, *map(Packed.of, keys)]
         out, (_, k, v) = self._attend_dense(parts, attn_mask)
         recorded = cache.record_entry(k, v) if record and kv_cache is None else None
         return self.proj_dropout(self.proj(out.flatten(2))), recorded

@@ -18,7 +18,7 @@ from mixed_attention import anchor, cache, module, packed, rope, spec
 from mixed_attention.anchor import MissingAnchorTokenError, MissingBranchTokensError, UnexpectedTokenError
 from mixed_attention.cache import KVCache, KVEntry
 from mixed_attention.packed import Freqs
-from mixed_attention.plan import AttentionPatternLike, AttentionPlan, TokenSpecLike
+from mixed_attention.plan import AttentionPatternLike, AttentionPlan, Group, TokenSpecLike
 from mixed_attention.spec import AttentionPattern, TokenSpec
 
 __all__ = [
@@ -151,6 +151,11 @@ class UntiedMixedAttention(MixedAttention):
         NotImplementedError: If ``init_weights`` is neither ``"torch"`` nor ``"truncnormal"``, ``"truncnormal002"``.
     """
 
+    q: _PerDomainLinear
+    k: _PerDomainLinear
+    v: _PerDomainLinear
+    proj: _PerDomainLinear
+
     def __init__(self, config: Any) -> None:
         settings = spec.UntiedMixedAttentionConfig.of(config)
         if settings.init_weights == "truncnormal002-identity":
@@ -186,7 +191,7 @@ class UntiedMixedAttention(MixedAttention):
         module.check_tokens(x, token_specs, key_padding_mask)
         cache.check_names(kv_cache, [group.name for group in token_specs if group.size is None])
         plan = AttentionPlan.compile(token_specs, attention_patterns)
-        sizes = self._domain_sizes(token_specs)
+        sizes = self._domain_sizes(plan.groups)
         buffer = self._per_domain(x, sizes, (self.q, self.k, self.v))
         out, _ = packed.attend(
             [self._pack(buffer, x, "qkv", freqs)],
@@ -197,10 +202,10 @@ class UntiedMixedAttention(MixedAttention):
         )
         return self._per_domain(out.flatten(2), sizes, (self.proj,))
 
-    def _domain_sizes(self, token_specs: Sequence[TokenSpecLike]) -> list[int]:
+    def _domain_sizes(self, groups: Sequence[Group]) -> list[int]:
         domains: dict[str, int] = {}
         previous = None
-        for group in token_specs:
+        for group in groups:
             domain = group.name.split("_", 1)[0]
             if domain in domains and domain != previous:
                 raise ValueError(f"the token groups of domain {domain!r} are not consecutive in token_specs")
@@ -216,8 +221,8 @@ class UntiedMixedAttention(MixedAttention):
         projected = []
         for index, tokens in enumerate(x.split(sizes, 1)):
             weight = torch.cat([layer.weight[index] for layer in layers])
-            bias = None if layers[0].bias is None else torch.cat([layer.bias[index] for layer in layers])
-            projected.append(F.linear(tokens, weight, bias))
+            biases = [layer.bias[index] for layer in layers if layer.bias is not None]
+            projected.append(F.linear(tokens, weight, torch.cat(biases) if biases else None))
         return torch.cat(projected, 1)
 
 
@@ -330,7 +335,7 @@ def _rebuild(old: nn.Module, replacement: type[nn.Module]) -> nn.Module:
 
 
 def _config_of(old: nn.Module) -> dict[str, Any]:
-    core = getattr(old, "mixed_attention", old)
+    core: Any = getattr(old, "mixed_attention", old)
     config = {
         "dim": core.proj.in_features,
         "num_heads": core.num_heads,
@@ -339,7 +344,7 @@ def _config_of(old: nn.Module) -> dict[str, Any]:
         "init_weights": core.init_weights,
         "dropout": core.dropout,
     }
-    keys = core._modules.get("kv", core._modules.get("k"))
+    keys: Any = core._modules.get("kv", core._modules.get("k"))
     if keys is not None:
         config["kv_dim"] = keys.in_features
     for name in ("branches", "anchor_suffix"):

@@ -38,6 +38,12 @@ class Packed:
     rotated: int = 0
     freqs: Freqs | None = None
 
+    @classmethod
+    def of(cls, slot: Tensor) -> Packed:
+        """One slot ``(B, N, H, D)``, to be read as it is."""
+        batch_size, seqlen, num_heads, head_dim = slot.shape
+        return cls(slot.unsqueeze(2), (batch_size, seqlen, 1, num_heads, head_dim))
+
 
 def attend(
     parts: Sequence[Packed],
@@ -66,9 +72,7 @@ def attend(
         out = ops.attention(q, k, v, plan, key_padding_mask=key_padding_mask, dropout_p=dropout_p)
     else:
         seed = ops.draw_seed(q.device) if dropout_p > 0 else None
-        out = reference.attention(
-            q, k, v, plan, key_padding_mask=key_padding_mask, dropout_p=dropout_p, dropout_seed=seed
-        )
+        out, _ = reference.attend(q, k, v, plan.query_segments, q.shape[-1] ** -0.5, key_padding_mask, dropout_p, seed)
     return out, slots
 
 
@@ -91,8 +95,8 @@ def _may_run_in_place(parts: Sequence[Packed]) -> bool:
         return False
     if any(part.shape[0] != parts[0].shape[0] for part in parts):  # one sequence of keys for a batch
         return False
-    freqs = [part.freqs for part in parts if part.freqs is not None]
-    if any(isinstance(f, tuple) or f.requires_grad for f in freqs):
+    freqs = [part.freqs for part in parts if isinstance(part.freqs, Tensor)]
+    if any(isinstance(part.freqs, tuple) for part in parts) or any(f.requires_grad for f in freqs):
         return False
     return not ops.needs_composite(*freqs, *(part.buffer for part in parts))
 
@@ -125,7 +129,7 @@ def _attend_in_place(
     parts: Sequence[Packed], plan: AttentionPlan, key_padding_mask: Tensor | None, dropout_p: float
 ) -> tuple[Tensor, list[Tensor]]:
     call = _Call(tuple((part.shape, part.rotated) for part in parts), plan, dropout_p)
-    pairs = [None if part.freqs is None else ops.real_freqs(part.freqs, part.buffer.dtype) for part in parts]
+    pairs = [ops.real_freqs(p.freqs, p.buffer.dtype) if isinstance(p.freqs, Tensor) else None for p in parts]
     seed = ops.draw_seed(parts[0].buffer.device) if dropout_p > 0 else None
     buffers = [part.buffer for part in parts]
     out, *rotated = _AttendInPlace.apply(call, pairs, key_padding_mask, seed, *buffers)
@@ -193,14 +197,9 @@ def _backward_composite(call, buffers, pairs, dout, dbuffers, key_padding_mask, 
     """
     with torch.enable_grad():
         wanted = [buffer for buffer in buffers if buffer.requires_grad]
-        out = reference.attention(
-            *call.slots(buffers),
-            call.plan,
-            softmax_scale=call.scale,
-            key_padding_mask=key_padding_mask,
-            dropout_p=call.dropout_p,
-            dropout_seed=seed,
-        )
+        q, k, v = call.slots(buffers)
+        segments = call.plan.query_segments
+        out, _ = reference.attend(q, k, v, segments, call.scale, key_padding_mask, call.dropout_p, seed)
         found = iter(torch.autograd.grad(out, wanted, dout, create_graph=True, materialize_grads=True))
         grads = [next(found) if buffer.requires_grad else None for buffer in buffers]
         return [_rotate_back(*each) for each in zip(grads, dbuffers, pairs, call.parts)]
