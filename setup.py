@@ -1,51 +1,244 @@
-"""Builds mixed_attention._C out of csrc/. Everything else about the package stands in pyproject.toml."""
+"""Builds mixed_attention._C out of csrc/. Everything else about the package stands in pyproject.toml.
+
+Environment variables:
+    MIXED_ATTENTION_CUDA: 1 builds the CUDA kernels against any torch, one without CUDA included; 0 leaves them out. By
+        default they are built where torch is a CUDA build and nvcc is found.
+    TORCH_CUDA_ARCH_LIST: What the portable CUDA kernels are built for, "8.0+PTX 9.0" by default. The kernels of Hopper
+        are for 9.0a always.
+    MIXED_ATTENTION_HEAD_DIMS: For instance "64,128": only the kernels of these (padded) head_dims, for a quick
+        development build.
+    MIXED_ATTENTION_SANITIZE: For instance "address,undefined": builds the C++ part with these sanitizers.
+    MAX_JOBS: How many files are compiled at a time.
+"""
 
 import os
+import re
+import shlex
 import shutil
+import subprocess
 import sys
+from collections.abc import Sequence
 from pathlib import Path
+from typing import NoReturn
 
-from setuptools import setup
+from setuptools import Command, Extension, setup
 
 try:
     import torch
-    from torch.utils.cpp_extension import BuildExtension, CppExtension
+    from torch.utils import cpp_extension
 except ImportError:
     sys.exit("building mixed_attention needs torch in the environment that builds: `pip install torch pybind11 ninja`")
 
-ROOT = Path(__file__).parent
-COMPILE_FLAGS = ["-O3", "-std=c++20", "-Wall", "-Wextra", "-Wno-unused-parameter", "-fvisibility=hidden"]
+ROOT = Path(__file__).resolve().parent
+CUDA_OBJECTS = Path("build", "cuda")  # the same for every torch and Python: no kernel knows of them
+WARNINGS = ["-Wall", "-Wextra", "-Wno-unused-parameter"]
+COMPILE_FLAGS = ["-O3", "-std=c++20", *WARNINGS, "-fvisibility=hidden"]
+# ptxas tells of registers and spills, which tools/check_ptxas.py reads. Compression makes a fifth of the binary's size.
+NVCC_FLAGS = ["-O3", "-std=c++20", "-lineinfo", "--expt-relaxed-constexpr", "-Xptxas=-v", "--compress-mode=size"]
+NVCC_HOST_FLAGS = ["-fPIC", "-fvisibility=hidden", *WARNINGS]
 
 # NOTE: at::parallel_for is inline code of torch's headers: without OpenMP here it runs serially, without a word. The
 # runtime is the one that torch has loaded by then, as both go by the same name.
 THREAD_FLAGS = ["-fopenmp"] if torch.backends.openmp.is_available() else []
 
 
-def sanitizer_flags() -> list[str]:
-    """``MIXED_ATTENTION_SANITIZE=address,undefined`` builds with these sanitizers."""
-    sanitizers = os.environ.get("MIXED_ATTENTION_SANITIZE")
-    return [f"-fsanitize={sanitizers}", "-fno-sanitize-recover=all", "-g", "-O1"] if sanitizers else []
+def fail(sentence: str) -> NoReturn:
+    sys.exit(f"mixed_attention: {sentence}")
 
 
 def sources(*patterns: str) -> list[str]:
     return sorted(str(path.relative_to(ROOT)) for pattern in patterns for path in (ROOT / "csrc").glob(pattern))
 
 
-if tuple(int(part) for part in torch.__version__.split(".")[:2]) < (2, 11):
-    sys.exit(f"mixed_attention needs torch 2.11 or later, found {torch.__version__}")
-if os.environ.get("MIXED_ATTENTION_CUDA") == "1" and not sources("cuda/**/*.cu"):
-    sys.exit("MIXED_ATTENTION_CUDA=1 asks for CUDA kernels, and this version has none yet; unset it to build for CPUs")
+def sanitizer_flags() -> list[str]:
+    sanitizers = os.environ.get("MIXED_ATTENTION_SANITIZE")
+    return [f"-fsanitize={sanitizers}", "-fno-sanitize-recover=all", "-g", "-O1"] if sanitizers else []
 
-setup(
-    ext_modules=[
-        CppExtension(
-            "mixed_attention._C",
-            sources("*.cpp", "cpu/*.cpp"),
-            include_dirs=[str(ROOT / "csrc")],
-            extra_compile_args=COMPILE_FLAGS + THREAD_FLAGS + sanitizer_flags(),
-            extra_link_args=THREAD_FLAGS + sanitizer_flags(),
+
+def check_torch() -> None:
+    if tuple(int(part) for part in torch.__version__.split(".")[:2]) < (2, 11):
+        fail(f"torch 2.11 or later is needed, found {torch.__version__}")
+
+
+def find_cuda() -> Path | None:
+    """Folder of the CUDA toolkit. (Torch's own search gives up where torch is no CUDA build.)"""
+    nvcc = shutil.which("nvcc")
+    guesses = [os.environ.get("CUDA_HOME"), os.environ.get("CUDA_PATH"), nvcc and Path(nvcc).resolve().parent.parent]
+    for folder in [Path(guess) for guess in guesses if guess] + [Path("/usr/local/cuda")]:
+        if (folder / "bin" / "nvcc").exists() and (folder / "include" / "cuda_runtime_api.h").exists():
+            return folder
+    return None
+
+
+def nvcc_version(cuda: Path) -> tuple[int, int]:
+    text = subprocess.run([cuda / "bin" / "nvcc", "--version"], capture_output=True, text=True, check=True).stdout
+    major, minor = re.search(r"release (\d+)\.(\d+)", text).groups()
+    return int(major), int(minor)
+
+
+def cuda_to_build_with() -> Path | None:
+    """The CUDA toolkit, or None for a build without kernels. What was asked for and cannot be ends the build."""
+    asked = os.environ.get("MIXED_ATTENTION_CUDA", "")
+    if asked not in ("", "0", "1"):
+        fail(f"MIXED_ATTENTION_CUDA: expected 0, 1 or nothing, got {asked!r}")
+    if asked == "0" or (asked == "" and torch.version.cuda is None):
+        return None
+    cuda = find_cuda()
+    if cuda is None:
+        sentence = "nvcc is not found; install the CUDA toolkit, or set CUDA_HOME to where it is"
+        if asked == "1":
+            fail(f"MIXED_ATTENTION_CUDA=1 asks for CUDA kernels, but {sentence}")
+        print(f"mixed_attention: built without CUDA kernels, for {sentence}")
+        return None
+    check_cuda_version(nvcc_version(cuda))
+    if shutil.which("ninja") is None:
+        fail("the CUDA kernels are compiled by ninja, which is not found: `pip install ninja`")
+    return cuda
+
+
+def check_cuda_version(version: tuple[int, int]) -> None:
+    found = "{}.{}".format(*version)
+    if version < (12, 8):
+        fail(f"the CUDA kernels need CUDA 12.8 or later, nvcc is of {found}; or build without: MIXED_ATTENTION_CUDA=0")
+    if torch.version.cuda is not None and int(torch.version.cuda.split(".")[0]) != version[0]:
+        fail(
+            f"torch is built for CUDA {torch.version.cuda}, nvcc is of {found}: set CUDA_HOME to a toolkit of torch's "
+            "major version, or build without CUDA kernels: MIXED_ATTENTION_CUDA=0"
         )
-    ],
-    # Ninja compiles only what changed, and in parallel; without it everything is compiled in turn.
-    cmdclass={"build_ext": BuildExtension.with_options(use_ninja=shutil.which("ninja") is not None)},
-)
+
+
+def portable_targets() -> list[str]:
+    """What ptxas makes of the portable kernels: sm_xy for a processor, compute_80 for later ones."""
+    arch_list = os.environ.get("TORCH_CUDA_ARCH_LIST", "").replace(";", " ").split() or ["8.0+PTX", "9.0"]
+    targets = []
+    for arch in arch_list:
+        match = re.fullmatch(r"(\d+)\.(\d)[af]?(\+PTX)?", arch)
+        if match is None:
+            fail(f"TORCH_CUDA_ARCH_LIST: expected entries like 8.0, 9.0a or 9.0+PTX, got {arch!r}")
+        if int(match[1]) >= 8:  # others may be meant for other extensions
+            targets += [f"sm_{match[1]}{match[2]}"] + ["compute_80"] * bool(match[3])
+    if not targets:
+        fail(f"TORCH_CUDA_ARCH_LIST: the CUDA kernels need 8.0 or later, got {' '.join(arch_list)}")
+    return sorted(set(targets))
+
+
+def arch_flag(source: str) -> str:
+    """Architectures of one source. All targets of the portable kernels share one run of nvcc's front end."""
+    if "hopper" in source:
+        return "-gencode=arch=compute_90a,code=sm_90a"
+    return f"-gencode=arch=compute_80,code=[{','.join(portable_targets())}]"
+
+
+def wanted_head_dims() -> list[str]:
+    """Head_dims of a development build; empty for all."""
+    return re.findall(r"\d+", os.environ.get("MIXED_ATTENTION_HEAD_DIMS", ""))
+
+
+def kernel_sources() -> list[str]:
+    """The .cu files. Instantiations are called after what they are for, the head_dim last: portable_fwd_bf16_d64.cu."""
+    head_dim_of = {source: re.search(r"_d(\d+)\.cu$", source) for source in sources("cuda/**/*.cu")}
+    known = {match[1] for match in head_dim_of.values() if match}
+    wanted = wanted_head_dims() or known
+    if not known.issuperset(wanted):
+        expected = ", ".join(sorted(known, key=int))
+        fail(f"MIXED_ATTENTION_HEAD_DIMS: expected some of {expected}, got {','.join(wanted)}")
+    return [source for source, match in head_dim_of.items() if match is None or match[1] in wanted]
+
+
+def ninja_file(cuda: Path, kernels: Sequence[str]) -> str:
+    """Rules that compile the kernels; beside each object lies what nvcc and ptxas said about it."""
+    host_compiler = [f"-ccbin={os.environ['CXX']}"] if "CXX" in os.environ else []
+    command = [str(cuda / "bin" / "nvcc"), *NVCC_FLAGS, *host_compiler, f"-Xcompiler={','.join(NVCC_HOST_FLAGS)}"]
+    command.append(f"-I{ROOT / 'csrc'}")
+    outputs = "-MD -MF $out.d -c $in -o $out >$out.log 2>&1 || (cat $out.log; false)"
+    lines = [
+        "rule nvcc",
+        f"  command = {shlex.join(command)} $arch {outputs}",
+        "  description = nvcc $in",
+        "  depfile = $out.d",
+        "  deps = gcc",
+    ]
+    for source in kernels:
+        lines += [f"build {object_of(source)}: nvcc {ROOT / source}", f"  arch = {shlex.quote(arch_flag(source))}"]
+    return "\n".join([*lines, ""])
+
+
+def object_of(source: str) -> str:
+    return str(Path(source).relative_to("csrc", "cuda").with_suffix(".o"))
+
+
+def compile_kernels(cuda: Path, quiet: bool) -> list[str]:
+    """Compiles what changed, and returns all the objects."""
+    kernels = kernel_sources()
+    folder = ROOT / CUDA_OBJECTS
+    folder.mkdir(parents=True, exist_ok=True)
+    (folder / "build.ninja").write_text(ninja_file(cuda, kernels))
+    jobs = ["-j", os.environ["MAX_JOBS"]] if "MAX_JOBS" in os.environ else []
+    if subprocess.run(["ninja", "-C", str(folder), *jobs, *(["--quiet"] if quiet else [])]).returncode:
+        fail("a CUDA kernel did not compile, see above")
+    return [str(folder / object_of(source)) for source in kernels]
+
+
+def extension(cuda: Path | None) -> Extension:
+    files = sources("*.cpp", "cpu/*.cpp")
+    compile_flags = COMPILE_FLAGS + THREAD_FLAGS + sanitizer_flags()
+    link_flags = THREAD_FLAGS + sanitizer_flags()
+    if cuda is not None:
+        files += sources("cuda/**/*.cpp")
+        compile_flags += ["-DMIXED_ATTENTION_WITH_CUDA", f"-isystem{cuda / 'include'}"]
+        if wanted_head_dims():
+            compile_flags.append(f"-DMIXED_ATTENTION_HEAD_DIMS={','.join(wanted_head_dims())}")
+        link_flags += [f"-L{cuda / folder}" for folder in ("lib64", "lib") if (cuda / folder).exists()]
+        # The symbols of the static runtime stay inside: torch may have another version of it in the same process.
+        link_flags += ["-lcudart_static", "-ldl", "-lrt", "-lpthread", "-Wl,--exclude-libs,ALL"]
+    return cpp_extension.CppExtension(
+        "mixed_attention._C",
+        files,
+        include_dirs=[str(ROOT / "csrc")],
+        extra_compile_args=compile_flags,
+        extra_link_args=link_flags,
+    )
+
+
+class BuildKernels(Command):
+    """Compiles the CUDA kernels alone: `MIXED_ATTENTION_CUDA=1 python setup.py build_kernels`."""
+
+    description = "compile the CUDA kernels"
+    user_options: list[tuple[str, str | None, str]] = []
+
+    def initialize_options(self) -> None:
+        pass
+
+    def finalize_options(self) -> None:
+        pass
+
+    def run(self) -> None:
+        cuda = cuda_to_build_with()
+        if cuda is None:
+            fail("no CUDA kernels to compile: set MIXED_ATTENTION_CUDA=1")
+        compile_kernels(cuda, quiet=self.verbose < 1)
+
+
+class BuildExtension(cpp_extension.BuildExtension):
+    """Compiles the kernels by nvcc without torch's headers and flags, and leaves the C++ part to torch."""
+
+    cuda: Path | None
+
+    def build_extensions(self) -> None:
+        if self.cuda is not None:
+            self.extensions[0].extra_objects += compile_kernels(self.cuda, quiet=self.verbose < 1)
+        super().build_extensions()
+
+
+def main() -> None:
+    # The ninja that pip installs lies beside the interpreter, on the PATH only where the environment is activated.
+    os.environ["PATH"] = os.pathsep.join([str(Path(sys.executable).parent), os.environ["PATH"]])
+    check_torch()
+    BuildExtension.cuda = cuda = cuda_to_build_with()
+    # Ninja compiles only what changed, and in parallel; without it the C++ part is compiled in turn.
+    build_ext = BuildExtension.with_options(use_ninja=shutil.which("ninja") is not None)
+    setup(ext_modules=[extension(cuda)], cmdclass={"build_ext": build_ext, "build_kernels": BuildKernels})
+
+
+if __name__ == "__main__":
+    main()
