@@ -16,34 +16,20 @@
 
 #include "cuda/hopper/config.h"
 #include "cuda/hopper/fwd_params.h"
+#include "cuda/hopper/load_tile.cuh"
+#include "cuda/hopper/products.cuh"
+#include "cuda/hopper/ring.cuh"
 #include "cuda/hopper/softmax.cuh"
+#include "cuda/hopper/store_rows.cuh"
 #include "cuda/hopper/work_items.cuh"
-#include "cuda/ptx/convert.cuh"
 #include "cuda/ptx/elect.cuh"
 #include "cuda/ptx/mbarrier.cuh"
 #include "cuda/ptx/named_barrier.cuh"
 #include "cuda/ptx/setmaxnreg.cuh"
-#include "cuda/ptx/stmatrix.cuh"
 #include "cuda/ptx/tma.cuh"
 #include "cuda/ptx/wgmma.cuh"
 
 namespace mixed_attention::cuda::hopper {
-
-constexpr int kWarpRows = 16;
-constexpr int kRowBytes = 128;  // of a slab
-// One step of a product, 16 along the summed dimension.
-constexpr int kColumnStepBytes = 32;
-constexpr int kRowStepBytes = 16 * kRowBytes;
-
-// A use of a ring of buffers, counted from the start of the block.
-template <int kStages>
-struct RingUse {
-  uint32_t count;
-
-  __device__ int stage() const { return count % kStages; }
-  __device__ uint32_t full_parity() const { return count / kStages % 2; }
-  __device__ uint32_t empty_parity() const { return full_parity() ^ 1; }
-};
 
 template <typename Config>
 __device__ inline void init_barriers(FwdSharedStorage<Config>& shared) {
@@ -59,19 +45,6 @@ __device__ inline void init_barriers(FwdSharedStorage<Config>& shared) {
   ptx::mbarrier_fence_init();
 }
 
-// Copies a key or value tile into its buffer. Rows past the tile's end arrive as zeros: what lies there belongs to
-// others, and 0 * NaN would reach the output.
-template <typename Config>
-__device__ inline void load_key_tile(typename Config::Element* buffer, const CUtensorMap& map, ptx::Mbarrier& full,
-                                     KeyTile tile, int head, int batch) {
-  ptx::mbarrier_arrive_expect(full, Config::kTileBytesN);
-#pragma unroll
-  for (int slab = 0; slab < Config::kSlabs; ++slab) {
-    ptx::load_tile(buffer + slab * Config::kBlockN * kSlabColumns, map, full, slab * kSlabColumns,
-                   Config::kBlockN - tile.num_rows, tile.row_begin + tile.num_rows, head, batch);
-  }
-}
-
 template <typename Config>
 __device__ inline void produce(const FwdKernelParams& params, FwdSharedStorage<Config>& shared) {
   using Ring = RingUse<Config::kStages>;
@@ -81,15 +54,19 @@ __device__ inline void produce(const FwdKernelParams& params, FwdSharedStorage<C
     const int num_tiles = item.tiles().num_tiles;
     if (num_tiles == 0) continue;
 
+    const auto load_key_tile = [&](typename Config::Element* buffer, const CUtensorMap& map, ptx::Mbarrier& full,
+                                   KeyTile tile, int batch_step) {
+      ptx::mbarrier_arrive_expect(full, Config::kTileBytesN);
+      load_clipped_rows<Config::kBlockN, Config::kHeadDim>(buffer, map, full, tile.row_begin, tile.num_rows, item.head,
+                                                           item.batch * batch_step);
+    };
     const auto load_k = [&](KeyTile tile, Ring use) {
       ptx::mbarrier_wait(shared.k_empty[use.stage()], use.empty_parity());
-      load_key_tile<Config>(shared.k[use.stage()], params.k, shared.k_full[use.stage()], tile, item.head,
-                            item.batch * params.k_batch_step);
+      load_key_tile(shared.k[use.stage()], params.k, shared.k_full[use.stage()], tile, params.k_batch_step);
     };
     const auto load_v = [&](KeyTile tile, Ring use) {
       ptx::mbarrier_wait(shared.v_empty[use.stage()], use.empty_parity());
-      load_key_tile<Config>(shared.v[use.stage()], params.v, shared.v_full[use.stage()], tile, item.head,
-                            item.batch * params.v_batch_step);
+      load_key_tile(shared.v[use.stage()], params.v, shared.v_full[use.stage()], tile, params.v_batch_step);
     };
 
     // In the order in which the consumers need them: keys run one tile ahead of values.
@@ -99,11 +76,8 @@ __device__ inline void produce(const FwdKernelParams& params, FwdSharedStorage<C
     ptx::mbarrier_wait(shared.q_empty, q_parity);
     q_parity ^= 1;
     ptx::mbarrier_arrive_expect(shared.q_full, Config::kTileBytesM);
-#pragma unroll
-    for (int slab = 0; slab < Config::kSlabs; ++slab) {
-      ptx::load_tile(shared.q + slab * Config::kBlockM * kSlabColumns, params.q, shared.q_full, slab * kSlabColumns,
-                     item.row_begin, item.head, item.batch * params.q_batch_step);
-    }
+    load_rows<Config::kBlockM, Config::kHeadDim>(shared.q, params.q, shared.q_full, item.row_begin, item.head,
+                                                 item.batch * params.q_batch_step);
     for (int i = 1; i < num_tiles; ++i) {
       const KeyTile next = keys.next();
       load_k(next, Ring{num_loaded + 1});
@@ -116,75 +90,10 @@ __device__ inline void produce(const FwdKernelParams& params, FwdSharedStorage<C
   }
 }
 
-// Issues s = q k^T for the 64 query rows at q.
-template <typename Config>
-__device__ inline void issue_scores(float (&s)[Config::kBlockN / 2], ptx::Operand q, ptx::Operand k) {
-  ptx::wgmma_fence();
-#pragma unroll
-  for (int step = 0; step < Config::kHeadDim / 16; ++step) {
-    const int slab = step * 16 / kSlabColumns;
-    const int within = step * 16 % kSlabColumns / 16 * kColumnStepBytes;
-    ptx::Wgmma<typename Config::Element, Config::kBlockN>::ss(s, q.advance(slab * Config::kSlabBytesM + within),
-                                                              k.advance(slab * Config::kSlabBytesN + within), step > 0);
-  }
-  ptx::wgmma_commit();
-}
-
-// Issues o += p v.
-template <typename Config>
-__device__ inline void issue_output(float (&o)[Config::kHeadDim / 2], const uint32_t (&p)[Config::kBlockN / 4],
-                                    ptx::Operand v) {
-  ptx::wgmma_fence();
-#pragma unroll
-  for (int step = 0; step < Config::kBlockN / 16; ++step) {
-    ptx::Wgmma<typename Config::Element, Config::kHeadDim>::rs(o, p[4 * step], p[4 * step + 1], p[4 * step + 2],
-                                                               p[4 * step + 3], v.advance(step * kRowStepBytes));
-  }
-  ptx::wgmma_commit();
-}
-
-// Rounds weights to the operand of the next product: the layouts agree, nothing moves between threads.
-template <typename Element, int kCount>
-__device__ inline void round_weights(uint32_t (&p)[kCount / 2], const float (&s)[kCount]) {
-#pragma unroll
-  for (int i = 0; i < kCount / 2; ++i) p[i] = ptx::pack<Element>(s[2 * i], s[2 * i + 1]);
-}
-
 template <int kCount>
 __device__ inline void scale_rows(float (&o)[kCount], const float (&factor)[2]) {
 #pragma unroll
   for (int i = 0; i < kCount; ++i) o[i] *= factor[row_of(i)];
-}
-
-// Writes this warp's 16 rows of the output, those that exist. They pass through shared memory, (16, head_dim) with
-// the 16-byte chunks of a row swizzled against bank conflicts, so that whole rows leave at once.
-template <typename Config>
-__device__ inline void store_output(typename Config::Element* staging, const float (&o)[Config::kHeadDim / 2],
-                                    typename Config::Element* out, int64_t row_stride, int num_rows) {
-  using Element = typename Config::Element;
-  constexpr int kChunks = Config::kHeadDim / 8;
-  constexpr int kRowsAtOnce = 32 / kChunks;
-  const int lane = threadIdx.x % 32;
-  const auto chunk_at = [&](int row, int chunk) { return staging + row * Config::kHeadDim + (chunk ^ (row % 8)) * 8; };
-
-  __syncwarp();  // the rows of the item before have been read
-#pragma unroll
-  for (int step = 0; step < Config::kHeadDim / 16; ++step) {
-    const float* pair = o + 8 * step;
-    ptx::stmatrix_x4(ptx::shared_address(chunk_at(lane % 16, 2 * step + lane / 16)),
-                     ptx::pack<Element>(pair[0], pair[1]), ptx::pack<Element>(pair[2], pair[3]),
-                     ptx::pack<Element>(pair[4], pair[5]), ptx::pack<Element>(pair[6], pair[7]));
-  }
-  __syncwarp();
-#pragma unroll
-  for (int first = 0; first < kWarpRows; first += kRowsAtOnce) {
-    const int row = first + lane / kChunks;
-    const int chunk = lane % kChunks;
-    if (row < num_rows) {
-      *reinterpret_cast<uint4*>(out + row * row_stride + chunk * 8) =
-          *reinterpret_cast<const uint4*>(chunk_at(row, chunk));
-    }
-  }
 }
 
 template <typename Config>
@@ -205,6 +114,13 @@ __device__ inline void consume(const FwdKernelParams& params, FwdSharedStorage<C
   const int next_turn = 1 + (consumer + 1) % Config::kConsumers;
   if (consumer == Config::kConsumers - 1) ptx::named_barrier_arrive(next_turn, 2 * kWarpgroup);
 
+  const auto issue_scores = [&](float (&s)[Config::kBlockN / 2], Ring use) {
+    issue_row_products<Element, Config::kHeadDim, Config::kSlabBytesM, Config::kSlabBytesN>(
+        s, q, k_ring.advance(use.stage() * Config::kTileBytesN));
+  };
+  const auto issue_output = [&](float (&o)[Config::kHeadDim / 2], const uint32_t (&p)[Config::kBlockN / 4], Ring use) {
+    issue_column_products<Element>(o, p, v_ring.advance(use.stage() * Config::kTileBytesN));
+  };
   const auto release = [&](ptx::Mbarrier& empty) {
     if (lane == 0) ptx::mbarrier_arrive(empty);
   };
@@ -230,21 +146,21 @@ __device__ inline void consume(const FwdKernelParams& params, FwdSharedStorage<C
       ptx::mbarrier_wait(shared.q_full, q_parity);
       q_parity ^= 1;
       ptx::mbarrier_wait(shared.k_full[k.stage()], k.full_parity());
-      issue_scores<Config>(s, q, k_ring.advance(k.stage() * Config::kTileBytesN));
+      issue_scores(s, k);
       ptx::wgmma_wait<0>(s);
       release(shared.k_empty[k.stage()]);
       mask_scores(0);
       softmax.update(s, params.softmax_scale_log2);
-      round_weights<Element>(p, s);
+      round_operand<Element>(p, s);
 
       for (int tile = 1; tile < num_tiles; ++tile) {
         const Ring v{num_used};
         k = Ring{++num_used};
         ptx::mbarrier_wait(shared.k_full[k.stage()], k.full_parity());
         ptx::named_barrier_sync(own_turn, 2 * kWarpgroup);
-        issue_scores<Config>(s, q, k_ring.advance(k.stage() * Config::kTileBytesN));
+        issue_scores(s, k);
         ptx::mbarrier_wait(shared.v_full[v.stage()], v.full_parity());
-        issue_output<Config>(o, p, v_ring.advance(v.stage() * Config::kTileBytesN));
+        issue_output(o, p, v);
         ptx::named_barrier_arrive(next_turn, 2 * kWarpgroup);
 
         ptx::wgmma_wait<1>(s);
@@ -255,14 +171,14 @@ __device__ inline void consume(const FwdKernelParams& params, FwdSharedStorage<C
 
         ptx::wgmma_wait<0>(o, s);
         release(shared.v_empty[v.stage()]);
-        round_weights<Element>(p, s);
+        round_operand<Element>(p, s);
         if (softmax.rescale) scale_rows(o, softmax.factor);
       }
 
       release(shared.q_empty);
       const Ring v{num_used++};
       ptx::mbarrier_wait(shared.v_full[v.stage()], v.full_parity());
-      issue_output<Config>(o, p, v_ring.advance(v.stage() * Config::kTileBytesN));
+      issue_output(o, p, v);
       ptx::wgmma_wait<0>(o);
       release(shared.v_empty[v.stage()]);
       softmax.finish();
@@ -274,7 +190,7 @@ __device__ inline void consume(const FwdKernelParams& params, FwdSharedStorage<C
     const int num_rows = item.tiles().row_end - row_begin;
     Element* out = static_cast<Element*>(params.out) + item.batch * params.out_strides.batch +
                    row_begin * params.out_strides.row + item.head * params.out_strides.head;
-    store_output<Config>(staging, o, out, params.out_strides.row, num_rows);
+    store_rows<Element, Config::kHeadDim>(staging, o, out, params.out_strides.row, num_rows);
 
     float* lse = params.lse + (int64_t{item.batch} * params.table.num_heads + item.head) * params.seqlen_q + row_begin;
 #pragma unroll

@@ -1,22 +1,22 @@
-// Walks a work table: the items of a block, and the key tiles of an item.
+// Walks a work table: the items of a block, and the tiles that an item goes through.
 #pragma once
 
 #include "cuda/hopper/work_table.h"
 
 namespace mixed_attention::cuda::hopper {
 
-// The items of this block: for (WorkItems<kBlockM> item(table); item.next();) ...
-template <int kBlockM>
+// The items of this block, tiles of kTileRows rows: for (WorkItems<kTileRows> item(table); item.next();) ...
+template <int kTileRows, typename Table = WorkTable>
 struct WorkItems {
-  const WorkTable& table;
+  const Table& table;
   int round = 0;
   int segment = 0;    // of the current item, like all that follows
-  int row_begin = 0;  // of the query tile; its rows end with the tile or with the segment
+  int row_begin = 0;  // of the tile; its rows end with the tile or with the segment
   int head = 0, batch = 0;
 
-  __device__ explicit WorkItems(const WorkTable& table) : table(table) {}
+  __device__ explicit WorkItems(const Table& table) : table(table) {}
 
-  __device__ const QueryTiles& tiles() const { return table.segments[segment]; }
+  __device__ const auto& tiles() const { return table.segments[segment]; }
 
   __device__ bool next() {
     // Every other round runs backwards, so that no block gets the longest item of each.
@@ -34,9 +34,9 @@ struct WorkItems {
  private:
   // Neighbouring items share a head, and thus keys and values in the L2 cache.
   __device__ void locate(int item_of_segment) {
-    const int num_tiles = (tiles().row_end - tiles().row_begin + kBlockM - 1) / kBlockM;
+    const int num_tiles = (tiles().row_end - tiles().row_begin + kTileRows - 1) / kTileRows;
     const int sequence = item_of_segment / num_tiles;
-    row_begin = tiles().row_begin + item_of_segment % num_tiles * kBlockM;
+    row_begin = tiles().row_begin + item_of_segment % num_tiles * kTileRows;
     batch = sequence / table.num_heads;
     head = sequence % table.num_heads;
   }

@@ -1,0 +1,50 @@
+// Matrix products of a warpgroup over tiles in shared memory: each call issues one batch and returns at once.
+#pragma once
+
+#include <cstdint>
+
+#include "cuda/hopper/config.h"
+#include "cuda/ptx/convert.cuh"
+#include "cuda/ptx/wgmma.cuh"
+
+namespace mixed_attention::cuda::hopper {
+
+constexpr int kRowBytes = 128;  // of a slab
+// One step of a product, 16 along the summed dimension.
+constexpr int kColumnStepBytes = 32;
+constexpr int kRowStepBytes = 16 * kRowBytes;
+
+// d = a bᵀ, summed over the kWidth columns of both: 64 rows at a, as many rows at b as d has columns.
+template <typename Element, int kWidth, int kSlabBytesA, int kSlabBytesB, int kCount>
+__device__ inline void issue_row_products(float (&d)[kCount], ptx::Operand a, ptx::Operand b) {
+  ptx::wgmma_fence();
+#pragma unroll
+  for (int step = 0; step < kWidth / 16; ++step) {
+    const int slab = step * 16 / kSlabColumns;
+    const int within = step * 16 % kSlabColumns / 16 * kColumnStepBytes;
+    ptx::Wgmma<Element, 2 * kCount>::ss(d, a.advance(slab * kSlabBytesA + within),
+                                        b.advance(slab * kSlabBytesB + within), step > 0);
+  }
+  ptx::wgmma_commit();
+}
+
+// d += a b, summed over the columns of a, which lies in registers, and the rows of b.
+template <typename Element, int kCount, int kWords>
+__device__ inline void issue_column_products(float (&d)[kCount], const uint32_t (&a)[kWords], ptx::Operand b) {
+  ptx::wgmma_fence();
+#pragma unroll
+  for (int step = 0; step < kWords / 4; ++step) {
+    ptx::Wgmma<Element, 2 * kCount>::rs(d, a[4 * step], a[4 * step + 1], a[4 * step + 2], a[4 * step + 3],
+                                        b.advance(step * kRowStepBytes));
+  }
+  ptx::wgmma_commit();
+}
+
+// Rounds a result to the operand of the next product: the layouts agree, nothing moves between threads.
+template <typename Element, int kCount>
+__device__ inline void round_operand(uint32_t (&operand)[kCount / 2], const float (&result)[kCount]) {
+#pragma unroll
+  for (int i = 0; i < kCount / 2; ++i) operand[i] = ptx::pack<Element>(result[2 * i], result[2 * i + 1]);
+}
+
+}  // namespace mixed_attention::cuda::hopper
