@@ -1,6 +1,9 @@
-// Backward in two kernels that own what they write, so that nothing is added atomically and repeats are bitwise equal:
-// one goes over tiles of keys, for dk and dv, the other over tiles of queries, for dq. Both recompute the probabilities
-// out of the log-sum-exps. In front of them a small kernel prepares two numbers for each query.
+// Backward, in two forms. Both recompute the probabilities out of the log-sum-exps, behind a small kernel that prepares
+// two numbers for each query.
+//
+// The faster form is one kernel over tiles of keys: it owns dk and dv and adds its part of dq to a sum in fp32, in
+// whatever order the thread blocks come. The deterministic form computes dq in a second kernel, over tiles of queries,
+// at the price of two of then seven products: nothing is added atomically, and repeats are bitwise equal.
 //
 // With p the probabilities, m dropout's factors and dp = dout · vᵀ:  ds = p (m dp - delta), delta = Σ out dout - dlse,
 // dv = (m p)ᵀ dout, dk = scale dsᵀ q, dq = scale ds k.
@@ -11,6 +14,7 @@
 #include "cuda/portable/scores.cuh"
 #include "cuda/portable/tensor_core.cuh"
 #include "cuda/ptx/math.cuh"
+#include "cuda/ptx/reduce.cuh"
 #include "cuda/tile_iterator.cuh"
 
 namespace mixed_attention::cuda::portable {
@@ -26,6 +30,7 @@ struct BwdArguments {
   float* lse_log2;  // BwdPlan
   float* delta;
   float *partial_dq, *partial_dk, *partial_dv;
+  float* dq_sum;
 };
 
 // One warp to a row (batch, head, query) of lse_log2 and delta.
@@ -181,7 +186,7 @@ __global__ void __launch_bounds__(bwd_tile(kArithmetic, kHeadDim).num_threads(),
 }
 
 // dk and dv: a thread block owns keys and streams queries. Scores are transposed here: rows are keys.
-enum class Grads { kKeyAndValue, kKey, kValue };
+enum class Grads { kAll, kKeyAndValue, kKey, kValue };
 
 // A dropped probability carries a minus sign, so that both m and p stand in one register.
 template <int kTilesM, int kTilesN>
@@ -215,31 +220,86 @@ __device__ void zero_dropped(float (&p)[kTilesM][kTilesN][4]) {
   }
 }
 
-// i counts a thread's rows: two for each tile of 16.
+// Bit i of rows stands for the thread's row i: two for each tile of 16.
 template <int kTilesM, int kTilesN>
-__device__ void zero_row(float (&c)[kTilesM][kTilesN][4], int i) {
+__device__ void zero_rows(float (&c)[kTilesM][kTilesN][4], unsigned rows) {
 #pragma unroll
-  for (int n = 0; n < kTilesN; ++n) c[i / 2][n][i % 2 * 2] = c[i / 2][n][i % 2 * 2 + 1] = 0;
+  for (int i = 0; i < 2 * kTilesM; ++i) {
+#pragma unroll
+    for (int n = 0; n < kTilesN; ++n) {
+      if (rows >> i & 1) c[i / 2][n][i % 2 * 2] = c[i / 2][n][i % 2 * 2 + 1] = 0;
+    }
+  }
 }
 
-template <Arithmetic kArithmetic, int kHeadDim>
+template <Arithmetic kArithmetic, int kHeadDim, Grads kGrads>
 struct DkDvShared {
   static constexpr Tile kTile = bwd_tile(kArithmetic, kHeadDim);
   using Element = typename ProductsOf<kArithmetic>::Element;
+  struct Nothing {};
 
   SharedTile<Element, kTile.rows, kHeadDim> k, v;  // and dk, dv, at the end
   SharedTile<Element, kTile.block_rows, kHeadDim> q[kTile.stages], dout[kTile.stages];
   float lse_log2[kTile.stages][kTile.block_rows], delta[kTile.stages][kTile.block_rows];
+  [[no_unique_address]] std::conditional_t<kGrads == Grads::kAll, SharedTile<Element, kTile.rows, kTile.block_rows>,
+                                           Nothing> ds;
 };
+
+// Adds the block's part of dq, dsᵀ k, to the sum. Each warp takes 16 queries and an equal share of the columns.
+template <class Products, int kThreads, class SharedDs, class Element, int kRows, int kCols>
+__device__ void add_dq(float* sum, int64_t num_cols, int num_rows, const SharedDs& ds,
+                       const SharedTile<Element, kRows, kCols>& k) {
+  constexpr int kRowGroups = SharedDs::kCols / 16, kWarpsPerGroup = kThreads / 32 / kRowGroups;
+  // Columns are loaded 16 at a time; where they do not go round, half of the warps stands by.
+  constexpr int kColGroups = kCols / 16 % kWarpsPerGroup == 0 ? kWarpsPerGroup : kWarpsPerGroup / 2;
+  constexpr int kTilesN = kCols / 8 / kColGroups;
+  static_assert(kTilesN % 2 == 0 && kTilesN * 8 * kColGroups == kCols);
+  const int warp = threadIdx.x / 32, lane = threadIdx.x % 32;
+  const int row = warp % kRowGroups * 16, col = warp / kRowGroups * kTilesN * 8;
+  if (kColGroups < kWarpsPerGroup && col >= kCols) return;
+  // A few columns at a time: dk and dv leave few registers.
+  constexpr int kTilesAtOnce = kTilesN % 4 == 0 ? 4 : 2;
+#pragma unroll 1
+  for (int first = col; first < col + kTilesN * 8; first += kTilesAtOnce * 8) {
+    float dq[kTilesAtOnce][4] = {};
+#pragma unroll
+    for (int step = 0; step < kRows / Products::kDepth; ++step) {
+      const typename Products::A a = Products::load_a_by_depth(ds, row, step);
+#pragma unroll
+      for (int n = 0; n < kTilesAtOnce; n += 2) {
+        typename Products::B b[2];
+        Products::load_b_by_depth(b, k, first + 8 * n, step);
+        Products::mma(dq[n], a, b[0]);
+        Products::mma(dq[n + 1], a, b[1]);
+      }
+    }
+#pragma unroll
+    for (int i = 0; i < 2; ++i) {
+      const int dq_row = row + lane / 4 + 8 * i;
+      if (dq_row >= num_rows) continue;
+#pragma unroll
+      for (int n = 0; n < kTilesAtOnce; ++n) {
+        const int dq_col = first + 8 * n + lane % 4 * 2;
+        float* target = sum + dq_row * num_cols + dq_col;
+        if (num_cols % 2 == 0 && dq_col < num_cols) {
+          ptx::add_pair(target, dq[n][2 * i], dq[n][2 * i + 1]);
+        } else {
+          if (dq_col < num_cols) atomicAdd(target, dq[n][2 * i]);
+          if (dq_col + 1 < num_cols) atomicAdd(target + 1, dq[n][2 * i + 1]);
+        }
+      }
+    }
+  }
+}
 
 template <Arithmetic kArithmetic, int kHeadDim, Grads kGrads>
 __global__ void __launch_bounds__(bwd_tile(kArithmetic, kHeadDim).num_threads(), kBlocksPerMultiprocessor)
     portable_dk_dv_kernel(const __grid_constant__ BwdArguments args, const __grid_constant__ InlineWork in_parameters) {
   using Products = ProductsOf<kArithmetic>;
-  using Shared = DkDvShared<kArithmetic, kHeadDim>;
+  using Shared = DkDvShared<kArithmetic, kHeadDim, kGrads>;
   using Element = typename Products::Element;
   constexpr Tile kTile = Shared::kTile;
-  constexpr bool kWantsDk = kGrads != Grads::kValue, kWantsDv = kGrads != Grads::kKey;
+  constexpr bool kWantsDk = kGrads != Grads::kValue, kWantsDv = kGrads != Grads::kKey, kAddsDq = kGrads == Grads::kAll;
   constexpr int kThreads = kTile.num_threads(), kTilesM = kTile.warp_rows / 16, kTilesN = kTile.block_rows / 8;
   extern __shared__ __align__(16) char shared_memory[];
   Shared& shared = *reinterpret_cast<Shared*>(shared_memory);
@@ -276,6 +336,15 @@ __global__ void __launch_bounds__(bwd_tile(kArithmetic, kHeadDim).num_threads(),
   load_tile<kThreads>(shared.v, rows(params.v, params.v_strides, params.head_dim_v), item.row_begin, item.num_rows,
                       mask);
   if (!walk.done()) load_next(0);
+
+  // Rows behind the tile's end or blocked by the mask: what comes of their zeroed values is nobody's gradient.
+  unsigned hidden = 0;
+#pragma unroll
+  for (int i = 0; i < 2 * kTilesM; ++i) {
+    const int row = thread_row + 8 * i;
+    if (row >= item.num_rows || (mask != nullptr && !mask[item.row_begin + row])) hidden |= 1u << i;
+  }
+  const bool some_hidden = item.num_rows < kTile.rows || mask != nullptr;
 
   float dk[kWantsDk ? kTilesM : 1][kHeadDim / 8][4] = {}, dv[kWantsDv ? kTilesM : 1][kHeadDim / 8][4] = {};
   for (int stage = 0; !walk.done(); stage = (stage + 1) % kTile.stages) {
@@ -319,11 +388,20 @@ __global__ void __launch_bounds__(bwd_tile(kArithmetic, kHeadDim).num_threads(),
           }
         }
       }
+      if constexpr (kAddsDq) {
+        if (some_hidden) zero_rows(ds, hidden);
+        put_accumulators(shared.ds, warp_row, ds);
+      }
       multiply_scores<Products>(dk, ds, shared.q[stage]);
     }
     if constexpr (kWantsDv) {
       if (drops) zero_dropped(p);
       multiply_scores<Products>(dv, p, shared.dout[stage]);
+    }
+    if constexpr (kAddsDq) {
+      __syncthreads();
+      add_dq<Products, kThreads>(args.dq_sum + (copy * params.seqlen_q + block.row_begin) * params.head_dim,
+                                 params.head_dim, block.num_rows, shared.ds, shared.k);
     }
     if (kTile.stages == 1 && !walk.done()) {
       __syncthreads();
@@ -331,15 +409,10 @@ __global__ void __launch_bounds__(bwd_tile(kArithmetic, kHeadDim).num_threads(),
     }
   }
 
-  // The rows of blocked keys, whose values were zeroed, hold what is not their gradient.
-  if (mask != nullptr) {
-#pragma unroll
-    for (int i = 0; i < 2 * kTilesM; ++i) {
-      const int row = thread_row + 8 * i;
-      if (row >= item.num_rows || mask[item.row_begin + row]) continue;
-      if constexpr (kWantsDk) zero_row(dk, i);
-      if constexpr (kWantsDv) zero_row(dv, i);
-    }
+  // Blocked keys get no gradient.
+  if (some_hidden) {
+    if constexpr (kWantsDk) zero_rows(dk, hidden);
+    if constexpr (kWantsDv) zero_rows(dv, hidden);
   }
   ptx::cp_async_wait_all();  // of the keys, where there was no query
   __syncthreads();

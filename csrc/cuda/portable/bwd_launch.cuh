@@ -10,76 +10,101 @@ namespace mixed_attention::cuda::portable {
 template <Arithmetic kArithmetic, int kHeadDim, Grads kGrads>
 void launch_dk_dv(const BwdArguments& args, const InlineWork& in_parameters, unsigned grid) {
   constexpr auto kKernel = portable_dk_dv_kernel<kArithmetic, kHeadDim, kGrads>;
-  constexpr int kSharedBytes = sizeof(DkDvShared<kArithmetic, kHeadDim>);
-  static_assert(kSharedBytes <= 99 * 1024);
+  constexpr int kSharedBytes = sizeof(DkDvShared<kArithmetic, kHeadDim, kGrads>);
+  static_assert(kSharedBytes <= kMaxSharedBytes);
   allow_shared_memory<kKernel>(kSharedBytes);
   const auto stream = static_cast<cudaStream_t>(args.params.stream);
   kKernel<<<grid, bwd_tile(kArithmetic, kHeadDim).num_threads(), kSharedBytes, stream>>>(args, in_parameters);
   check(cudaGetLastError(), "portable_dk_dv_kernel");
 }
 
+// Sums parts of a gradient and rounds them to its place, if there are parts.
 template <class Element>
-void sum_parts(const BwdParams& params, const float* partial, int num_splits, int64_t seqlen, int64_t num_cols,
-               void* grad, const Strides& strides) {
+void sum_parts(const BwdParams& params, const float* partial, int num_splits, double factor, int64_t seqlen,
+               int64_t num_cols, void* grad, const Strides& strides) {
   if (partial == nullptr) return;
-  const SumArguments args{partial, num_splits, params.batch_size, params.num_heads, seqlen, num_cols, grad, strides};
-  const int64_t size = params.batch_size * params.num_heads * seqlen * num_cols;
-  portable_sum_kernel<Element><<<blocks_for(size, 256), 256, 0, static_cast<cudaStream_t>(params.stream)>>>(args);
+  const SumArguments args{
+      partial, num_splits, static_cast<float>(factor), params.batch_size, params.num_heads, seqlen, num_cols,
+      grad,    strides};
+  const int64_t rows = params.batch_size * params.num_heads * seqlen;
+  portable_sum_kernel<Element><<<blocks_for(32 * rows, 256), 256, 0, static_cast<cudaStream_t>(params.stream)>>>(args);
   check(cudaGetLastError(), "portable_sum_kernel");
+}
+
+template <Arithmetic kArithmetic, int kHeadDim>
+void launch_by_key(BwdArguments& args, const BwdPlan& plan, unsigned grid) {
+  using Element = typename ProductsOf<kArithmetic>::Element;
+  const BwdParams& params = args.params;
+  args.work = plan.by_key.table;
+  const InlineWork in_parameters = bring(plan.by_key, params.stream);
+  if constexpr (!fuses_dk_dv(kHeadDim)) {
+    launch_dk_dv<kArithmetic, kHeadDim, Grads::kKey>(args, in_parameters, grid);
+    launch_dk_dv<kArithmetic, kHeadDim, Grads::kValue>(args, in_parameters, grid);
+  } else if (plan.adds_dq) {
+    launch_dk_dv<kArithmetic, kHeadDim, Grads::kAll>(args, in_parameters, grid);
+  } else {
+    launch_dk_dv<kArithmetic, kHeadDim, Grads::kKeyAndValue>(args, in_parameters, grid);
+  }
+  const int splits = plan.by_key.table.num_splits;
+  sum_parts<Element>(params, plan.partial_dk, splits, 1, params.seqlen_k, params.head_dim, params.dk,
+                     params.dk_strides);
+  sum_parts<Element>(params, plan.partial_dv, splits, 1, params.seqlen_k, params.head_dim_v, params.dv,
+                     params.dv_strides);
+}
+
+template <Arithmetic kArithmetic, int kHeadDim>
+void launch_by_query(BwdArguments& args, const BwdPlan& plan, unsigned grid) {
+  constexpr auto kKernel = portable_dq_kernel<kArithmetic, kHeadDim>;
+  constexpr int kSharedBytes = sizeof(DqShared<kArithmetic, kHeadDim>);
+  static_assert(kSharedBytes <= kMaxSharedBytes);
+  allow_shared_memory<kKernel>(kSharedBytes);
+  const BwdParams& params = args.params;
+  args.work = plan.by_query->table;
+  const InlineWork in_parameters = bring(*plan.by_query, params.stream);
+  kKernel<<<grid, bwd_tile(kArithmetic, kHeadDim).num_threads(), kSharedBytes,
+            static_cast<cudaStream_t>(params.stream)>>>(args, in_parameters);
+  check(cudaGetLastError(), "portable_dq_kernel");
+  sum_parts<typename ProductsOf<kArithmetic>::Element>(params, plan.partial_dq, plan.by_query->table.num_splits, 1,
+                                                       params.seqlen_q, params.head_dim, params.dq, params.dq_strides);
 }
 
 template <Arithmetic kArithmetic, int kHeadDim>
 void launch_bwd(const BwdParams& params, const BwdPlan& plan) {
   using Element = typename ProductsOf<kArithmetic>::Element;
-  constexpr int kSize = sizeof(Element);
-  const int64_t copies = params.batch_size * params.num_heads;
+  const int64_t copies = params.batch_size * params.num_heads, rows = copies * params.seqlen_q;
   const auto stream = static_cast<cudaStream_t>(params.stream);
-  const auto aligned = [](const void* data, const Strides& strides) { return is_aligned(data, strides, kSize); };
-  BwdArguments args{
-      params,
-      {},
-      dropout_params(params),
-      static_cast<float>(params.softmax_scale),
-      static_cast<float>(params.softmax_scale * 1.44269504088896340736),
-      aligned(params.q, params.q_strides) && aligned(params.k, params.k_strides) &&
-          aligned(params.v, params.v_strides) && aligned(params.dout, params.dout_strides) &&
-          aligned(params.dq, params.dq_strides) && aligned(params.dk, params.dk_strides) &&
-          aligned(params.dv, params.dv_strides),
-      plan.lse_log2,
-      plan.delta,
-      plan.partial_dq,
-      plan.partial_dk,
-      plan.partial_dv,
+  const auto aligned = [](const void* data, const Strides& strides) {
+    return is_aligned(data, strides, sizeof(Element));
   };
-  if (const int64_t rows = copies * params.seqlen_q; rows > 0) {
+  BwdArguments args{
+      .params = params,
+      .dropout = dropout_params(params),
+      .softmax_scale = static_cast<float>(params.softmax_scale),
+      .scale_log2 = static_cast<float>(params.softmax_scale * 1.44269504088896340736),
+      .aligned = aligned(params.q, params.q_strides) && aligned(params.k, params.k_strides) &&
+                 aligned(params.v, params.v_strides) && aligned(params.dout, params.dout_strides) &&
+                 aligned(params.dq, params.dq_strides) && aligned(params.dk, params.dk_strides) &&
+                 aligned(params.dv, params.dv_strides),
+      .lse_log2 = plan.lse_log2,
+      .delta = plan.delta,
+      .partial_dq = plan.partial_dq,
+      .partial_dk = plan.partial_dk,
+      .partial_dv = plan.partial_dv,
+      .dq_sum = plan.dq_sum,
+  };
+  if (rows > 0) {
     portable_bwd_stats_kernel<Element><<<blocks_for(32 * rows, 256), 256, 0, stream>>>(args);
     check(cudaGetLastError(), "portable_bwd_stats_kernel");
   }
-  if (const unsigned grid = plan.by_key.grid(copies); grid > 0) {
-    args.work = plan.by_key.table;
-    const InlineWork in_parameters = bring(plan.by_key, params.stream);
-    if constexpr (fuses_dk_dv(kHeadDim)) {
-      launch_dk_dv<kArithmetic, kHeadDim, Grads::kKeyAndValue>(args, in_parameters, grid);
-    } else {
-      launch_dk_dv<kArithmetic, kHeadDim, Grads::kKey>(args, in_parameters, grid);
-      launch_dk_dv<kArithmetic, kHeadDim, Grads::kValue>(args, in_parameters, grid);
-    }
-    const int splits = plan.by_key.table.num_splits;
-    sum_parts<Element>(params, plan.partial_dk, splits, params.seqlen_k, params.head_dim, params.dk, params.dk_strides);
-    sum_parts<Element>(params, plan.partial_dv, splits, params.seqlen_k, params.head_dim_v, params.dv,
-                       params.dv_strides);
+  if (plan.adds_dq) {
+    check(cudaMemsetAsync(plan.dq_sum, 0, rows * params.head_dim * sizeof(float), stream), "cudaMemsetAsync");
   }
-  if (const unsigned grid = plan.by_query.grid(copies); grid > 0) {
-    constexpr auto kKernel = portable_dq_kernel<kArithmetic, kHeadDim>;
-    constexpr int kSharedBytes = sizeof(DqShared<kArithmetic, kHeadDim>);
-    static_assert(kSharedBytes <= 99 * 1024);
-    allow_shared_memory<kKernel>(kSharedBytes);
-    args.work = plan.by_query.table;
-    const InlineWork in_parameters = bring(plan.by_query, params.stream);
-    kKernel<<<grid, bwd_tile(kArithmetic, kHeadDim).num_threads(), kSharedBytes, stream>>>(args, in_parameters);
-    check(cudaGetLastError(), "portable_dq_kernel");
-    sum_parts<Element>(params, plan.partial_dq, plan.by_query.table.num_splits, params.seqlen_q, params.head_dim,
-                       params.dq, params.dq_strides);
+  if (const unsigned grid = plan.by_key.grid(copies)) launch_by_key<kArithmetic, kHeadDim>(args, plan, grid);
+  if (plan.adds_dq) {
+    sum_parts<Element>(params, rows > 0 ? plan.dq_sum : nullptr, 1, params.softmax_scale, params.seqlen_q,
+                       params.head_dim, params.dq, params.dq_strides);
+  } else if (const unsigned grid = plan.by_query->grid(copies)) {
+    launch_by_query<kArithmetic, kHeadDim>(args, plan, grid);
   }
 }
 

@@ -21,7 +21,8 @@ constexpr bool is_16_bit(Arithmetic arithmetic) {
 }
 
 // Bounds on all tiles: accumulators of a thread within 255 registers with room for operands, and shared memory within
-// 99 KiB, which is what the smaller chips of compute capability 8.6, 8.9 and 12.0 give to a block.
+// what the smaller chips of compute capability 8.6, 8.9 and 12.0 give to a block.
+constexpr int kMaxSharedBytes = 99 * 1024;
 
 // Registers of a thread, for R rows to a warp: scores R * block_rows / 32, output R * head_dim / 32.
 constexpr Tile fwd_tile(Arithmetic arithmetic, int head_dim) {

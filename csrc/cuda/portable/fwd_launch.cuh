@@ -12,7 +12,7 @@ void launch_fwd(const FwdParams& params, const FwdPlan& plan) {
   using Element = typename ProductsOf<kArithmetic>::Element;
   constexpr auto kKernel = portable_fwd_kernel<kArithmetic, kHeadDim>;
   constexpr int kSharedBytes = sizeof(FwdShared<kArithmetic, kHeadDim>), kSize = sizeof(Element);
-  static_assert(kSharedBytes <= 99 * 1024);
+  static_assert(kSharedBytes <= kMaxSharedBytes);
   const int64_t copies = params.batch_size * params.num_heads;
   const unsigned grid = plan.pass.grid(copies);
   if (grid == 0) return;

@@ -55,12 +55,11 @@ FwdPlan plan_fwd(const FwdParams& params) {
   const int head_dim = padded_head_dim(params);
   const Tile tile = fwd_tile(arithmetic, head_dim);
   Scratch scratch(params.workspace);
-  FwdPlan plan{arithmetic,
-               head_dim,
-               Pass(work_by_query(*params.schedule, tile.rows, tile.block_rows), copies, params.device, scratch),
-               nullptr,
-               nullptr,
-               0};
+  FwdPlan plan{
+      .arithmetic = arithmetic,
+      .head_dim = head_dim,
+      .pass = Pass(work_by_query(*params.schedule, tile.rows, tile.block_rows), copies, params.device, scratch),
+  };
   if (const int64_t splits = plan.pass.table.num_splits; splits > 1) {
     plan.partial_out = scratch.take<float>(splits * copies * params.seqlen_q * params.head_dim_v);
     plan.partial_lse = scratch.take<float>(splits * copies * params.seqlen_q);
@@ -75,18 +74,21 @@ BwdPlan plan_bwd(const BwdParams& params) {
   const int head_dim = padded_head_dim(params);
   const Tile tile = bwd_tile(arithmetic, head_dim);
   Scratch scratch(params.workspace);
-  BwdPlan plan{arithmetic,
-               head_dim,
-               Pass(work_by_query(*params.schedule, tile.rows, tile.block_rows), copies, params.device, scratch),
-               Pass(work_by_key(*params.schedule, tile.rows, tile.block_rows), copies, params.device, scratch),
-               scratch.take<float>(copies * params.seqlen_q),
-               scratch.take<float>(copies * params.seqlen_q),
-               nullptr,
-               nullptr,
-               nullptr,
-               0};
-  if (const int64_t splits = plan.by_query.table.num_splits; splits > 1) {
-    plan.partial_dq = scratch.take<float>(splits * copies * params.seqlen_q * params.head_dim);
+  BwdPlan plan{
+      .arithmetic = arithmetic,
+      .head_dim = head_dim,
+      .adds_dq = fuses_dk_dv(head_dim) && !params.deterministic,
+      .by_key = Pass(work_by_key(*params.schedule, tile.rows, tile.block_rows), copies, params.device, scratch),
+      .lse_log2 = scratch.take<float>(copies * params.seqlen_q),
+      .delta = scratch.take<float>(copies * params.seqlen_q),
+  };
+  if (plan.adds_dq) {
+    plan.dq_sum = scratch.take<float>(copies * params.seqlen_q * params.head_dim);
+  } else {
+    plan.by_query.emplace(work_by_query(*params.schedule, tile.rows, tile.block_rows), copies, params.device, scratch);
+    if (const int64_t splits = plan.by_query->table.num_splits; splits > 1) {
+      plan.partial_dq = scratch.take<float>(splits * copies * params.seqlen_q * params.head_dim);
+    }
   }
   if (const int64_t splits = plan.by_key.table.num_splits; splits > 1) {
     plan.partial_dk = scratch.take<float>(splits * copies * params.seqlen_k * params.head_dim);

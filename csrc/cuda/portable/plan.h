@@ -48,9 +48,12 @@ struct FwdPlan {
 struct BwdPlan {
   Arithmetic arithmetic;
   int head_dim;
-  Pass by_query, by_key;
+  bool adds_dq;  // the kernel over keys adds dq up as well; else a kernel over queries computes it
+  std::optional<Pass> by_query;
+  Pass by_key;
   float* lse_log2;                 // (batch_size, num_heads, seqlen_q); +inf for rows without keys
   float* delta;                    // likewise
+  float* dq_sum;                   // (batch_size, num_heads, seqlen_q, head_dim); null unless adds_dq
   float* partial_dq;               // (num_splits, batch_size, num_heads, seqlen_q, head_dim); null without splits
   float *partial_dk, *partial_dv;  // (num_splits, batch_size, num_heads, seqlen_k, head_dim or head_dim_v)
   size_t workspace_size;

@@ -35,6 +35,15 @@ struct Products16 {
              ptx::pack<Element>(high[0], high[1]), ptx::pack<Element>(high[2], high[3])}};
   }
 
+  // 16 rows, columns of a tile whose rows are the depth, at depth step k.
+  template <class Tile>
+  __device__ static A load_a_by_depth(const Tile& tile, int col, int k) {
+    const int lane = threadIdx.x % 32;
+    A a;
+    ptx::ldmatrix_x4_trans(a.x, tile.row(16 * k + lane / 16 * 8 + lane % 8) + col + lane / 8 % 2 * 8);
+    return a;
+  }
+
   // 16 columns out of a tile whose rows are the depth, at depth step k.
   template <class Tile>
   __device__ static void load_b_by_depth(B (&b)[2], const Tile& tile, int col, int k) {
@@ -83,7 +92,7 @@ struct ProductsTf32 {
   }
 
   // A thread has columns 2t and 2t + 1 of the scores, and the operand wants t and t + 4: the sum over the depth may be
-  // taken in any order, so that these are exchanged for those, here and in load_b_by_depth.
+  // taken in any order, so that these are exchanged for those, here and in load_*_by_depth.
   template <int kTiles>
   __device__ static A from_accumulators(const float (&c)[kTiles][4], int k) {
     A a;
@@ -91,6 +100,18 @@ struct ProductsTf32 {
     a.set(1, c[k][2]);
     a.set(2, c[k][1]);
     a.set(3, c[k][3]);
+    return a;
+  }
+
+  template <class Tile>
+  __device__ static A load_a_by_depth(const Tile& tile, int col, int k) {
+    const int lane = threadIdx.x % 32;
+    const float* row = tile.row(8 * k + lane % 4 * 2) + col + lane / 4;
+    A a;
+    a.set(0, row[0]);
+    a.set(1, row[8]);
+    a.set(2, row[Tile::kPitch]);
+    a.set(3, row[Tile::kPitch + 8]);
     return a;
   }
 

@@ -10,8 +10,9 @@ namespace mixed_attention::cuda::portable {
 
 // Rows are 16 bytes longer than their elements: eight neighbouring rows then start in different banks, so that ldmatrix
 // reads them, and reads down a column, without conflicts.
-template <class Element, int kRows, int kCols>
+template <class Element, int kRows_, int kCols_>
 struct alignas(16) SharedTile {
+  static constexpr int kRows = kRows_, kCols = kCols_;
   static constexpr int kPerChunk = 16 / sizeof(Element);
   static constexpr int kPitch = kCols + kPerChunk;
   Element data[kRows * kPitch];

@@ -1,0 +1,16 @@
+// Additions to global memory that return nothing.
+#pragma once
+
+namespace mixed_attention::cuda::ptx {
+
+// Adds to two neighbouring numbers, 8-byte aligned.
+__device__ inline void add_pair(float* pair, float first, float second) {
+#if __CUDA_ARCH__ >= 900
+  asm volatile("red.global.add.v2.f32 [%0], {%1, %2};\n" ::"l"(pair), "f"(first), "f"(second) : "memory");
+#else
+  atomicAdd(pair, first);
+  atomicAdd(pair + 1, second);
+#endif
+}
+
+}  // namespace mixed_attention::cuda::ptx
