@@ -5,8 +5,8 @@ Environment variables:
         default they are built where torch is a CUDA build and nvcc is found.
     TORCH_CUDA_ARCH_LIST: What the portable CUDA kernels are built for, "8.0+PTX 9.0" by default. The kernels of Hopper
         are for 9.0a always.
-    MIXED_ATTENTION_HEAD_DIMS: For instance "64,128": only the kernels of these (padded) head_dims, for a quick
-        development build.
+    MIXED_ATTENTION_HEAD_DIMS: For instance "64,128": only the portable CUDA kernels of these (padded) head_dims, for a
+        quick development build.
     MIXED_ATTENTION_SANITIZE: For instance "address,undefined": builds the C++ part with these sanitizers.
     MAX_JOBS: How many files are compiled at a time.
 """
@@ -136,7 +136,7 @@ def wanted_head_dims() -> list[str]:
 
 def kernel_sources() -> list[str]:
     """The .cu files. Instantiations are called after what they are for, the head_dim last: portable_fwd_bf16_d64.cu."""
-    head_dim_of = {source: re.search(r"_d(\d+)\.cu$", source) for source in sources("cuda/**/*.cu")}
+    head_dim_of = {source: re.search(r"portable_\w+_d(\d+)\.cu$", source) for source in sources("cuda/**/*.cu")}
     known = {match[1] for match in head_dim_of.values() if match}
     wanted = wanted_head_dims() or known
     if not known.issuperset(wanted):

@@ -68,8 +68,14 @@ TORCH_LIBRARY_IMPL(mixed_attention, Autograd, m) {
 
 PYBIND11_MODULE(TORCH_EXTENSION_NAME, m) {
   m.doc() = "Compiled part of mixed_attention; its operators live in torch.ops.mixed_attention.";
-  m.attr("build_flags") = "torch " TORCH_VERSION ", compiler " __VERSION__;
+#ifdef MIXED_ATTENTION_WITH_CUDA
+  m.attr("build_flags") = "torch " TORCH_VERSION ", compiler " __VERSION__ ", with CUDA kernels";
+#else
+  m.attr("build_flags") = "torch " TORCH_VERSION ", compiler " __VERSION__ ", without CUDA kernels";
+#endif
   m.def("cpu_instruction_set", &mixed_attention::cpu::instruction_set, "Instruction set of the CPU kernels here.");
+  m.def("cuda_kernel", &mixed_attention::cuda_kernel, py::arg("dtype"), py::arg("head_dim"), py::arg("head_dim_v"),
+        py::arg("device"), py::arg("backward"), "Family of the CUDA kernels for a problem, and why no faster one.");
   m.def(
       "check_forward",
       [](const at::Tensor& q, const at::Tensor& k, const at::Tensor& v, const std::vector<int64_t>& segments,

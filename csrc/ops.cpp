@@ -72,19 +72,29 @@ void fill_device(Params& params, const Tensor& tensor) {
   }
 }
 
-// What a call needs beside its inputs and outputs; it goes back to torch's allocator, which knows of streams.
-Tensor allocate_workspace(size_t bytes, const Tensor& like) {
-  return at::empty({static_cast<int64_t>(bytes)}, like.options().dtype(at::kByte));
+#ifdef MIXED_ATTENTION_WITH_CUDA
+cuda::Problem problem_of(const AttentionParams& params) {
+  return {params.dtype, params.head_dim, params.head_dim_v, params.device};
 }
+
+void check_served(const cuda::Choice& choice) {
+  TORCH_CHECK_NOT_IMPLEMENTED(choice.family != cuda::Choice::Family::kNone,
+                              "no CUDA kernel serves this call: ", choice.why,
+                              "; mixed_attention.reference.attention computes it");
+}
+
+// Memory for one call. It goes back to torch's allocator at once: that hands it on in the order of the stream.
+Tensor allocate_workspace(size_t bytes, const Tensor& like) {
+  return bytes == 0 ? Tensor() : at::empty({static_cast<int64_t>(bytes)}, like.options().dtype(at::kByte));
+}
+#endif
 
 void run_fwd(FwdParams& params, const Tensor& q) {
   if (q.is_cpu()) return cpu::run_fwd(params);
 #ifdef MIXED_ATTENTION_WITH_CUDA
-  Tensor workspace;
-  if (const size_t bytes = cuda::fwd_workspace_size(params)) {
-    workspace = allocate_workspace(bytes, q);
-    params.workspace = workspace.mutable_data_ptr();
-  }
+  check_served(cuda::choose_fwd(problem_of(params)));
+  const Tensor workspace = allocate_workspace(cuda::fwd_workspace_size(params), q);
+  if (workspace.defined()) params.workspace = workspace.mutable_data_ptr();
   cuda::run_fwd(params);
 #endif
 }
@@ -92,11 +102,9 @@ void run_fwd(FwdParams& params, const Tensor& q) {
 void run_bwd(BwdParams& params, const Tensor& q) {
   if (q.is_cpu()) return cpu::run_bwd(params);
 #ifdef MIXED_ATTENTION_WITH_CUDA
-  Tensor workspace;
-  if (const size_t bytes = cuda::bwd_workspace_size(params)) {
-    workspace = allocate_workspace(bytes, q);
-    params.workspace = workspace.mutable_data_ptr();
-  }
+  check_served(cuda::choose_bwd(problem_of(params)));
+  const Tensor workspace = allocate_workspace(cuda::bwd_workspace_size(params), q);
+  if (workspace.defined()) params.workspace = workspace.mutable_data_ptr();
   cuda::run_bwd(params);
 #endif
 }
@@ -313,6 +321,20 @@ void check_forward(const Tensor& q, const Tensor& k, const Tensor& v, at::IntArr
                    const OptionalTensor& key_padding_mask, double dropout_p) {
   check_inputs(q, k, v, key_padding_mask, dropout_p);
   checked_schedule(segments, q, k);
+}
+
+std::pair<std::string, std::string> cuda_kernel(at::ScalarType dtype, int64_t head_dim, int64_t head_dim_v, int device,
+                                                bool backward) {
+#ifdef MIXED_ATTENTION_WITH_CUDA
+  const cuda::Problem problem{to_dtype(dtype), head_dim, head_dim_v, device};
+  const cuda::Choice choice = backward ? cuda::choose_bwd(problem) : cuda::choose_fwd(problem);
+  switch (choice.family) {
+    case cuda::Choice::Family::kNone: return {"none", choice.why};
+    case cuda::Choice::Family::kPortable: return {"portable", choice.why};
+    case cuda::Choice::Family::kHopper: return {"hopper", choice.why};
+  }
+#endif
+  return {"none", "built without CUDA kernels; rebuild with MIXED_ATTENTION_CUDA=1"};
 }
 
 }  // namespace mixed_attention

@@ -6,6 +6,7 @@
 #include <optional>
 #include <string>
 #include <tuple>
+#include <utility>
 
 namespace mixed_attention {
 
@@ -32,5 +33,9 @@ void rope_out(const at::Tensor& x, const at::Tensor& freqs, bool conjugate, cons
 // Throws what forward would throw, without computing: for the paths that do not reach a kernel.
 void check_forward(const at::Tensor& q, const at::Tensor& k, const at::Tensor& v, at::IntArrayRef segments,
                    const std::optional<at::Tensor>& key_padding_mask, double dropout_p);
+
+// Family of the CUDA kernels that serves a problem, "portable", "hopper" or "none", and why no faster one does.
+std::pair<std::string, std::string> cuda_kernel(at::ScalarType dtype, int64_t head_dim, int64_t head_dim_v, int device,
+                                                bool backward);
 
 }  // namespace mixed_attention

@@ -14,6 +14,7 @@ from mixed_attention.plan import AttentionPlan
 from mixed_attention.spec import AttentionPattern, TokenSpec
 
 _DTYPES = (torch.float32, torch.float64, torch.bfloat16, torch.float16)
+_HEAD_DIMS = (16, 32, 48, 64, 96, 128, 192, 256)
 
 
 def report() -> str:
@@ -33,7 +34,7 @@ def _versions() -> Iterator[str]:
 
 
 def _cpu() -> Iterator[str]:
-    if not ops.has_kernels("cpu"):
+    if not ops.has_kernels("cpu", torch.float32):
         yield "CPU              none: the compiled part is missing"
         return
     chosen = ops.cpu_instruction_set()
@@ -49,7 +50,7 @@ def _cuda() -> Iterator[str]:
         yield "CUDA             not used: this torch was built without CUDA"
     elif not torch.cuda.is_available():
         yield "CUDA             not used: torch finds no GPU"
-    elif not ops.has_kernels("cuda"):
+    elif not ops.has_kernels("cuda", torch.float32):
         yield "CUDA             not used: built without CUDA kernels; rebuild with MIXED_ATTENTION_CUDA=1"
     else:
         for index in range(torch.cuda.device_count()):
@@ -62,6 +63,23 @@ def _serves(device: torch.device) -> Iterator[str]:
     """Tries every dtype on a problem of a few tokens, forward and backward."""
     for dtype in _DTYPES:
         yield f"  {str(dtype).removeprefix('torch.'):14s} {_try(device, dtype)}"
+        if device.type == "cuda" and ops.has_kernels("cuda", dtype):
+            yield from _cuda_kernels(device, dtype)
+
+
+def _cuda_kernels(device: torch.device, dtype: torch.dtype) -> Iterator[str]:
+    """Names the kernels of a dtype, and for one head_dim of each the reason why it is not a faster one."""
+    for backward in (False, True):
+        head_dims: dict[str, list[int]] = {}
+        reasons: dict[str, str] = {}
+        for head_dim in _HEAD_DIMS:
+            family, why = ops.cuda_kernel(dtype, head_dim, device, backward=backward)
+            head_dims.setdefault(family, []).append(head_dim)
+            reasons.setdefault(family, why)
+        for family, served in head_dims.items():
+            why = f" ({reasons[family]})" if reasons[family] else ""
+            direction = "backward" if backward else "forward"
+            yield f"    {direction:12s} {family} for head_dim {', '.join(map(str, served))}{why}"
 
 
 def _try(device: torch.device, dtype: torch.dtype) -> str:

@@ -1,9 +1,10 @@
 """``attention`` and ``rotate``: the compiled operators, their fakes and derivatives, and the choice of path.
 
-A functorch transform, a forward-mode level or a second derivative: the reference, a composition of framework
-operators that is closed under every transform. Otherwise: an autograd function over the kernels. Nothing else may
-answer, because a plain custom operator would answer some transforms with silent zeros. The registered operator makes
-the same choice by itself, since the compiler traces transforms too and then nobody but the operator meets them.
+A functorch transform, a forward-mode level, a second derivative, or fp64 on a GPU: the reference, a composition of
+framework operators that is closed under every transform. Otherwise: an autograd function over the kernels. Nothing
+else may answer, because a plain custom operator would answer some transforms with silent zeros. The registered
+operator makes the same choice by itself, since the compiler traces transforms too and then nobody but the operator
+meets them.
 
 The only module that imports ``_C``.
 """
@@ -55,10 +56,23 @@ def cpu_instruction_set() -> str:
     return _C.cpu_instruction_set()
 
 
+def cuda_kernel(dtype: torch.dtype, head_dim: int, device: torch.device, *, backward: bool) -> tuple[str, str]:
+    """Which family of kernels serves a call on a GPU, and why not a faster one; for people to read.
+
+    Returns:
+        ``"hopper"``, ``"portable"`` or ``"none"``, and a reason, empty where nothing was refused.
+    """
+    _require_compiled()
+    return _C.cuda_kernel(dtype, head_dim, head_dim, device.index or 0, backward)
+
+
 @cache
-def has_kernels(device_type: str) -> bool:
-    """Whether this build has kernels for a type of device (``"cpu"``, ``"cuda"``, ...)."""
-    if _C is None:
+def has_kernels(device_type: str, dtype: torch.dtype) -> bool:
+    """Whether this build has kernels for a type of device (``"cpu"``, ``"cuda"``, ...) and a dtype.
+
+    GPUs have none for fp64, which the reference computes there.
+    """
+    if _C is None or (device_type == "cuda" and dtype == torch.float64):
         return False
     key = torch._C._dispatch_key_for_device(device_type)
     return torch._C._dispatch_has_kernel_for_dispatch_key("mixed_attention::forward", key)
@@ -191,7 +205,8 @@ def _forward(
     dropout_seed: Tensor | None = None,
 ) -> tuple[Tensor, Tensor]:
     """The choice of path: what eager calls run, and the operator where derivatives may be asked for."""
-    path = _composite if needs_composite(q, k, v) else _Attention.apply
+    by_reference = q.dtype == torch.float64 and not has_kernels(q.device.type, q.dtype)
+    path = _composite if by_reference or needs_composite(q, k, v) else _Attention.apply
     return path(q, k, v, segments, softmax_scale, key_padding_mask, dropout_p, dropout_seed)
 
 

@@ -91,7 +91,8 @@ def rotated_slots(part: Packed, *, parallel: bool = True) -> list[Tensor]:
 
 def _may_run_in_place(parts: Sequence[Packed]) -> bool:
     """Whether this is plain eager mode with kernels, and nothing is asked that only a composition answers."""
-    if torch.compiler.is_compiling() or not ops.has_kernels(parts[0].buffer.device.type):
+    buffer = parts[0].buffer
+    if torch.compiler.is_compiling() or not ops.has_kernels(buffer.device.type, buffer.dtype):
         return False
     if any(part.shape[0] != parts[0].shape[0] for part in parts):  # one sequence of keys for a batch
         return False

@@ -35,7 +35,7 @@ def test_report_says_why_something_is_refused(monkeypatch):
 
     monkeypatch.setattr(ops, "attention", refuse)
     assert "refused: no kernel for this dtype" in main.report()
-    monkeypatch.setattr(ops, "has_kernels", lambda device: False)
+    monkeypatch.setattr(ops, "has_kernels", lambda device, dtype: False)
     assert "none: the compiled part is missing" in main.report()
     monkeypatch.setattr(torch.version, "cuda", "13.0")
     monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
@@ -44,6 +44,23 @@ def test_report_says_why_something_is_refused(monkeypatch):
     assert "rebuild with MIXED_ATTENTION_CUDA=1" in main.report()
     monkeypatch.setattr(torch.version, "cuda", None)
     assert "this torch was built without CUDA" in main.report()
+
+
+def test_report_names_the_kernels_of_a_gpu_and_why_no_faster_ones(monkeypatch):
+    def choose(dtype, head_dim, device, *, backward):
+        return ("hopper", "") if head_dim == 64 and not backward else ("portable", f"head_dim is {head_dim}")
+
+    monkeypatch.setattr(ops, "cuda_kernel", choose)
+    assert list(main._cuda_kernels(torch.device("cuda", 0), torch.bfloat16)) == [
+        "    forward      portable for head_dim 16, 32, 48, 96, 128, 192, 256 (head_dim is 16)",
+        "    forward      hopper for head_dim 64",
+        "    backward     portable for head_dim 16, 32, 48, 64, 96, 128, 192, 256 (head_dim is 16)",
+    ]
+
+
+def test_fp64_on_gpus_is_left_to_the_reference():
+    assert ops.has_kernels("cpu", torch.float64)
+    assert not ops.has_kernels("cuda", torch.float64)
 
 
 WITHOUT_COMPILED_PART = """
