@@ -5,6 +5,10 @@ from __future__ import annotations
 import os
 from collections.abc import Iterator
 
+# NOTE: read when torch is loaded. Threads that wait for others by spinning take the cores from them where tests share a
+# machine: beside a few busy processes two dozen small cases took 13 s instead of 0.3 s.
+os.environ.setdefault("OMP_WAIT_POLICY", "passive")
+
 import pytest
 import torch
 from hypothesis import HealthCheck, settings

@@ -9,7 +9,7 @@ from pathlib import Path
 import pytest
 import torch
 from cases import Case, make_inputs
-from compare import check, run
+from compare import run
 
 import mixed_attention as ma
 
@@ -40,12 +40,16 @@ def test_several_threads_may_call_at_once():
 
 
 SCRIPT = """
-import torch
+from cases import DTYPES, EDGE_CASES
+from compare import check
 from mixed_attention import _C
-from test_threads import CASE, check
+from test_threads import CASE
 print(_C.cpu_instruction_set())
-for dtype in (torch.float32, torch.float64, torch.bfloat16, torch.float16):
-    check(CASE.with_(dtype=dtype, mask="random"))
+for dtype in DTYPES.values():
+    check(CASE.with_(sizes=(100, 195, 97, 31), dtype=dtype, mask="random"))  # a tile and a bit
+    for name, case in EDGE_CASES.items():
+        if name.startswith("head_dim"):
+            check(case.with_(dtype=dtype))
 """
 
 
@@ -66,7 +70,3 @@ def test_instruction_sets(instruction_set):
 
 def test_an_unknown_instruction_set_is_refused():
     assert "MIXED_ATTENTION_CPU: expected one of" in _run_with("AVX9").stderr
-
-
-def test_a_check_of_the_case_itself():
-    check(CASE)
