@@ -1,8 +1,8 @@
-"""Checks in the machine code of the Hopper kernels that exponentials run under the matrix product issued before them.
+"""Checks in the machine code of the Hopper kernels that exponentials run under matrix products.
 
-ptxas is free to move the softmax of a tile behind the wait for the product it is meant to hide under, and does so
-unless the source holds it back. Between the wait for the scores (one batch of products still under way) and the wait
-for the output (none left) of each kernel's main loop there must be an exponential for every score of a thread.
+ptxas is free to move the exponentials of a tile behind the wait for the product that they are meant to hide under, and
+does so unless the source holds it back. Of each kernel's exponentials, those that stand where a product is under way
+must be one for every score of a thread at least; where none is, there may be one tile's at most, as before a loop.
 
 Usage: check_sass.py object...   (needs cuobjdump and nvdisasm on the PATH)
 """
@@ -13,32 +13,28 @@ import sys
 
 FUNCTION = re.compile(r"Function : (\S+)")
 SCORES = re.compile(r"HGMMA\.64x(\d+)x16\S* \S+ \S+ RZ, !UPT")
-WAIT = re.compile(r"WARPGROUP\.DEPBAR\.LE gsb0, 0x(\d+)")
+WAIT_FOR_ALL = re.compile(r"WARPGROUP\.DEPBAR\.LE gsb0, 0x0\b")
+RESCALING = 2  # exponentials beside those of the scores
 
 
-def hidden_exponentials(sass: str) -> list[tuple[int, int]]:
-    """Finds a function's overlaps of products and softmax.
+def count_exponentials(sass: str) -> tuple[int, int, int]:
+    """Counts a function's exponentials by whether a product is under way.
 
     Args:
         sass: the disassembly of one function.
 
     Returns:
-        For each wait that leaves a product under way: the exponentials up to the wait for that product, and how many
-        scores a thread holds.
+        Exponentials under a product, exponentials under none, scores that a thread holds of one tile.
     """
-    overlaps = []
-    scores = exponentials = 0
-    waiting = False
+    hidden = exposed = scores = 0
+    under_way = False
     for line in sass.splitlines():
         if product := SCORES.search(line):
-            scores = int(product[1]) // 2
-        if wait := WAIT.search(line):
-            if waiting:
-                overlaps.append((exponentials, scores))
-            waiting = wait[1] != "0"
-            exponentials = 0
-        exponentials += "MUFU.EX2" in line
-    return overlaps
+            scores = max(scores, int(product[1]) // 2)
+        under_way = (under_way or "HGMMA" in line) and not WAIT_FOR_ALL.search(line)
+        hidden += "MUFU.EX2" in line and under_way
+        exposed += "MUFU.EX2" in line and not under_way
+    return hidden, exposed, scores
 
 
 def main(objects: list[str]) -> int:
@@ -49,10 +45,12 @@ def main(objects: list[str]) -> int:
         for name, sass in zip(parts[::2], parts[1::2], strict=True):
             if "HGMMA" not in sass:
                 continue
-            overlaps = hidden_exponentials(sass)
-            good = bool(overlaps) and all(exponentials >= scores for exponentials, scores in overlaps)
-            found = ", ".join(f"{exponentials} of {scores}" for exponentials, scores in overlaps) or "no overlap"
-            print(f"{'ok' if good else 'FAILED'}: {found} exponentials under a product in {name}")
+            hidden, exposed, scores = count_exponentials(sass)
+            good = hidden >= scores > 0 and exposed <= scores + RESCALING
+            print(
+                f"{'ok' if good else 'FAILED'}: {hidden} exponentials under a product, {exposed} under none, "
+                f"{scores} scores in {name}"
+            )
             failures += not good
             checked += 1
     if checked == 0:

@@ -11,13 +11,6 @@
 namespace mixed_attention::cuda::hopper {
 namespace {
 
-// Rows leave in 16-byte stores.
-bool can_store(const void* data, const Strides& strides) {
-  constexpr int64_t kChunk = 8;
-  return reinterpret_cast<uintptr_t>(data) % 16 == 0 && strides.batch % kChunk == 0 && strides.row % kChunk == 0 &&
-         strides.head % kChunk == 0;
-}
-
 template <typename Element>
 void run_element(const FwdParams& params) {
   params.head_dim == 64 ? launch_fwd<Element, 64>(params) : launch_fwd<Element, 128>(params);

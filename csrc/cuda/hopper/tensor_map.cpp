@@ -82,6 +82,12 @@ bool can_map(const TensorView& tensor) {
          (strides.batch == 0 || can_map_stride(tensor.batch_size, strides.batch));
 }
 
+bool can_store(const void* data, const Strides& strides) {
+  constexpr int64_t kChunk = kAlignment / kElementBytes;
+  return reinterpret_cast<uintptr_t>(data) % kAlignment == 0 && strides.batch % kChunk == 0 &&
+         strides.row % kChunk == 0 && strides.head % kChunk == 0;
+}
+
 CUtensorMap make_tile_map(const TensorView& tensor, int block_rows) {
   const Dimension rows{tensor.seqlen, tensor.strides.row * kElementBytes, block_rows};
   return encode<3>(tensor.data, tensor.dtype, tensor.head_dim, {rows, heads(tensor), batches(tensor)});

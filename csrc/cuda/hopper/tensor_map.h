@@ -18,6 +18,9 @@ struct TensorView {
 // Whether the copy engine can read a tensor: 16-byte alignment, sizes within its limits, no row that stands for many.
 bool can_map(const TensorView& tensor);
 
+// Whether rows can leave in 16-byte stores.
+bool can_store(const void* data, const Strides& strides);
+
 // Tiles of (block_rows, 64) at (column, row, head, batch). Rows past the end of the tensor read as zeros.
 CUtensorMap make_tile_map(const TensorView& tensor, int block_rows);
 

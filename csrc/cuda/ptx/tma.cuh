@@ -1,5 +1,5 @@
-// Tile copies from tensors in global memory to shared memory by the copy engine. One thread issues; the bytes count on
-// the barrier. What lies outside the tensor arrives as zeros and counts as well.
+// Copies from global to shared memory by the copy engine. One thread issues; the bytes count on the barrier. Of a
+// tensor's tile, what lies outside the tensor arrives as zeros and counts as well.
 #pragma once
 
 #include <cuda.h>
@@ -28,6 +28,14 @@ __device__ inline void load_tile(void* shared, const CUtensorMap& map, Mbarrier&
       "%7}], [%2];\n" ::"r"(shared_address(shared)),
       "l"(&map), "r"(shared_address(&barrier)), "r"(c0), "r"(c1), "r"(c2), "r"(c3), "r"(c4)
       : "memory");
+}
+
+// Copies bytes in a row; both addresses and their number are multiples of 16.
+__device__ inline void load_bytes(void* shared, const void* global, Mbarrier& barrier, int bytes) {
+  asm volatile("cp.async.bulk.shared::cluster.global.mbarrier::complete_tx::bytes [%0], [%1], %2, [%3];\n" ::"r"(
+                   shared_address(shared)),
+               "l"(global), "r"(bytes), "r"(shared_address(&barrier))
+               : "memory");
 }
 
 }  // namespace mixed_attention::cuda::ptx

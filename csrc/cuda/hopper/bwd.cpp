@@ -1,0 +1,61 @@
+#include <cuda_bf16.h>
+#include <cuda_fp16.h>
+
+#include <limits>
+
+#include "cuda/hopper/bwd_config.h"
+#include "cuda/hopper/bwd_launch.h"
+#include "cuda/hopper/key_work_table.h"
+#include "cuda/hopper/launch.h"
+#include "cuda/hopper/work_table.h"
+
+namespace mixed_attention::cuda::hopper {
+namespace {
+
+template <typename Element>
+void run_element(const BwdParams& params) {
+  params.head_dim == 64 ? launch_bwd<Element, 64>(params) : launch_bwd<Element, 128>(params);
+}
+
+// Floats of a statistic by tiles. Every query segment may end in a tile that is filled up.
+int64_t size_by_tiles(const BwdParams& params) {
+  return params.batch_size * params.num_heads * num_query_tiles(make_query_runs(*params.schedule)) * kQueryTileRows;
+}
+
+int64_t num_rows(const BwdParams& params) { return params.batch_size * params.num_heads * params.seqlen_q; }
+
+}  // namespace
+
+BwdTensors bwd_tensors(const BwdParams& params) {
+  const auto view = [&](const void* data, int64_t seqlen, const Strides& strides) {
+    return TensorView{data, params.dtype, params.batch_size, seqlen, params.num_heads, params.head_dim, strides};
+  };
+  return {view(params.q, params.seqlen_q, params.q_strides), view(params.k, params.seqlen_k, params.k_strides),
+          view(params.v, params.seqlen_k, params.v_strides), view(params.dout, params.seqlen_q, params.dout_strides)};
+}
+
+BwdWorkspace bwd_workspace(const BwdParams& params) {
+  float* begin = static_cast<float*>(params.workspace);
+  const int64_t size = size_by_tiles(params);
+  return {begin, begin + size, begin + 2 * size};
+}
+
+std::string refusal_bwd(const Problem& problem) { return refusal_fwd(problem); }
+
+bool can_bwd(const BwdParams& params) {
+  const BwdTensors tensors = bwd_tensors(params);
+  return params.dropout_p == 0 && params.key_padding_mask == nullptr && can_map(tensors.q) && can_map(tensors.k) &&
+         can_map(tensors.v) && can_map(tensors.dout) && can_store(params.out, params.out_strides) &&
+         can_store(params.dq, params.dq_strides) && can_store(params.dk, params.dk_strides) &&
+         can_store(params.dv, params.dv_strides) && fits_work_table(params) && fits_key_work_table(params);
+}
+
+size_t bwd_workspace_size(const BwdParams& params) {
+  return (2 * size_by_tiles(params) + num_rows(params)) * sizeof(float);
+}
+
+void run_bwd(const BwdParams& params) {
+  params.dtype == DType::kBFloat16 ? run_element<__nv_bfloat16>(params) : run_element<__half>(params);
+}
+
+}  // namespace mixed_attention::cuda::hopper

@@ -1,0 +1,112 @@
+// Builds the backward kernels' parameters and launches them.
+#pragma once
+
+#include <algorithm>
+#include <numbers>
+#include <vector>
+
+#include "cuda/cuda_check.h"
+#include "cuda/device.h"
+#include "cuda/hopper/bwd_launch.h"
+#include "cuda/hopper/bwd_stats_kernel.cuh"
+#include "cuda/hopper/dk_dv_kernel.cuh"
+#include "cuda/hopper/dq_kernel.cuh"
+#include "cuda/hopper/tensor_map.h"
+
+namespace mixed_attention::cuda::hopper {
+
+inline int batch_step(const Strides& strides) { return strides.batch == 0 ? 0 : 1; }
+
+// One persistent block a multiprocessor, fewer where there are fewer items.
+template <typename Config, typename SharedStorage, typename KernelParams>
+void launch_persistent(void (*kernel)(KernelParams), const char* name, const KernelParams& kernel_params,
+                       const BwdParams& params) {
+  if (kernel_params.table.num_items == 0) return;
+  constexpr int kSharedBytes = sizeof(SharedStorage);
+  static_assert(kSharedBytes <= 227 * 1024);
+  check(cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize, kSharedBytes), name);
+  const int num_blocks = std::min(kernel_params.table.num_items, num_multiprocessors(params.device));
+  kernel<<<num_blocks, Config::kThreads, kSharedBytes, static_cast<cudaStream_t>(params.stream)>>>(kernel_params);
+  check(cudaGetLastError(), name);
+}
+
+template <typename Element, int kHeadDim>
+void launch_stats(const BwdParams& params, const QueryStats& stats, float* delta, const std::vector<QueryRun>& runs) {
+  const int64_t num_blocks = stats.num_tiles * params.num_heads * params.batch_size;
+  if (num_blocks == 0) return;
+  BwdStatsKernelParams kernel_params{params.out,
+                                     params.dout,
+                                     params.out_strides,
+                                     params.dout_strides,
+                                     static_cast<const float*>(params.lse),
+                                     static_cast<const float*>(params.dlse),
+                                     static_cast<int>(params.num_heads),
+                                     params.seqlen_q,
+                                     stats,
+                                     delta,
+                                     static_cast<int>(runs.size()),
+                                     {}};
+  std::copy(runs.begin(), runs.end(), kernel_params.runs);
+  hopper_bwd_stats_kernel<Element, kHeadDim>
+      <<<static_cast<unsigned>(num_blocks), BwdStatsShape<Element, kHeadDim>::kThreads, 0,
+         static_cast<cudaStream_t>(params.stream)>>>(kernel_params);
+  check(cudaGetLastError(), "launch of hopper_bwd_stats_kernel");
+}
+
+template <typename Config>
+void launch_dk_dv(const BwdParams& params, const QueryStats& stats, const std::vector<QueryRun>& runs) {
+  const BwdTensors tensors = bwd_tensors(params);
+  const DkDvKernelParams kernel_params{make_clipped_tile_map(tensors.q, Config::kBlockM),
+                                       make_clipped_tile_map(tensors.dout, Config::kBlockM),
+                                       make_clipped_tile_map(tensors.k, Config::kBlockN),
+                                       make_clipped_tile_map(tensors.v, Config::kBlockN),
+                                       batch_step(params.q_strides),
+                                       batch_step(params.dout_strides),
+                                       batch_step(params.k_strides),
+                                       batch_step(params.v_strides),
+                                       params.dk,
+                                       params.dv,
+                                       params.dk_strides,
+                                       params.dv_strides,
+                                       stats,
+                                       static_cast<float>(params.softmax_scale),
+                                       static_cast<float>(params.softmax_scale * std::numbers::log2e),
+                                       make_key_work_table(params, runs, Config::kBlockN)};
+  launch_persistent<Config, DkDvSharedStorage<Config>>(hopper_dk_dv_kernel<Config>, "launch of hopper_dk_dv_kernel",
+                                                       kernel_params, params);
+}
+
+template <typename Config>
+void launch_dq(const BwdParams& params, const float* delta) {
+  const BwdTensors tensors = bwd_tensors(params);
+  const DqKernelParams kernel_params{make_tile_map(tensors.q, Config::kBlockM),
+                                     make_tile_map(tensors.dout, Config::kBlockM),
+                                     make_clipped_tile_map(tensors.k, Config::kBlockN),
+                                     make_clipped_tile_map(tensors.v, Config::kBlockN),
+                                     batch_step(params.q_strides),
+                                     batch_step(params.dout_strides),
+                                     batch_step(params.k_strides),
+                                     batch_step(params.v_strides),
+                                     params.dq,
+                                     params.dq_strides,
+                                     static_cast<const float*>(params.lse),
+                                     delta,
+                                     params.seqlen_q,
+                                     static_cast<float>(params.softmax_scale),
+                                     static_cast<float>(params.softmax_scale * std::numbers::log2e),
+                                     make_work_table(params, Config::kBlockM, Config::kBlockN)};
+  launch_persistent<Config, DqSharedStorage<Config>>(hopper_dq_kernel<Config>, "launch of hopper_dq_kernel",
+                                                     kernel_params, params);
+}
+
+template <typename Element, int kHeadDim>
+void launch_bwd(const BwdParams& params) {
+  const std::vector<QueryRun> runs = make_query_runs(*params.schedule);
+  const BwdWorkspace workspace = bwd_workspace(params);
+  const QueryStats stats{workspace.lse_log2, workspace.delta, num_query_tiles(runs)};
+  launch_stats<Element, kHeadDim>(params, stats, workspace.delta_of_rows, runs);
+  launch_dk_dv<DkDvConfig<Element, kHeadDim>>(params, stats, runs);
+  launch_dq<DqConfig<Element, kHeadDim>>(params, workspace.delta_of_rows);
+}
+
+}  // namespace mixed_attention::cuda::hopper

@@ -1,0 +1,29 @@
+// What the instantiations of the backward launcher have in common with its dispatch.
+#pragma once
+
+#include "cuda/hopper/tensor_map.h"
+#include "params.h"
+
+namespace mixed_attention::cuda::hopper {
+
+// The inputs as the copy engine reads them.
+struct BwdTensors {
+  TensorView q, k, v, dout;
+};
+
+BwdTensors bwd_tensors(const BwdParams& params);
+
+// The parts of params.workspace.
+struct BwdWorkspace {
+  float* lse_log2;  // QueryStats
+  float* delta;
+  float* delta_of_rows;  // (batch_size, num_heads, seqlen_q)
+};
+
+BwdWorkspace bwd_workspace(const BwdParams& params);
+
+// Instantiated in cuda/instantiations, one file per element type and head_dim.
+template <typename Element, int kHeadDim>
+void launch_bwd(const BwdParams& params);
+
+}  // namespace mixed_attention::cuda::hopper

@@ -1,0 +1,63 @@
+// The parameters of the backward kernels as they travel to the device.
+#pragma once
+
+#include <cuda.h>
+
+#include "cuda/hopper/key_work_table.h"
+#include "cuda/hopper/work_table.h"
+#include "params.h"
+
+namespace mixed_attention::cuda::hopper {
+
+// Two numbers for each query, by tiles of kQueryTileRows rows: (batch_size, num_heads, num_tiles, kQueryTileRows).
+struct QueryStats {
+  float* lse_log2;  // +inf where there is no key, and where there is no query: their probabilities are zero
+  float* delta;     // row sum of out * dout, less dlse
+  int num_tiles;
+};
+
+struct BwdStatsKernelParams {
+  static constexpr int kMaxRuns = WorkTable::kMaxSegments;
+
+  const void* out;
+  const void* dout;
+  Strides out_strides, dout_strides;
+  const float* lse;
+  const float* dlse;  // or null
+  int num_heads;
+  int64_t seqlen_q;
+  QueryStats stats;
+  float* delta;  // once more as (batch_size, num_heads, seqlen_q)
+  int num_runs;
+  QueryRun runs[kMaxRuns];
+};
+
+// *_batch_step: 1, or 0 where one sequence serves the whole batch. Maps: tensor_map.h.
+struct DkDvKernelParams {
+  CUtensorMap q, dout, k, v;
+  int q_batch_step, dout_batch_step, k_batch_step, v_batch_step;
+  void* dk;
+  void* dv;
+  Strides dk_strides, dv_strides;
+  QueryStats stats;
+  float softmax_scale, softmax_scale_log2;
+  KeyWorkTable table;
+};
+
+struct DqKernelParams {
+  CUtensorMap q, dout, k, v;
+  int q_batch_step, dout_batch_step, k_batch_step, v_batch_step;
+  void* dq;
+  Strides dq_strides;
+  const float* lse;    // (batch_size, num_heads, seqlen_q)
+  const float* delta;  // likewise
+  int64_t seqlen_q;
+  float softmax_scale, softmax_scale_log2;
+  WorkTable table;
+};
+
+// What a kernel's parameters may take without costing the launch; newer drivers allow 32 KiB.
+static_assert(sizeof(BwdStatsKernelParams) <= 4096 && sizeof(DkDvKernelParams) <= 4096 &&
+              sizeof(DqKernelParams) <= 4096);
+
+}  // namespace mixed_attention::cuda::hopper

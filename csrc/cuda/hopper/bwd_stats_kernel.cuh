@@ -1,0 +1,92 @@
+// What the backward needs to know of every query: its log-sum-exp in base 2, and delta.
+#pragma once
+
+#include <cuda_bf16.h>
+#include <cuda_fp16.h>
+
+#include <numbers>
+
+#include "cuda/hopper/bwd_config.h"
+#include "cuda/hopper/bwd_params.h"
+
+namespace mixed_attention::cuda::hopper {
+
+__device__ inline float2 widen(__nv_bfloat162 pair) { return __bfloat1622float2(pair); }
+__device__ inline float2 widen(__half2 pair) { return __half22float2(pair); }
+
+template <typename Element>
+struct PairOf;
+template <>
+struct PairOf<__nv_bfloat16> {
+  using Type = __nv_bfloat162;
+};
+template <>
+struct PairOf<__half> {
+  using Type = __half2;
+};
+
+// Σ a b over eight elements.
+template <typename Element>
+__device__ inline float dot(const uint4& a, const uint4& b) {
+  using Pair = typename PairOf<Element>::Type;
+  const Pair* pairs_a = reinterpret_cast<const Pair*>(&a);
+  const Pair* pairs_b = reinterpret_cast<const Pair*>(&b);
+  float sum = 0;
+#pragma unroll
+  for (int i = 0; i < 4; ++i) {
+    const float2 x = widen(pairs_a[i]), y = widen(pairs_b[i]);
+    sum += x.x * y.x + x.y * y.y;
+  }
+  return sum;
+}
+
+// One block to a tile of queries of one head; a row is read by as many threads as it has chunks of 16 bytes.
+template <typename Element, int kHeadDim>
+struct BwdStatsShape {
+  static constexpr int kThreadsPerRow = kHeadDim / 8;
+  static constexpr int kThreads = kQueryTileRows * kThreadsPerRow / 2;
+};
+
+template <typename Element, int kHeadDim>
+__global__ void __launch_bounds__(BwdStatsShape<Element, kHeadDim>::kThreads)
+    hopper_bwd_stats_kernel(const __grid_constant__ BwdStatsKernelParams params) {
+  using Shape = BwdStatsShape<Element, kHeadDim>;
+  const int tile = blockIdx.x % params.stats.num_tiles;
+  const int64_t sequence = blockIdx.x / params.stats.num_tiles;
+  const int64_t head = sequence % params.num_heads, batch = sequence / params.num_heads;
+  int run = 0;
+  while (run + 1 < params.num_runs && params.runs[run + 1].first_tile <= tile) ++run;
+  const int row_begin = params.runs[run].row_begin + (tile - params.runs[run].first_tile) * kQueryTileRows;
+  const int chunk = threadIdx.x % Shape::kThreadsPerRow;
+
+#pragma unroll
+  for (int half = 0; half < 2; ++half) {
+    const int row_of_tile = threadIdx.x / Shape::kThreadsPerRow + half * (kQueryTileRows / 2);
+    const int row = row_begin + row_of_tile;
+    const bool exists = row < params.runs[run].row_end;
+    const auto chunk_of = [&](const void* tensor, const Strides& strides) {
+      return *reinterpret_cast<const uint4*>(static_cast<const Element*>(tensor) + batch * strides.batch +
+                                             row * strides.row + head * strides.head + chunk * 8);
+    };
+    float delta = 0;
+    if (exists)
+      delta = dot<Element>(chunk_of(params.out, params.out_strides), chunk_of(params.dout, params.dout_strides));
+#pragma unroll
+    for (int lanes = Shape::kThreadsPerRow / 2; lanes > 0; lanes /= 2) {
+      delta += __shfl_xor_sync(0xffffffff, delta, lanes);
+    }
+    if (chunk != 0) continue;
+    float lse_log2 = INFINITY;
+    if (exists) {
+      const int64_t index = sequence * params.seqlen_q + row;
+      if (params.dlse != nullptr) delta -= params.dlse[index];
+      if (params.lse[index] != -INFINITY) lse_log2 = params.lse[index] * std::numbers::log2e_v<float>;
+      params.delta[index] = delta;
+    }
+    const int64_t place = (sequence * params.stats.num_tiles + tile) * kQueryTileRows + row_of_tile;
+    params.stats.lse_log2[place] = lse_log2;
+    params.stats.delta[place] = delta;
+  }
+}
+
+}  // namespace mixed_attention::cuda::hopper

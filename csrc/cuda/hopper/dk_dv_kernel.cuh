@@ -1,0 +1,207 @@
+// Gradients of keys and values on Hopper: persistent blocks of one producer and two consumer warpgroups that own what
+// they write, so that nothing is added atomically.
+//
+// An item of a block is a tile of kBlockN key rows of one head. The producer, a single thread, copies its keys and
+// values and then, tile by tile, the queries that read them, with their output gradients and statistics. Each consumer
+// owns 64 of the key rows and goes through the transposed scores, in which keys are rows: s = k qᵀ, p = exp2(s - lse),
+// dv += p dout, dp = v doutᵀ, ds = p (dp - delta), dk += ds q. As rows of s are rows of dk and dv, p and ds are
+// operands of their products as they come out, and everything but the tiles stays in registers.
+//
+// In the step for tile t, dk += ds q of tile t - 1 and dp of t run under the exponentials of t, dv += p dout of t under
+// the gradients of its scores, and s of tile t + 1 is issued as soon as the registers of s are free. At the end of a
+// step no product is under way, which the compiler needs.
+//
+// Who signals whom: *_full is completed by the copy engine (one arrival of the producer and the bytes), *_empty by one
+// arrival of every consumer warp. Items that nobody reads take part in no barrier.
+#pragma once
+
+#include <cstdint>
+
+#include "cuda/hopper/bwd_config.h"
+#include "cuda/hopper/bwd_params.h"
+#include "cuda/hopper/bwd_scores.cuh"
+#include "cuda/hopper/load_tile.cuh"
+#include "cuda/hopper/products.cuh"
+#include "cuda/hopper/query_tiles.cuh"
+#include "cuda/hopper/ring.cuh"
+#include "cuda/hopper/store_rows.cuh"
+#include "cuda/hopper/work_items.cuh"
+#include "cuda/ptx/elect.cuh"
+#include "cuda/ptx/mbarrier.cuh"
+#include "cuda/ptx/setmaxnreg.cuh"
+#include "cuda/ptx/tma.cuh"
+#include "cuda/ptx/wgmma.cuh"
+
+namespace mixed_attention::cuda::hopper {
+
+template <typename Config>
+__device__ inline void init_barriers(DkDvSharedStorage<Config>& shared) {
+  constexpr int kConsumerWarps = Config::kConsumers * kWarpgroup / 32;
+  ptx::mbarrier_init(shared.kv_full, 1);
+  ptx::mbarrier_init(shared.kv_empty, kConsumerWarps);
+  for (int stage = 0; stage < Config::kStagesQ; ++stage) {
+    ptx::mbarrier_init(shared.q_full[stage], 1);
+    ptx::mbarrier_init(shared.q_empty[stage], kConsumerWarps);
+  }
+  for (int stage = 0; stage < Config::kStagesDout; ++stage) {
+    ptx::mbarrier_init(shared.dout_full[stage], 1);
+    ptx::mbarrier_init(shared.dout_empty[stage], kConsumerWarps);
+  }
+  ptx::mbarrier_fence_init();
+}
+
+template <typename Config>
+__device__ inline void produce(const DkDvKernelParams& params, DkDvSharedStorage<Config>& shared) {
+  constexpr int kBlockM = Config::kBlockM, kBlockN = Config::kBlockN, kHeadDim = Config::kHeadDim;
+  uint32_t num_loaded = 0;  // query tiles, over all items
+  uint32_t kv_parity = 1;
+  for (WorkItems<kBlockN, KeyWorkTable> item(params.table); item.next();) {
+    const KeySegmentTiles& segment = item.tiles();
+    if (segment.num_tiles == 0) continue;
+
+    ptx::mbarrier_wait(shared.kv_empty, kv_parity);
+    kv_parity ^= 1;
+    ptx::mbarrier_arrive_expect(shared.kv_full, 2 * Config::kTileBytesN);
+    const int num_keys = min(kBlockN, segment.row_end - item.row_begin);
+    load_clipped_rows<kBlockN, kHeadDim>(shared.k, params.k, shared.kv_full, item.row_begin, num_keys, item.head,
+                                         item.batch * params.k_batch_step);
+    load_clipped_rows<kBlockN, kHeadDim>(shared.v, params.v, shared.kv_full, item.row_begin, num_keys, item.head,
+                                         item.batch * params.v_batch_step);
+
+    const int64_t first_tile = (int64_t{item.batch} * params.table.num_heads + item.head) * params.stats.num_tiles;
+    QueryTileIterator queries(params.table, segment);
+    for (int i = 0; i < segment.num_tiles; ++i, ++num_loaded) {
+      const QueryTile tile = queries.next();
+      const int64_t stats = (first_tile + tile.index) * kBlockM;
+
+      const RingUse<Config::kStagesQ> q{num_loaded};
+      ptx::Mbarrier& q_full = shared.q_full[q.stage()];
+      ptx::mbarrier_wait(shared.q_empty[q.stage()], q.empty_parity());
+      ptx::mbarrier_arrive_expect(q_full, Config::kTileBytesM + Config::kStatsBytes);
+      load_clipped_rows<kBlockM, kHeadDim>(shared.q[q.stage()], params.q, q_full, tile.row_begin, tile.num_rows,
+                                           item.head, item.batch * params.q_batch_step);
+      ptx::load_bytes(shared.lse_log2[q.stage()], params.stats.lse_log2 + stats, q_full, Config::kStatsBytes);
+
+      const RingUse<Config::kStagesDout> dout{num_loaded};
+      ptx::Mbarrier& dout_full = shared.dout_full[dout.stage()];
+      ptx::mbarrier_wait(shared.dout_empty[dout.stage()], dout.empty_parity());
+      ptx::mbarrier_arrive_expect(dout_full, Config::kTileBytesM + Config::kStatsBytes);
+      load_clipped_rows<kBlockM, kHeadDim>(shared.dout[dout.stage()], params.dout, dout_full, tile.row_begin,
+                                           tile.num_rows, item.head, item.batch * params.dout_batch_step);
+      ptx::load_bytes(shared.delta[dout.stage()], params.stats.delta + stats, dout_full, Config::kStatsBytes);
+    }
+  }
+}
+
+template <typename Config>
+__device__ inline void consume(const DkDvKernelParams& params, DkDvSharedStorage<Config>& shared, int consumer) {
+  using Element = typename Config::Element;
+  using QRing = RingUse<Config::kStagesQ>;
+  using DoutRing = RingUse<Config::kStagesDout>;
+  constexpr int kBlockM = Config::kBlockM, kHeadDim = Config::kHeadDim;
+  const int lane = threadIdx.x % 32;
+  const int warp = __shfl_sync(0xffffffff, threadIdx.x / 32 % 4, 0);
+  const int first_row = consumer * kWarpgroupRows + warp * kWarpRows;  // of this warp in the tile
+
+  const ptx::Operand k = ptx::Operand::make(shared.k).advance(consumer * kWarpgroupRows * kRowBytes);
+  const ptx::Operand v = ptx::Operand::make(shared.v).advance(consumer * kWarpgroupRows * kRowBytes);
+  const ptx::Operand q_ring = ptx::Operand::make(shared.q, Config::kSlabBytesM);
+  const ptx::Operand dout_ring = ptx::Operand::make(shared.dout, Config::kSlabBytesM);
+  Element* staging = shared.staging + first_row * kHeadDim;
+
+  const auto tile_of = [](ptx::Operand ring, int stage) { return ring.advance(stage * Config::kTileBytesM); };
+  const auto issue_transposed_scores = [&](float (&result)[kBlockM / 2], ptx::Operand keys, ptx::Operand queries) {
+    issue_row_products<Element, kHeadDim, Config::kSlabBytesN, Config::kSlabBytesM>(result, keys, queries);
+  };
+  const auto release = [&](ptx::Mbarrier& empty) {
+    if (lane == 0) ptx::mbarrier_arrive(empty);
+  };
+
+  uint32_t num_used = 0;  // query tiles, over all items
+  uint32_t kv_parity = 0;
+  for (WorkItems<Config::kBlockN, KeyWorkTable> item(params.table); item.next();) {
+    const int num_tiles = item.tiles().num_tiles;
+    float dk[kHeadDim / 2] = {}, dv[kHeadDim / 2] = {};
+
+    if (num_tiles > 0) {
+      float s[kBlockM / 2], dp[kBlockM / 2];
+      uint32_t p_operand[kBlockM / 4], ds_operand[kBlockM / 4] = {};
+      ptx::mbarrier_wait(shared.kv_full, kv_parity);
+      kv_parity ^= 1;
+      const QRing first{num_used};
+      ptx::mbarrier_wait(shared.q_full[first.stage()], first.full_parity());
+      issue_transposed_scores(s, k, tile_of(q_ring, first.stage()));
+      ptx::wgmma_wait<0>(s);
+
+      // The first step adds zeros to dk, the last one's scores of a next tile are not used: a product that is issued
+      // in some steps only would make the compiler wait for each.
+      for (int tile = 0; tile < num_tiles; ++tile, ++num_used) {
+        const QRing q{num_used}, previous{num_used - (tile > 0)}, next{num_used + (tile + 1 < num_tiles)};
+        const DoutRing dout{num_used};
+        const ptx::Operand dout_tile = tile_of(dout_ring, dout.stage());
+
+        issue_column_products<Element>(dk, ds_operand, tile_of(q_ring, previous.stage()));
+        ptx::mbarrier_wait(shared.dout_full[dout.stage()], dout.full_parity());
+        issue_transposed_scores(dp, v, dout_tile);
+
+        weigh_columns(s, params.softmax_scale_log2, shared.lse_log2[q.stage()]);
+        if constexpr (Config::kSharesOperand) ptx::wgmma_wait<1>(dk);
+        round_operand<Element>(p_operand, s);
+        issue_column_products<Element>(dv, p_operand, dout_tile);
+        ptx::wgmma_wait<1>(dk, dp);
+        if (tile > 0) release(shared.q_empty[previous.stage()]);
+
+        differentiate_columns(dp, s, shared.delta[dout.stage()]);
+        ptx::mbarrier_wait(shared.q_full[next.stage()], next.full_parity());
+        issue_transposed_scores(s, k, tile_of(q_ring, next.stage()));
+        if constexpr (Config::kSharesOperand) ptx::wgmma_wait<1>(dv);
+        round_operand<Element>(ds_operand, dp);
+        ptx::wgmma_wait<0>(dv, s);
+        release(shared.dout_empty[dout.stage()]);
+      }
+
+      release(shared.kv_empty);
+      const QRing last{num_used - 1};
+      issue_column_products<Element>(dk, ds_operand, tile_of(q_ring, last.stage()));
+      ptx::wgmma_wait<0>(dk);
+      release(shared.q_empty[last.stage()]);
+      scale_all(dk, params.softmax_scale);
+    }
+
+    const int row_begin = item.row_begin + first_row;
+    const auto store = [&](const float (&grad)[kHeadDim / 2], void* tensor, const Strides& strides) {
+      Element* target = static_cast<Element*>(tensor) + item.batch * strides.batch + row_begin * strides.row +
+                        item.head * strides.head;
+      store_rows<Element, kHeadDim>(staging, grad, target, strides.row, item.tiles().row_end - row_begin);
+    };
+    store(dv, params.dv, params.dv_strides);
+    store(dk, params.dk, params.dk_strides);
+  }
+}
+
+template <typename Config>
+__global__ void __launch_bounds__(Config::kThreads, 1)
+    hopper_dk_dv_kernel(const __grid_constant__ DkDvKernelParams params) {
+  extern __shared__ __align__(1024) unsigned char memory[];
+  DkDvSharedStorage<Config>& shared = *reinterpret_cast<DkDvSharedStorage<Config>*>(memory);
+
+  if (threadIdx.x == 0) {
+    ptx::prefetch_tensor_map(params.q);
+    ptx::prefetch_tensor_map(params.dout);
+    ptx::prefetch_tensor_map(params.k);
+    ptx::prefetch_tensor_map(params.v);
+    init_barriers(shared);
+  }
+  __syncthreads();
+
+  const int warpgroup = __shfl_sync(0xffffffff, threadIdx.x / kWarpgroup, 0);
+  if (warpgroup == 0) {
+    ptx::release_registers<Config::kProducerRegisters>();
+    if (threadIdx.x / 32 == 0 && ptx::elect_one()) produce(params, shared);
+  } else {
+    ptx::acquire_registers<Config::kConsumerRegisters>();
+    consume(params, shared, warpgroup - 1);
+  }
+}
+
+}  // namespace mixed_attention::cuda::hopper

@@ -1,0 +1,201 @@
+// Gradients of queries on Hopper: persistent blocks of one producer and two consumer warpgroups that own what they
+// write, so that nothing is added atomically.
+//
+// An item of a block is a tile of kBlockM query rows of one head. The producer, a single thread, copies its queries and
+// output gradients and then its key and value tiles into rings of kStages buffers. Each consumer owns 64 of the rows
+// and computes, tile by tile, s = q kᵀ, p = exp2(s - lse), dp = dout vᵀ, ds = p (dp - delta) and dq += ds k.
+//
+// dq += ds k of tile j - 1 is issued together with s of tile j, and the exponentials of j run under dp of j. At the end
+// of a step no product is under way, which the compiler needs.
+//
+// Who signals whom: *_full is completed by the copy engine (one arrival of the producer and the bytes), *_empty by one
+// arrival of every consumer warp. Items without keys take part in no barrier.
+#pragma once
+
+#include <cstdint>
+#include <numbers>
+
+#include "cuda/hopper/bwd_config.h"
+#include "cuda/hopper/bwd_params.h"
+#include "cuda/hopper/bwd_scores.cuh"
+#include "cuda/hopper/load_tile.cuh"
+#include "cuda/hopper/products.cuh"
+#include "cuda/hopper/ring.cuh"
+#include "cuda/hopper/store_rows.cuh"
+#include "cuda/hopper/work_items.cuh"
+#include "cuda/ptx/elect.cuh"
+#include "cuda/ptx/mbarrier.cuh"
+#include "cuda/ptx/setmaxnreg.cuh"
+#include "cuda/ptx/tma.cuh"
+#include "cuda/ptx/wgmma.cuh"
+
+namespace mixed_attention::cuda::hopper {
+
+template <typename Config>
+__device__ inline void init_barriers(DqSharedStorage<Config>& shared) {
+  constexpr int kConsumerWarps = Config::kConsumers * kWarpgroup / 32;
+  ptx::mbarrier_init(shared.q_full, 1);
+  ptx::mbarrier_init(shared.q_empty, kConsumerWarps);
+  for (int stage = 0; stage < Config::kStages; ++stage) {
+    ptx::mbarrier_init(shared.k_full[stage], 1);
+    ptx::mbarrier_init(shared.k_empty[stage], kConsumerWarps);
+    ptx::mbarrier_init(shared.v_full[stage], 1);
+    ptx::mbarrier_init(shared.v_empty[stage], kConsumerWarps);
+  }
+  ptx::mbarrier_fence_init();
+}
+
+template <typename Config>
+__device__ inline void produce(const DqKernelParams& params, DqSharedStorage<Config>& shared) {
+  constexpr int kBlockM = Config::kBlockM, kBlockN = Config::kBlockN, kHeadDim = Config::kHeadDim;
+  uint32_t num_loaded = 0;  // key tiles, over all items
+  uint32_t q_parity = 1;
+  for (WorkItems<kBlockM> item(params.table); item.next();) {
+    const int num_tiles = item.tiles().num_tiles;
+    if (num_tiles == 0) continue;
+
+    ptx::mbarrier_wait(shared.q_empty, q_parity);
+    q_parity ^= 1;
+    ptx::mbarrier_arrive_expect(shared.q_full, 2 * Config::kTileBytesM);
+    load_rows<kBlockM, kHeadDim>(shared.q, params.q, shared.q_full, item.row_begin, item.head,
+                                 item.batch * params.q_batch_step);
+    load_rows<kBlockM, kHeadDim>(shared.dout, params.dout, shared.q_full, item.row_begin, item.head,
+                                 item.batch * params.dout_batch_step);
+
+    KeyTileIterator<kBlockN> keys(params.table, item.tiles());
+    for (int i = 0; i < num_tiles; ++i, ++num_loaded) {
+      const KeyTile tile = keys.next();
+      const RingUse<Config::kStages> use{num_loaded};
+      const auto load = [&](typename Config::Element* buffer, const CUtensorMap& map, ptx::Mbarrier& full,
+                            ptx::Mbarrier& empty, int batch_step) {
+        ptx::mbarrier_wait(empty, use.empty_parity());
+        ptx::mbarrier_arrive_expect(full, Config::kTileBytesN);
+        load_clipped_rows<kBlockN, kHeadDim>(buffer, map, full, tile.row_begin, tile.num_rows, item.head,
+                                             item.batch * batch_step);
+      };
+      const int stage = use.stage();
+      load(shared.k[stage], params.k, shared.k_full[stage], shared.k_empty[stage], params.k_batch_step);
+      load(shared.v[stage], params.v, shared.v_full[stage], shared.v_empty[stage], params.v_batch_step);
+    }
+  }
+}
+
+template <typename Config>
+__device__ inline void consume(const DqKernelParams& params, DqSharedStorage<Config>& shared, int consumer) {
+  using Element = typename Config::Element;
+  using Ring = RingUse<Config::kStages>;
+  constexpr int kBlockN = Config::kBlockN, kHeadDim = Config::kHeadDim;
+  const int lane = threadIdx.x % 32;
+  const int warp = __shfl_sync(0xffffffff, threadIdx.x / 32 % 4, 0);
+  const int first_row = consumer * kWarpgroupRows + warp * kWarpRows;  // of this warp in the tile
+
+  const ptx::Operand q = ptx::Operand::make(shared.q).advance(consumer * kWarpgroupRows * kRowBytes);
+  const ptx::Operand dout = ptx::Operand::make(shared.dout).advance(consumer * kWarpgroupRows * kRowBytes);
+  const ptx::Operand k_ring = ptx::Operand::make(shared.k, Config::kSlabBytesN);
+  const ptx::Operand v_ring = ptx::Operand::make(shared.v, Config::kSlabBytesN);
+  Element* staging = shared.staging + first_row * kHeadDim;
+
+  const auto tile_of = [](ptx::Operand ring, Ring use) { return ring.advance(use.stage() * Config::kTileBytesN); };
+  const auto issue_scores = [&](float (&result)[kBlockN / 2], ptx::Operand queries, ptx::Operand keys) {
+    issue_row_products<Element, kHeadDim, Config::kSlabBytesM, Config::kSlabBytesN>(result, queries, keys);
+  };
+  const auto release = [&](ptx::Mbarrier& empty) {
+    if (lane == 0) ptx::mbarrier_arrive(empty);
+  };
+
+  uint32_t num_used = 0;  // key tiles, over all items
+  uint32_t q_parity = 0;
+  for (WorkItems<Config::kBlockM> item(params.table); item.next();) {
+    const int num_tiles = item.tiles().num_tiles;
+    const int row_begin = item.row_begin + first_row;
+    const int num_rows = item.tiles().row_end - row_begin;
+    float dq[kHeadDim / 2] = {};
+
+    if (num_tiles > 0) {
+      float lse_log2[2] = {}, delta[2] = {};
+      const int64_t stats = (int64_t{item.batch} * params.table.num_heads + item.head) * params.seqlen_q + row_begin;
+#pragma unroll
+      for (int i = 0; i < 2; ++i) {
+        const int row = lane / 4 + 8 * i;
+        if (row < num_rows) {
+          lse_log2[i] = params.lse[stats + row] * std::numbers::log2e_v<float>;
+          delta[i] = params.delta[stats + row];
+        }
+      }
+
+      float s[kBlockN / 2], dp[kBlockN / 2];
+      uint32_t ds_operand[kBlockN / 4];
+      // From scores under way to the operand of the next product.
+      const auto differentiate = [&](int tile, Ring use) {
+        ptx::mbarrier_wait(shared.v_full[use.stage()], use.full_parity());
+        issue_scores(dp, dout, tile_of(v_ring, use));
+        ptx::wgmma_wait<1>(s);
+        if (tile < item.tiles().num_partial) {
+          mask_columns(s, params.table.ranges[item.tiles().first_range + tile].tail);
+        }
+        weigh_rows(s, params.softmax_scale_log2, lse_log2);
+        hold_weights(s, ptx::shared_address(staging));
+        ptx::wgmma_wait<0>(dp);
+        release(shared.v_empty[use.stage()]);
+        differentiate_rows(dp, s, delta);
+        round_operand<Element>(ds_operand, dp);
+      };
+
+      // The first tile has no older product to run beside.
+      Ring k{num_used};
+      ptx::mbarrier_wait(shared.q_full, q_parity);
+      q_parity ^= 1;
+      ptx::mbarrier_wait(shared.k_full[k.stage()], k.full_parity());
+      issue_scores(s, q, tile_of(k_ring, k));
+      differentiate(0, k);
+
+      for (int tile = 1; tile < num_tiles; ++tile) {
+        const Ring previous = k;
+        k = Ring{++num_used};
+        issue_column_products<Element>(dq, ds_operand, tile_of(k_ring, previous));
+        ptx::mbarrier_wait(shared.k_full[k.stage()], k.full_parity());
+        issue_scores(s, q, tile_of(k_ring, k));
+        ptx::wgmma_wait<1>(dq);
+        release(shared.k_empty[previous.stage()]);
+        differentiate(tile, k);
+      }
+
+      release(shared.q_empty);
+      issue_column_products<Element>(dq, ds_operand, tile_of(k_ring, k));
+      ptx::wgmma_wait<0>(dq);
+      release(shared.k_empty[k.stage()]);
+      ++num_used;
+      scale_all(dq, params.softmax_scale);
+    }
+
+    Element* target = static_cast<Element*>(params.dq) + item.batch * params.dq_strides.batch +
+                      row_begin * params.dq_strides.row + item.head * params.dq_strides.head;
+    store_rows<Element, kHeadDim>(staging, dq, target, params.dq_strides.row, num_rows);
+  }
+}
+
+template <typename Config>
+__global__ void __launch_bounds__(Config::kThreads, 1) hopper_dq_kernel(const __grid_constant__ DqKernelParams params) {
+  extern __shared__ __align__(1024) unsigned char memory[];
+  DqSharedStorage<Config>& shared = *reinterpret_cast<DqSharedStorage<Config>*>(memory);
+
+  if (threadIdx.x == 0) {
+    ptx::prefetch_tensor_map(params.q);
+    ptx::prefetch_tensor_map(params.dout);
+    ptx::prefetch_tensor_map(params.k);
+    ptx::prefetch_tensor_map(params.v);
+    init_barriers(shared);
+  }
+  __syncthreads();
+
+  const int warpgroup = __shfl_sync(0xffffffff, threadIdx.x / kWarpgroup, 0);
+  if (warpgroup == 0) {
+    ptx::release_registers<Config::kProducerRegisters>();
+    if (threadIdx.x / 32 == 0 && ptx::elect_one()) produce(params, shared);
+  } else {
+    ptx::acquire_registers<Config::kConsumerRegisters>();
+    consume(params, shared, warpgroup - 1);
+  }
+}
+
+}  // namespace mixed_attention::cuda::hopper

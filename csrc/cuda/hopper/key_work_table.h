@@ -1,0 +1,50 @@
+// What the blocks of the kernel for dk and dv work on: key tiles, longest first, and the query tiles that read them.
+//
+// The table is small and travels in the kernel's parameters, as the forward's does. Device side: work_items.cuh,
+// query_tiles.cuh.
+#pragma once
+
+#include <vector>
+
+#include "params.h"
+
+namespace mixed_attention::cuda::hopper {
+
+// Query rows of a segment, as tiles of kQueryTileRows rows. Their statistics lie tile by tile, the last tile filled up,
+// so that the copy engine finds every tile aligned: first_tile counts the tiles of the segments before.
+struct QueryRun {
+  int row_begin, row_end;
+  int first_tile;
+};
+
+// A key segment as tiles of kBlockN rows, the last one ragged. Its items are these tiles for every head and batch.
+struct KeySegmentTiles {
+  int row_begin, row_end;
+  int first_range, num_ranges;  // in KeyWorkTable::ranges, those who read it
+  int num_tiles;                // query tiles; without any the gradients are zero
+  int item_end;                 // items of this segment and of all before it
+};
+
+struct KeyWorkTable {
+  static constexpr int kMaxSegments = 64;
+  static constexpr int kMaxRanges = 128;
+
+  int num_items, num_heads;
+  KeySegmentTiles segments[kMaxSegments];  // most query tiles first
+  QueryRun ranges[kMaxRanges];
+};
+
+// The query segments, in their order.
+std::vector<QueryRun> make_query_runs(const Schedule& schedule);
+
+int num_query_tiles(const QueryRun& run);
+
+// How many tiles all runs have together.
+int num_query_tiles(const std::vector<QueryRun>& runs);
+
+// Whether the schedule of a call fits a table.
+bool fits_key_work_table(const AttentionParams& params);
+
+KeyWorkTable make_key_work_table(const AttentionParams& params, const std::vector<QueryRun>& runs, int block_n);
+
+}  // namespace mixed_attention::cuda::hopper
