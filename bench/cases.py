@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
+from functools import cached_property
 
 import mixed_attention as ma
 
@@ -34,12 +35,13 @@ class Case:
     def dim(self) -> int:
         return self.num_heads * self.head_dim
 
+    @cached_property
     def plan(self) -> ma.AttentionPlan:
         return ma.AttentionPlan.compile(self.specs, self.attention_patterns)
 
     def flops(self, *, backward: bool) -> int:
         """Of the attention alone, attended pairs only: forward, or forward and backward together."""
-        forward = self.batch_size * self.plan().flops(self.num_heads, self.head_dim)
+        forward = self.batch_size * self.plan.flops(self.num_heads, self.head_dim)
         return forward + (forward * 5 // 2 if backward else 0)
 
 
@@ -91,6 +93,10 @@ CPU_SUITE = (
     _case("d128-h8/8", 1, 8, 128, {"sa": 1024, "sq": 1024, "va": 1024, "vq": 1024}, _ANCHOR_QUERY),
     _case("small-b8/4", 8, 3, 64, {"sa": 256, "sq": 375, "va": 256, "vq": 375}, _ANCHOR_QUERY),
 )
+
+
+QUICK = ("abupt-self", "anchor+query", "d128-h8", "shapenet-self")
+"""The cases that tell most about a kernel in little time."""
 
 
 def suite(device_type: str) -> tuple[Case, ...]:

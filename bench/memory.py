@@ -7,12 +7,14 @@ reset when all inputs lie in memory, and read when all is done. The kernel keeps
 from __future__ import annotations
 
 import ctypes
+import subprocess
 import sys
 from pathlib import Path
 
 import torch
 
 import mixed_attention as ma
+from bench.rows import Row
 
 TRIM_THRESHOLD, MMAP_THRESHOLD = -1, -3  # of mallopt
 PAGE = 4096
@@ -48,6 +50,15 @@ def _self_attention(num_tokens: int, dtype: torch.dtype, num_heads: int, head_di
     grads = torch.autograd.grad(out, (q, k, v), dout)
     results = sum(t.numel() * t.element_size() for t in (out, lse, *grads))
     return _resident("VmHWM") - before - results
+
+
+def measure(num_tokens: int, dtype: torch.dtype) -> Row:
+    """Runs this module in a process of its own."""
+    name = str(dtype).removeprefix("torch.")
+    command = [sys.executable, "-m", "bench.memory", str(num_tokens), name]
+    extra = int(subprocess.run(command, check=True, capture_output=True, text=True).stdout)
+    facts = {"pass": "forward + backward", "dtype": name, "extra_bytes": extra}
+    return {"kind": "memory", "case": f"{num_tokens} tokens", "who": "ours", **facts}
 
 
 def main() -> None:

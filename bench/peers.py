@@ -1,107 +1,124 @@
-"""What ours is measured against: attention called once per pattern, and the layer that upstream builds from it.
+"""What ours is measured against: the attention operators of others, called once per pattern.
 
-Every attention peer takes q, k, v ``(B, N, H, D)`` with a case and returns ``(B, N, H, D)``; it gathers the rows of a
-pattern by slices and ``torch.cat`` where a union is not contiguous, as a user of that peer has to.
+A peer gets q, k, v ``(B, N, H, D)`` and a plan, and returns the outputs of the plan's query segments, each
+``(B, n, H, D)``. Rows are gathered as a user of that peer has to: slices, and ``torch.cat`` where a union is not
+contiguous. The outputs are not joined again; that a user may have to do so is not held against the peer.
 """
 
 from __future__ import annotations
 
 import importlib
-from collections.abc import Callable
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import AbstractContextManager, contextmanager, nullcontext
+from dataclasses import dataclass
 from functools import partial
 
 import torch
 import torch.nn.functional as F
-from torch import Tensor, nn
+from torch import Tensor
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
 import mixed_attention as ma
-from bench.cases import Case
 
-Attention = Callable[[Tensor, Tensor, Tensor, Case], Tensor]
+Dense = Callable[[Tensor, Tensor, Tensor], Tensor]
+Attention = Callable[[Tensor, Tensor, Tensor, ma.AttentionPlan], Sequence[Tensor]]
 
-
-def ours(q: Tensor, k: Tensor, v: Tensor, case: Case) -> Tensor:
-    return ma.attention(q, k, v, case.plan())
-
-
-def _gather(tensors: dict[str, Tensor], names: tuple[str, ...]) -> Tensor:
-    return torch.cat([tensors[name] for name in names], 1) if len(names) > 1 else tensors[names[0]]
+FORWARD, BACKWARD = "forward", "backward"
+HALF = (torch.bfloat16, torch.float16)
+EVERY = (*HALF, torch.float32)
 
 
-def _per_pattern(
-    attend: Callable[[Tensor, Tensor, Tensor], Tensor], q: Tensor, k: Tensor, v: Tensor, case: Case
-) -> Tensor:
-    sizes = list(case.groups.values())
-    qs, ks, vs = (dict(zip(case.groups, t.split(sizes, 1), strict=True)) for t in (q, k, v))
-    outs: dict[str, Tensor] = {}
-    for queries, keys in case.patterns:
-        out = attend(_gather(qs, queries), _gather(ks, keys), _gather(vs, keys))
-        outs.update(zip(queries, out.split([case.groups[name] for name in queries], 1), strict=True))
-    return _gather(outs, tuple(case.groups))
+@dataclass(frozen=True)
+class Peer:
+    """An attention operator that takes part.
+
+    Attributes:
+        attend: The operator.
+        within: Settings that its calls need, made outside the time.
+        passes: Which passes are measured.
+        dtypes: What it takes.
+        graphed: Whether it is also replayed from a CUDA graph.
+        is_torch: Whether its error is the yardstick for ours.
+    """
+
+    attend: Attention
+    within: Callable[[], AbstractContextManager[object]] = nullcontext
+    passes: tuple[str, ...] = (FORWARD, BACKWARD)
+    dtypes: tuple[torch.dtype, ...] = EVERY
+    graphed: bool = False
+    is_torch: bool = False
 
 
-def _sdpa(backends: list[SDPBackend] | None, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
-    q, k, v = (t.transpose(1, 2) for t in (q, k, v))
-    if backends is None:
-        return F.scaled_dot_product_attention(q, k, v).transpose(1, 2)
-    with sdpa_kernel(backends):
-        return F.scaled_dot_product_attention(q, k, v).transpose(1, 2)
+def _ours(q: Tensor, k: Tensor, v: Tensor, plan: ma.AttentionPlan) -> Sequence[Tensor]:
+    return (ma.attention(q, k, v, plan),)
 
 
-def _flex(q: Tensor, k: Tensor, v: Tensor, case: Case) -> Tensor:
-    block_mask = _flex_mask(case, q.device)
-    out = _compiled_flex()(*(t.transpose(1, 2) for t in (q, k, v)), block_mask=block_mask)
-    return out.transpose(1, 2)
-
-
-_flex_masks: dict[tuple[Case | str, torch.device], object] = {}
-
-
-def _compiled_flex() -> Callable[..., Tensor]:
-    from torch.nn.attention.flex_attention import flex_attention
-
-    return torch.compile(flex_attention, dynamic=False)
-
-
-def _flex_mask(case: Case, device: torch.device) -> object:
-    from torch.nn.attention.flex_attention import create_block_mask
-
-    key = (case.name, device)
-    if key not in _flex_masks:
-        plan = case.plan()
-        group = torch.repeat_interleave(torch.arange(len(plan.groups)), torch.tensor([g.size for g in plan.groups]))
-        reads = torch.tensor([[g.pattern in keys.readers for keys in plan.groups] for g in plan.groups], device=device)
-        group = group.to(device)
-        _flex_masks[key] = create_block_mask(
-            lambda b, h, i, j: reads[group[i], group[j]], None, None, case.num_tokens, case.num_tokens, device=device
-        )
-    return _flex_masks[key]
-
-
-def _installed(module: str, name: str) -> Callable[..., object] | None:
+@contextmanager
+def _deterministic() -> Iterator[None]:
+    fill = torch.utils.deterministic.fill_uninitialized_memory
+    torch.use_deterministic_algorithms(True)
+    torch.utils.deterministic.fill_uninitialized_memory = False  # a debugging aid, not part of the algorithm
     try:
-        return getattr(importlib.import_module(module), name)
-    except (ImportError, AttributeError):
-        return None
+        yield
+    finally:
+        torch.use_deterministic_algorithms(False)
+        torch.utils.deterministic.fill_uninitialized_memory = fill
 
 
-def attentions(device_type: str) -> dict[str, Attention]:
-    """Ours and the peers that this machine has, by name."""
-    if device_type == "cpu":
-        return {"ours": ours, "sdpa": partial(_per_pattern, partial(_sdpa, None))}
-    found: dict[str, Attention] = {"ours": ours, "flex": _flex}
-    for name, backend in (
-        ("cudnn", SDPBackend.CUDNN_ATTENTION),
-        ("fa2", SDPBackend.FLASH_ATTENTION),
-        ("efficient", SDPBackend.EFFICIENT_ATTENTION),
-    ):
-        found[name] = partial(_per_pattern, partial(_sdpa, [backend]))
-    for name, module in (("fa3", "flash_attn_interface"), ("fa4", "flash_attn.cute.interface")):
-        function = _installed(module, "flash_attn_func")
-        if function is not None:
-            found[name] = partial(_per_pattern, partial(_first_of, function))
-    return found
+class PerPattern:
+    """An attention of plain q, k and v, called once for each pattern.
+
+    NOTE: rows are taken by one ``split`` per tensor, whose derivative is one concatenation; slices would each make a
+    gradient of full size and add it.
+    """
+
+    def __init__(self, attend: Dense) -> None:
+        self._attend = attend
+        self._plan: ma.AttentionPlan | None = None
+
+    def __call__(self, q: Tensor, k: Tensor, v: Tensor, plan: ma.AttentionPlan) -> list[Tensor]:
+        if plan is not self._plan:
+            self._lay_out(plan)
+        q_runs, k_runs, v_runs = q.split(self._q_sizes, 1), k.split(self._k_sizes, 1), v.split(self._k_sizes, 1)
+        outs = [q] * len(q_runs)
+        for asking, read in self._patterns:
+            out = self._attend(
+                _join([q_runs[i] for i in asking]), _join([k_runs[i] for i in read]), _join([v_runs[i] for i in read])
+            )
+            parts = (out,) if len(asking) == 1 else out.split([self._q_sizes[i] for i in asking], 1)
+            for index, part in zip(asking, parts):
+                outs[index] = part
+        return outs
+
+    def _lay_out(self, plan: ma.AttentionPlan) -> None:
+        """Finds, for each pattern, the runs of query rows and of key rows; once, not in the time of every call."""
+        self._plan = plan
+        segments, keys = plan.query_segments, plan.key_segments
+        self._q_sizes = [s.end - s.start for s in segments]
+        self._k_sizes = [s.end - s.start for s in keys]
+        self._patterns = []
+        for pattern in range(len(plan.patterns)):
+            asking = [i for i, s in enumerate(segments) if s.pattern == pattern]
+            ranges = segments[asking[0]].key_ranges
+            read = [i for start, end in ranges for i, s in enumerate(keys) if start <= s.start < end]
+            self._patterns.append((asking, read))
+
+
+def _join(tensors: list[Tensor]) -> Tensor:
+    return torch.cat(tensors, 1) if len(tensors) > 1 else tensors[0]
+
+
+def _sdpa(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+    return F.scaled_dot_product_attention(*(t.transpose(1, 2) for t in (q, k, v))).transpose(1, 2)
+
+
+def _torch_peer(backend: SDPBackend, dtypes: tuple[torch.dtype, ...], *, graphed: bool) -> Peer:
+    return Peer(PerPattern(_sdpa), partial(sdpa_kernel, [backend]), dtypes=dtypes, graphed=graphed, is_torch=True)
+
+
+def _imported_peer(module: str, passes: tuple[str, ...]) -> Peer:
+    function = importlib.import_module(module).flash_attn_func
+    return Peer(PerPattern(partial(_first_of, function)), passes=passes, dtypes=HALF)
 
 
 def _first_of(function: Callable[..., object], q: Tensor, k: Tensor, v: Tensor) -> Tensor:
@@ -109,64 +126,29 @@ def _first_of(function: Callable[..., object], q: Tensor, k: Tensor, v: Tensor) 
     return out[0] if isinstance(out, tuple) else out
 
 
-class BaselineLayer(nn.Module):
-    """Upstream's algorithm: one projection, rotation as fp32 complex numbers, rows gathered by cat for every pattern,
-    patterns of equal lengths stacked into one call of the framework's attention, outputs joined by cat, projection.
+def _flex_peer() -> Peer:
+    from bench.flex import FlexAttention
 
-    Takes the weights of our layer, so that both compute the same function.
-    """
-
-    def __init__(self, layer: ma.MixedAttention) -> None:
-        super().__init__()
-        self.num_heads, self.qkv, self.proj = layer.num_heads, layer.qkv, layer.proj
-
-    def forward(self, x: Tensor, case: Case, freqs: Tensor) -> Tensor:
-        qkv = self.qkv(x).unflatten(-1, (3, self.num_heads, -1)).permute(2, 0, 3, 1, 4)
-        q, k, v = qkv.unbind(0)
-        q, k = self._rotate(q, freqs), self._rotate(k, freqs)
-        sizes = list(case.groups.values())
-        qs, ks, vs = (dict(zip(case.groups, t.split(sizes, 2), strict=True)) for t in (q, k, v))
-        stacks: dict[tuple[int, int], list[tuple[tuple[str, ...], Tensor, Tensor, Tensor]]] = {}
-        for queries, keys in case.patterns:
-            entry = (
-                torch.cat([qs[n] for n in queries], 2),
-                torch.cat([ks[n] for n in keys], 2),
-                torch.cat([vs[n] for n in keys], 2),
-            )
-            stacks.setdefault((entry[0].shape[2], entry[1].shape[2]), []).append((queries, *entry))
-        outs: dict[str, Tensor] = {}
-        for entries in stacks.values():
-            joined = (torch.cat([entry[i] for entry in entries], 0) for i in (1, 2, 3))
-            out = F.scaled_dot_product_attention(*joined)
-            for (queries, *_), part in zip(entries, out.chunk(len(entries), 0), strict=True):
-                outs.update(zip(queries, part.split([case.groups[n] for n in queries], 2), strict=True))
-        merged = torch.cat([outs[name] for name in case.groups], 2).transpose(1, 2).flatten(2)
-        return self.proj(merged)
-
-    @staticmethod
-    def _rotate(x: Tensor, freqs: Tensor) -> Tensor:
-        pairs = torch.view_as_complex(x.float().unflatten(-1, (-1, 2)).contiguous())
-        return torch.view_as_real(pairs * freqs[:, None]).flatten(-2).to(x.dtype)
+    return Peer(FlexAttention())
 
 
-class OurLayer(nn.Module):
-    """Our layer behind the same call."""
+PEERS: dict[str, Callable[[], Peer]] = {
+    "ours": lambda: Peer(_ours, graphed=True),
+    "ours, deterministic": lambda: Peer(_ours, _deterministic, passes=(BACKWARD,), graphed=True),
+    "cudnn": lambda: _torch_peer(SDPBackend.CUDNN_ATTENTION, HALF, graphed=True),
+    "fa2": lambda: _torch_peer(SDPBackend.FLASH_ATTENTION, HALF, graphed=True),
+    "efficient": lambda: _torch_peer(SDPBackend.EFFICIENT_ATTENTION, (torch.float32,), graphed=False),
+    "flex": _flex_peer,
+    "fa3": lambda: _imported_peer("fa3_fwd_interface", (FORWARD,)),
+    "fa4": lambda: _imported_peer("flash_attn.cute.interface", (FORWARD, BACKWARD)),
+}
 
-    def __init__(self, layer: ma.MixedAttention) -> None:
-        super().__init__()
-        self.layer = layer
-
-    def forward(self, x: Tensor, case: Case, freqs: Tensor) -> Tensor:
-        return self.layer(x, case.specs, case.attention_patterns, freqs=freqs)
+CPU_PEERS: dict[str, Callable[[], Peer]] = {
+    "ours": PEERS["ours"],
+    "sdpa": lambda: Peer(PerPattern(_sdpa), is_torch=True),
+}
 
 
-def layers(case: Case, device: torch.device, *, compiled: bool) -> dict[str, nn.Module]:
-    """Our layer and upstream's algorithm over the same weights."""
-    config = ma.MixedAttentionConfig(dim=case.dim, num_heads=case.num_heads, use_rope=True)
-    layer = ma.MixedAttention(config).to(device)
-    for parameter in layer.parameters():  # of the size that trained weights have, so that softmax is not flat
-        nn.init.normal_(parameter, std=case.dim**-0.5)
-    found: dict[str, nn.Module] = {"ours": OurLayer(layer), "baseline": BaselineLayer(layer)}
-    if compiled:
-        found |= {f"{name}, compiled": torch.compile(module) for name, module in found.items()}
-    return found
+def peers(device_type: str) -> dict[str, Callable[[], Peer]]:
+    """Who may take part on a kind of device, by name. Making a peer raises where it is not installed."""
+    return CPU_PEERS if device_type == "cpu" else PEERS

@@ -6,6 +6,7 @@ import gc
 import statistics
 import time
 from collections.abc import Callable
+from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
 
 import torch
@@ -21,45 +22,67 @@ class Timing:
     rounds: int
 
 
+@dataclass(frozen=True)
+class Calls:
+    """What one sample times: some calls in a row.
+
+    Attributes:
+        run: Makes all the calls.
+        count: How many these are.
+        within: Entered around a sample, outside the time: settings that a user would make once, not in every call.
+    """
+
+    run: Callable[[], object]
+    count: int = 1
+    within: Callable[[], AbstractContextManager[object]] = nullcontext
+
+
 class Clock:
-    """Times one call at a time on a device: CUDA events with the L2 cache flushed before, or the wall clock."""
+    """Times on a device: CUDA events there, the wall clock on a CPU."""
 
     def __init__(self, device: torch.device) -> None:
-        self.device = device
-        self._flush = torch.empty(256 * 2**20, dtype=torch.uint8, device=device) if device.type == "cuda" else None
+        self.is_cuda = device.type == "cuda"
 
-    def milliseconds(self, call: Callable[[], object]) -> float:
-        if self._flush is None:
-            start = time.perf_counter()
-            call()
-            return 1e3 * (time.perf_counter() - start)
+    def milliseconds(self, calls: Calls) -> float:
+        """The time of one call, on average over a sample. On a GPU that is of host and device, whichever is slower."""
+        with calls.within():
+            return (self._of_gpu if self.is_cuda else self._of_host)(calls.run) / calls.count
+
+    @staticmethod
+    def _of_host(run: Callable[[], object]) -> float:
+        start = time.perf_counter()
+        run()
+        return 1e3 * (time.perf_counter() - start)
+
+    @staticmethod
+    def _of_gpu(run: Callable[[], object]) -> float:
         begin, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
-        self._flush.zero_()
         begin.record()
-        call()
+        run()
         end.record()
         end.synchronize()
         return begin.elapsed_time(end)
 
 
-def take_turns(calls: dict[str, Callable[[], object]], device: torch.device, rounds: int) -> dict[str, Timing]:
-    """Times every call once a round, in turns, so that a slow moment of the machine strikes all alike.
+def take_turns(calls: dict[str, Calls], device: torch.device, rounds: int) -> dict[str, Timing]:
+    """Times every entry once a round, in turns, so that a slow moment of the machine strikes all alike.
 
     Args:
-        calls: What to time, by name. Each is called twice before, so that compilation and first allocations stay out.
+        calls: What to time, by name. Each runs twice before, so that compilation and first allocations stay out.
         device: Where it runs.
         rounds: Number of rounds.
     """
     clock = Clock(device)
-    for call in calls.values():
-        call(), call()
+    for each in calls.values():
+        with each.within():
+            each.run(), each.run()
     samples: dict[str, list[float]] = {name: [] for name in calls}
     gc.collect()
     gc.disable()
     try:
         for _ in range(rounds):
-            for name, call in calls.items():
-                samples[name].append(clock.milliseconds(call))
+            for name, each in calls.items():
+                samples[name].append(clock.milliseconds(each))
     finally:
         gc.enable()
     return {name: summary(values) for name, values in samples.items()}
@@ -71,13 +94,38 @@ def summary(values: list[float]) -> Timing:
     return Timing(median, lower, upper, len(values))
 
 
-def graph(call: Callable[[], object]) -> Callable[[], object]:
-    """The same call as the replay of a CUDA graph: the GPU's time without the host's."""
+def host_microseconds(call: Callable[[], object], device: torch.device) -> float:
+    """How long the host is busy with one call; on a GPU the work itself runs on meanwhile."""
+    calls, samples = 8, []  # few enough that the queue of launches never fills and holds up the host
+    for _ in range(7):
+        _synchronize(device)
+        start = time.perf_counter()
+        for _ in range(calls):
+            call()
+        samples.append(1e6 * (time.perf_counter() - start) / calls)
+    _synchronize(device)
+    return statistics.median(samples)
+
+
+def _synchronize(device: torch.device) -> None:
+    if device.type == "cuda":
+        torch.cuda.synchronize(device)
+
+
+def graphed(make: Callable[[], Callable[[], object]]) -> Callable[[], object]:
+    """Some calls as the replay of a CUDA graph: the GPU's time without the host's.
+
+    Args:
+        make: Returns what is to be captured. Runs on the stream of the capture, because a backward runs where its
+            forward did.
+    """
     stream = torch.cuda.Stream()
+    stream.wait_stream(torch.cuda.current_stream())
     with torch.cuda.stream(stream):
-        call(), call()
+        run = make()
+        run(), run()
     torch.cuda.synchronize()
     captured = torch.cuda.CUDAGraph()
     with torch.cuda.graph(captured, stream=stream):
-        call()
+        run()
     return captured.replay

@@ -1,0 +1,163 @@
+"""The whole layer beside upstream's algorithm over the same weights: time, error, peak memory."""
+
+from __future__ import annotations
+
+import gc
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from functools import partial
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+import mixed_attention as ma
+from bench import check
+from bench.cases import Case
+from bench.operator import CALLS_A_SAMPLE
+from bench.rows import Row, absent_row, dtype_of, in_precision, timing_row
+from bench.timing import Calls, take_turns
+
+
+class OurLayer(nn.Module):
+    """Our layer, as a user calls it."""
+
+    def __init__(self, layer: ma.MixedAttention, case: Case) -> None:
+        super().__init__()
+        self.layer, self.specs, self.patterns = layer, case.specs, case.attention_patterns
+
+    def forward(self, x: Tensor, freqs: Tensor) -> Tensor:
+        return self.layer(x, self.specs, self.patterns, freqs=freqs)
+
+
+class BaselineLayer(nn.Module):
+    """Upstream's algorithm: one projection, rotation as fp32 complex numbers, rows gathered by cat for every pattern,
+    patterns of equal lengths stacked into one call of the framework's attention, outputs joined by cat, projection.
+
+    Takes the weights of our layer, so that both compute the same function.
+    """
+
+    def __init__(self, layer: ma.MixedAttention, case: Case) -> None:
+        super().__init__()
+        self.num_heads, self.qkv, self.proj = layer.num_heads, layer.qkv, layer.proj
+        self.groups, self.patterns = case.groups, case.patterns
+
+    def forward(self, x: Tensor, freqs: Tensor) -> Tensor:
+        qkv = self.qkv(x).unflatten(-1, (3, self.num_heads, -1)).permute(2, 0, 3, 1, 4)
+        q, k, v = qkv.unbind(0)
+        q, k = self._rotate(q, freqs), self._rotate(k, freqs)
+        sizes = list(self.groups.values())
+        qs, ks, vs = (dict(zip(self.groups, t.split(sizes, 2))) for t in (q, k, v))
+        stacks: dict[tuple[int, int], list[tuple[tuple[str, ...], Tensor, Tensor, Tensor]]] = {}
+        for queries, keys in self.patterns:
+            entry = (
+                torch.cat([qs[n] for n in queries], 2),
+                torch.cat([ks[n] for n in keys], 2),
+                torch.cat([vs[n] for n in keys], 2),
+            )
+            stacks.setdefault((entry[0].shape[2], entry[1].shape[2]), []).append((queries, *entry))
+        outs: dict[str, Tensor] = {}
+        for entries in stacks.values():
+            joined = (torch.cat([entry[i] for entry in entries], 0) for i in (1, 2, 3))
+            out = F.scaled_dot_product_attention(*joined)
+            for (queries, *_), part in zip(entries, out.chunk(len(entries), 0)):
+                outs.update(zip(queries, part.split([self.groups[n] for n in queries], 2)))
+        merged = torch.cat([outs[name] for name in self.groups], 2).transpose(1, 2).flatten(2)
+        return self.proj(merged)
+
+    @staticmethod
+    def _rotate(x: Tensor, freqs: Tensor) -> Tensor:
+        pairs = torch.view_as_complex(x.float().unflatten(-1, (-1, 2)).contiguous())
+        return torch.view_as_real(pairs * freqs[:, None]).flatten(-2).to(x.dtype)
+
+
+def make_layers(case: Case, device: torch.device, *, compiled: bool) -> dict[str, nn.Module]:
+    """Our layer and upstream's algorithm over the same weights."""
+    config = ma.MixedAttentionConfig(dim=case.dim, num_heads=case.num_heads, use_rope=True)
+    layer = ma.MixedAttention(config).to(device)
+    for parameter in layer.parameters():  # of the size that trained weights have, so that softmax is not flat
+        nn.init.normal_(parameter, std=case.dim**-0.5)
+    found: dict[str, nn.Module] = {"ours": OurLayer(layer, case), "baseline": BaselineLayer(layer, case)}
+    if compiled:
+        torch._dynamo.reset()  # the compiler gives up on a function of too many shapes
+        found |= {f"{name}, compiled": torch.compile(module) for name, module in found.items()}
+    return found
+
+
+@dataclass(frozen=True)
+class Step:
+    """Inputs of a layer, and the two passes over them; 16-bit types by autocast over fp32 weights and tokens."""
+
+    x: Tensor
+    freqs: Tensor
+    dout: Tensor
+    dtype: torch.dtype
+
+    def forward(self, module: nn.Module) -> Tensor:
+        """As in training, without the backward."""
+        with torch.autocast(self.x.device.type, self.dtype, enabled=self.dtype != torch.float32):
+            return module(self.x, self.freqs)
+
+    @torch.no_grad()
+    def inference(self, module: nn.Module) -> Tensor:
+        """As in evaluation."""
+        return self.forward(module)
+
+    def training(self, module: nn.Module) -> Tensor:
+        """Forward and backward, down to the gradients of weights and tokens."""
+        module.zero_grad()
+        self.x.grad = None
+        out = self.forward(module)
+        out.backward(self.dout.to(out.dtype))
+        return out
+
+
+def make_step(case: Case, device: torch.device, dtype: torch.dtype) -> Step:
+    """Fresh random tokens, with the frequencies of random coordinates."""
+    x = torch.randn(case.batch_size, case.num_tokens, case.dim, device=device, requires_grad=True)
+    coords = torch.rand(case.batch_size, case.num_tokens, 3, device=device) * 1000
+    freqs = ma.RopeFrequency(case.head_dim, 3).to(device)(coords)
+    return Step(x, freqs, torch.randn(x.shape, device=device), dtype)
+
+
+def measure(case: Case, device: torch.device, precision: str, rounds: int, *, compiled: bool) -> Iterator[Row]:
+    """Forward, and forward with backward, of all layers."""
+    step = make_step(case, device, dtype_of(precision))
+    modules = make_layers(case, device, compiled=compiled)
+    expected = check.layer_reference(modules["ours"].layer, step.x, case.plan, step.freqs, step.dout)
+    with in_precision(precision):
+        errors = {}
+        for name, module in list(modules.items()):
+            try:
+                pairs = zip((step.training(module), step.x.grad), expected)
+                errors[name] = max(check.relative_error(*pair) for pair in pairs)
+            except Exception as error:  # whatever a compiler raises
+                del modules[name]
+                yield absent_row(case.name, name, precision, error)
+        count = CALLS_A_SAMPLE if device.type == "cuda" else 1
+        for passed, call in (("forward", step.inference), ("forward + backward", step.training)):
+            calls = {name: partial(call, module) for name, module in modules.items()}
+            peaks = {name: _peak(each, device) for name, each in calls.items()}
+            samples = {name: Calls(partial(_repeat, each, count), count) for name, each in calls.items()}
+            flops = case.flops(backward=call == step.training)
+            for name, timing in take_turns(samples, device, rounds).items():
+                rate = flops / timing.median / 1e6
+                facts = {"pass": passed, "dtype": precision, "gflops_per_second": rate, "error": errors[name]}
+                yield timing_row("layer", case.name, name, timing, **facts, **peaks[name])
+
+
+def _repeat(call: Callable[[], object], count: int) -> None:
+    for _ in range(count):
+        call()
+
+
+def _peak(call: Callable[[], object], device: torch.device) -> dict[str, int]:
+    """Peak memory of the device over what lies there between two steps: weights, inputs, their gradients."""
+    if device.type != "cuda":
+        return {}
+    call()
+    gc.collect()
+    torch.cuda.reset_peak_memory_stats(device)
+    before = torch.cuda.memory_allocated(device)
+    call()
+    return {"peak_bytes": torch.cuda.max_memory_allocated(device) - before}
