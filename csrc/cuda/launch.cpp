@@ -35,20 +35,26 @@ bool hopper_serves(const FwdParams& params) {
   return !only_portable() && hopper::refusal_fwd(problem_of(params)).empty() && hopper::can_fwd(params);
 }
 
+bool hopper_serves(const BwdParams& params) {
+  return !only_portable() && hopper::refusal_bwd(problem_of(params)).empty() && hopper::can_bwd(params);
+}
+
 }  // namespace
 
 Choice choose_fwd(const Problem& problem) { return choose(problem, hopper::refusal_fwd(problem)); }
 
-Choice choose_bwd(const Problem& problem) { return choose(problem, "it has no backward yet"); }
+Choice choose_bwd(const Problem& problem) { return choose(problem, hopper::refusal_bwd(problem)); }
 
 size_t fwd_workspace_size(const FwdParams& params) {
   return hopper_serves(params) ? hopper::fwd_workspace_size(params) : portable::fwd_workspace_size(params);
 }
 
-size_t bwd_workspace_size(const BwdParams& params) { return portable::bwd_workspace_size(params); }
+size_t bwd_workspace_size(const BwdParams& params) {
+  return hopper_serves(params) ? hopper::bwd_workspace_size(params) : portable::bwd_workspace_size(params);
+}
 
 void run_fwd(const FwdParams& params) { hopper_serves(params) ? hopper::run_fwd(params) : portable::run_fwd(params); }
 
-void run_bwd(const BwdParams& params) { portable::run_bwd(params); }
+void run_bwd(const BwdParams& params) { hopper_serves(params) ? hopper::run_bwd(params) : portable::run_bwd(params); }
 
 }  // namespace mixed_attention::cuda
