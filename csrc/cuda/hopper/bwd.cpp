@@ -44,10 +44,12 @@ std::string refusal_bwd(const Problem& problem) { return refusal_fwd(problem); }
 
 bool can_bwd(const BwdParams& params) {
   const BwdTensors tensors = bwd_tensors(params);
-  return params.dropout_p == 0 && params.key_padding_mask == nullptr && can_map(tensors.q) && can_map(tensors.k) &&
-         can_map(tensors.v) && can_map(tensors.dout) && can_store(params.out, params.out_strides) &&
-         can_store(params.dq, params.dq_strides) && can_store(params.dk, params.dk_strides) &&
-         can_store(params.dv, params.dv_strides) && fits_work_table(params) && fits_key_work_table(params);
+  // Keys past a range's end get the score -inf, whose weight is zero only under a positive scale.
+  return params.softmax_scale > 0 && params.dropout_p == 0 && params.key_padding_mask == nullptr &&
+         can_map(tensors.q) && can_map(tensors.k) && can_map(tensors.v) && can_map(tensors.dout) &&
+         can_store(params.out, params.out_strides) && can_store(params.dq, params.dq_strides) &&
+         can_store(params.dk, params.dk_strides) && can_store(params.dv, params.dv_strides) &&
+         fits_work_table(params) && fits_key_work_table(params);
 }
 
 size_t bwd_workspace_size(const BwdParams& params) {
