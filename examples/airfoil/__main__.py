@@ -3,9 +3,15 @@
 from __future__ import annotations
 
 import argparse
+import os
 import sys
 from collections.abc import Sequence
 from pathlib import Path
+
+# Both are read when the libraries are loaded. Threads that wait by spinning keep the cores from those they wait for as
+# soon as anything else runs on the machine; and the linear systems of the panel method are too small for two threads.
+os.environ.setdefault("OMP_WAIT_POLICY", "passive")
+os.environ.setdefault("OPENBLAS_NUM_THREADS", "1")
 
 try:
     import numpy as np
