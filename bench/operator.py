@@ -177,13 +177,16 @@ def _forwards(peer: Peer, case: Case, sets: Sequence[Inputs], count: int) -> Cal
 
 def _backwards(peer: Peer, case: Case, sets: Sequence[Inputs], count: int) -> Callable[..., None]:
     """Backward calls alone: the gradients of q, k and v, assembled by autograd where a peer has them in parts."""
-    outs = [peer.attend(*inputs.leaves, case.plan) for inputs in sets]
+    # Leaves of its own: autograd delivers a gradient on the stream on which its leaf was first used, which must be the
+    # one that a CUDA graph captures.
+    leaves = [[t.detach().requires_grad_() for t in inputs.leaves] for inputs in sets]
+    outs = [peer.attend(*each, case.plan) for each in leaves]
     douts = [_parts(inputs.dout, parts) for inputs, parts in zip(sets, outs)]
 
     def run(count: int = count) -> None:
         for i in range(count):
             at = i % len(sets)
-            torch.autograd.grad(outs[at], sets[at].leaves, douts[at], retain_graph=True)
+            torch.autograd.grad(outs[at], leaves[at], douts[at], retain_graph=True)
 
     return run
 
