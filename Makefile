@@ -44,7 +44,7 @@ lint: $(VENV)/ready
 	$(BIN)/mypy
 	$(BIN)/clang-format --dry-run -Werror $$(git ls-files 'csrc/*.h' 'csrc/*.cpp' 'csrc/*.cu' 'csrc/*.cuh' 'tests/cpp/*')
 
-sanitize: $(VENV)/ready ## the tests of operator and layer under AddressSanitizer and UBSan
+sanitize: $(VENV)/ready ## the tests under AddressSanitizer and UBSan, with the kernels of every instruction set
 	mkdir -p $(SANITIZED) && cp -r mixed_attention $(SANITIZED)/ && rm -f $(SANITIZED)/mixed_attention/*.so
 	MIXED_ATTENTION_SANITIZE=address,undefined $(RUN) python setup.py --quiet build_ext \
 	  --build-lib $(SANITIZED) --build-temp $(SANITIZED)/temp
