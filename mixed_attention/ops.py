@@ -206,8 +206,19 @@ def _forward(
 ) -> tuple[Tensor, Tensor]:
     """The choice of path: what eager calls run, and the operator where derivatives may be asked for."""
     by_reference = q.dtype == torch.float64 and not has_kernels(q.device.type, q.dtype)
-    path = _composite if by_reference or needs_composite(q, k, v) else _Attention.apply
+    if by_reference or needs_composite(q, k, v):
+        path = _composite
+    elif torch.is_grad_enabled() and (q.requires_grad or k.requires_grad or v.requires_grad):
+        path = _Attention.apply
+    else:
+        path = run_forward
     return path(q, k, v, segments, softmax_scale, key_padding_mask, dropout_p, dropout_seed)
+
+
+def run_forward(*arguments) -> tuple[Tensor, Tensor]:
+    """The kernels themselves, with the arguments of the operator; without a derivative."""
+    with torch._C._AutoDispatchBelowAutograd():
+        return torch.ops.mixed_attention.forward.default(*arguments)
 
 
 def _composite(q, k, v, segments, scale, key_padding_mask, dropout_p, seed):
@@ -228,8 +239,7 @@ def _query_segments(flat: Sequence[int]) -> Iterator[QuerySegment]:
 class _Attention(torch.autograd.Function):
     @staticmethod
     def forward(ctx, q, k, v, segments, scale, key_padding_mask, dropout_p, seed):
-        with torch._C._AutoDispatchBelowAutograd():
-            out, lse = torch.ops.mixed_attention.forward(q, k, v, segments, scale, key_padding_mask, dropout_p, seed)
+        out, lse = run_forward(q, k, v, segments, scale, key_padding_mask, dropout_p, seed)
         ctx.save_for_backward(q, k, v, out, lse, key_padding_mask, seed)
         ctx.segments, ctx.scale, ctx.dropout_p = segments, scale, dropout_p
         ctx.set_materialize_grads(False)
@@ -243,7 +253,7 @@ class _Attention(torch.autograd.Function):
         if torch.is_grad_enabled() or needs_composite(dout, dlse, q, k, v):
             grads = _backward_composite((q, k, v), (dout, dlse), ctx.needs_input_grad, arguments)
         else:
-            grads = torch.ops.mixed_attention.backward(dout, dlse, q, k, v, out, lse, *arguments)
+            grads = torch.ops.mixed_attention.backward.default(dout, dlse, q, k, v, out, lse, *arguments)
         return *grads, None, None, None, None, None
 
     @staticmethod
@@ -284,7 +294,7 @@ class _Rotate(torch.autograd.Function):
         ctx.save_for_backward(x if ctx.needs_input_grad[1] else None, pairs)
         ctx.conjugate = conjugate
         out = torch.empty(x.shape, dtype=x.dtype, device=x.device)
-        torch.ops.mixed_attention.rope_out(x, pairs, conjugate, out)
+        torch.ops.mixed_attention.rope_out.default(x, pairs, conjugate, out)
         return out
 
     @staticmethod

@@ -123,7 +123,7 @@ class _Call:
             if freqs is not None:
                 batch_size, seqlen, _, num_heads, head_dim = shape
                 heads = buffer.view(shape)[:, :, :rotated].view(batch_size, seqlen, rotated * num_heads, head_dim)
-                torch.ops.mixed_attention.rope_out(heads, freqs, conjugate, heads)
+                torch.ops.mixed_attention.rope_out.default(heads, freqs, conjugate, heads)
 
 
 def _attend_in_place(
@@ -150,9 +150,7 @@ class _AttendInPlace(torch.autograd.Function):
         call.rotate_in_place(buffers, pairs, conjugate=False)
         rotated = [buffer for buffer, freqs in zip(buffers, pairs) if freqs is not None]
         q, k, v = call.slots(buffers)
-        out, lse = torch.ops.mixed_attention.forward(
-            q, k, v, call.plan.flat(), call.scale, key_padding_mask, call.dropout_p, seed
-        )
+        out, lse = ops.run_forward(q, k, v, call.plan.flat(), call.scale, key_padding_mask, call.dropout_p, seed)
         ctx.call = call
         ctx.mark_dirty(*rotated)
         ctx.set_materialize_grads(False)
@@ -171,7 +169,7 @@ class _AttendInPlace(torch.autograd.Function):
             grads = _backward_composite(call, buffers, pairs, dout, dbuffers, key_padding_mask, seed)
         else:
             grads = [torch.empty(buffer.shape, dtype=buffer.dtype, device=buffer.device) for buffer in buffers]
-            torch.ops.mixed_attention.backward_out(
+            torch.ops.mixed_attention.backward_out.default(
                 dout,
                 None,
                 *call.slots(buffers),
