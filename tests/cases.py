@@ -264,7 +264,7 @@ def _table() -> dict[str, Case]:
         "cached groups that nobody reads": Case((20, 7, 33), "ab>bb c>c", cached="a", skip_unread_keys=True),
         "everything is cached": Case((20, 7), "a>b b>a", cached="ab"),
     }
-    for width in (1, 2, 3, 5, 15, 16, 17, 31, 33, 48, 80, 96, 128, 160):
+    for width in (1, 2, 3, 5, 7, 15, 16, 17, 20, 31, 32, 33, 48, 64, 80, 96, 112, 128, 160, 192, 256):
         cases[f"head_dim {width}"] = Case((34, 21), "a>b b>ab", head_dim=width, num_heads=2)
     for width, width_v in ((1, 160), (160, 1), (64, 24), (24, 64), (17, 33)):
         cases[f"head_dim {width}, v {width_v}"] = Case((34, 21), "a>b b>ab", head_dim=width, head_dim_v=width_v)

@@ -67,6 +67,16 @@ def run(inputs: Inputs) -> Results:
     return Results(out.detach(), lse.detach(), *grads)
 
 
+@contextmanager
+def deterministic() -> Iterator[None]:
+    """Asks for gradients of equal bits in every run; without it, kernels for GPUs may add in any order."""
+    torch.use_deterministic_algorithms(True)
+    try:
+        yield
+    finally:
+        torch.use_deterministic_algorithms(False)
+
+
 def check(case: Case, device: torch.device | str = "cpu") -> Results:
     """Makes inputs, runs the operator and judges the results."""
     inputs = make_inputs(case, device)
@@ -147,17 +157,17 @@ def oracle(inputs: Inputs) -> tuple[Results, Results]:
     ds = p * (dp - delta)
     dq, dk, dv = case.scale * ds @ k, case.scale * ds.mT @ q, p.mT @ dout
 
-    # One rounding, u of the accumulator and w of the dtype. fp64 rounds twice: the oracle is no better.
-    u = torch.finfo(torch.float64).eps if case.dtype == torch.float64 else torch.finfo(torch.float32).eps / 2
-    w = max(u, torch.finfo(case.dtype).eps / 2)
-    off_s = _off_sum(case.scale * q, k, u) + u * s.abs()  # summed, and scaled
+    units = _units(case.dtype, q.device)
+    u, w = units.accumulator, units.dtype
+    off_s = _off_sum(case.scale * q, k, units) + u * s.abs()  # summed, and scaled
     log_sum, lse_size = torch.where(has_keys, torch.log(p_sum), 0.0).abs(), torch.where(has_keys, lse, 0.0).abs()
-    off_lse = _norm(p * off_s, -1, keepdim=True) + u * (1 + log_sum + lse_size)  # the sum, its logarithm, their whole
-    off_p = p * torch.sqrt(off_s**2 + u**2 + w**2)  # without what the row shares
+    off_exp = p * torch.sqrt(off_s**2 + units.exponential**2)
+    off_lse = _norm(off_exp, -1, keepdim=True) + u * (1 + log_sum + lse_size)  # the sum, its logarithm, their whole
+    off_p = torch.sqrt(off_exp**2 + (p * w) ** 2 + (p * units.product) ** 2)  # without what the row shares
     off_out = _quadrature(off_p, v) + (off_lse + w) * out.abs()
     off_delta = _norm(dout * off_out, -1, keepdim=True) + u * ((dout * out).abs().sum(-1, True) + dlse.abs())
-    off_dp = _off_sum(dout, v, u)
-    off_ds = torch.sqrt((p * off_dp) ** 2 + ((dp - delta) * off_p) ** 2 + (w * ds) ** 2)
+    off_dp = _off_sum(dout, v, units)
+    off_ds = torch.sqrt((p * off_dp) ** 2 + ((dp - delta) * off_p) ** 2 + (w * ds) ** 2 + (units.product * ds) ** 2)
     off_row = off_delta * (p @ k).abs() + off_lse * (ds @ k).abs()
     off_dq = abs(case.scale) * (_quadrature(off_ds, k) + off_row) + w * dq.abs()
     off_ds_column = torch.sqrt(off_ds**2 + (p * off_delta) ** 2 + (ds * off_lse) ** 2)
@@ -184,13 +194,49 @@ def oracle(inputs: Inputs) -> tuple[Results, Results]:
     return exact, rounding
 
 
-def _off_sum(left: Tensor, right: Tensor, u: float) -> Tensor:
+@dataclass(frozen=True)
+class Units:
+    """Relative errors of one rounding each.
+
+    Attributes:
+        accumulator: Of a sum.
+        dtype: Of a value that is stored.
+        product: Of a factor before it is multiplied; 0 where products are exact, or rounded with their sum.
+        exponential: Of an exponential.
+    """
+
+    accumulator: float
+    dtype: float
+    product: float
+    exponential: float
+
+
+def _units(dtype: torch.dtype, device: torch.device) -> Units:
+    if dtype == torch.float64:  # rounds twice: the oracle is no better
+        eps = torch.finfo(dtype).eps
+        return Units(eps, eps, 0, eps)
+    accumulator = torch.finfo(torch.float32).eps / 2
+    stored = torch.finfo(dtype).eps / 2
+    if device.type == "cpu":
+        return Units(accumulator, stored, 0, accumulator)
+    exponential = 2**-22  # of ex2.approx, says the PTX manual
+    if dtype != torch.float32:
+        return Units(accumulator, stored, 0, exponential)
+    # TF32 has 11 significant bits. Either both factors are rounded to them, or each is split into two such numbers:
+    # then the product of the two lower parts is left out, and what the second part of either factor does not hold.
+    is_tf32 = torch.get_float32_matmul_precision() != "highest"
+    return Units(accumulator, stored, 2 * 2**-11 if is_tf32 else 3 * 2**-22, exponential)
+
+
+def _off_sum(left: Tensor, right: Tensor, units: Units) -> Tensor:
     """The error of ``left @ right.mT``, if each of the n partial sums of an entry is rounded.
 
     Terms of random signs make partial sums of the size of the square root of their number: together the errors are u
-    times the sum of magnitudes. Terms of one sign make a steadily growing sum: sqrt(n / 3) u times the result.
+    times the sum of magnitudes. Terms of one sign make a steadily growing sum: sqrt(n / 3) u times the result. The
+    errors of the products are independent.
     """
-    return u * (left.abs() @ right.abs().mT + (left.shape[-1] / 3) ** 0.5 * (left @ right.mT).abs())
+    sums = left.abs() @ right.abs().mT + (left.shape[-1] / 3) ** 0.5 * (left @ right.mT).abs()
+    return units.accumulator * sums + units.product * (left.square() @ right.square().mT).sqrt()
 
 
 def _norm(t: Tensor, dim: int, keepdim: bool = False) -> Tensor:

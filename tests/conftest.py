@@ -13,16 +13,27 @@ import pytest
 import torch
 from hypothesis import HealthCheck, settings
 
+from mixed_attention import ops
+
+# Without it torch's own matrix products refuse to run on a GPU while deterministic algorithms are asked for.
+os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")
+
 _COMMON = {"deadline": None, "print_blob": True, "suppress_health_check": [HealthCheck.too_slow]}
 settings.register_profile("default", max_examples=200, **_COMMON)
 settings.register_profile("long", max_examples=2500, **_COMMON)
 settings.load_profile(os.environ.get("HYPOTHESIS_PROFILE", "default"))
 
 
-@pytest.fixture(scope="session")
-def device() -> torch.device:
-    """Where the operator's tests run; test_gpu.py puts the GPU in its place."""
-    return torch.device("cpu")
+@pytest.fixture(scope="session", params=["cpu", pytest.param("cuda", marks=pytest.mark.gpu)])
+def device(request: pytest.FixtureRequest) -> torch.device:
+    """Where a test runs: on the CPU and, with ``-m gpu``, on a GPU."""
+    if request.param == "cpu":
+        return torch.device("cpu")
+    if not torch.cuda.is_available():
+        pytest.skip("torch finds no GPU")
+    if not ops.has_kernels("cuda", torch.float32):
+        pytest.skip("built without CUDA kernels; rebuild with MIXED_ATTENTION_CUDA=1")
+    return torch.device("cuda", 0)
 
 
 @pytest.fixture

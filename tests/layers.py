@@ -113,7 +113,7 @@ def oracle(
 def gradients(out: Tensor, wanted: Sequence[Tensor], *, retain_graph: bool = False) -> tuple[Tensor, ...]:
     """Gradients of a fixed random functional of an output; zeros for what it does not depend on."""
     generator = torch.Generator().manual_seed(3)
-    direction = torch.randn(out.shape, generator=generator, dtype=torch.float64).to(out.dtype)
+    direction = torch.randn(out.shape, generator=generator, dtype=torch.float64).to(out)
     return torch.autograd.grad(out, wanted, direction, retain_graph=retain_graph, materialize_grads=True)
 
 

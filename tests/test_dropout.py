@@ -37,6 +37,32 @@ def test_kernels_follow_the_definition(seed, dropout_p, masked):
     torch.testing.assert_close(grads, torch.autograd.grad(expected, leaves, dout), rtol=1e-9, atol=1e-9)
 
 
+@pytest.mark.parametrize("seed", [0, -1, 123456789123])
+@pytest.mark.parametrize("dropout_p", [0.1, 0.5, 0.999])
+@pytest.mark.parametrize("width", [64, 128, 150])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16], ids=str)
+def test_both_passes_keep_exactly_the_weights_of_the_definition(dtype, width, dropout_p, seed, device):
+    """All scores are zero, and every key, or query, has a channel of its own: the results are the weights."""
+    sizes = width // 2, width // 3, width - width // 2 - width // 3
+    specs = [ma.TokenSpec(name, size) for name, size in zip("abc", sizes)]
+    plan = ma.AttentionPlan.compile(specs, PATTERNS)
+    q = torch.zeros(2, width, 3, width, dtype=dtype, device=device)
+    one_hot = torch.eye(width, dtype=dtype, device=device)[None, :, None].expand(2, width, 3, width).contiguous()
+    arguments = plan.flat(), 1.0, None, dropout_p, torch.tensor([seed], device=device)
+    out, lse = torch.ops.mixed_attention.forward(q, q, one_hot, *arguments)
+    _, _, dv = torch.ops.mixed_attention.backward(one_hot, None, q, q, one_hot, out, lse, *arguments)
+    for segment in plan.query_segments:
+        keep, keep_probability = reference.dropout_keep(segment, 2, 3, dropout_p, torch.tensor([seed]))
+        kept = torch.zeros(2, 3, segment.end - segment.start, width)  # by key, however often it is listed
+        keys = torch.cat([torch.arange(*key_range) for key_range in segment.key_ranges])
+        kept.index_add_(3, keys, keep.float())
+        weight = 1 / (len(keys) * keep_probability)
+        rows = slice(segment.start, segment.end)
+        for got in (out[:, rows].transpose(1, 2), dv.permute(0, 2, 3, 1)[:, :, rows]):
+            # Counts of up to two, times one weight: off by a few roundings, a hundredth at most in any dtype.
+            torch.testing.assert_close(got.float().cpu() / weight, kept, rtol=0.01, atol=0.01)
+
+
 def test_everything_dropped_is_zero():
     leaves, out, _ = attend(1.0)
     assert not out.any()
