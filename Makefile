@@ -5,7 +5,7 @@ BIN := $(VENV)/bin
 RUN := PATH="$(abspath $(BIN)):$$PATH"
 SANITIZED := build/sanitize
 
-.PHONY: demo build kernels smoke test test-long test-gpu bench lint sanitize clean
+.PHONY: demo build kernels smoke test test-long test-gpu bench lint sanitize sanitize-gpu clean
 
 demo: build ## train the airfoil surrogate, evaluate and draw it
 	$(BIN)/python -m examples.airfoil
@@ -49,6 +49,9 @@ sanitize: $(VENV)/ready ## the tests under AddressSanitizer and UBSan, with the 
 	MIXED_ATTENTION_SANITIZE=address,undefined $(RUN) python setup.py --quiet build_ext \
 	  --build-lib $(SANITIZED) --build-temp $(SANITIZED)/temp
 	tools/sanitize.sh $(SANITIZED) $(BIN)/python
+
+sanitize-gpu: build ## small GPU tests under compute-sanitizer
+	tools/sanitize_gpu.sh $(BIN)/python
 
 clean:
 	rm -rf build dist *.egg-info mixed_attention/*.so $(VENV)

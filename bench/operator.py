@@ -14,7 +14,7 @@ from bench import check
 from bench.cases import Case
 from bench.peers import BACKWARD, FORWARD, Peer
 from bench.rows import Row, absent_row, dtype_of, in_precision, timing_row
-from bench.timing import Calls, graphed, host_microseconds, take_turns
+from bench.timing import Calls, graphed, host_microseconds, synchronize, take_turns
 
 # Inputs are rotated: when their turn comes again, so much else was read that the L2 cache (60 MB) holds none of them.
 ROTATED_BYTES = 2**27
@@ -141,10 +141,11 @@ def _times(
                 run = make()
                 if passed == FORWARD and device.type == "cuda":
                     hosts[name] = host_microseconds(partial(run, 1), device)
-            calls[name], modes[name] = Calls(run, count, peer.within), (name, "eager")
+            calls[name], modes[name] = _tried(Calls(run, count, peer.within), device), (name, "eager")
             if peer.graphed and what.graphs and device.type == "cuda":
                 with peer.within():
-                    calls[f"{name}, graph"] = Calls(graphed(make), count, peer.within)
+                    replay = graphed(make)
+                calls[f"{name}, graph"] = _tried(Calls(replay, count, peer.within), device)
                 modes[f"{name}, graph"] = name, "graph"
         except Exception as error:  # whatever foreign code raises
             yield absent_row(case.name, name, precision, error, **{"pass": passed})
@@ -157,6 +158,14 @@ def _times(
         if name in hosts and mode == "eager":
             facts["host_microseconds"] = hosts[name]
         yield timing_row("operator", case.name, name, timing, **facts)
+
+
+def _tried(calls: Calls, device: torch.device) -> Calls:
+    """The same, run once to its end, so that what is wrong is laid at the right door."""
+    with calls.within():
+        calls.run()
+    synchronize(device)
+    return calls
 
 
 def _num_sets(case: Case, device: torch.device, dtype: torch.dtype) -> int:

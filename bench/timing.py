@@ -98,16 +98,17 @@ def host_microseconds(call: Callable[[], object], device: torch.device) -> float
     """How long the host is busy with one call; on a GPU the work itself runs on meanwhile."""
     calls, samples = 8, []  # few enough that the queue of launches never fills and holds up the host
     for _ in range(7):
-        _synchronize(device)
+        synchronize(device)
         start = time.perf_counter()
         for _ in range(calls):
             call()
         samples.append(1e6 * (time.perf_counter() - start) / calls)
-    _synchronize(device)
+    synchronize(device)
     return statistics.median(samples)
 
 
-def _synchronize(device: torch.device) -> None:
+def synchronize(device: torch.device) -> None:
+    """Waits for a GPU to be done; a CPU always is."""
     if device.type == "cuda":
         torch.cuda.synchronize(device)
 
