@@ -306,7 +306,8 @@ class _Rotate(torch.autograd.Function):
         ctx.save_for_backward(x if ctx.needs_input_grad[1] else None, pairs)
         ctx.conjugate = conjugate
         out = torch.empty(x.shape, dtype=x.dtype, device=x.device)
-        torch.ops.mixed_attention.rope_out.default(x, pairs, conjugate, out)
+        rows = x if x.stride(-1) == 1 else x.contiguous()  # a gradient comes in with any strides
+        torch.ops.mixed_attention.rope_out.default(rows, pairs, conjugate, out)
         return out
 
     @staticmethod

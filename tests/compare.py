@@ -157,22 +157,24 @@ def oracle(inputs: Inputs) -> tuple[Results, Results]:
     ds = p * (dp - delta)
     dq, dk, dv = case.scale * ds @ k, case.scale * ds.mT @ q, p.mT @ dout
 
-    units = _units(case.dtype, q.device)
+    units = units_of(case.dtype, q.device)
     u, w = units.accumulator, units.dtype
+    # Sums over keys and over queries: what a tile adds up in the tensor cores, 64 terms, may have lost that much.
+    stored = w + units.lost * 64 / 8
     off_s = _off_sum(case.scale * q, k, units) + u * s.abs()  # summed, and scaled
     log_sum, lse_size = torch.where(has_keys, torch.log(p_sum), 0.0).abs(), torch.where(has_keys, lse, 0.0).abs()
     off_exp = p * torch.sqrt(off_s**2 + units.exponential**2)
     off_lse = _norm(off_exp, -1, keepdim=True) + u * (1 + log_sum + lse_size)  # the sum, its logarithm, their whole
     off_p = torch.sqrt(off_exp**2 + (p * w) ** 2 + (p * units.product) ** 2)  # without what the row shares
-    off_out = _quadrature(off_p, v) + (off_lse + w) * out.abs()
+    off_out = _quadrature(off_p, v) + (off_lse + stored) * out.abs()
     off_delta = _norm(dout * off_out, -1, keepdim=True) + u * ((dout * out).abs().sum(-1, True) + dlse.abs())
     off_dp = _off_sum(dout, v, units)
     off_ds = torch.sqrt((p * off_dp) ** 2 + ((dp - delta) * off_p) ** 2 + (w * ds) ** 2 + (units.product * ds) ** 2)
     off_row = off_delta * (p @ k).abs() + off_lse * (ds @ k).abs()
-    off_dq = abs(case.scale) * (_quadrature(off_ds, k) + off_row) + w * dq.abs()
+    off_dq = abs(case.scale) * (_quadrature(off_ds, k) + off_row) + stored * dq.abs()
     off_ds_column = torch.sqrt(off_ds**2 + (p * off_delta) ** 2 + (ds * off_lse) ** 2)
-    off_dk = abs(case.scale) * _quadrature(off_ds_column.mT, q) + w * dk.abs()
-    off_dv = _quadrature(torch.sqrt(off_p**2 + (p * off_lse) ** 2).mT, dout) + w * dv.abs()
+    off_dk = abs(case.scale) * _quadrature(off_ds_column.mT, q) + stored * dk.abs()
+    off_dv = _quadrature(torch.sqrt(off_p**2 + (p * off_lse) ** 2).mT, dout) + stored * dv.abs()
 
     def rows_first(t: Tensor, like: Tensor) -> Tensor:
         return t.permute(heads_first).sum_to_size(like.shape)
@@ -203,29 +205,34 @@ class Units:
         dtype: Of a value that is stored.
         product: Of a factor before it is multiplied; 0 where products are exact, or rounded with their sum.
         exponential: Of an exponential.
+        lost: What a sum of eight products loses each time that it is added to.
     """
 
     accumulator: float
     dtype: float
     product: float
     exponential: float
+    lost: float
 
 
-def _units(dtype: torch.dtype, device: torch.device) -> Units:
+def units_of(dtype: torch.dtype, device: torch.device) -> Units:
     if dtype == torch.float64:  # rounds twice: the oracle is no better
         eps = torch.finfo(dtype).eps
-        return Units(eps, eps, 0, eps)
+        return Units(eps, eps, 0, eps, 0)
     accumulator = torch.finfo(torch.float32).eps / 2
     stored = torch.finfo(dtype).eps / 2
     if device.type == "cpu":
-        return Units(accumulator, stored, 0, accumulator)
+        return Units(accumulator, stored, 0, accumulator, 0)
     exponential = 2**-22  # of ex2.approx, says the PTX manual
     if dtype != torch.float32:
-        return Units(accumulator, stored, 0, exponential)
+        return Units(accumulator, stored, 0, exponential, 0)
     # TF32 has 11 significant bits. Either both factors are rounded to them, or each is split into two such numbers:
     # then the product of the two lower parts is left out, and what the second part of either factor does not hold.
+    # Tensor cores cut sums off instead of rounding them: each of the additions (three for eight products where these
+    # have three parts) loses half a unit on average, always towards zero, and of half of the sum on average.
     is_tf32 = torch.get_float32_matmul_precision() != "highest"
-    return Units(accumulator, stored, 2 * 2**-11 if is_tf32 else 3 * 2**-22, exponential)
+    parts, product = (1, 2 * 2**-11) if is_tf32 else (3, 3 * 2**-22)
+    return Units(accumulator, stored, product, exponential, parts * accumulator / 2)
 
 
 def _off_sum(left: Tensor, right: Tensor, units: Units) -> Tensor:
@@ -236,7 +243,8 @@ def _off_sum(left: Tensor, right: Tensor, units: Units) -> Tensor:
     errors of the products are independent.
     """
     sums = left.abs() @ right.abs().mT + (left.shape[-1] / 3) ** 0.5 * (left @ right.mT).abs()
-    return units.accumulator * sums + units.product * (left.square() @ right.square().mT).sqrt()
+    lost = units.lost * (left.shape[-1] / 8) * (left @ right.mT).abs()
+    return units.accumulator * sums + units.product * (left.square() @ right.square().mT).sqrt() + lost
 
 
 def _norm(t: Tensor, dim: int, keepdim: bool = False) -> Tensor:
@@ -270,7 +278,7 @@ def run_torch(inputs: Inputs) -> Results:
     out = torch.zeros_like(inputs.dout, memory_format=torch.contiguous_format)
     lse = torch.full((case.batch_size, case.num_heads, q.shape[1]), -torch.inf, dtype=accumulator, device=q.device)
     totals = [torch.zeros_like(t) for t in (q, k, v)]
-    for batch_idx in range(case.batch_size):
+    for batch_idx in range(case.batch_size if case.num_heads else 0):  # on GPUs it takes no tensors without heads
         k_idx, v_idx = min(batch_idx, k.shape[0] - 1), min(batch_idx, v.shape[0] - 1)
         for rows, columns in _patterns(inputs.weights[batch_idx]):
             parts = q[batch_idx, rows], k[k_idx, columns], v[v_idx, columns]

@@ -82,6 +82,16 @@ def test_frequencies_that_do_not_fit(freqs, error, message):
         ma.apply_rope(torch.ones(B, N, H, D), freqs)
 
 
+def test_last_dims_and_gradients_may_have_any_strides():
+    x, freqs = random_inputs()
+    strided = x.transpose(2, 3).contiguous().transpose(2, 3).requires_grad_()
+    out = ma.apply_rope(strided, freqs)
+    assert torch.equal(out, ma.apply_rope(x, freqs))
+    dout = torch.randn(B, N, D, H, dtype=torch.float64).transpose(2, 3)
+    (grad,) = torch.autograd.grad(out, strided, dout)
+    torch.testing.assert_close(grad, as_complex_product(dout, freqs.conj()), rtol=1e-14, atol=1e-14)
+
+
 def test_odd_head_dim_is_refused():
     with pytest.raises(RuntimeError, match="rotated in pairs, got an odd number of 7"):
         ma.apply_rope(torch.ones(B, N, H, 7), torch.ones(1, N, 3, dtype=torch.complex64))
