@@ -4,6 +4,7 @@ VENV := .venv
 BIN := $(VENV)/bin
 RUN := PATH="$(abspath $(BIN)):$$PATH"
 SANITIZED := build/sanitize
+WITH_CUDA := build/with-cuda
 
 .PHONY: demo build kernels smoke test test-long test-gpu bench lint sanitize sanitize-gpu clean
 
@@ -18,8 +19,11 @@ $(VENV)/ready: requirements.txt
 	$(BIN)/pip install --quiet --requirement requirements.txt
 	touch $@
 
-kernels: $(VENV)/ready ## compile the CUDA kernels for every architecture and read the compiler's report
-	$(BIN)/python tools/check_kernels.py
+kernels: $(VENV)/ready ## the package with its CUDA kernels, on any machine with nvcc; reads the compiler's report
+	MIXED_ATTENTION_CUDA=1 $(RUN) python setup.py --quiet build --build-lib $(WITH_CUDA) --build-temp $(WITH_CUDA)/temp
+	$(BIN)/python tools/check_ptxas.py build/cuda
+	cd $(WITH_CUDA) && $(abspath $(BIN))/python -c "import torch; from mixed_attention import ops; \
+	  assert ops.has_kernels('cuda', torch.float32), 'the CUDA kernels are not registered'"
 
 smoke: $(VENV)/ready ## the torch-free kernel library with its C++ test
 	$(RUN) cmake -S . -B build/cmake -G Ninja -DCMAKE_BUILD_TYPE=Release

@@ -25,6 +25,9 @@ constexpr bool is_16_bit(Arithmetic arithmetic) {
 constexpr int kMaxSharedBytes = 99 * 1024;
 
 // Registers of a thread, for R rows to a warp: scores R * block_rows / 32, output R * head_dim / 32.
+//
+// Spills: portable_fwd_kernel in portable_fwd_*16_d96 for sm_80, 12 bytes: two words beyond 255 registers, and a tile
+// of half the rows to a warp would read every key and value twice as often
 constexpr Tile fwd_tile(Arithmetic arithmetic, int head_dim) {
   if (is_16_bit(arithmetic)) {
     if (head_dim <= 96) return {128, 64, 32, 2};
@@ -38,6 +41,9 @@ constexpr Tile fwd_tile(Arithmetic arithmetic, int head_dim) {
 }
 
 // Both backward kernels: two score tiles of R * block_rows / 32 registers; one accumulator for dq, two for dk and dv.
+//
+// Spills: portable_dk_dv_kernel in portable_bwd_*16_d64 for sm_80, 20 bytes: two words, as above
+// Spills: portable_dk_dv_kernel in portable_bwd_fp32_d128 for sm_80, 40 bytes: five words; the tile is the smallest
 constexpr Tile bwd_tile(Arithmetic arithmetic, int head_dim) {
   if (is_16_bit(arithmetic)) {
     if (head_dim <= 64) return {128, 32, 32, 2};
