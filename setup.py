@@ -147,7 +147,7 @@ def kernel_sources() -> list[str]:
 
 def ninja_file(cuda: Path, kernels: Sequence[str]) -> str:
     """Rules that compile the kernels; beside each object lies what nvcc and ptxas said about it."""
-    host_compiler = [f"-ccbin={os.environ['CXX']}"] if "CXX" in os.environ else []
+    host_compiler = [f"-ccbin={os.environ['CXX'].split()[-1]}"] if os.environ.get("CXX") else []
     command = [str(cuda / "bin" / "nvcc"), *NVCC_FLAGS, *host_compiler, f"-Xcompiler={','.join(NVCC_HOST_FLAGS)}"]
     command.append(f"-I{ROOT / 'csrc'}")
     outputs = "-MD -MF $out.d -c $in -o $out >$out.log 2>&1 || (cat $out.log; false)"

@@ -1,0 +1,140 @@
+"""What setup.py decides: whether there are CUDA kernels, for which chips, of which sources, and what it says if not."""
+
+import importlib.util
+from pathlib import Path
+
+import pytest
+import torch
+
+ROOT = Path(__file__).parents[1]
+VARIABLES = ("MIXED_ATTENTION_CUDA", "MIXED_ATTENTION_HEAD_DIMS", "TORCH_CUDA_ARCH_LIST", "CXX")
+HOPPER, PORTABLE = "csrc/cuda/instantiations/hopper_fwd_bf16_d64.cu", "csrc/cuda/rope.cu"
+
+
+@pytest.fixture(scope="module")
+def setup():
+    """The script as a module, which builds nothing."""
+    spec = importlib.util.spec_from_file_location("mixed_attention_setup", ROOT / "setup.py")
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    return module
+
+
+@pytest.fixture(autouse=True)
+def environment(monkeypatch):
+    """No variable that a build reads is set."""
+    for name in VARIABLES:
+        monkeypatch.delenv(name, raising=False)
+    return monkeypatch
+
+
+@pytest.fixture
+def toolkit(setup, environment, tmp_path):
+    """A CUDA toolkit of version 13.0, and ninja, whatever this machine has."""
+    environment.setattr(setup, "find_cuda", lambda: tmp_path)
+    environment.setattr(setup, "nvcc_version", lambda cuda: (13, 0))
+    environment.setattr(setup.shutil, "which", lambda name: f"/usr/bin/{name}")
+    return tmp_path
+
+
+@pytest.mark.parametrize(
+    ("asked", "torch_cuda", "built"),
+    [(None, None, False), (None, "13.0", True), ("0", "13.0", False), ("1", None, True), ("1", "13.0", True)],
+)
+def test_kernels_are_built_where_torch_has_cuda_or_they_are_asked_for(
+    setup, toolkit, environment, asked, torch_cuda, built
+):
+    environment.setattr(torch.version, "cuda", torch_cuda)
+    if asked is not None:
+        environment.setenv("MIXED_ATTENTION_CUDA", asked)
+    assert setup.cuda_to_build_with() == (toolkit if built else None)
+
+
+def test_without_nvcc_kernels_are_left_out_with_a_word_unless_asked_for(setup, environment, capsys):
+    environment.setattr(setup, "find_cuda", lambda: None)
+    environment.setattr(torch.version, "cuda", "13.0")
+    assert setup.cuda_to_build_with() is None
+    assert "built without CUDA kernels, for nvcc is not found" in capsys.readouterr().out
+    environment.setenv("MIXED_ATTENTION_CUDA", "1")
+    with pytest.raises(SystemExit, match="asks for CUDA kernels, but nvcc is not found"):
+        setup.cuda_to_build_with()
+
+
+@pytest.mark.parametrize(
+    ("version", "torch_cuda", "sentence"),
+    [
+        ((12, 4), None, "need CUDA 12.8 or later, nvcc is of 12.4"),
+        ((13, 0), "12.9", "torch is built for CUDA 12.9, nvcc is of 13.0: set CUDA_HOME"),
+    ],
+)
+def test_toolkits_that_do_not_fit(setup, toolkit, environment, version, torch_cuda, sentence):
+    environment.setenv("MIXED_ATTENTION_CUDA", "1")
+    environment.setattr(setup, "nvcc_version", lambda cuda: version)
+    environment.setattr(torch.version, "cuda", torch_cuda)
+    with pytest.raises(SystemExit, match=sentence):
+        setup.cuda_to_build_with()
+
+
+def test_kernels_need_ninja(setup, toolkit, environment):
+    environment.setenv("MIXED_ATTENTION_CUDA", "1")
+    environment.setattr(torch.version, "cuda", None)
+    environment.setattr(setup.shutil, "which", lambda name: None)
+    with pytest.raises(SystemExit, match="pip install ninja"):
+        setup.cuda_to_build_with()
+
+
+def test_other_values_are_refused(setup, environment):
+    environment.setenv("MIXED_ATTENTION_CUDA", "yes")
+    with pytest.raises(SystemExit, match="expected 0, 1 or nothing, got 'yes'"):
+        setup.cuda_to_build_with()
+
+
+@pytest.mark.parametrize(
+    ("arch_list", "targets"),
+    [
+        (None, "[compute_80,sm_80,sm_90]"),
+        ("9.0a", "[sm_90]"),
+        ("7.5;8.6 12.0+PTX", "[compute_80,sm_120,sm_86]"),
+    ],
+)
+def test_architectures(setup, environment, arch_list, targets):
+    if arch_list is not None:
+        environment.setenv("TORCH_CUDA_ARCH_LIST", arch_list)
+    assert setup.arch_flag(PORTABLE) == f"-gencode=arch=compute_80,code={targets}"
+    assert setup.arch_flag(HOPPER) == "-gencode=arch=compute_90a,code=sm_90a"
+
+
+@pytest.mark.parametrize(
+    ("arch_list", "sentence"),
+    [("Ampere", "entries like 8.0, .* got 'Ampere'"), ("7.0 7.5", "8.0 or later, got 7.0 7.5")],
+)
+def test_architectures_that_cannot_be(setup, environment, arch_list, sentence):
+    environment.setenv("TORCH_CUDA_ARCH_LIST", arch_list)
+    with pytest.raises(SystemExit, match=sentence):
+        setup.portable_targets()
+
+
+def test_head_dims_narrow_a_build(setup, environment):
+    everything = setup.kernel_sources()
+    assert PORTABLE in everything and HOPPER in everything
+    environment.setenv("MIXED_ATTENTION_HEAD_DIMS", "64,128")
+    left_out = set(everything) - set(setup.kernel_sources())
+    assert left_out
+    assert all("portable" in source and not source.endswith(("_d64.cu", "_d128.cu")) for source in left_out)
+    assert "-DMIXED_ATTENTION_HEAD_DIMS=64,128" in setup.extension(Path("/cuda")).extra_compile_args
+    environment.setenv("MIXED_ATTENTION_HEAD_DIMS", "80")
+    with pytest.raises(SystemExit, match="expected some of 32, 64, .* got 80"):
+        setup.kernel_sources()
+
+
+def test_a_kernel_is_compiled_once_and_leaves_its_report(setup, environment):
+    environment.setenv("CXX", "ccache g++-12")
+    text = setup.ninja_file(Path("/cuda"), [HOPPER])
+    assert "command = /cuda/bin/nvcc" in text and "-ccbin=g++-12" in text and ">$out.log 2>&1" in text
+    assert f"build instantiations/hopper_fwd_bf16_d64.o: nvcc {ROOT / HOPPER}\n" in text
+
+
+def test_without_cuda_nothing_of_it_is_compiled(setup):
+    extension = setup.extension(None)
+    assert not any("cuda" in source for source in extension.sources)
+    assert "-DMIXED_ATTENTION_WITH_CUDA" not in extension.extra_compile_args
