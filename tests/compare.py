@@ -41,11 +41,12 @@ def _poisoned_memory(device: torch.device) -> Iterator[None]:
 
     NOTE: on CPUs alone; on GPUs torch would refuse the matrix products of the reference, which serves fp64 there.
     """
-    torch.use_deterministic_algorithms(device.type == "cpu")
+    before = torch.are_deterministic_algorithms_enabled()
+    torch.use_deterministic_algorithms(before or device.type == "cpu")
     try:
         yield
     finally:
-        torch.use_deterministic_algorithms(False)
+        torch.use_deterministic_algorithms(before)
 
 
 def run(inputs: Inputs) -> Results:
