@@ -32,7 +32,8 @@ except ImportError:
 ROOT = Path(__file__).resolve().parent
 CUDA_OBJECTS = Path("build", "cuda")  # the same for every torch and Python: no kernel knows of them
 WARNINGS = ["-Wall", "-Wextra", "-Wno-unused-parameter", "-Wno-missing-field-initializers"]
-COMPILE_FLAGS = ["-O3", "-std=c++20", *WARNINGS, "-fvisibility=hidden"]
+# Python's own flags may ask for debug information, which makes the binary ten times as large.
+COMPILE_FLAGS = ["-O3", "-g0", "-std=c++20", *WARNINGS, "-fvisibility=hidden"]
 # ptxas tells of registers and spills, which tools/check_ptxas.py reads. Compression makes a fifth of the binary's size.
 NVCC_FLAGS = ["-O3", "-std=c++20", "-lineinfo", "--expt-relaxed-constexpr", "-Xptxas=-v", "--compress-mode=size"]
 NVCC_HOST_FLAGS = ["-fPIC", "-fvisibility=hidden", *WARNINGS]
