@@ -15,6 +15,6 @@ run_tests() {
 # The example and the packaging start programs of their own.
 run_tests tests --ignore=tests/test_example_airfoil.py --ignore=tests/test_packaging.py --ignore=tests/test_readme.py
 # The instruction sets that were not this machine's choice.
-for instruction_set in AVX2 portable; do
+for instruction_set in AVX512 AVX2 portable; do
   MIXED_ATTENTION_CPU=$instruction_set run_tests tests/test_edges.py tests/test_random.py tests/test_rope.py
 done

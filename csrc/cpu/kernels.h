@@ -73,7 +73,7 @@ struct InstructionSet {
   AttentionKernels kernels[4];  // by DType
 };
 
-extern const InstructionSet kAvx512, kAvx2, kPortable;
+extern const InstructionSet kAvx512Bf16, kAvx512, kAvx2, kPortable;
 
 // The instruction set of this process: the best that the machine has, or the one that MIXED_ATTENTION_CPU names.
 const InstructionSet& selected_instruction_set();
@@ -84,15 +84,16 @@ inline int64_t accumulator_size(DType dtype) { return dtype == DType::kFloat64 ?
 inline int64_t fwd_scratch_size(const AttentionParams& p) {
   const int64_t d = p.head_dim, dv = round_up(p.head_dim_v, kColumnBlock);
   const int64_t elements =
-      kFwdBlockM * (d + dv + 1 + kColumnBlock) + kFwdBlockN * (d + dv) + kRowBlock * (kFwdBlockN + 1);
+      kFwdBlockM * (d + dv + 1 + kColumnBlock) + kFwdBlockN * (d + dv) + 2 * kRowBlock * (kFwdBlockN + 1);
   return elements * accumulator_size(p.dtype) + kFwdBlockN * 32 + 1024;
 }
 
 inline int64_t bwd_scratch_size(const AttentionParams& p) {
   const int64_t d = round_up(p.head_dim, kColumnBlock), dv = round_up(p.head_dim_v, kColumnBlock);
   const int64_t keys = kBwdBlockN * (2 * d + dv + d + dv);
-  const int64_t queries = kBwdBlockM * (d + dv + d + 2 + 2 * kBwdBlockN);
-  return (keys + queries) * accumulator_size(p.dtype) + kBwdBlockN * 32 + 2048;
+  const int64_t queries = kBwdBlockM * (2 * (d + dv) + d + 2 + 2 * kBwdBlockN);
+  const int64_t strips = 3 * kRowBlock * 4 * kColumnBlock;
+  return (keys + queries + strips) * accumulator_size(p.dtype) + kBwdBlockN * 32 + 2048;
 }
 
 }  // namespace mixed_attention::cpu

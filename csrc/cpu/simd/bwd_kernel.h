@@ -10,40 +10,80 @@
 
 namespace mixed_attention::cpu::MIXED_ATTENTION_ISA {
 
+// Weights of rows and columns (kBwdBlockM, kBwdBlockN) that products read along either axis. Where a factor has two
+// terms these are two tiles, as neighbours along one axis are none along the other.
+template <class F, bool kReadAlongRows>
+class WeightTile {
+  using V = Vec<SumOf<F>>;
+  static constexpr bool kHasPairs = kTerms<F> == 2;
+
+ public:
+  explicit WeightTile(Scratch& scratch) {
+    across_rows_ = scratch.take<F>(num_factors<F>(kBwdBlockM * kBwdBlockN));
+    if constexpr (kHasPairs && kReadAlongRows) along_rows_ = scratch.take<F>(num_factors<F>(kBwdBlockM * kBwdBlockN));
+  }
+
+  // Vectors at two neighbouring rows and two neighbouring vectors of columns; row and column are even.
+  void put(int64_t row, int64_t column, const V (&values)[2][2]) {
+    constexpr int kLane = kLanes<SumOf<F>>;
+    for (int i = 0; i < 2; ++i) {
+      if constexpr (kHasPairs) {
+        store_factors(across_rows_ + row / 2 * kBwdBlockN + column + i * kLane,
+                      zip_to_pairs(values[0][i], values[1][i]));
+        if constexpr (kReadAlongRows) {
+          store_factors(along_rows_ + ((row + i) * kBwdBlockN + column) / 2, to_pairs(values[i][0], values[i][1]));
+        }
+      } else {
+        for (int j = 0; j < 2; ++j) {
+          store(across_rows_ + (row + i) * kBwdBlockN + column + j * kLane, values[i][j]);
+        }
+      }
+    }
+  }
+
+  void clear_columns(int64_t begin, int64_t end, int64_t rows) {
+    for (int64_t row = 0; row < num_factors<F>(rows) && begin < end; ++row) {
+      for (int64_t i = begin; i < end; ++i) across_rows_[row * kBwdBlockN + i] = F{};
+    }
+    if constexpr (kHasPairs && kReadAlongRows) {
+      for (int64_t row = 0; row < rows && begin % 2; ++row) {
+        along_rows_[(row * kBwdBlockN + begin) / 2].bits &= 0xFFFF;
+      }
+    }
+  }
+
+  // (columns, rows), the depth being the rows.
+  Operand<F> transposed() const { return {across_rows_, 1, kBwdBlockN}; }
+  // (rows, columns), the depth being the columns.
+  Operand<F> along_rows() const {
+    if constexpr (kHasPairs) {
+      return {along_rows_, kBwdBlockN / 2, 1};
+    } else {
+      return {across_rows_, kBwdBlockN, 1};
+    }
+  }
+
+ private:
+  F* across_rows_;  // [kBwdBlockM / kTerms][kBwdBlockN]
+  F* along_rows_;   // [kBwdBlockM][kBwdBlockN / kTerms]
+};
+
 template <class Element>
 class BwdTile {
+  using F = Factor<Element>;
   using Acc = Accumulator<Element>;
   using V = Vec<Acc>;
   static constexpr int kLane = kLanes<Acc>;
+  static constexpr int64_t kStrip = kBlockVectors * kLane;  // columns of scores that are made at a time
 
  public:
   BwdTile(const BwdParams& p, const BwdShared& shared, const BwdTask& task, void* memory)
-      : p_(p),
-        shared_(shared),
-        task_(task),
-        batch_head_(task.batch * p.num_heads + task.head),
-        width_(round_up(p.head_dim, kLane)),
-        width_v_(round_up(p.head_dim_v, kLane)),
-        dropout_(p) {
-    Scratch scratch(memory);
-    k_ = scratch.take<Acc>(kBwdBlockN * width_);
-    k_transposed_ = scratch.take<Acc>(p.head_dim * kBwdBlockN);
-    v_transposed_ = scratch.take<Acc>(p.head_dim_v * kBwdBlockN);
-    dk_ = scratch.take<Acc>(kBwdBlockN * width_);
-    dv_ = scratch.take<Acc>(kBwdBlockN * width_v_);
-    q_ = scratch.take<Acc>(kBwdBlockM * width_);
-    dout_ = scratch.take<Acc>(kBwdBlockM * width_v_);
-    dq_ = scratch.take<Acc>(kBwdBlockM * width_);
-    p_tile_ = scratch.take<Acc>(kBwdBlockM * kBwdBlockN);
-    ds_ = scratch.take<Acc>(kBwdBlockM * kBwdBlockN);
-    kept_ = scratch.take<Acc>(kBwdBlockN);
-    keys_ = scratch.take<Key>(kBwdBlockN);
-  }
+      : BwdTile(p, shared, task, Scratch(memory)) {}
 
   void run() {
     KeyCursor cursor(&task_.keys, 1, mask_of(p_, task_.batch));
     count_ = cursor.next(keys_, kBwdBlockN);
-    columns_ = round_up(count_, kLane);
+    columns_ = round_up(count_, 2 * kLane);
     load_keys();
     for (int64_t i = 0; i < task_.num_visits; ++i) {
       const Visit& visit = task_.visits[i];
@@ -62,12 +102,43 @@ class BwdTile {
   }
 
  private:
+  BwdTile(const BwdParams& p, const BwdShared& shared, const BwdTask& task, Scratch scratch)
+      : p_(p),
+        shared_(shared),
+        task_(task),
+        batch_head_(task.batch * p.num_heads + task.head),
+        depth_(num_factors<F>(p.head_dim)),
+        depth_v_(num_factors<F>(p.head_dim_v)),
+        width_(round_up(p.head_dim, kLane)),
+        width_v_(round_up(p.head_dim_v, kLane)),
+        scale_log2_(scale_log2<Acc>(p.softmax_scale)),
+        dropout_(p),
+        p_tile_(scratch),
+        ds_tile_(scratch) {
+    k_ = scratch.take<F>(num_factors<F>(kBwdBlockN) * width_);
+    k_transposed_ = scratch.take<F>(depth_ * kBwdBlockN);
+    v_transposed_ = scratch.take<F>(depth_v_ * kBwdBlockN);
+    dk_ = scratch.take<Acc>(kBwdBlockN * width_);
+    dv_ = scratch.take<Acc>(kBwdBlockN * width_v_);
+    q_ = scratch.take<F>(kBwdBlockM * depth_);
+    q_across_ = scratch.take<F>(num_factors<F>(kBwdBlockM) * width_);
+    dout_ = scratch.take<F>(kBwdBlockM * depth_v_);
+    dout_across_ = scratch.take<F>(num_factors<F>(kBwdBlockM) * width_v_);
+    dq_ = scratch.take<Acc>(kBwdBlockM * width_);
+    lse_log2_ = scratch.take<Acc>(kBwdBlockM);
+    delta_ = scratch.take<Acc>(kBwdBlockM);
+    s_ = scratch.take<Acc>(kRowBlock * kStrip);
+    dp_ = scratch.take<Acc>(kRowBlock * kStrip);
+    kept_ = scratch.take<Acc>(kRowBlock * kStrip);
+    keys_ = scratch.take<Key>(kBwdBlockN);
+  }
+
   void load_keys() {
-    const Element* k = at(p_.k, p_.k_strides, 0);
-    const Element* v = at(p_.v, p_.v_strides, 0);
-    pack_rows(k, p_.k_strides.row, keys_, count_, p_.head_dim, k_, width_);
-    pack_transposed(k, p_.k_strides.row, keys_, count_, p_.head_dim, k_transposed_, kBwdBlockN);
-    pack_transposed(v, p_.v_strides.row, keys_, count_, p_.head_dim_v, v_transposed_, kBwdBlockN);
+    const KeyRows<Element> k{at(p_.k, p_.k_strides, 0), p_.k_strides.row, keys_, count_};
+    const KeyRows<Element> v{at(p_.v, p_.v_strides, 0), p_.v_strides.row, keys_, count_};
+    pack_rows<Element>(count_, p_.head_dim, Acc(1), k, k_, width_);
+    pack_columns<Element>(count_, p_.head_dim, k, k_transposed_, kBwdBlockN);
+    pack_columns<Element>(count_, p_.head_dim_v, v, v_transposed_, kBwdBlockN);
     for (int64_t i = 0; i < kBwdBlockN * width_; ++i) dk_[i] = 0;
     for (int64_t i = 0; i < kBwdBlockN * width_v_; ++i) dv_[i] = 0;
   }
@@ -84,62 +155,86 @@ class BwdTile {
   void attend(Range rows) {
     const int64_t num_rows = rows.end - rows.begin, padded_rows = round_up(num_rows, kRowBlock);
     load_queries(rows, padded_rows);
-    gemm<Update::kSet>(padded_rows, columns_, p_.head_dim, Operand<Acc>{q_, width_, 1}, k_transposed_, kBwdBlockN,
-                       p_tile_, kBwdBlockN);
-    gemm<Update::kSet>(padded_rows, columns_, p_.head_dim_v, Operand<Acc>{dout_, width_v_, 1}, v_transposed_,
-                       kBwdBlockN, ds_, kBwdBlockN);
-    const Acc* lse = static_cast<const Acc*>(p_.lse) + batch_head_ * p_.seqlen_q + rows.begin;
-    const Acc* delta = static_cast<const Acc*>(shared_.delta) + batch_head_ * p_.seqlen_q + rows.begin;
-    for (int64_t row = 0; row < num_rows; ++row) differentiate(row, rows.begin + row, lse[row], delta[row]);
+    for (int64_t column = 0; column < columns_; column += kStrip) {
+      const int64_t width = columns_ - column < kStrip ? columns_ - column : kStrip;
+      for (int64_t row = 0; row < padded_rows; row += kRowBlock) {
+        gemm<Update::kSet>(kRowBlock, width, depth_, Operand<F>{q_ + row * depth_, depth_, 1}, k_transposed_ + column,
+                           kBwdBlockN, s_, kStrip);
+        gemm<Update::kSet>(kRowBlock, width, depth_v_, Operand<F>{dout_ + row * depth_v_, depth_v_, 1},
+                           v_transposed_ + column, kBwdBlockN, dp_, kStrip);
+        if (p_.dropout_p > 0) {
+          draw_dropout(rows.begin + row, column, width);
+          differentiate<true>(row, column, width);
+        } else {
+          differentiate<false>(row, column, width);
+        }
+      }
+    }
     const int64_t key_rows = round_up(count_, kRowBlock);
-    clear_columns(num_rows, key_rows);
-    gemm<Update::kAdd>(key_rows, width_v_, num_rows, Operand<Acc>{p_tile_, 1, kBwdBlockN}, dout_, width_v_, dv_,
-                       width_v_);
-    gemm<Update::kAdd>(key_rows, width_, num_rows, Operand<Acc>{ds_, 1, kBwdBlockN}, q_, width_, dk_, width_);
-    gemm<Update::kSet>(padded_rows, width_, count_, Operand<Acc>{ds_, kBwdBlockN, 1}, k_, width_, dq_, width_);
+    p_tile_.clear_columns(count_, key_rows, padded_rows);
+    ds_tile_.clear_columns(count_, key_rows, padded_rows);
+    const int64_t row_depth = num_factors<F>(num_rows);
+    gemm<Update::kAdd>(key_rows, width_v_, row_depth, p_tile_.transposed(), dout_across_, width_v_, dv_, width_v_);
+    gemm<Update::kAdd>(key_rows, width_, row_depth, ds_tile_.transposed(), q_across_, width_, dk_, width_);
+    gemm<Update::kSet>(padded_rows, width_, num_factors<F>(count_), ds_tile_.along_rows(), k_, width_, dq_, width_);
   }
 
   void load_queries(Range rows, int64_t padded_rows) {
-    const Element* q = at(p_.q, p_.q_strides, rows.begin);
-    const Element* dout = at(p_.dout, p_.dout_strides, rows.begin);
-    const Acc scale = static_cast<Acc>(p_.softmax_scale * kLog2E);
+    const auto rows_of = [&](const Element* base, int64_t stride) {
+      return
+          [base, stride, count = rows.end - rows.begin](int64_t i) { return i < count ? base + i * stride : nullptr; };
+    };
+    const auto q = rows_of(at(p_.q, p_.q_strides, rows.begin), p_.q_strides.row);
+    const auto dout = rows_of(at(p_.dout, p_.dout_strides, rows.begin), p_.dout_strides.row);
+    const Acc sign = scale_sign<Acc>(p_.softmax_scale);
+    for (int64_t row = 0; row < padded_rows; ++row) {
+      pack_row(q(row), p_.head_dim, sign, q_ + row * depth_, depth_);
+      pack_row(dout(row), p_.head_dim_v, Acc(1), dout_ + row * depth_v_, depth_v_);
+    }
+    pack_rows<Element>(padded_rows, p_.head_dim, sign, q, q_across_, width_);
+    pack_rows<Element>(padded_rows, p_.head_dim_v, Acc(1), dout, dout_across_, width_v_);
+    const int64_t first = batch_head_ * p_.seqlen_q + rows.begin;
     for (int64_t row = 0; row < padded_rows; ++row) {
       const bool is_row = row < rows.end - rows.begin;
-      fill_row(is_row ? q + row * p_.q_strides.row : nullptr, p_.head_dim, scale, q_ + row * width_, width_);
-      fill_row(is_row ? dout + row * p_.dout_strides.row : nullptr, p_.head_dim_v, Acc(1), dout_ + row * width_v_,
-               width_v_);
+      // Rows behind the last have weights of 0.
+      lse_log2_[row] =
+          is_row ? static_cast<Acc>(static_cast<const Acc*>(p_.lse)[first + row] * kLog2E) : static_cast<Acc>(INFINITY);
+      delta_[row] = is_row ? static_cast<const Acc*>(shared_.delta)[first + row] : Acc(0);
+    }
+  }
+  void draw_dropout(int64_t query_row, int64_t column, int64_t width) {
+    const int64_t count = count_ - column < width ? count_ - column : width;
+    for (int64_t i = 0; i < kRowBlock; ++i) {
+      Acc* kept = kept_ + i * kStrip;
+      dropout_.weights(query_row + i, batch_head_, keys_ + column, count, kept);
+      for (int64_t j = count; j < width; ++j) kept[j] = 0;
     }
   }
 
-  static void fill_row(const Element* in, int64_t size, Acc scale, Acc* out, int64_t width) {
-    if (in) load_row(in, size, scale, out);
-    for (int64_t i = in ? size : 0; i < width; ++i) out[i] = 0;
-  }
-
-  // Row of scores and of dp -> p (times dropout's factors, as dv needs it) and ds.
-  void differentiate(int64_t row, int64_t query_row, Acc lse, Acc delta) {
-    Acc* p = p_tile_ + row * kBwdBlockN;
-    Acc* ds = ds_ + row * kBwdBlockN;
-    const Acc lse_log2 = static_cast<Acc>(lse * kLog2E);
-    if (p_.dropout_p > 0) {
-      for (int64_t i = count_; i < columns_; ++i) kept_[i] = 0;
-      dropout_.weights(query_row, batch_head_, keys_, count_, kept_);
-    }
-    for (int64_t i = 0; i < columns_; i += kLane) {
-      // Rounding may leave a score a little above its log-sum-exp.
-      const V weight = exp2_nonpositive<Acc>(min_zero(load(p + i) - lse_log2));
-      const V kept = p_.dropout_p > 0 ? load(kept_ + i) : broadcast(Acc(1));
-      store(ds + i, weight * (kept * load(ds + i) - delta));
-      store(p + i, kept * weight);
-    }
-  }
-
-  static V min_zero(V x) { return x > 0 ? V{} : x; }
-
-  // Columns behind the keys take part in the products for dv and dk as rows: they must be zero.
-  void clear_columns(int64_t num_rows, int64_t key_rows) {
-    for (int64_t row = 0; row < num_rows && count_ < key_rows; ++row) {
-      for (int64_t i = count_; i < key_rows; ++i) p_tile_[row * kBwdBlockN + i] = ds_[row * kBwdBlockN + i] = 0;
+  // Scores and dp of kRowBlock rows and the columns of a strip -> p (times dropout's factors, as dv needs it) and ds.
+  template <bool kDropout>
+  void differentiate(int64_t first_row, int64_t first_column, int64_t width) {
+    for (int64_t row = 0; row < kRowBlock; row += 2) {
+      for (int64_t column = 0; column < width; column += 2 * kLane) {
+        V p[2][2], ds[2][2];
+        for (int i = 0; i < 2; ++i) {
+          const Acc lse_log2 = lse_log2_[first_row + row + i], delta = delta_[first_row + row + i];
+          for (int j = 0; j < 2; ++j) {
+            const int64_t at = (row + i) * kStrip + column + j * kLane;
+            const V weight = exp2_nonpositive<Acc>(scale_log2_ * load(s_ + at) - lse_log2);
+            if constexpr (kDropout) {
+              const V kept = load(kept_ + at);
+              p[i][j] = kept * weight;
+              ds[i][j] = weight * (kept * load(dp_ + at) - delta);
+            } else {
+              p[i][j] = weight;
+              ds[i][j] = weight * (load(dp_ + at) - delta);
+            }
+          }
+        }
+        p_tile_.put(first_row + row, first_column + column, p);
+        ds_tile_.put(first_row + row, first_column + column, ds);
+      }
     }
   }
 
@@ -163,8 +258,9 @@ class BwdTile {
   }
 
   void store_keys() {
-    // ds was taken times q * softmax_scale * log2(e).
-    store_gradient(dk_, width_, p_.head_dim, static_cast<Acc>(kLn2), at(p_.dk, p_.dk_strides, 0), p_.dk_strides.row);
+    // dk was summed over q with the sign of the softmax scale.
+    store_gradient(dk_, width_, p_.head_dim, static_cast<Acc>(std::abs(p_.softmax_scale)), at(p_.dk, p_.dk_strides, 0),
+                   p_.dk_strides.row);
     store_gradient(dv_, width_v_, p_.head_dim_v, Acc(1), at(p_.dv, p_.dv_strides, 0), p_.dv_strides.row);
   }
 
@@ -189,26 +285,47 @@ class BwdTile {
   const BwdParams& p_;
   const BwdShared& shared_;
   const BwdTask& task_;
-  const int64_t batch_head_, width_, width_v_;
+  const int64_t batch_head_, depth_, depth_v_, width_, width_v_;
+  const Acc scale_log2_;
   const Dropout dropout_;
+  WeightTile<F, false> p_tile_;
+  WeightTile<F, true> ds_tile_;
   int64_t count_ = 0, columns_ = 0;
-  Acc* k_;             // [keys][width]
-  Acc* k_transposed_;  // [head_dim][kBwdBlockN]
-  Acc* v_transposed_;  // [head_dim_v][kBwdBlockN]
-  Acc* dk_;            // [keys][width]
-  Acc* dv_;            // [keys][width_v]
-  Acc* q_;             // [rows][width], times softmax_scale * log2(e)
-  Acc* dout_;          // [rows][width_v]
-  Acc* dq_;            // [rows][width], this task's part
-  Acc* p_tile_;        // [rows][kBwdBlockN], scores, then weights
-  Acc* ds_;            // [rows][kBwdBlockN], dp, then ds
-  Acc* kept_;          // [kBwdBlockN], dropout's factors
-  Key* keys_;          // [keys]
+  F* k_;             // [keys / kTerms][width]
+  F* k_transposed_;  // [depth][kBwdBlockN]
+  F* v_transposed_;  // [depth_v][kBwdBlockN]
+  Acc* dk_;          // [keys][width]
+  Acc* dv_;          // [keys][width_v]
+  F* q_;             // [rows][depth], with the sign of the softmax scale
+  F* q_across_;      // [rows / kTerms][width], likewise
+  F* dout_;          // [rows][depth_v]
+  F* dout_across_;   // [rows / kTerms][width_v]
+  Acc* dq_;          // [rows][width], this task's part
+  Acc* lse_log2_;    // [rows]
+  Acc* delta_;       // [rows]
+  Acc* s_;           // [kRowBlock][kStrip], scores
+  Acc* dp_;          // [kRowBlock][kStrip]
+  Acc* kept_;        // [kRowBlock][kStrip], dropout's factors
+  Key* keys_;        // [keys]
 };
 
 template <class Element>
 void bwd(const BwdParams& params, const BwdShared& shared, const BwdTask& task, void* scratch) {
   BwdTile<Element>(params, shared, task, scratch).run();
+}
+
+template <class Element>
+Accumulator<Element> dot(const Element* a, const Element* b, int64_t size) {
+  using Acc = Accumulator<Element>;
+  Acc sums[kLanes<Acc>] = {};  // as many as a vector holds, so that the compiler may use one
+  int64_t i = 0;
+  for (; i + kLanes<Acc> <= size; i += kLanes<Acc>) {
+    for (int lane = 0; lane < kLanes<Acc>; ++lane) {
+      sums[lane] += to_accumulator(a[i + lane]) * to_accumulator(b[i + lane]);
+    }
+  }
+  for (int lane = 0; i < size; ++i, ++lane) sums[lane] += to_accumulator(a[i]) * to_accumulator(b[i]);
+  return reduce_sum<Acc>(load(sums));
 }
 
 // delta = row sum of out * dout, less the gradient of lse; dq of rows that nobody will visit is zeroed by the caller.
@@ -219,11 +336,10 @@ void delta(const BwdParams& p, int64_t batch, int64_t head, Range rows, void* re
   const Element* out = static_cast<const Element*>(p.out) + batch * p.out_strides.batch + head * p.out_strides.head;
   const Element* dout = static_cast<const Element*>(p.dout) + batch * p.dout_strides.batch + head * p.dout_strides.head;
   for (int64_t row = rows.begin; row < rows.end; ++row) {
-    Acc sum = p.dlse ? -static_cast<const Acc*>(p.dlse)[first + row] : Acc(0);
+    const Acc sum = p.dlse ? -static_cast<const Acc*>(p.dlse)[first + row] : Acc(0);
     const Element* out_row = out + row * p.out_strides.row;
     const Element* dout_row = dout + row * p.dout_strides.row;
-    for (int64_t i = 0; i < p.head_dim_v; ++i) sum += to_accumulator(out_row[i]) * to_accumulator(dout_row[i]);
-    static_cast<Acc*>(result)[first + row] = sum;
+    static_cast<Acc*>(result)[first + row] = sum + dot(out_row, dout_row, p.head_dim_v);
   }
 }
 

@@ -1,9 +1,11 @@
 // Forward: one tile of query rows against all keys of its segment, by online softmax.
 //
-// Scores are kept in base 2: q is packed times softmax_scale * log2(e), so that p = exp2(s - running maximum).
+// Scores are scaled to base 2 where they are read, so that p = exp2(scale * s - running maximum): 16-bit queries are
+// multiplied as they are.
 #pragma once
 
 #include <cmath>
+#include <limits>
 
 #include "cpu/simd/dropout.h"
 #include "cpu/simd/gemm.h"
@@ -14,8 +16,22 @@ namespace mixed_attention::cpu::MIXED_ATTENTION_ISA {
 
 inline constexpr double kLog2E = 1.4426950408889634074, kLn2 = 0.69314718055994530942;
 
+// The sign of the softmax scale, which q is packed with, so that the greatest score is the greatest after scaling too.
+template <class Acc>
+Acc scale_sign(double softmax_scale) {
+  return softmax_scale < 0 ? Acc(-1) : Acc(1);
+}
+
+// The scale without its sign, to base 2. Never 0: the scores of columns without a key are -inf and have to stay so.
+template <class Acc>
+Acc scale_log2(double softmax_scale) {
+  const Acc scale = static_cast<Acc>(std::abs(softmax_scale) * kLog2E);
+  return scale < std::numeric_limits<Acc>::min() ? std::numeric_limits<Acc>::min() : scale;
+}
+
 template <class Element>
 class FwdTile {
+  using F = Factor<Element>;
   using Acc = Accumulator<Element>;
   using V = Vec<Acc>;
   static constexpr int kLane = kLanes<Acc>;
@@ -26,16 +42,19 @@ class FwdTile {
         task_(task),
         rows_(task.rows.end - task.rows.begin),
         padded_rows_(round_up(rows_, kRowBlock)),
+        depth_(num_factors<F>(p.head_dim)),
         width_v_(round_up(p.head_dim_v, kLane)),
+        scale_log2_(scale_log2<Acc>(p.softmax_scale)),
         dropout_(p) {
     Scratch scratch(memory);
-    q_ = scratch.take<Acc>(kFwdBlockM * p.head_dim);
+    q_ = scratch.take<F>(kFwdBlockM * depth_);
     out_ = scratch.take<Acc>(kFwdBlockM * width_v_);
     max_ = scratch.take<Acc>(kFwdBlockM);
     sum_ = scratch.take<Acc>(kFwdBlockM * kLane);
-    k_transposed_ = scratch.take<Acc>(p.head_dim * kFwdBlockN);
-    v_ = scratch.take<Acc>(kFwdBlockN * width_v_);
+    k_transposed_ = scratch.take<F>(depth_ * kFwdBlockN);
+    v_ = scratch.take<F>(num_factors<F>(kFwdBlockN) * width_v_);
     s_ = scratch.take<Acc>(kRowBlock * kFwdBlockN);
+    p_tile_ = weights_of(s_, scratch);
     kept_ = scratch.take<Acc>(kFwdBlockN);
     keys_ = scratch.take<Key>(kFwdBlockN);
   }
@@ -54,11 +73,10 @@ class FwdTile {
   void load_queries() {
     const Element* q = static_cast<const Element*>(p_.q) + task_.batch * p_.q_strides.batch +
                        task_.head * p_.q_strides.head + task_.rows.begin * p_.q_strides.row;
-    const Acc scale = static_cast<Acc>(p_.softmax_scale * kLog2E);
-    for (int64_t row = 0; row < rows_; ++row) {
-      load_row(q + row * p_.q_strides.row, p_.head_dim, scale, q_ + row * p_.head_dim);
+    const Acc sign = scale_sign<Acc>(p_.softmax_scale);
+    for (int64_t row = 0; row < padded_rows_; ++row) {
+      pack_row(row < rows_ ? q + row * p_.q_strides.row : nullptr, p_.head_dim, sign, q_ + row * depth_, depth_);
     }
-    for (int64_t i = rows_ * p_.head_dim; i < padded_rows_ * p_.head_dim; ++i) q_[i] = 0;
     for (int64_t i = 0; i < padded_rows_ * width_v_; ++i) out_[i] = 0;
     for (int64_t i = 0; i < padded_rows_; ++i) max_[i] = -static_cast<Acc>(INFINITY);
     for (int64_t i = 0; i < padded_rows_ * kLane; ++i) sum_[i] = 0;
@@ -69,18 +87,38 @@ class FwdTile {
         static_cast<const Element*>(p_.k) + task_.batch * p_.k_strides.batch + task_.head * p_.k_strides.head;
     const Element* v =
         static_cast<const Element*>(p_.v) + task_.batch * p_.v_strides.batch + task_.head * p_.v_strides.head;
-    pack_transposed(k, p_.k_strides.row, keys_, count, p_.head_dim, k_transposed_, kFwdBlockN);
-    pack_rows(v, p_.v_strides.row, keys_, count, p_.head_dim_v, v_, width_v_);
+    pack_columns<Element>(count, p_.head_dim, KeyRows{k, p_.k_strides.row, keys_, count}, k_transposed_, kFwdBlockN);
+    pack_rows<Element>(count, p_.head_dim_v, Acc(1), KeyRows{v, p_.v_strides.row, keys_, count}, v_, width_v_);
   }
 
   // kRowBlock rows from `first` on against the keys of the tile.
   void attend(int64_t first, int64_t count) {
-    const int64_t columns = round_up(count, kLane);
-    gemm<Update::kSet>(kRowBlock, columns, p_.head_dim, Operand<Acc>{q_ + first * p_.head_dim, p_.head_dim, 1},
-                       k_transposed_, kFwdBlockN, s_, kFwdBlockN);
-    for (int64_t i = 0; i < kRowBlock; ++i) softmax(first + i, s_ + i * kFwdBlockN, count, columns);
-    gemm<Update::kAdd>(kRowBlock, width_v_, count, Operand<Acc>{s_, kFwdBlockN, 1}, v_, width_v_,
-                       out_ + first * width_v_, width_v_);
+    const int64_t columns = round_up(count, kTerms<F> * kLane);
+    gemm<Update::kSet>(kRowBlock, columns, depth_, Operand<F>{q_ + first * depth_, depth_, 1}, k_transposed_,
+                       kFwdBlockN, s_, kFwdBlockN);
+    for (int64_t i = 0; i < kRowBlock; ++i) {
+      softmax(first + i, s_ + i * kFwdBlockN, count, columns);
+      pack_weights(s_ + i * kFwdBlockN, columns, p_tile_ + i * kFwdBlockN / kTerms<F>);
+    }
+    gemm<Update::kAdd>(kRowBlock, width_v_, num_factors<F>(count), Operand<F>{p_tile_, kFwdBlockN / kTerms<F>, 1}, v_,
+                       width_v_, out_ + first * width_v_, width_v_);
+  }
+
+  // Where weights become factors: in their place, unless factors are of another type.
+  static F* weights_of(Acc* s, Scratch& scratch) {
+    if constexpr (std::is_same_v<F, Acc>) {
+      return s;
+    } else {
+      return scratch.take<F>(num_factors<F>(kRowBlock * kFwdBlockN));
+    }
+  }
+
+  static void pack_weights(const Acc* s, int64_t columns, F* out) {
+    if constexpr (!std::is_same_v<F, Acc>) {
+      for (int64_t i = 0; i < columns; i += 2 * kLane) {
+        store_factors(out + i / kTerms<F>, to_pairs(load(s + i), load(s + i + kLane)));
+      }
+    }
   }
 
   // Turns a row of scores into weights relative to the running maximum, and what was summed so far with it.
@@ -89,12 +127,12 @@ class FwdTile {
     V tile_max = load(s);
     for (int64_t i = kLane; i < columns; i += kLane) tile_max = max<Acc>(load(s + i), tile_max);
     const Acc old_max = max_[row];
-    const Acc tile_top = reduce_max<Acc>(tile_max);
+    const Acc tile_top = scale_log2_ * reduce_max<Acc>(tile_max);
     const Acc new_max = tile_top > old_max ? tile_top : old_max;
     if (new_max != old_max) rescale(row, old_max, new_max);
     V sum = load(sum_ + row * kLane);
     for (int64_t i = 0; i < columns; i += kLane) {
-      const V p = exp2_nonpositive<Acc>(load(s + i) - new_max);
+      const V p = exp2_nonpositive<Acc>(scale_log2_ * load(s + i) - new_max);
       sum += p;
       store(s + i, p);
     }
@@ -127,17 +165,19 @@ class FwdTile {
 
   const FwdParams& p_;
   const FwdTask& task_;
-  const int64_t rows_, padded_rows_, width_v_;
+  const int64_t rows_, padded_rows_, depth_, width_v_;
+  const Acc scale_log2_;
   const Dropout dropout_;
-  Acc* q_;             // [rows][head_dim], times softmax_scale * log2(e)
-  Acc* out_;           // [rows][width_v], not yet divided by the sum
-  Acc* max_;           // [rows]
-  Acc* sum_;           // [rows][lanes]
-  Acc* k_transposed_;  // [head_dim][kFwdBlockN]
-  Acc* v_;             // [kFwdBlockN][width_v]
-  Acc* s_;             // [kRowBlock][kFwdBlockN], scores, then weights
-  Acc* kept_;          // [kFwdBlockN], dropout's factors
-  Key* keys_;          // [kFwdBlockN]
+  F* q_;             // [rows][depth], with the sign of the softmax scale
+  Acc* out_;         // [rows][width_v], not yet divided by the sum
+  Acc* max_;         // [rows]
+  Acc* sum_;         // [rows][lanes]
+  F* k_transposed_;  // [depth][kFwdBlockN]
+  F* v_;             // [kFwdBlockN / kTerms][width_v]
+  Acc* s_;           // [kRowBlock][kFwdBlockN], scores, then weights
+  F* p_tile_;        // [kRowBlock][kFwdBlockN / kTerms], weights
+  Acc* kept_;        // [kFwdBlockN], dropout's factors
+  Key* keys_;        // [kFwdBlockN]
 };
 
 template <class Element>

@@ -1,11 +1,11 @@
-// Products of packed tiles: C (rows, columns) from A (rows, depth) and B (depth, columns).
+// Products of packed tiles: C (rows, columns) from A (rows, depth) and B (depth, columns), the depth in factors.
 //
-// A block of kRowBlock rows by up to kBlockVectors vectors of columns stays in registers; elements of A are broadcast,
+// A block of kRowBlock rows by up to kBlockVectors vectors of columns stays in registers; factors of A are broadcast,
 // so A may be read along either of its axes, and only B and C need contiguous rows.
 #pragma once
 
 #include "cpu/kernels.h"
-#include "cpu/simd/vec.h"
+#include "cpu/simd/factors.h"
 
 namespace mixed_attention::cpu::MIXED_ATTENTION_ISA {
 
@@ -14,37 +14,39 @@ inline constexpr int kBlockVectors = MIXED_ATTENTION_VECTOR_REGISTERS >= 32 ? 4 
 
 enum class Update { kSet, kAdd };
 
-template <class T>
+template <class F>
 struct Operand {
-  const T* data;
+  const F* data;
   int64_t row_stride, column_stride;
 };
 
-template <class T, int kVectors, Update kUpdate>
-[[gnu::noinline]] void gemm_block(Operand<T> a, const T* b, int64_t b_stride, T* c, int64_t c_stride, int64_t depth) {
-  Vec<T> acc[kRowBlock][kVectors];
+template <class F, int kVectors, Update kUpdate>
+[[gnu::noinline]] void gemm_block(Operand<F> a, const F* b, int64_t b_stride, SumOf<F>* c, int64_t c_stride,
+                                  int64_t depth) {
+  using Sum = SumOf<F>;
+  Vec<Sum> acc[kRowBlock][kVectors];
 #pragma GCC unroll 8
   for (int row = 0; row < kRowBlock; ++row) {
 #pragma GCC unroll 4
-    for (int i = 0; i < kVectors; ++i) acc[row][i] = Vec<T>{};
+    for (int i = 0; i < kVectors; ++i) acc[row][i] = Vec<Sum>{};
   }
-  const T* a_column = a.data;
+  const F* a_column = a.data;
   for (int64_t k = 0; k < depth; ++k, a_column += a.column_stride, b += b_stride) {
-    Vec<T> b_row[kVectors];
+    decltype(load_factors(b)) b_row[kVectors];
 #pragma GCC unroll 4
-    for (int i = 0; i < kVectors; ++i) b_row[i] = load(b + i * kLanes<T>);
+    for (int i = 0; i < kVectors; ++i) b_row[i] = load_factors(b + i * kLanes<Sum>);
 #pragma GCC unroll 8
     for (int row = 0; row < kRowBlock; ++row) {
-      const Vec<T> a_element = broadcast(a_column[row * a.row_stride]);
+      const auto a_factor = broadcast_factor(a_column[row * a.row_stride]);
 #pragma GCC unroll 4
-      for (int i = 0; i < kVectors; ++i) acc[row][i] += a_element * b_row[i];
+      for (int i = 0; i < kVectors; ++i) acc[row][i] = multiply_add(a_factor, b_row[i], acc[row][i]);
     }
   }
 #pragma GCC unroll 8
   for (int row = 0; row < kRowBlock; ++row) {
 #pragma GCC unroll 4
     for (int i = 0; i < kVectors; ++i) {
-      T* sum = c + row * c_stride + i * kLanes<T>;
+      Sum* sum = c + row * c_stride + i * kLanes<Sum>;
       // Added only now: a long sum made of short ones loses far less to rounding than one grown term by term.
       store(sum, kUpdate == Update::kAdd ? load(sum) + acc[row][i] : acc[row][i]);
     }
@@ -52,19 +54,20 @@ template <class T, int kVectors, Update kUpdate>
 }
 
 // rows is a multiple of kRowBlock, columns of the vector width.
-template <Update kUpdate, class T>
-void gemm(int64_t rows, int64_t columns, int64_t depth, Operand<T> a, const T* b, int64_t b_stride, T* c,
+template <Update kUpdate, class F>
+void gemm(int64_t rows, int64_t columns, int64_t depth, Operand<F> a, const F* b, int64_t b_stride, SumOf<F>* c,
           int64_t c_stride) {
+  constexpr int64_t kLane = kLanes<SumOf<F>>;
+  constexpr int kThree = kBlockVectors < 3 ? kBlockVectors : 3;
   // A block of columns of B stays in L1 while all rows pass.
-  for (int64_t column = 0; column < columns; column += kBlockVectors * kLanes<T>) {
-    const int64_t vectors = (columns - column) / kLanes<T>;
-    const auto block = vectors >= 4 ? gemm_block<T, kBlockVectors, kUpdate> : vectors == 3 ? gemm_block < T,
-               kBlockVectors < 3 ? kBlockVectors : 3,
-               kUpdate >
-        : vectors == 2 ? gemm_block<T, 2, kUpdate>
-                       : gemm_block<T, 1, kUpdate>;
+  for (int64_t column = 0; column < columns; column += kBlockVectors * kLane) {
+    const int64_t vectors = (columns - column) / kLane;
+    const auto block = vectors >= 4   ? gemm_block<F, kBlockVectors, kUpdate>
+                       : vectors == 3 ? gemm_block<F, kThree, kUpdate>
+                       : vectors == 2 ? gemm_block<F, 2, kUpdate>
+                                      : gemm_block<F, 1, kUpdate>;
     for (int64_t row = 0; row < rows; row += kRowBlock) {
-      const Operand<T> a_rows{a.data + row * a.row_stride, a.row_stride, a.column_stride};
+      const Operand<F> a_rows{a.data + row * a.row_stride, a.row_stride, a.column_stride};
       block(a_rows, b + column, b_stride, c + row * c_stride + column, c_stride, depth);
     }
   }

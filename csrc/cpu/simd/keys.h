@@ -48,34 +48,15 @@ inline const bool* mask_of(const AttentionParams& p, int64_t batch) {
   return p.key_padding_mask ? p.key_padding_mask + batch * p.key_padding_mask_batch_stride : nullptr;
 }
 
-// out[i] = row of key i, zero behind it up to stride.
-template <class Element, class Acc>
-void pack_rows(const Element* base, int64_t row_stride, const Key* keys, int64_t count, int64_t width, Acc* out,
-               int64_t stride) {
-  for (int64_t i = 0; i < count; ++i) {
-    load_row(base + keys[i].row * row_stride, width, Acc(1), out + i * stride);
-    for (int64_t d = width; d < stride; ++d) out[i * stride + d] = 0;
-  }
-}
+// Row i of the gathered keys in k or v; null behind the last.
+template <class Element>
+struct KeyRows {
+  const Element* base;
+  int64_t row_stride;
+  const Key* keys;
+  int64_t count;
 
-// out[d][i] = element d of the row of key i, zero for i from count to columns.
-template <class Element, class Acc>
-void pack_transposed(const Element* base, int64_t row_stride, const Key* keys, int64_t count, int64_t width, Acc* out,
-                     int64_t columns) {
-  constexpr int64_t kUnroll = 8;  // keys at a time: eight short streams of reads, one of writes
-  int64_t i = 0;
-  for (; i + kUnroll <= count; i += kUnroll) {
-    const Element* rows[kUnroll];
-    for (int64_t j = 0; j < kUnroll; ++j) rows[j] = base + keys[i + j].row * row_stride;
-    for (int64_t d = 0; d < width; ++d) {
-      for (int64_t j = 0; j < kUnroll; ++j) out[d * columns + i + j] = to_accumulator(rows[j][d]);
-    }
-  }
-  for (; i < columns; ++i) {
-    for (int64_t d = 0; d < width; ++d) {
-      out[d * columns + i] = i < count ? to_accumulator(base[keys[i].row * row_stride + d]) : Acc(0);
-    }
-  }
-}
+  const Element* operator()(int64_t i) const { return i < count ? base + keys[i].row * row_stride : nullptr; }
+};
 
 }  // namespace mixed_attention::cpu::MIXED_ATTENTION_ISA

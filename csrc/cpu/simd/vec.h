@@ -1,7 +1,8 @@
 // The vector width of the instruction set that this file is compiled for. Everything above is written once.
 //
-// Included by avx512.cpp, avx2.cpp and portable.cpp, which define MIXED_ATTENTION_ISA (the namespace),
-// MIXED_ATTENTION_VECTOR_BYTES and MIXED_ATTENTION_VECTOR_REGISTERS.
+// Included by avx512_bf16.cpp, avx512.cpp, avx2.cpp and portable.cpp, which define MIXED_ATTENTION_ISA (the namespace),
+// MIXED_ATTENTION_VECTOR_BYTES, MIXED_ATTENTION_VECTOR_REGISTERS and, where there are products of bfloat16 pairs,
+// MIXED_ATTENTION_BFLOAT16_PAIRS.
 #pragma once
 
 #include <cstdint>
@@ -49,22 +50,31 @@ inline Vec<T> max(Vec<T> a, Vec<T> b) {
   return a > b ? a : b;
 }
 
+// Folds the upper half of a vector onto the lower until one number is left.
+template <class T, int kCount, class Fold>
+inline T reduce(const T* p, Fold fold) {
+  if constexpr (kCount == 1) {
+    return *p;
+  } else {
+    T half[kCount / 2];
+    for (int i = 0; i < kCount / 2; ++i) half[i] = fold(p[i], p[i + kCount / 2]);
+    return reduce<T, kCount / 2>(half, fold);
+  }
+}
+
 template <class T>
 inline T reduce_max(Vec<T> v) {
-  T result = v[0];
-  for (int i = 1; i < kLanes<T>; ++i) result = v[i] > result ? v[i] : result;
-  return result;
+  return reduce<T, kLanes<T>>(reinterpret_cast<const T*>(&v), [](T a, T b) { return a > b ? a : b; });
 }
 
 template <class T>
 inline T reduce_sum(Vec<T> v) {
-  T result = v[0];
-  for (int i = 1; i < kLanes<T>; ++i) result += v[i];
-  return result;
+  return reduce<T, kLanes<T>>(reinterpret_cast<const T*>(&v), [](T a, T b) { return a + b; });
 }
 
-// 2^x for x <= 0, also -inf; what would be subnormal is 0, and NaN stays NaN. Chebyshev approximations of 2^f on
-// [-1/2, 1/2], relative error 2e-9 (fp32) and 3e-18 (fp64) before rounding.
+// 2^x for x <= 0, also -inf, and for what rounding leaves a little above 0; what would be subnormal may be 0, and NaN
+// stays NaN. Chebyshev approximations of 2^f on [-1/2, 1/2], relative error 2e-9 (fp32) and 3e-18 (fp64) before
+// rounding.
 template <class T>
 inline Vec<T> exp2_nonpositive(Vec<T> x) {
   using Int = IntOf<T>;
@@ -103,5 +113,22 @@ inline Vec<T> exp2_nonpositive(Vec<T> x) {
   const Vec<T> result = reinterpret_cast<Vec<T>>(reinterpret_cast<Vec<Int>>(p) + exponent);
   return x >= kLowest ? result : x < 0 ? Vec<T>{} : x;
 }
+
+#if MIXED_ATTENTION_VECTOR_BYTES == 64
+// AVX-512 has instructions for f = x - floor(x), 0 for -inf, and for p * 2^floor(x). On [0, 1), relative error 2e-9.
+template <>
+inline Vec<float> exp2_nonpositive<float>(Vec<float> x) {
+  const Vec<float> f = _mm512_reduce_ps(x, _MM_FROUND_TO_NEG_INF | _MM_FROUND_NO_EXC);
+  Vec<float> p = broadcast(2.17022548726714e-4f);
+  p = p * f + 1.24396879984801e-3f;
+  p = p * f + 9.67884097752428e-3f;
+  p = p * f + 5.54833419938032e-2f;
+  p = p * f + 2.40229836271914e-1f;
+  p = p * f + 6.93146983840783e-1f;
+  p = p * f + 1.0f;
+  // With a mask, because GCC 12 warns of its own header in the form without.
+  return _mm512_maskz_scalef_ps(0xFFFF, p, x);
+}
+#endif
 
 }  // namespace mixed_attention::cpu::MIXED_ATTENTION_ISA

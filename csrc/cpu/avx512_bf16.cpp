@@ -1,0 +1,44 @@
+// The kernels for AVX-512 with products of bfloat16 pairs. Standard headers stand above the target pragma: their
+// functions are shared with the rest of the program and must not use what an older machine lacks.
+#include <cmath>
+#include <cstdint>
+#include <cstring>
+#include <limits>
+#include <type_traits>
+#include <vector>
+
+#include "cpu/kernels.h"
+
+#if defined(__x86_64__)
+#include <immintrin.h>
+
+#if defined(__clang__)
+#pragma clang attribute push( \
+    __attribute__((target("avx512f,avx512bw,avx512dq,avx512vl,avx512bf16,avx2,fma,f16c,bmi2"))), apply_to = function)
+#else
+#pragma GCC target("avx512f,avx512bw,avx512dq,avx512vl,avx512bf16,avx2,fma,f16c,bmi2,prefer-vector-width=512")
+#endif
+#define MIXED_ATTENTION_ISA avx512_bf16
+#define MIXED_ATTENTION_VECTOR_BYTES 64
+#define MIXED_ATTENTION_VECTOR_REGISTERS 32
+#define MIXED_ATTENTION_BFLOAT16_PAIRS 1
+#include "cpu/simd/table.h"
+
+namespace mixed_attention::cpu {
+
+const InstructionSet kAvx512Bf16 = avx512_bf16::instruction_set("AVX512_BF16", [] {
+  return __builtin_cpu_supports("avx512f") && __builtin_cpu_supports("avx512bw") &&
+         __builtin_cpu_supports("avx512dq") && __builtin_cpu_supports("avx512vl") &&
+         __builtin_cpu_supports("avx512bf16") && __builtin_cpu_supports("fma");
+});
+
+}  // namespace mixed_attention::cpu
+
+#if defined(__clang__)
+#pragma clang attribute pop
+#endif
+#else
+namespace mixed_attention::cpu {
+const InstructionSet kAvx512Bf16{"AVX512_BF16", [] { return false; }, {}};
+}  // namespace mixed_attention::cpu
+#endif
