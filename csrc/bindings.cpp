@@ -2,11 +2,13 @@
 #include <ATen/core/LegacyTypeDispatch.h>
 #include <ATen/core/dispatch/Dispatcher.h>
 #include <c10/core/GradMode.h>
+#include <pybind11/stl.h>
 #include <torch/csrc/utils/pybind.h>
 #include <torch/library.h>
 #include <torch/version.h>
 
 #include "cpu/launch.h"
+#include "layer.h"
 #include "ops.h"
 
 namespace {
@@ -83,4 +85,33 @@ PYBIND11_MODULE(TORCH_EXTENSION_NAME, m) {
          double dropout_p) { mixed_attention::check_forward(q, k, v, segments, key_padding_mask, dropout_p); },
       py::arg("q"), py::arg("k"), py::arg("v"), py::arg("segments"), py::arg("key_padding_mask"), py::arg("dropout_p"),
       "Throws what the forward operator would throw, without computing.");
+  m.def("project", &mixed_attention::project, py::arg("x"), py::arg("weights"), py::arg("biases"),
+        py::arg("token_ranges"), py::arg("dtype"), py::call_guard<py::gil_scoped_release>(),
+        "Products of tokens with weights, as one step of the graph.");
+  py::class_<mixed_attention::PackedCall>(m, "PackedCall", "What an attention over packed buffers computes.")
+      .def(py::init([](std::vector<std::vector<int64_t>> shapes, std::vector<int64_t> rotated,
+                       std::vector<int64_t> segments, double softmax_scale, double dropout_p) {
+             return mixed_attention::PackedCall{std::move(shapes), std::move(rotated), std::move(segments),
+                                                softmax_scale, dropout_p};
+           }),
+           py::arg("shapes"), py::arg("rotated"), py::arg("segments"), py::arg("softmax_scale"), py::arg("dropout_p"))
+      .def_readonly("shapes", &mixed_attention::PackedCall::shapes)
+      .def_readonly("rotated", &mixed_attention::PackedCall::rotated)
+      .def_readonly("segments", &mixed_attention::PackedCall::segments)
+      .def_readonly("softmax_scale", &mixed_attention::PackedCall::softmax_scale)
+      .def_readonly("dropout_p", &mixed_attention::PackedCall::dropout_p);
+  m.def("attend_in_place", &mixed_attention::attend_in_place, py::arg("buffers"), py::arg("freqs"),
+        py::arg("key_padding_mask"), py::arg("dropout_seed"), py::arg("call"),
+        py::call_guard<py::gil_scoped_release>(), "Rotates packed buffers where they lie and attends.");
+  m.def(
+      "set_backward_composite",
+      [](const py::function& composite) {
+        // NOTE: never freed, because static objects outlive the interpreter.
+        auto* held = new py::function(composite);
+        mixed_attention::set_backward_composite([held](const auto&... arguments) {
+          const py::gil_scoped_acquire gil;
+          return (*held)(arguments...).template cast<mixed_attention::OptionalTensors>();
+        });
+      },
+      py::arg("composite"), "Registers the backward of attend_in_place that has derivatives itself.");
 }

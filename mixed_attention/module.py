@@ -14,6 +14,7 @@ from mixed_attention.cache import KVCache, KVEntry
 from mixed_attention.init import init_weights
 from mixed_attention.packed import Freqs, Packed
 from mixed_attention.plan import AttentionPatternLike, AttentionPlan, Group, TokenSpecLike
+from mixed_attention.projection import Runs, is_plain, linear, project, take
 from mixed_attention.rope import check_freqs
 from mixed_attention.spec import (
     AttentionPattern,
@@ -55,20 +56,24 @@ class ProjectedAttention(nn.Module):
     def _linear(self, in_features: int, out_features: int, settings: DotProductAttentionConfig) -> nn.Module:
         return nn.Linear(in_features, out_features, bias=settings.bias)
 
-    def _project(self, *wanted: tuple[str, Tensor, Freqs | None]) -> list[Packed]:
+    def _project(self, x: Tensor, *wanted: tuple[str, Runs | None, Freqs | None]) -> list[Packed]:
         """Makes parts, some neighbouring slots out of "qkv" each, whatever the parameter layout.
 
         Args:
-            wanted: For every part its slots, the tokens ``(B, N, C)`` they are made of, and the frequencies that
-                rotate those of q and k.
+            x: Tokens ``(B, N, C)``.
+            wanted: For every part its slots, the tokens it is made of, and the frequencies that rotate those of q
+                and k.
         """
-        if all(_is_plain(self.get_submodule(name)) for name in self.projections):
+        if all(is_plain(self.get_submodule(name)) for name in self.projections):
             weights = self._weights(*(slots for slots, _, _ in wanted))
-            # NOTE: rank 2 in, so that the product is no view and can be overwritten without a copy of its gradient.
-            buffers = [F.linear(x.flatten(0, 1), *both) for both, (_, x, _) in zip(weights, wanted)]
+            buffers = project(x, *zip(*weights), [runs for _, runs, _ in wanted])
         else:
-            buffers = [self._call_projections(slots, x) for slots, x, _ in wanted]
-        return [self._pack(buffer, x, slots, freqs) for buffer, (slots, x, freqs) in zip(buffers, wanted)]
+            buffers = [self._call_projections(slots, take(x, runs)) for slots, runs, _ in wanted]
+        num_tokens = [x.shape[1] if runs is None else sum(n for n, taken in runs if taken) for _, runs, _ in wanted]
+        return [
+            self._pack(buffer, (x.shape[0], seqlen), slots, freqs)
+            for buffer, seqlen, (slots, _, freqs) in zip(buffers, num_tokens, wanted)
+        ]
 
     def _weights(self, *parts: str) -> list[tuple[Tensor, Tensor | None]]:
         """Weight and bias that make each part, some neighbouring slots out of "qkv", whatever the parameter layout."""
@@ -93,18 +98,17 @@ class ProjectedAttention(nn.Module):
                 pieces.extend(piece for slot, piece in zip(name, made) if slot in slots)
         return torch.cat(pieces, -1)
 
-    def _pack(self, buffer: Tensor, x: Tensor, slots: str, freqs: Freqs | None) -> Packed:
-        """What was projected from ``x``, and how it is to be rotated."""
-        batch_size, seqlen, _ = x.shape
-        shape = (batch_size, seqlen, len(slots), self.num_heads, self.head_dim)
+    def _pack(self, buffer: Tensor, tokens: tuple[int, int], slots: str, freqs: Freqs | None) -> Packed:
+        """What was projected from tokens ``(B, N)``, and how it is to be rotated."""
+        shape = (*tokens, len(slots), self.num_heads, self.head_dim)
         if freqs is None:
             return Packed(buffer, shape)
-        self._check_freqs(freqs, x)
+        self._check_freqs(freqs, tokens)
         return Packed(buffer, shape, len(slots.replace("v", "")), freqs)
 
-    def _check_freqs(self, freqs: Freqs | None, x: Tensor) -> None:
+    def _check_freqs(self, freqs: Freqs | None, tokens: tuple[int, int]) -> None:
         if freqs is not None and not isinstance(freqs, tuple):
-            check_freqs(freqs, x.shape[0], x.shape[1], self.head_dim)
+            check_freqs(freqs, *tokens, self.head_dim)
 
     @property
     def _dropout_p(self) -> float:
@@ -118,19 +122,10 @@ class ProjectedAttention(nn.Module):
         slots = [slot for part in parts for slot in packed.rotated_slots(part)]
         q, k, v = (slot.transpose(1, 2) for slot in slots)
         out = F.scaled_dot_product_attention(q, k, v, attn_mask=attn_mask, dropout_p=self._dropout_p)
-        return out.transpose(1, 2), slots
+        return out.transpose(1, 2).flatten(2), slots
 
     def extra_repr(self) -> str:
         return f"num_heads={self.num_heads}, head_dim={self.head_dim}, use_rope={self.use_rope}, dropout={self.dropout}"
-
-
-def _is_plain(layer: nn.Module) -> bool:
-    """Whether calling a layer does nothing but multiply by its weight and add its bias.
-
-    Not so with hooks on it, with another module in its place (adapters, quantised layers), or with another forward.
-    """
-    hooks = layer._forward_pre_hooks, layer._forward_hooks, layer._backward_pre_hooks, layer._backward_hooks
-    return type(layer) is nn.Linear and not any(hooks) and "forward" not in layer.__dict__
 
 
 def _split_rows(parameter: Tensor, shares: Sequence[int], num_slots: int) -> list[list[Tensor]]:
@@ -191,8 +186,8 @@ class DotProductAttention(ProjectedAttention):
         """
         if self.use_rope != (freqs is not None):
             raise AssertionError(_rope_mismatch(self.use_rope))
-        out, _ = self._attend_dense(self._project(("qkv", x, freqs)), attn_mask)
-        return self.proj_dropout(self.proj(out.flatten(2)))
+        out, _ = self._attend_dense(self._project(x, ("qkv", None, freqs)), attn_mask)
+        return self.proj_dropout(linear(out, self.proj))
 
 
 def _rope_mismatch(use_rope: bool) -> str:
@@ -306,27 +301,28 @@ class MixedAttention(DotProductAttention):
         if kv_cache is not None:
             mask = cache.join_masks(plan, key_padding_mask, kv_cache, x)
         else:
-            mask = None if key_padding_mask is None else _take_keys(key_padding_mask, plan)
+            mask = None if key_padding_mask is None else take(key_padding_mask, _runs_with_keys(plan))
         out, (_, k, v) = packed.attend(
             parts, plan, key_padding_mask=mask, dropout_p=self._dropout_p, parallel=self.parallel
         )
         recorded = None
         if record and not cached:
             recorded = {g.name: self._record(g, k, v, mask) for g in plan.groups if g.name in to_record}
-        return self.proj(out.flatten(2)), recorded
+        return linear(out, self.proj), recorded
 
     def _parts(
         self, x: Tensor, plan: AttentionPlan, freqs: Freqs | None, kv_cache: Mapping[str, Mapping[str, Tensor]] | None
     ) -> list[Packed]:
         """q, k and v of a call: q of all tokens, k and v of those that somebody attends to, or from the cache."""
         if kv_cache is None and all(group.key_start is not None for group in plan.groups):
-            return self._project(("qkv", x, freqs))
+            return self._project(x, ("qkv", None, freqs))
         if kv_cache is not None and all(g.query_start is None or g.key_start is None for g in plan.groups):
-            (q,) = self._project(("q", x, freqs))
+            (q,) = self._project(x, ("q", None, freqs))
             fresh = []
         else:
-            self._check_freqs(freqs, x)  # before the frequencies of the keys are taken out of them
-            q, kv = self._project(("q", x, freqs), ("kv", _take_keys(x, plan), _take_freqs(freqs, plan)))
+            self._check_freqs(freqs, (x.shape[0], x.shape[1]))  # before the frequencies of the keys are taken out of them
+            runs = _runs_with_keys(plan)
+            q, kv = self._project(x, ("q", None, freqs), ("kv", runs, _take_freqs(freqs, runs)))
             if kv_cache is None:
                 return [q, kv]
             fresh = packed.rotated_slots(kv, parallel=self.parallel)
@@ -391,26 +387,15 @@ def check_tokens(x: Tensor, token_specs: Sequence[TokenSpecLike], key_padding_ma
         )
 
 
-def _take_keys(x: Tensor, plan: AttentionPlan) -> Tensor:
-    """The tokens ``(B, N, ...)`` that the plan has keys of, out of those that are present."""
-    present = [group for group in plan.groups if group.query_start is not None]
-    runs: list[list[Group]] = []
-    for group in present:
-        if not runs or (runs[-1][0].key_start is None) != (group.key_start is None):
-            runs.append([])
-        runs[-1].append(group)
-    # NOTE: one split, because its derivative is one concatenation; slices would each make a gradient of full size.
-    pieces = x.split([sum(group.size for group in run) for run in runs], 1)
-    kept = [piece for piece, run in zip(pieces, runs) if run[0].key_start is not None]
-    if not kept:
-        return x[:, :0]
-    return kept[0] if len(kept) == 1 else torch.cat(kept, 1)
+def _runs_with_keys(plan: AttentionPlan) -> Runs:
+    """The tokens that are present, by whether the plan has keys of them."""
+    return tuple((g.size, g.key_start is not None) for g in plan.groups if g.query_start is not None)
 
 
-def _take_freqs(freqs: Freqs | None, plan: AttentionPlan) -> Freqs | None:
+def _take_freqs(freqs: Freqs | None, runs: Runs) -> Freqs | None:
     if isinstance(freqs, tuple):
-        return tuple(_take_keys(angles, plan) for angles in freqs)
-    return None if freqs is None else _take_keys(freqs, plan)
+        return tuple(take(angles, runs) for angles in freqs)
+    return None if freqs is None else take(freqs, runs)
 
 
 class PerceiverAttention(ProjectedAttention):
@@ -488,11 +473,11 @@ class PerceiverAttention(ProjectedAttention):
             raise AssertionError(_rope_mismatch(self.use_rope))
         if kv_cache is None:
             assert kv is not None
-            parts = self._project(("q", q, q_freqs), ("kv", kv, k_freqs))
+            parts = [*self._project(q, ("q", None, q_freqs)), *self._project(kv, ("kv", None, k_freqs))]
         else:
-            (queries,) = self._project(("q", q, q_freqs))
+            (queries,) = self._project(q, ("q", None, q_freqs))
             keys = cache.read_entry("kv_cache", kv_cache, queries.buffer.view(queries.shape).squeeze(2))
             parts = [queries, *map(Packed.of, keys)]
         out, (_, k, v) = self._attend_dense(parts, attn_mask)
         recorded = cache.record_entry(k, v) if record and kv_cache is None else None
-        return self.proj_dropout(self.proj(out.flatten(2))), recorded
+        return self.proj_dropout(linear(out, self.proj)), recorded

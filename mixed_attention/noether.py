@@ -194,13 +194,13 @@ class UntiedMixedAttention(MixedAttention):
         sizes = self._domain_sizes(plan.groups)
         buffer = self._per_domain(x, sizes, (self.q, self.k, self.v))
         out, _ = packed.attend(
-            [self._pack(buffer, x, "qkv", freqs)],
+            [self._pack(buffer, (x.shape[0], x.shape[1]), "qkv", freqs)],
             plan,
             key_padding_mask=key_padding_mask,
             dropout_p=self._dropout_p,
             parallel=self.parallel,
         )
-        return self._per_domain(out.flatten(2), sizes, (self.proj,))
+        return self._per_domain(out, sizes, (self.proj,))
 
     def _domain_sizes(self, groups: Sequence[Group]) -> list[int]:
         domains: dict[str, int] = {}

@@ -11,7 +11,7 @@ The only module that imports ``_C``.
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from functools import cache
 from typing import Literal, overload
 
@@ -233,14 +233,62 @@ def run_forward(*arguments) -> tuple[Tensor, Tensor]:
         return torch.ops.mixed_attention.forward.default(*arguments)
 
 
+def project(
+    x: Tensor,
+    weights: Sequence[Tensor],
+    biases: Sequence[Tensor],
+    token_ranges: Sequence[Sequence[tuple[int, int]] | None],
+    dtype: torch.dtype,
+) -> list[Tensor]:
+    """Products of tokens with weights, in plain eager mode: one step of the graph, and little host time.
+
+    Args:
+        x: Tokens ``(B, N, C)``.
+        weights: ``(rows, C)`` each.
+        biases: ``(rows,)`` each, one for every weight; or none at all.
+        token_ranges: For each weight the half-open ranges of tokens that it sees, None for all.
+        dtype: What everything is cast to. Gradients have the dtypes of what was given.
+
+    Returns:
+        For each weight a new tensor ``(B, tokens seen, rows)``.
+    """
+    return _C.project(x, weights, biases, token_ranges, dtype)
+
+
+def packed_call(*arguments):
+    """What :func:`attend_in_place` computes: shapes of the buffers, rotated slots of each, segments, scale, dropout."""
+    return _C.PackedCall(*arguments)
+
+
+def attend_in_place(
+    buffers: Sequence[Tensor],
+    pairs: Sequence[Tensor | None],
+    key_padding_mask: Tensor | None,
+    dropout_seed: Tensor | None,
+    call,
+) -> list[Tensor]:
+    """Rotates packed buffers where they lie and attends, in plain eager mode: one step of the graph.
+
+    Returns:
+        The output ``(B, Nq, H * D)``, and those buffers that were rotated, as parts of the graph.
+    """
+    return _C.attend_in_place(buffers, pairs, key_padding_mask, dropout_seed, call)
+
+
+def set_backward_composite(composite: Callable[..., list[Tensor | None]]) -> None:
+    """Says what :func:`attend_in_place` calls where its derivative is to be differentiated itself."""
+    if _C is not None:
+        _C.set_backward_composite(composite)
+
+
 def _composite(q, k, v, segments, scale, key_padding_mask, dropout_p, seed):
     if not any(isinstance(n, torch.SymInt) for n in (*segments, *q.shape, *k.shape, *v.shape)):
         _C.check_forward(q, k, v, segments, key_padding_mask, dropout_p)
-    out, lse = reference.attend(q, k, v, _query_segments(segments), scale, key_padding_mask, dropout_p, seed)
+    out, lse = reference.attend(q, k, v, query_segments(segments), scale, key_padding_mask, dropout_p, seed)
     return out, lse if q.dtype == torch.float64 else lse.float()
 
 
-def _query_segments(flat: Sequence[int]) -> Iterator[QuerySegment]:
+def query_segments(flat: Sequence[int]) -> Iterator[QuerySegment]:
     """The inverse of :meth:`AttentionPlan.flat`, but that it knows of no patterns: each segment counts as its own."""
     numbers = iter(flat)
     for index, start in enumerate(numbers):
