@@ -101,8 +101,8 @@ PYBIND11_MODULE(TORCH_EXTENSION_NAME, m) {
       .def_readonly("softmax_scale", &mixed_attention::PackedCall::softmax_scale)
       .def_readonly("dropout_p", &mixed_attention::PackedCall::dropout_p);
   m.def("attend_in_place", &mixed_attention::attend_in_place, py::arg("buffers"), py::arg("freqs"),
-        py::arg("key_padding_mask"), py::arg("dropout_seed"), py::arg("call"),
-        py::call_guard<py::gil_scoped_release>(), "Rotates packed buffers where they lie and attends.");
+        py::arg("key_padding_mask"), py::arg("dropout_seed"), py::arg("call"), py::call_guard<py::gil_scoped_release>(),
+        "Rotates packed buffers where they lie and attends.");
   m.def(
       "set_backward_composite",
       [](const py::function& composite) {

@@ -22,8 +22,8 @@ using torch::autograd::variable_list;
 // Whether the derivative itself is to be differentiated or mapped: then it may neither overwrite nor run kernels.
 bool needs_composite(const variable_list& grads) {
   const auto is_batched = [](const Tensor& grad) {
-    return grad.defined() && (grad.key_set().has(c10::DispatchKey::FuncTorchBatched) ||
-                              grad.key_set().has(c10::DispatchKey::Batched));
+    return grad.defined() &&
+           (grad.key_set().has(c10::DispatchKey::FuncTorchBatched) || grad.key_set().has(c10::DispatchKey::Batched));
   };
   return c10::GradMode::is_enabled() || std::any_of(grads.begin(), grads.end(), is_batched);
 }
@@ -162,12 +162,11 @@ std::vector<Tensor> slots(at::TensorList buffers, const std::vector<std::vector<
 
 void rotate_in_place(const Tensor& buffer, const std::vector<int64_t>& shape, int64_t rotated, const Tensor& freqs,
                      bool conjugate) {
-  static const auto op = c10::Dispatcher::singleton()
-                             .findSchemaOrThrow("mixed_attention::rope_out", "")
-                             .typed<decltype(rope_out)>();
+  static const auto op =
+      c10::Dispatcher::singleton().findSchemaOrThrow("mixed_attention::rope_out", "").typed<decltype(rope_out)>();
   const int64_t num_heads = shape[3], head_dim = shape[4], row = shape[2] * num_heads * head_dim;
-  const Tensor heads = buffer.as_strided({shape[0], shape[1], rotated * num_heads, head_dim},
-                                         {shape[1] * row, row, head_dim, 1});
+  const Tensor heads =
+      buffer.as_strided({shape[0], shape[1], rotated * num_heads, head_dim}, {shape[1] * row, row, head_dim, 1});
   op.call(heads, freqs, conjugate, heads);
 }
 

@@ -33,7 +33,8 @@ struct PackedCall {
 using OptionalTensors = std::vector<std::optional<at::Tensor>>;
 
 // Rotates the buffers where they lie, those that have frequencies (batch_size or 1, seqlen, head_dim / 2, 2), and
-// attends. Returns the output (batch_size, seqlen_q, num_heads * head_dim), and the rotated buffers as parts of the graph.
+// attends. Returns the output (batch_size, seqlen_q, num_heads * head_dim), and the rotated buffers as parts of the
+// graph.
 std::vector<at::Tensor> attend_in_place(const std::vector<at::Tensor>& buffers, const OptionalTensors& freqs,
                                         const std::optional<at::Tensor>& key_padding_mask,
                                         const std::optional<at::Tensor>& dropout_seed, const PackedCall& call);

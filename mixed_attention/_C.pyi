@@ -1,4 +1,4 @@
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 
 from torch import Tensor, dtype
 
@@ -9,3 +9,39 @@ def cuda_kernel(dtype: dtype, head_dim: int, head_dim_v: int, device: int, backw
 def check_forward(
     q: Tensor, k: Tensor, v: Tensor, segments: Sequence[int], key_padding_mask: Tensor | None, dropout_p: float
 ) -> None: ...
+def project(
+    x: Tensor,
+    weights: Sequence[Tensor],
+    biases: Sequence[Tensor],
+    token_ranges: Sequence[Sequence[tuple[int, int]] | None],
+    dtype: dtype,
+) -> list[Tensor]: ...
+
+class PackedCall:
+    def __init__(
+        self,
+        shapes: Sequence[Sequence[int]],
+        rotated: Sequence[int],
+        segments: Sequence[int],
+        softmax_scale: float,
+        dropout_p: float,
+    ) -> None: ...
+    @property
+    def shapes(self) -> list[list[int]]: ...
+    @property
+    def rotated(self) -> list[int]: ...
+    @property
+    def segments(self) -> list[int]: ...
+    @property
+    def softmax_scale(self) -> float: ...
+    @property
+    def dropout_p(self) -> float: ...
+
+def attend_in_place(
+    buffers: Sequence[Tensor],
+    freqs: Sequence[Tensor | None],
+    key_padding_mask: Tensor | None,
+    dropout_seed: Tensor | None,
+    call: PackedCall,
+) -> list[Tensor]: ...
+def set_backward_composite(composite: Callable[..., list[Tensor | None]]) -> None: ...

@@ -18,13 +18,17 @@ KVEntry = dict[str, Tensor]
 KVCache = dict[str, KVEntry]
 
 
-def record_entry(k: Tensor, v: Tensor, key_padding_mask: Tensor | None = None, *, detach: bool = False) -> KVEntry:
-    """Copies keys and values ``(B, n, H, D)`` into an entry that keeps nothing else alive."""
+def record_entry(
+    k: Tensor, v: Tensor, key_padding_mask: Tensor | None = None, *, detach: bool = False, compact: bool = True
+) -> KVEntry:
+    """Makes an entry of keys and values ``(B, n, H, D)``; a compact one is a copy, which keeps nothing else alive."""
     entry = {"k": k.transpose(1, 2), "v": v.transpose(1, 2)}
     if key_padding_mask is not None:
         entry["key_padding_mask"] = key_padding_mask.expand(k.shape[0], -1)
     if detach:
         entry = {name: tensor.detach() for name, tensor in entry.items()}
+    if not compact:
+        return entry
     return {name: tensor.clone(memory_format=torch.contiguous_format) for name, tensor in entry.items()}
 
 

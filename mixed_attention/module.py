@@ -12,7 +12,7 @@ from torch import Tensor, nn
 from mixed_attention import cache, checkpoint, packed
 from mixed_attention.cache import KVCache, KVEntry
 from mixed_attention.init import init_weights
-from mixed_attention.packed import Freqs, Packed
+from mixed_attention.packed import Freqs, Packed, Rotated
 from mixed_attention.plan import AttentionPatternLike, AttentionPlan, Group, TokenSpecLike
 from mixed_attention.projection import Runs, is_plain, linear, project, take
 from mixed_attention.rope import check_freqs
@@ -65,8 +65,8 @@ class ProjectedAttention(nn.Module):
                 and k.
         """
         if all(is_plain(self.get_submodule(name)) for name in self.projections):
-            weights = self._weights(*(slots for slots, _, _ in wanted))
-            buffers = project(x, *zip(*weights), [runs for _, runs, _ in wanted])
+            weights, biases = zip(*self._weights(*(slots for slots, _, _ in wanted)))
+            buffers = project(x, weights, biases, [runs for _, runs, _ in wanted])
         else:
             buffers = [self._call_projections(slots, take(x, runs)) for slots, runs, _ in wanted]
         num_tokens = [x.shape[1] if runs is None else sum(n for n, taken in runs if taken) for _, runs, _ in wanted]
@@ -114,7 +114,12 @@ class ProjectedAttention(nn.Module):
     def _dropout_p(self) -> float:
         return self.dropout if self.training else 0.0
 
-    def _attend_dense(self, parts: list[Packed], attn_mask: Tensor | None) -> tuple[Tensor, Sequence[Tensor]]:
+    @property
+    def _records_copies(self) -> bool:
+        """Whether caches are copies, which keep nothing else alive, or views of what the graph holds anyway."""
+        return True
+
+    def _attend_dense(self, parts: list[Packed], attn_mask: Tensor | None) -> tuple[Tensor, Rotated]:
         """Every query attends to every key, but for what the framework's attention makes of the mask."""
         if attn_mask is None:
             plan = _dense_plan(parts[0].shape[1], parts[-1].shape[1])
@@ -122,7 +127,7 @@ class ProjectedAttention(nn.Module):
         slots = [slot for part in parts for slot in packed.rotated_slots(part)]
         q, k, v = (slot.transpose(1, 2) for slot in slots)
         out = F.scaled_dot_product_attention(q, k, v, attn_mask=attn_mask, dropout_p=self._dropout_p)
-        return out.transpose(1, 2).flatten(2), slots
+        return out.transpose(1, 2).flatten(2), lambda: slots
 
     def extra_repr(self) -> str:
         return f"num_heads={self.num_heads}, head_dim={self.head_dim}, use_rope={self.use_rope}, dropout={self.dropout}"
@@ -302,11 +307,12 @@ class MixedAttention(DotProductAttention):
             mask = cache.join_masks(plan, key_padding_mask, kv_cache, x)
         else:
             mask = None if key_padding_mask is None else take(key_padding_mask, _runs_with_keys(plan))
-        out, (_, k, v) = packed.attend(
+        out, rotated = packed.attend(
             parts, plan, key_padding_mask=mask, dropout_p=self._dropout_p, parallel=self.parallel
         )
         recorded = None
         if record and not cached:
+            _, k, v = rotated()
             recorded = {g.name: self._record(g, k, v, mask) for g in plan.groups if g.name in to_record}
         return linear(out, self.proj), recorded
 
@@ -320,7 +326,9 @@ class MixedAttention(DotProductAttention):
             (q,) = self._project(x, ("q", None, freqs))
             fresh = []
         else:
-            self._check_freqs(freqs, (x.shape[0], x.shape[1]))  # before the frequencies of the keys are taken out of them
+            self._check_freqs(
+                freqs, (x.shape[0], x.shape[1])
+            )  # before the frequencies of the keys are taken out of them
             runs = _runs_with_keys(plan)
             q, kv = self._project(x, ("q", None, freqs), ("kv", runs, _take_freqs(freqs, runs)))
             if kv_cache is None:
@@ -333,7 +341,9 @@ class MixedAttention(DotProductAttention):
         assert group.key_start is not None  # plans of calls that record have the keys of these groups
         rows = slice(group.key_start, group.key_start + group.size)
         kept = None if mask is None else mask[:, rows]
-        return cache.record_entry(k[:, rows], v[:, rows], kept, detach=self.detach_kv_cache)
+        return cache.record_entry(
+            k[:, rows], v[:, rows], kept, detach=self.detach_kv_cache, compact=self._records_copies
+        )
 
     def _goes_to_cache(self, name: str) -> bool:
         return "_anchor" in name or name in self.cached_groups
@@ -478,6 +488,9 @@ class PerceiverAttention(ProjectedAttention):
             (queries,) = self._project(q, ("q", None, q_freqs))
             keys = cache.read_entry("kv_cache", kv_cache, queries.buffer.view(queries.shape).squeeze(2))
             parts = [queries, *map(Packed.of, keys)]
-        out, (_, k, v) = self._attend_dense(parts, attn_mask)
-        recorded = cache.record_entry(k, v) if record and kv_cache is None else None
+        out, rotated = self._attend_dense(parts, attn_mask)
+        recorded = None
+        if record and kv_cache is None:
+            _, k, v = rotated()
+            recorded = cache.record_entry(k, v, compact=self._records_copies)
         return self.proj_dropout(linear(out, self.proj)), recorded

@@ -46,8 +46,19 @@ class DotProductAttention(module.DotProductAttention):
     projections = ("q", "k", "v")
 
 
-class MixedAttention(DotProductAttention, module.MixedAttention):
-    """:class:`mixed_attention.MixedAttention` with separate ``q``, ``k`` and ``v`` layers; always returns a pair."""
+class _RecordsAlways(module.ProjectedAttention):
+    """Every call returns a cache, although training throws it away: there it shall cost nothing."""
+
+    @property
+    def _records_copies(self) -> bool:
+        return not (self.training and torch.is_grad_enabled())
+
+
+class MixedAttention(_RecordsAlways, DotProductAttention, module.MixedAttention):
+    """:class:`mixed_attention.MixedAttention` with separate ``q``, ``k`` and ``v`` layers; always returns a pair.
+
+    The cache is compact, but for calls in training mode that record a graph: there it is views of what the graph holds.
+    """
 
     def forward(
         self,
@@ -100,8 +111,11 @@ class JointAnchorAttention(MultiBranchAnchorAttention, anchor.JointAnchorAttenti
     """All tokens attend to the anchors of all branches."""
 
 
-class PerceiverAttention(module.PerceiverAttention):
-    """:class:`mixed_attention.PerceiverAttention` with separate ``k`` and ``v`` layers; always returns a pair."""
+class PerceiverAttention(_RecordsAlways, module.PerceiverAttention):
+    """:class:`mixed_attention.PerceiverAttention` with separate ``k`` and ``v`` layers; always returns a pair.
+
+    The cache: see :class:`MixedAttention`.
+    """
 
     projections = ("k", "v", "q")
 

@@ -8,7 +8,7 @@ rotates that back in place. Everywhere else the same is composed of :func:`mixed
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
 import torch
@@ -19,6 +19,8 @@ from mixed_attention.plan import AttentionPlan
 from mixed_attention.rope import apply_rope
 
 Freqs = Tensor | tuple[Tensor, ...]
+Rotated = Callable[[], Sequence[Tensor]]
+"""Makes the views of q, k and v after rotation ``(B, N, H, D)``, which few calls need, as parts of the graph."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -52,7 +54,7 @@ def attend(
     key_padding_mask: Tensor | None = None,
     dropout_p: float = 0.0,
     parallel: bool = True,
-) -> tuple[Tensor, list[Tensor]]:
+) -> tuple[Tensor, Rotated]:
     """Rotates and attends.
 
     Args:
@@ -63,7 +65,7 @@ def attend(
         parallel: Whether to run the kernels; if not, the reference.
 
     Returns:
-        The output ``(B, Nq, H * D)`` and the rotated q, k, v, each ``(B, N, H, D)``, as parts of the autograd graph.
+        The output ``(B, Nq, H * D)``, and what makes the rotated q, k and v.
     """
     if parallel and _may_run_in_place(parts):
         return _attend_in_place(parts, plan, key_padding_mask, dropout_p)
@@ -73,7 +75,7 @@ def attend(
     else:
         seed = ops.draw_seed(q.device) if dropout_p > 0 else None
         out, _ = reference.attend(q, k, v, plan.query_segments, q.shape[-1] ** -0.5, key_padding_mask, dropout_p, seed)
-    return out.flatten(2), slots
+    return out.flatten(2), lambda: slots
 
 
 def rotated_slots(part: Packed, *, parallel: bool = True) -> list[Tensor]:
@@ -104,7 +106,7 @@ def _may_run_in_place(parts: Sequence[Packed]) -> bool:
 
 def _attend_in_place(
     parts: Sequence[Packed], plan: AttentionPlan, key_padding_mask: Tensor | None, dropout_p: float
-) -> tuple[Tensor, list[Tensor]]:
+) -> tuple[Tensor, Rotated]:
     """One node of the graph. What it saves are the rotated buffers, the output and the log-sum-exp."""
     shapes = [part.shape for part in parts]
     pairs = [ops.real_freqs(p.freqs, p.buffer.dtype) if isinstance(p.freqs, Tensor) else None for p in parts]
@@ -112,7 +114,8 @@ def _attend_in_place(
     call = ops.packed_call(shapes, [p.rotated for p in parts], plan.flat(), shapes[0][-1] ** -0.5, dropout_p)
     out, *rotated = ops.attend_in_place([p.buffer for p in parts], pairs, key_padding_mask, seed, call)
     remaining = iter(rotated)
-    return out, _slots([p.buffer if pair is None else next(remaining) for p, pair in zip(parts, pairs)], shapes)
+    buffers = [p.buffer if pair is None else next(remaining) for p, pair in zip(parts, pairs)]
+    return out, lambda: _slots(buffers, shapes)
 
 
 def _slots(buffers: Sequence[Tensor], shapes: Sequence[Sequence[int]]) -> list[Tensor]:

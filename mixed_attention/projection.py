@@ -55,7 +55,8 @@ def project(
     if torch.is_autocast_enabled(x.device.type) and x.dtype == torch.float32 and len(weights) > 1:
         x = x.to(torch.get_autocast_dtype(x.device.type))  # once for all
     # NOTE: rank 2 in, so that the product is no view and can be overwritten without a copy of its gradient.
-    return [F.linear(take(x, seen).flatten(0, 1), *both) for *both, seen in zip(weights, biases, runs)]
+    seen = (take(x, each).flatten(0, 1) for each in runs)
+    return [F.linear(tokens, weight, bias) for tokens, weight, bias in zip(seen, weights, biases)]
 
 
 def take(x: Tensor, runs: Runs | None) -> Tensor:

@@ -440,21 +440,63 @@ def test_backward_can_be_repeated():
     assert all(torch.equal(a, b) for a, b in zip(first, second))
 
 
-def test_memory_for_the_backward_is_the_projection_and_the_output():
-    """q, k and v are saved in one buffer, and the rotation saves no copy of its own."""
-    layer, x = make_layer(use_rope=True), make_x(DENSE)
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_memory_for_the_backward_is_the_projection_and_the_output(dtype):
+    """q, k and v are saved in one buffer, the rotation saves no copy, autocast one cast of the tokens."""
+    layer = make_layer(use_rope=True).float()
+    x = make_x(DENSE).detach().float().requires_grad_()
+    freqs = make_freqs(DENSE.num_tokens).to(torch.complex64)
     saved: dict[int, int] = {}
 
     def pack(tensor):
         saved[tensor.untyped_storage().data_ptr()] = tensor.untyped_storage().nbytes()
         return tensor
 
-    with torch.autograd.graph.saved_tensors_hooks(pack, lambda tensor: tensor):
-        out = layer(x, DENSE.specs, DENSE.patterns, freqs=make_freqs(DENSE.num_tokens))
-    tokens = out.untyped_storage().nbytes()
-    weights = sum(p.untyped_storage().nbytes() for p in layer.parameters())
-    pairs, lse = tokens // NUM_HEADS // 2, tokens // DIM * NUM_HEADS
-    assert sum(saved.values()) <= 5 * tokens + weights + pairs + lse  # x, qkv, the attention's output
+    with (
+        torch.autograd.graph.saved_tensors_hooks(pack, lambda tensor: tensor),
+        torch.autocast("cpu", dtype, enabled=dtype != torch.float32),
+    ):
+        out = layer(x, DENSE.specs, DENSE.patterns, freqs=freqs)
+    tokens, given = out.untyped_storage().nbytes(), (*layer.parameters(), freqs)
+    lse = 4 * x.shape[0] * x.shape[1] * NUM_HEADS
+    casts = 0 if dtype == torch.float32 else sum(p.numel() * dtype.itemsize for p in layer.parameters())
+    allowed = 5 * tokens + lse + casts + sum(t.untyped_storage().nbytes() for t in given)
+    assert sum(saved.values()) <= allowed  # x, qkv, the attention's output
+
+
+@pytest.mark.parametrize("scene", [SELF, DENSE], ids=["keys of anchors", "keys of all"])
+def test_gradients_under_autocast_are_rounded_once(scene):
+    """Weights and tokens get gradients of their own dtype, which are those of a layer in the lower precision."""
+    layer, x, freqs = make_layer(use_rope=True).float(), make_x(scene).detach().float(), make_freqs(scene.num_tokens)
+    freqs = freqs.to(torch.complex64)
+    cast = copy.deepcopy(layer).bfloat16()
+    tokens = [x.clone().requires_grad_(), x.bfloat16().requires_grad_()]
+    with torch.autocast("cpu", torch.bfloat16):
+        out = layer(tokens[0], scene.specs, scene.patterns, freqs=freqs)
+    wanted = cast(tokens[1], scene.specs, scene.patterns, freqs=freqs)
+    assert torch.equal(out, wanted)
+    grads = gradients(out, [tokens[0], *layer.parameters()])
+    expected = gradients(wanted, [tokens[1], *cast.parameters()])
+    assert all(grad.dtype == torch.float32 for grad in grads)
+    for grad, lower in zip(grads, expected):
+        torch.testing.assert_close(grad, lower.float(), rtol=2**-7, atol=2**-7 * lower.float().abs().max().item())
+
+
+@pytest.mark.parametrize("scene", [SELF, DENSE], ids=["keys of anchors", "keys of all"])
+def test_second_derivatives_under_autocast_reach_tokens_and_weights(scene):
+    """What was saved is the cast of what they came from, and stays connected to it."""
+    layer, freqs = make_layer(use_rope=True).float(), make_freqs(scene.num_tokens).to(torch.complex64)
+    x = make_x(scene).detach().float().requires_grad_()
+    found = []
+    for enabled in (False, True):
+        with torch.autocast("cpu", torch.bfloat16, enabled=enabled):
+            out = layer(x, scene.specs, scene.patterns, freqs=freqs)
+        (grad,) = torch.autograd.grad(out.float().square().sum(), x, create_graph=True)
+        found.append(torch.autograd.grad(grad.square().sum(), [x, *layer.parameters()], allow_unused=True))
+    for exact, rounded in zip(*found):
+        assert (exact is None) == (rounded is None)
+        if exact is not None:
+            torch.testing.assert_close(rounded, exact, rtol=0, atol=0.1 * exact.abs().max().item())
 
 
 @pytest.mark.parametrize("scene", [SELF, DENSE], ids=["keys of anchors", "keys of all"])
