@@ -1,6 +1,6 @@
 """Structured attention between named token groups, as one fused and differentiable PyTorch operator."""
 
-from mixed_attention import checkpoint, noether, reference
+from mixed_attention import cache, checkpoint, noether, reference
 from mixed_attention.anchor import (
     CrossAnchorAttention,
     JointAnchorAttention,
@@ -23,6 +23,7 @@ from mixed_attention.spec import (
     RopeFrequencyConfig,
     TokenSpec,
 )
+from mixed_attention.streaming import stream
 
 __all__ = [
     "AnchorAttentionConfig",
@@ -46,7 +47,9 @@ __all__ = [
     "UnexpectedTokenError",
     "apply_rope",
     "attention",
+    "cache",
     "checkpoint",
     "noether",
     "reference",
+    "stream",
 ]

@@ -18,6 +18,31 @@ KVEntry = dict[str, Tensor]
 KVCache = dict[str, KVEntry]
 
 
+def to(kv_cache: Any, device: torch.device | str | None = None, dtype: torch.dtype | None = None) -> Any:
+    """Moves a cache, or those of a stack of blocks, to another device or dtype.
+
+    Args:
+        kv_cache: What a layer returned; or lists, tuples and mappings of such, with None where a block has no cache.
+        device: Where to.
+        dtype: Of keys and values; padding masks stay boolean.
+
+    Returns:
+        The same structure. Tensors that need no move are shared.
+
+    Raises:
+        TypeError: If something in it is neither of these.
+    """
+    if kv_cache is None:
+        return None
+    if isinstance(kv_cache, Tensor):
+        return kv_cache.to(device=device, dtype=dtype if kv_cache.is_floating_point() else None)
+    if isinstance(kv_cache, Mapping):
+        return {name: to(each, device, dtype) for name, each in kv_cache.items()}
+    if isinstance(kv_cache, (list, tuple)):
+        return type(kv_cache)(to(each, device, dtype) for each in kv_cache)
+    raise TypeError(f"kv_cache: expected tensors in mappings, lists and tuples, got {type(kv_cache).__name__}")
+
+
 def record_entry(
     k: Tensor, v: Tensor, key_padding_mask: Tensor | None = None, *, detach: bool = False, compact: bool = True
 ) -> KVEntry:

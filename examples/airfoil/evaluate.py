@@ -4,12 +4,14 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from dataclasses import dataclass
+from functools import partial
 
 import numpy as np
 import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
+import mixed_attention as ma
 from examples.airfoil.data import (
     ANGLES,
     BOX,
@@ -133,11 +135,14 @@ def predict(model: AirfoilSurrogate, case: Case, chunk_size: int = 8192) -> Valu
     stream = case.stream.to(device)
     anchors = {name: tokens.to(device) for name, tokens in case.anchors.items()}
     _, caches = model(anchors, stream, return_kv_caches=True)
-    values = {}
-    for branch, tokens in case.queries.items():
-        chunks = [{f"{branch}_queries": chunk.to(device)} for chunk in tokens.split(chunk_size, 1)]
-        values[branch] = torch.cat([model(chunk, stream, caches)[branch].cpu() for chunk in chunks], 1)
-    return values
+
+    def predict_branch(branch: str, tokens: Tensor) -> Tensor:
+        return model({f"{branch}_queries": tokens}, stream, caches)[branch]
+
+    return {
+        branch: ma.stream(partial(predict_branch, branch), tokens, chunk_size=chunk_size, device=device)
+        for branch, tokens in case.queries.items()
+    }
 
 
 class TrainingMean:
