@@ -137,7 +137,7 @@ def measure(case: Case, device: torch.device, precision: str, rounds: int, *, co
         count = CALLS_A_SAMPLE if device.type == "cuda" else 1
         for passed, call in (("forward", step.inference), ("forward + backward", step.training)):
             calls = {name: partial(call, module) for name, module in modules.items()}
-            peaks = {name: _peak(each, device) for name, each in calls.items()}
+            peaks = {name: peak_bytes(each, device) for name, each in calls.items()}
             samples = {name: Calls(partial(_repeat, each, count), count) for name, each in calls.items()}
             flops = case.flops(backward=call == step.training)
             for name, timing in take_turns(samples, device, rounds).items():
@@ -151,7 +151,7 @@ def _repeat(call: Callable[[], object], count: int) -> None:
         call()
 
 
-def _peak(call: Callable[[], object], device: torch.device) -> dict[str, int]:
+def peak_bytes(call: Callable[[], object], device: torch.device) -> dict[str, int]:
     """Peak memory of the device over what lies there between two steps: weights, inputs, their gradients."""
     if device.type != "cuda":
         return {}
