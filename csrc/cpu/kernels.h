@@ -16,7 +16,7 @@ inline constexpr int64_t kRowBlock = 6;
 inline constexpr int64_t kColumnBlock = 16;
 
 // Forward: queries and keys of a tile. Many queries share the packing of a key tile, and a key tile (K, V) stays in L2.
-inline constexpr int64_t kFwdBlockM = 192, kFwdBlockN = 128;
+inline constexpr int64_t kFwdBlockM = 384, kFwdBlockN = 128;
 // Backward: four packed tiles of kBwdBlockN keys and two accumulators, four tiles of kBwdBlockM queries.
 inline constexpr int64_t kBwdBlockM = 96, kBwdBlockN = 192;
 

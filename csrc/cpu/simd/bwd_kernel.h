@@ -28,15 +28,12 @@ class WeightTile {
     constexpr int kLane = kLanes<SumOf<F>>;
     for (int i = 0; i < 2; ++i) {
       if constexpr (kHasPairs) {
-        store_factors(across_rows_ + row / 2 * kBwdBlockN + column + i * kLane,
-                      zip_to_pairs(values[0][i], values[1][i]));
+        store_zipped(across_rows_ + row / 2 * kBwdBlockN + column + i * kLane, values[0][i], values[1][i]);
         if constexpr (kReadAlongRows) {
-          store_factors(along_rows_ + ((row + i) * kBwdBlockN + column) / 2, to_pairs(values[i][0], values[i][1]));
+          store_two(along_rows_ + ((row + i) * kBwdBlockN + column) / 2, values[i][0], values[i][1]);
         }
       } else {
-        for (int j = 0; j < 2; ++j) {
-          store(across_rows_ + (row + i) * kBwdBlockN + column + j * kLane, values[i][j]);
-        }
+        store_two(across_rows_ + (row + i) * kBwdBlockN + column, values[i][0], values[i][1]);
       }
     }
   }
@@ -221,7 +218,7 @@ class BwdTile {
           const Acc lse_log2 = lse_log2_[first_row + row + i], delta = delta_[first_row + row + i];
           for (int j = 0; j < 2; ++j) {
             const int64_t at = (row + i) * kStrip + column + j * kLane;
-            const V weight = exp2_nonpositive<Acc>(scale_log2_ * load(s_ + at) - lse_log2);
+            const V weight = exp2<Acc>(scale_log2_ * load(s_ + at) - lse_log2);
             if constexpr (kDropout) {
               const V kept = load(kept_ + at);
               p[i][j] = kept * weight;

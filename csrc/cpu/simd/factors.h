@@ -11,10 +11,13 @@ namespace mixed_attention::cpu::MIXED_ATTENTION_ISA {
 template <class F>
 struct FactorTraits {
   using Sum = F;
+  using Lane = F;
   static constexpr int kTerms = 1;
 };
 template <class F>
 using SumOf = typename FactorTraits<F>::Sum;
+template <class F>
+using FactorVec = Vec<typename FactorTraits<F>::Lane>;
 template <class F>
 inline constexpr int kTerms = FactorTraits<F>::kTerms;
 
@@ -43,10 +46,35 @@ inline V multiply_add(V a, V b, V sum) {
   return a * b + sum;
 }
 
+// Two neighbouring vectors as factors, in their order.
+template <class V, class T>
+inline void store_two(T* p, V first, V second) {
+  store(p, first);
+  store(p + kLanes<T>, second);
+}
+
 // The factor that starts at an element, times sign, which is 1 or -1.
 template <class Element, class T>
 inline void make_factor(const Element* in, T sign, T& out) {
   out = sign * to_accumulator(*in);
+}
+
+// As many factors as a vector holds.
+template <class F, class Element>
+inline FactorVec<F> make_factors(const Element* in) {
+  if constexpr (kTerms<F> == 1) {
+    F factors[kLanes<F>];
+    for (int i = 0; i < kLanes<F>; ++i) factors[i] = to_accumulator(in[i]);
+    return load(factors);
+  } else {
+    FactorVec<F> factors;
+    std::memcpy(&factors, in, sizeof(factors));
+    return factors;
+  }
+}
+template <class T, class V>
+inline void store_factors(T* p, V v) {
+  store(p, v);
 }
 
 #if MIXED_ATTENTION_BFLOAT16_PAIRS
@@ -56,6 +84,7 @@ struct BFloat16Pair {
 template <>
 struct FactorTraits<BFloat16Pair> {
   using Sum = float;
+  using Lane = uint32_t;
   static constexpr int kTerms = 2;
 };
 template <>
@@ -75,9 +104,16 @@ inline BFloat16Pair pair_of(BFloat16 first, BFloat16 second) {
 inline void make_factor(const BFloat16* in, float sign, BFloat16Pair& out) {
   out.bits = pair_of(in[0], in[1]).bits ^ (sign < 0 ? 0x80008000u : 0u);
 }
+inline void store_factors(BFloat16Pair* p, Vec<uint32_t> v) { store(&p->bits, v); }
 // Half a pair at the end of a row.
 inline void make_last_factor(const BFloat16* in, float sign, BFloat16Pair& out) {
   out.bits = in[0].bits ^ (sign < 0 ? 0x8000u : 0u);
+}
+
+// The pairs of a row.
+inline void copy_pairs(const BFloat16* row, int64_t count, float sign, BFloat16Pair* out) {
+  std::memcpy(out, row, count * sizeof(BFloat16Pair));
+  for (int64_t i = 0; i < count && sign < 0; ++i) out[i].bits ^= 0x80008000u;
 }
 
 // Pairs of what stands below each other in two rows; null is a row of zeros.
@@ -92,16 +128,20 @@ inline void zip_rows(const BFloat16* first, const BFloat16* second, int64_t size
   }
 }
 
-inline void store_factors(BFloat16Pair* p, Vec<uint32_t> v) { store(&p->bits, v); }
 // Neighbouring lanes paired: those of the first vector, then those of the second.
 inline Vec<uint32_t> to_pairs(Vec<float> first, Vec<float> second) {
   return (Vec<uint32_t>)_mm512_cvtne2ps_pbh(second, first);
 }
-// Lane i is the pair of the i-th lanes of both.
-inline Vec<uint32_t> zip_to_pairs(Vec<float> first, Vec<float> second) {
+inline void store_two(BFloat16Pair* p, Vec<float> first, Vec<float> second) {
+  store(&p->bits, to_pairs(first, second));
+}
+
+// Pair i is that of lane i of both.
+inline void store_zipped(BFloat16Pair* p, Vec<float> first, Vec<float> second) {
   alignas(64) static constexpr int16_t kZip[32] = {0, 16, 1, 17, 2,  18, 3,  19, 4,  20, 5,  21, 6,  22, 7,  23,
                                                    8, 24, 9, 25, 10, 26, 11, 27, 12, 28, 13, 29, 14, 30, 15, 31};
-  return (Vec<uint32_t>)_mm512_permutexvar_epi16(_mm512_load_si512(kZip), (__m512i)to_pairs(first, second));
+  const __m512i pairs = (__m512i)to_pairs(first, second);
+  store(&p->bits, (Vec<uint32_t>)_mm512_permutexvar_epi16(_mm512_load_si512(kZip), pairs));
 }
 #endif
 
@@ -112,7 +152,11 @@ using Factor = typename FactorOf<Element>::type;
 template <class Element, class F>
 inline void pack_row(const Element* row, int64_t size, SumOf<F> sign, F* out, int64_t width) {
   const int64_t full = row ? size / kTerms<F> : 0;
-  for (int64_t i = 0; i < full; ++i) make_factor(row + i * kTerms<F>, sign, out[i]);
+  if constexpr (kTerms<F> == 2) {
+    if (row) copy_pairs(row, full, sign, out);
+  } else {
+    for (int64_t i = 0; i < full; ++i) make_factor(row + i, sign, out[i]);
+  }
   for (int64_t i = full; i < width; ++i) out[i] = F{};
   if constexpr (kTerms<F> == 2) {
     if (row && size % 2) make_last_factor(row + size - 1, sign, out[full]);
@@ -122,31 +166,27 @@ inline void pack_row(const Element* row, int64_t size, SumOf<F> sign, F* out, in
 // Depth along the rows, which become columns: out[d][i] = factor d of row i, zero from count to columns.
 template <class Element, class F, class RowAt>
 inline void pack_columns(int64_t count, int64_t size, RowAt row_at, F* out, int64_t columns) {
-  constexpr int64_t kUnroll = 8;  // rows at a time: eight short streams of reads, one of writes
-  const int64_t full = size / kTerms<F>;
-  int64_t i = 0;
-  for (; i + kUnroll <= count; i += kUnroll) {
-    const Element* rows[kUnroll];
-    for (int64_t j = 0; j < kUnroll; ++j) rows[j] = row_at(i + j);
-    for (int64_t d = 0; d < full; ++d) {
-      for (int64_t j = 0; j < kUnroll; ++j) {
-        make_factor(rows[j] + d * kTerms<F>, SumOf<F>(1), out[d * columns + i + j]);
-      }
+  constexpr int kLane = kLanes<SumOf<F>>;
+  const int64_t square_rows = count / kLane * kLane, square_factors = size / kTerms<F> / kLane * kLane;
+  for (int64_t i = 0; i < square_rows; i += kLane) {
+    const Element* rows[kLane];
+    for (int j = 0; j < kLane; ++j) rows[j] = row_at(i + j);
+    for (int64_t d = 0; d < square_factors; d += kLane) {
+      FactorVec<F> square[kLane];
+      for (int j = 0; j < kLane; ++j) square[j] = make_factors<F>(rows[j] + d * kTerms<F>);
+      transpose(square);
+      for (int j = 0; j < kLane; ++j) store_factors(out + (d + j) * columns + i, square[j]);
     }
   }
-  for (; i < columns; ++i) {
+  for (int64_t i = 0; i < columns; ++i) {
     const Element* row = i < count ? row_at(i) : nullptr;
-    for (int64_t d = 0; d < full; ++d) {
-      if (row)
-        make_factor(row + d * kTerms<F>, SumOf<F>(1), out[d * columns + i]);
-      else
-        out[d * columns + i] = F{};
-    }
-  }
-  if constexpr (kTerms<F> == 2) {
-    for (i = 0; i < columns && size % 2; ++i) {
-      out[full * columns + i] = F{};
-      if (i < count) make_last_factor(row_at(i) + size - 1, SumOf<F>(1), out[full * columns + i]);
+    for (int64_t d = i < square_rows ? square_factors : 0; d < num_factors<F>(size); ++d) {
+      F& factor = out[d * columns + i];
+      factor = F{};
+      if (row && (d + 1) * kTerms<F> <= size) make_factor(row + d * kTerms<F>, SumOf<F>(1), factor);
+      if constexpr (kTerms<F> == 2) {
+        if (row && 2 * d + 1 == size) make_last_factor(row + 2 * d, SumOf<F>(1), factor);
+      }
     }
   }
 }

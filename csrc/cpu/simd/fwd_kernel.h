@@ -1,6 +1,6 @@
 // Forward: one tile of query rows against all keys of its segment, by online softmax.
 //
-// Scores are scaled to base 2 where they are read, so that p = exp2(scale * s - running maximum): 16-bit queries are
+// Scores are scaled to base 2 where they are read, so that p = exp2(scale * s - base): 16-bit queries are
 // multiplied as they are.
 #pragma once
 
@@ -35,6 +35,9 @@ class FwdTile {
   using Acc = Accumulator<Element>;
   using V = Vec<Acc>;
   static constexpr int kLane = kLanes<Acc>;
+  // How far above the base a score may come before the base is raised to it: weights up to 2^8 are as exact as up to 1,
+  // and after its first tile a row hardly ever has to rescale.
+  static constexpr Acc kHeadroom = 8;
 
  public:
   FwdTile(const FwdParams& p, const FwdTask& task, void* memory)
@@ -49,7 +52,7 @@ class FwdTile {
     Scratch scratch(memory);
     q_ = scratch.take<F>(kFwdBlockM * depth_);
     out_ = scratch.take<Acc>(kFwdBlockM * width_v_);
-    max_ = scratch.take<Acc>(kFwdBlockM);
+    base_ = scratch.take<Acc>(kFwdBlockM);
     sum_ = scratch.take<Acc>(kFwdBlockM * kLane);
     k_transposed_ = scratch.take<F>(depth_ * kFwdBlockN);
     v_ = scratch.take<F>(num_factors<F>(kFwdBlockN) * width_v_);
@@ -78,7 +81,7 @@ class FwdTile {
       pack_row(row < rows_ ? q + row * p_.q_strides.row : nullptr, p_.head_dim, sign, q_ + row * depth_, depth_);
     }
     for (int64_t i = 0; i < padded_rows_ * width_v_; ++i) out_[i] = 0;
-    for (int64_t i = 0; i < padded_rows_; ++i) max_[i] = -static_cast<Acc>(INFINITY);
+    for (int64_t i = 0; i < padded_rows_; ++i) base_[i] = -static_cast<Acc>(INFINITY);
     for (int64_t i = 0; i < padded_rows_ * kLane; ++i) sum_[i] = 0;
   }
 
@@ -93,12 +96,14 @@ class FwdTile {
 
   // kRowBlock rows from `first` on against the keys of the tile.
   void attend(int64_t first, int64_t count) {
-    const int64_t columns = round_up(count, kTerms<F> * kLane);
+    const int64_t columns = round_up(count, 2 * kLane);
     gemm<Update::kSet>(kRowBlock, columns, depth_, Operand<F>{q_ + first * depth_, depth_, 1}, k_transposed_,
                        kFwdBlockN, s_, kFwdBlockN);
     for (int64_t i = 0; i < kRowBlock; ++i) {
-      softmax(first + i, s_ + i * kFwdBlockN, count, columns);
-      pack_weights(s_ + i * kFwdBlockN, columns, p_tile_ + i * kFwdBlockN / kTerms<F>);
+      Acc* s = s_ + i * kFwdBlockN;
+      F* p = p_tile_ + i * kFwdBlockN / kTerms<F>;
+      p_.dropout_p > 0 ? softmax<true>(first + i, s, count, columns, p)
+                       : softmax<false>(first + i, s, count, columns, p);
     }
     gemm<Update::kAdd>(kRowBlock, width_v_, num_factors<F>(count), Operand<F>{p_tile_, kFwdBlockN / kTerms<F>, 1}, v_,
                        width_v_, out_ + first * width_v_, width_v_);
@@ -113,39 +118,38 @@ class FwdTile {
     }
   }
 
-  static void pack_weights(const Acc* s, int64_t columns, F* out) {
-    if constexpr (!std::is_same_v<F, Acc>) {
-      for (int64_t i = 0; i < columns; i += 2 * kLane) {
-        store_factors(out + i / kTerms<F>, to_pairs(load(s + i), load(s + i + kLane)));
-      }
-    }
-  }
-
-  // Turns a row of scores into weights relative to the running maximum, and what was summed so far with it.
-  void softmax(int64_t row, Acc* s, int64_t count, int64_t columns) {
+  // Turns a row of scores into weights relative to the row's base, and what was summed so far with it.
+  template <bool kDropout>
+  void softmax(int64_t row, Acc* s, int64_t count, int64_t columns, F* p) {
     for (int64_t i = count; i < columns; ++i) s[i] = -static_cast<Acc>(INFINITY);
     V tile_max = load(s);
     for (int64_t i = kLane; i < columns; i += kLane) tile_max = max<Acc>(load(s + i), tile_max);
-    const Acc old_max = max_[row];
-    const Acc tile_top = scale_log2_ * reduce_max<Acc>(tile_max);
-    const Acc new_max = tile_top > old_max ? tile_top : old_max;
-    if (new_max != old_max) rescale(row, old_max, new_max);
+    if (any_above<Acc>(scale_log2_ * tile_max, base_[row] + kHeadroom)) raise_base(row, tile_max);
+    if constexpr (kDropout) draw_dropout(row, count, columns);
+    const Acc base = base_[row];
     V sum = load(sum_ + row * kLane);
-    for (int64_t i = 0; i < columns; i += kLane) {
-      const V p = exp2_nonpositive<Acc>(scale_log2_ * load(s + i) - new_max);
-      sum += p;
-      store(s + i, p);
+    for (int64_t i = 0; i < columns; i += 2 * kLane) {
+      V first = exp2<Acc>(scale_log2_ * load(s + i) - base);
+      V second = exp2<Acc>(scale_log2_ * load(s + i + kLane) - base);
+      sum += first + second;
+      if constexpr (kDropout) {
+        first *= load(kept_ + i);
+        second *= load(kept_ + i + kLane);
+      }
+      store_two(p + i / kTerms<F>, first, second);
     }
     store(sum_ + row * kLane, sum);
-    if (p_.dropout_p > 0) {
-      dropout_.weights(task_.rows.begin + row, task_.batch * p_.num_heads + task_.head, keys_, count, kept_);
-      for (int64_t i = 0; i < count; ++i) s[i] *= kept_[i];
-    }
   }
 
-  void rescale(int64_t row, Acc old_max, Acc new_max) {
-    max_[row] = new_max;
-    const V factor = exp2_nonpositive<Acc>(broadcast(old_max - new_max));
+  void draw_dropout(int64_t row, int64_t count, int64_t columns) {
+    dropout_.weights(task_.rows.begin + row, task_.batch * p_.num_heads + task_.head, keys_, count, kept_);
+    for (int64_t i = count; i < columns; ++i) kept_[i] = 0;
+  }
+
+  void raise_base(int64_t row, V tile_max) {
+    const Acc old_base = base_[row];
+    base_[row] = scale_log2_ * reduce_max<Acc>(tile_max);
+    const V factor = exp2<Acc>(broadcast(old_base - base_[row]));
     store(sum_ + row * kLane, load(sum_ + row * kLane) * factor);
     Acc* out = out_ + row * width_v_;
     for (int64_t i = 0; i < width_v_; i += kLane) store(out + i, load(out + i) * factor);
@@ -159,7 +163,7 @@ class FwdTile {
       const Acc sum = reduce_sum<Acc>(load(sum_ + row * kLane));
       const bool has_keys = sum != 0;
       store_row(out_ + row * width_v_, p_.head_dim_v, has_keys ? 1 / sum : Acc(0), out + row * p_.out_strides.row);
-      lse[row] = has_keys ? static_cast<Acc>((max_[row] + std::log2(sum)) * kLn2) : -static_cast<Acc>(INFINITY);
+      lse[row] = has_keys ? static_cast<Acc>((base_[row] + std::log2(sum)) * kLn2) : -static_cast<Acc>(INFINITY);
     }
   }
 
@@ -170,7 +174,7 @@ class FwdTile {
   const Dropout dropout_;
   F* q_;             // [rows][depth], with the sign of the softmax scale
   Acc* out_;         // [rows][width_v], not yet divided by the sum
-  Acc* max_;         // [rows]
+  Acc* base_;        // [rows], what the exponents of weights are relative to
   Acc* sum_;         // [rows][lanes]
   F* k_transposed_;  // [depth][kFwdBlockN]
   F* v_;             // [kFwdBlockN / kTerms][width_v]

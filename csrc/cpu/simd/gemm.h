@@ -32,7 +32,7 @@ template <class F, int kVectors, Update kUpdate>
   }
   const F* a_column = a.data;
   for (int64_t k = 0; k < depth; ++k, a_column += a.column_stride, b += b_stride) {
-    decltype(load_factors(b)) b_row[kVectors];
+    FactorVec<F> b_row[kVectors];
 #pragma GCC unroll 4
     for (int i = 0; i < kVectors; ++i) b_row[i] = load_factors(b + i * kLanes<Sum>);
 #pragma GCC unroll 8

@@ -7,6 +7,7 @@
 
 #include <cstdint>
 #include <type_traits>
+#include <utility>
 
 namespace mixed_attention::cpu::MIXED_ATTENTION_ISA {
 
@@ -50,6 +51,34 @@ inline Vec<T> max(Vec<T> a, Vec<T> b) {
   return a > b ? a : b;
 }
 
+// Lanes of both by turns, out of their lower halves or their upper halves.
+template <bool kUpper, class V, size_t... kLane>
+inline V zip(V a, V b, std::index_sequence<kLane...>) {
+  constexpr size_t kCount = sizeof...(kLane);
+#if defined(__has_builtin) && __has_builtin(__builtin_shufflevector)
+  return __builtin_shufflevector(a, b, (kLane / 2 + kLane % 2 * kCount + kUpper * kCount / 2)...);
+#else
+  return V{(kLane % 2 ? b : a)[kLane / 2 + kUpper * kCount / 2]...};
+#endif
+}
+
+// Row i of a square becomes column i.
+template <class V, int kCount>
+inline void transpose(V (&rows)[kCount]) {
+  constexpr auto kLanes = std::make_index_sequence<kCount>();
+#pragma GCC unroll 4
+  for (int stage = 1; stage < kCount; stage *= 2) {
+    V next[kCount];
+#pragma GCC unroll 8
+    for (int i = 0; i < kCount / 2; ++i) {
+      next[2 * i] = zip<false>(rows[i], rows[i + kCount / 2], kLanes);
+      next[2 * i + 1] = zip<true>(rows[i], rows[i + kCount / 2], kLanes);
+    }
+#pragma GCC unroll 16
+    for (int i = 0; i < kCount; ++i) rows[i] = next[i];
+  }
+}
+
 // Folds the upper half of a vector onto the lower until one number is left.
 template <class T, int kCount, class Fold>
 inline T reduce(const T* p, Fold fold) {
@@ -72,11 +101,20 @@ inline T reduce_sum(Vec<T> v) {
   return reduce<T, kLanes<T>>(reinterpret_cast<const T*>(&v), [](T a, T b) { return a + b; });
 }
 
-// 2^x for x <= 0, also -inf, and for what rounding leaves a little above 0; what would be subnormal may be 0, and NaN
+// Whether some lane is above the bound.
+template <class T>
+inline bool any_above(Vec<T> v, T bound) {
+#if MIXED_ATTENTION_VECTOR_BYTES == 64
+  if constexpr (sizeof(T) == 4) return _mm512_cmp_ps_mask(v, broadcast(bound), _CMP_GT_OQ) != 0;
+#endif
+  return reduce_max<T>(v) > bound;
+}
+
+// 2^x for x <= 0, also -inf, and for what is a little above 0; what would be subnormal may be 0, and NaN
 // stays NaN. Chebyshev approximations of 2^f on [-1/2, 1/2], relative error 2e-9 (fp32) and 3e-18 (fp64) before
 // rounding.
 template <class T>
-inline Vec<T> exp2_nonpositive(Vec<T> x) {
+inline Vec<T> exp2(Vec<T> x) {
   using Int = IntOf<T>;
   constexpr bool kIsFloat = sizeof(T) == 4;
   constexpr T kLowest = kIsFloat ? T(-126) : T(-1022);
@@ -117,7 +155,7 @@ inline Vec<T> exp2_nonpositive(Vec<T> x) {
 #if MIXED_ATTENTION_VECTOR_BYTES == 64
 // AVX-512 has instructions for f = x - floor(x), 0 for -inf, and for p * 2^floor(x). On [0, 1), relative error 2e-9.
 template <>
-inline Vec<float> exp2_nonpositive<float>(Vec<float> x) {
+inline Vec<float> exp2<float>(Vec<float> x) {
   const Vec<float> f = _mm512_reduce_ps(x, _MM_FROUND_TO_NEG_INF | _MM_FROUND_NO_EXC);
   Vec<float> p = broadcast(2.17022548726714e-4f);
   p = p * f + 1.24396879984801e-3f;
