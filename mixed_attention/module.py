@@ -64,8 +64,8 @@ class ProjectedAttention(nn.Module):
             wanted: For every part its slots, the tokens it is made of, and the frequencies that rotate those of q
                 and k.
         """
-        if all(is_plain(self.get_submodule(name)) for name in self.projections):
-            weights, biases = zip(*self._weights(*(slots for slots, _, _ in wanted)))
+        if all(is_plain(self._layer(name)) for name in self.projections):
+            weights, biases = zip(*self._weights([slots for slots, _, _ in wanted]))
             buffers = project(x, weights, biases, [runs for _, runs, _ in wanted])
         else:
             buffers = [self._call_projections(slots, take(x, runs)) for slots, runs, _ in wanted]
@@ -75,11 +75,16 @@ class ProjectedAttention(nn.Module):
             for buffer, seqlen, (slots, _, freqs) in zip(buffers, num_tokens, wanted)
         ]
 
-    def _weights(self, *parts: str) -> list[tuple[Tensor, Tensor | None]]:
+    def _layer(self, name: str) -> Any:
+        return self._modules[name]
+
+    def _weights(self, parts: Sequence[str]) -> list[tuple[Tensor, Tensor | None]]:
         """Weight and bias that make each part, some neighbouring slots out of "qkv", whatever the parameter layout."""
+        if self.projections == tuple(parts):
+            return [(self._layer(name).weight, self._layer(name).bias) for name in parts]
         pieces: list[tuple[list[Tensor], list[Tensor]]] = [([], []) for _ in parts]
         for name in self.projections:
-            layer: Any = self.get_submodule(name)
+            layer = self._layer(name)
             shares = [sum(slot in part for slot in name) for part in parts]
             for kind, parameter in enumerate((layer.weight, layer.bias)):
                 if parameter is not None:

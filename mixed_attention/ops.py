@@ -82,11 +82,15 @@ def needs_composite(*tensors: Tensor | None) -> bool:
     """Whether a transform is active that only a composition of framework operators answers rightly."""
     if torch._C._functorch.peek_interpreter_stack() is not None:
         return True
-    if any(t is not None and torch._C._functorch.is_legacy_batchedtensor(t) for t in tensors):  # is_grads_batched
-        return True
-    if forward_ad._current_level < 0:
-        return False
-    return any(t is not None and forward_ad.unpack_dual(t).tangent is not None for t in tensors)
+    has_duals = forward_ad._current_level >= 0
+    for tensor in tensors:
+        if tensor is None:
+            continue
+        if torch._C._functorch.is_legacy_batchedtensor(tensor):  # is_grads_batched
+            return True
+        if has_duals and forward_ad.unpack_dual(tensor).tangent is not None:
+            return True
+    return False
 
 
 @overload

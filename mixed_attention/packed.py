@@ -93,15 +93,17 @@ def rotated_slots(part: Packed, *, parallel: bool = True) -> list[Tensor]:
 
 def _may_run_in_place(parts: Sequence[Packed]) -> bool:
     """Whether this is plain eager mode with kernels, and nothing is asked that only a composition answers."""
-    buffer = parts[0].buffer
+    buffer, shape = parts[0].buffer, parts[0].shape
     if torch.compiler.is_compiling() or not ops.has_kernels(buffer.device.type, buffer.dtype):
         return False
-    if any(part.shape[0] != parts[0].shape[0] for part in parts):  # one sequence of keys for a batch
-        return False
-    freqs = [part.freqs for part in parts if isinstance(part.freqs, Tensor)]
-    if any(isinstance(part.freqs, tuple) for part in parts) or any(f.requires_grad for f in freqs):
-        return False
-    return not ops.needs_composite(*freqs, *(part.buffer for part in parts))
+    for part in parts:
+        if part.shape[0] != shape[0]:  # one sequence of keys for a batch
+            return False
+        if part.freqs is not None and (isinstance(part.freqs, tuple) or part.freqs.requires_grad):
+            return False
+        if ops.needs_composite(part.buffer, part.freqs):
+            return False
+    return True
 
 
 def _attend_in_place(

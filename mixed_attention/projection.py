@@ -17,14 +17,21 @@ from mixed_attention import ops
 Runs = tuple[tuple[int, bool], ...]
 """Neighbouring tokens: how many, and whether they are taken; they add up to the sequence."""
 
+_AUTOCAST_FROM = (torch.float32, torch.bfloat16, torch.float16)
+
 
 def is_plain(layer: nn.Module) -> bool:
     """Whether calling a layer does nothing but multiply by its weight and add its bias.
 
     Not so with hooks on it, with another module in its place (adapters, quantised layers), or with another forward.
     """
-    hooks = layer._forward_pre_hooks, layer._forward_hooks, layer._backward_pre_hooks, layer._backward_hooks
-    return type(layer) is nn.Linear and not any(hooks) and "forward" not in layer.__dict__
+    return type(layer) is nn.Linear and not (
+        layer._forward_pre_hooks
+        or layer._forward_hooks
+        or layer._backward_pre_hooks
+        or layer._backward_hooks
+        or "forward" in layer.__dict__
+    )
 
 
 def linear(x: Tensor, layer: nn.Module) -> Tensor:
@@ -79,28 +86,24 @@ def _project_in_one_step(
         return None
     given = [bias for bias in biases if bias is not None]
     tensors = x, *weights, *given
-    if len(given) not in (0, len(biases)) or not ops.is_compiled() or not all(_is_plain_tensor(t, x) for t in tensors):
+    dtype = _dtype_of_product(tensors)
+    if dtype is None or len(given) not in (0, len(biases)) or not ops.is_compiled() or ops.needs_composite(*tensors):
         return None
     if x.ndim != 3 or x.shape[-1] != weights[0].shape[-1]:
-        return None
-    dtype = _dtype_of_product(tensors)
-    if dtype is None or ops.needs_composite(*tensors):
         return None
     return ops.project(x, weights, given, [None if each is None else _ranges(each) for each in runs], dtype)
 
 
-def _is_plain_tensor(tensor: Tensor, x: Tensor) -> bool:
-    return type(tensor) in (Tensor, nn.Parameter) and tensor.device == x.device
-
-
 def _dtype_of_product(tensors: Sequence[Tensor]) -> torch.dtype | None:
-    """The dtype that everything has, or is cast to by autocast; None where the framework is to judge."""
-    dtypes = {t.dtype for t in tensors}
-    device_type = tensors[0].device.type
-    if torch.is_autocast_enabled(device_type):
-        castable = dtypes <= {torch.float32, torch.bfloat16, torch.float16}
-        return torch.get_autocast_dtype(device_type) if castable else None
-    return tensors[0].dtype if len(dtypes) == 1 else None
+    """What plain tensors of one device are multiplied in: the dtype of all, or autocast's; else None."""
+    first = tensors[0]
+    by_autocast = torch.is_autocast_enabled(first.device.type)
+    for tensor in tensors:
+        if type(tensor) not in (Tensor, nn.Parameter) or tensor.device != first.device:
+            return None
+        if tensor.dtype not in _AUTOCAST_FROM if by_autocast else tensor.dtype != first.dtype:
+            return None
+    return torch.get_autocast_dtype(first.device.type) if by_autocast else first.dtype
 
 
 def _ranges(runs: Runs) -> list[tuple[int, int]]:
