@@ -123,11 +123,16 @@ def portable_targets() -> list[str]:
     return sorted(set(targets))
 
 
-def arch_flag(source: str) -> str:
-    """Architectures of one source. All targets of the portable kernels share one run of nvcc's front end."""
+def arch_flags(source: str) -> list[str]:
+    """Architectures of one source. The targets of the portable kernels share runs of nvcc's front end: one for 8.x and
+    PTX, and one from 9.0 on, where two neighbours can be added to memory at once."""
     if "hopper" in source:
-        return "-gencode=arch=compute_90a,code=sm_90a"
-    return f"-gencode=arch=compute_80,code=[{','.join(portable_targets())}]"
+        return ["-gencode=arch=compute_90a,code=sm_90a"]
+    targets_of: dict[str, list[str]] = {"compute_80": [], "compute_90": []}
+    for target in portable_targets():
+        is_later = target.startswith("sm_") and int(target.removeprefix("sm_")) >= 90
+        targets_of["compute_90" if is_later else "compute_80"].append(target)
+    return [f"-gencode=arch={arch},code=[{','.join(targets)}]" for arch, targets in targets_of.items() if targets]
 
 
 def wanted_head_dims() -> list[str]:
@@ -160,7 +165,7 @@ def ninja_file(cuda: Path, kernels: Sequence[str]) -> str:
         "  deps = gcc",
     ]
     for source in kernels:
-        lines += [f"build {object_of(source)}: nvcc {ROOT / source}", f"  arch = {shlex.quote(arch_flag(source))}"]
+        lines += [f"build {object_of(source)}: nvcc {ROOT / source}", f"  arch = {shlex.join(arch_flags(source))}"]
     return "\n".join([*lines, ""])
 
 

@@ -92,16 +92,16 @@ def test_other_values_are_refused(setup, environment):
 @pytest.mark.parametrize(
     ("arch_list", "targets"),
     [
-        (None, "[compute_80,sm_80,sm_90]"),
-        ("9.0a", "[sm_90]"),
-        ("7.5;8.6 12.0+PTX", "[compute_80,sm_120,sm_86]"),
+        (None, ["compute_80,code=[compute_80,sm_80]", "compute_90,code=[sm_90]"]),
+        ("9.0a", ["compute_90,code=[sm_90]"]),
+        ("7.5;8.6 12.0+PTX", ["compute_80,code=[compute_80,sm_86]", "compute_90,code=[sm_120]"]),
     ],
 )
 def test_architectures(setup, environment, arch_list, targets):
     if arch_list is not None:
         environment.setenv("TORCH_CUDA_ARCH_LIST", arch_list)
-    assert setup.arch_flag(PORTABLE) == f"-gencode=arch=compute_80,code={targets}"
-    assert setup.arch_flag(HOPPER) == "-gencode=arch=compute_90a,code=sm_90a"
+    assert setup.arch_flags(PORTABLE) == [f"-gencode=arch={target}" for target in targets]
+    assert setup.arch_flags(HOPPER) == ["-gencode=arch=compute_90a,code=sm_90a"]
 
 
 @pytest.mark.parametrize(
