@@ -337,4 +337,27 @@ std::pair<std::string, std::string> cuda_kernel(at::ScalarType dtype, int64_t he
   return {"none", "built without CUDA kernels; rebuild with MIXED_ATTENTION_CUDA=1"};
 }
 
+std::tuple<int, int, int, int64_t, int> cuda_layout(at::ScalarType dtype, std::array<int64_t, 6> shape,
+                                                    at::IntArrayRef segments, int device, bool backward) {
+#ifdef MIXED_ATTENTION_WITH_CUDA
+  const auto [batch_size, num_heads, seqlen_q, seqlen_k, head_dim, head_dim_v] = shape;
+  const Schedule schedule = make_schedule(segments.data(), segments.size(), seqlen_q, seqlen_k);
+  BwdParams params{};
+  params.dtype = to_dtype(dtype);
+  params.batch_size = batch_size;
+  params.num_heads = num_heads;
+  params.seqlen_q = seqlen_q;
+  params.seqlen_k = seqlen_k;
+  params.head_dim = head_dim;
+  params.head_dim_v = head_dim_v;
+  params.schedule = &schedule;
+  params.device = device;
+  const cuda::Layout layout =
+      backward ? cuda::layout_bwd(params) : cuda::layout_fwd({static_cast<const AttentionParams&>(params)});
+  return {layout.tile_rows, layout.block_rows, layout.num_splits, layout.num_tiles, layout.num_slots};
+#else
+  TORCH_CHECK_NOT_IMPLEMENTED(false, "built without CUDA kernels; rebuild with MIXED_ATTENTION_CUDA=1");
+#endif
+}
+
 }  // namespace mixed_attention

@@ -13,7 +13,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Sequence
 from functools import cache
-from typing import Literal, overload
+from typing import Literal, NamedTuple, overload
 
 import torch
 from torch import Tensor
@@ -64,6 +64,40 @@ def cuda_kernel(dtype: torch.dtype, head_dim: int, device: torch.device, *, back
     """
     _require_compiled()
     return _C.cuda_kernel(dtype, head_dim, head_dim, device.index or 0, backward)
+
+
+class CudaLayout(NamedTuple):
+    """How a GPU goes about a pass.
+
+    Attributes:
+        tile_rows: Queries (forward) or keys (backward) that a thread block owns.
+        block_rows: Rows of the other side that it takes up at a time.
+        num_splits: Parts that the walk of every tile is cut into.
+        num_tiles: Of all heads and sequences, parts counted singly.
+        num_slots: Tiles that the device works on at a time.
+    """
+
+    tile_rows: int
+    block_rows: int
+    num_splits: int
+    num_tiles: int
+    num_slots: int
+
+
+def cuda_layout(
+    plan: AttentionPlan,
+    *,
+    batch_size: int,
+    num_heads: int,
+    head_dim: int,
+    dtype: torch.dtype,
+    device: torch.device,
+    backward: bool,
+) -> CudaLayout:
+    """Tiles of the kernels that serve a plan on a GPU (`cuda_kernel` names them); for people to read."""
+    _require_compiled()
+    shape = (batch_size, num_heads, plan.num_queries, plan.num_keys, head_dim, head_dim)
+    return CudaLayout(*_C.cuda_layout(dtype, shape, plan.flat(), device.index or 0, backward))
 
 
 @cache

@@ -158,9 +158,27 @@ class AttentionPlan:
                 mask[segment.start : segment.end, start:end] = True
         return mask
 
-    def explain(self) -> str:
-        """The plan in words: which rows attend to which, and who reads which keys."""
-        return "\n".join(_explain(self))
+    def explain(
+        self,
+        *,
+        device: torch.device | str = "cpu",
+        dtype: torch.dtype = torch.bfloat16,
+        batch_size: int = 1,
+        num_heads: int = 1,
+        head_dim: int = 64,
+    ) -> str:
+        """The plan in words: which rows attend to which, and who reads which keys.
+
+        For a GPU (``device="cuda"``) also which kernels compute a call of these shapes, in which tiles, and how often
+        their number fills the device.
+        """
+        lines = list(_explain(self))
+        if torch.device(device).type == "cuda":
+            from mixed_attention.kernels import explain_kernels
+
+            shape = {"batch_size": batch_size, "num_heads": num_heads, "head_dim": head_dim}
+            lines += explain_kernels(self, device=torch.device(device), dtype=dtype, **shape)
+        return "\n".join(lines)
 
     def plot(self, path: str | Path) -> None:
         """Draws who attends to whom, groups along both axes, to an image file. Needs the ``plot`` extra.

@@ -14,7 +14,7 @@ from compare import Results, check, deterministic, judge, run, units_of
 from torch import Tensor
 
 import mixed_attention as ma
-from mixed_attention import reference
+from mixed_attention import ops, reference
 
 pytestmark = [pytest.mark.gpu, pytest.mark.parametrize("device", ["cuda"], indirect=True, scope="session")]
 
@@ -93,6 +93,13 @@ def test_few_queries_of_many_keys_and_many_of_few(heavy_tails, dtype, device):
     check(SPLIT.with_(dtype=dtype, heavy_tails=heavy_tails), device)
     check(SPLIT.with_(dtype=dtype, heavy_tails=heavy_tails, mask="random", batch_size=2), device)
     check(Case((9000, 40), "ab>b", head_dim=64, skip_unread_keys=True, dtype=dtype, heavy_tails=heavy_tails), device)
+
+
+@each_dtype
+@pytest.mark.parametrize("case", LARGE_CASES.values(), ids=LARGE_CASES)
+def test_heavy_tails(case, dtype, device):
+    """Student's t of three degrees of freedom: single keys take all the weight of a row."""
+    check(case.with_(dtype=dtype, heavy_tails=True), device)
 
 
 @pytest.mark.parametrize("attends", ["a>b b>a", "ab>ab"])
@@ -438,6 +445,19 @@ def test_bad_input_is_refused(device):
 
 
 # The framework.
+
+
+@each_dtype
+@pytest.mark.parametrize("case", CASES.values(), ids=CASES)
+def test_a_plan_tells_what_kernels_do_with_it(case, dtype, device):
+    shape = {"batch_size": case.batch_size, "num_heads": case.num_heads, "head_dim": case.head_dim, "dtype": dtype}
+    lines = case.plan.explain(device=device, **shape).splitlines()[-2:]
+    for line, backward in zip(lines, (False, True)):
+        family, _ = ops.cuda_kernel(dtype, case.head_dim, device, backward=backward)
+        layout = ops.cuda_layout(case.plan, **shape, device=device, backward=backward)
+        rows = case.plan.num_keys if backward else case.plan.num_queries
+        assert layout.num_tiles * layout.tile_rows >= rows * layout.num_splits * case.num_heads * case.batch_size
+        assert f"{family} kernel, tiles of {layout.tile_rows}" in line and f": {layout.num_tiles} in" in line
 
 
 @each_dtype

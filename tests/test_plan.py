@@ -18,6 +18,7 @@ from hypothesis import strategies as st
 from test_random import cases
 
 import mixed_attention as ma
+from mixed_attention import ops
 
 A, B, C = ma.TokenSpec("a", 3), ma.TokenSpec("b", 4), ma.TokenSpec("c", 2)
 
@@ -169,6 +170,23 @@ def test_explain_names_segments_and_keys_that_nobody_reads():
     assert "3 token groups, 2 patterns: 9 queries, 9 keys" in text
     assert "[0, 7) -> keys [0, 3) + [7, 9) + [0, 3)" in text
     assert "nobody attends to: b" in text
+
+
+def test_explain_names_the_kernels_of_a_gpu(monkeypatch):
+    def choose(dtype, head_dim, device, *, backward):
+        return ("hopper", "") if not backward else ("none", "head_dim: 264 is not supported, expected at most 256")
+
+    monkeypatch.setattr(ops, "has_kernels", lambda device_type, dtype: dtype != torch.float64)
+    monkeypatch.setattr(ops, "cuda_kernel", choose)
+    monkeypatch.setattr(ops, "cuda_layout", lambda plan, **call: ops.CudaLayout(192, 128, 2, 198, 132))
+    plan = ma.AttentionPlan.compile([A, B], [pattern("ab", "a")])
+    assert plan.explain(device="cuda").splitlines()[-2:] == [
+        "  forward: hopper kernel, tiles of 192 queries that take up 128 keys at a time, cut into 2 parts each: "
+        "198 in 1.50 waves of 132",
+        "  backward: no kernel, for head_dim: 264 is not supported, expected at most 256",
+    ]
+    lines = plan.explain(device="cuda", dtype=torch.float64).splitlines()[-2:]
+    assert lines == ["  forward: the reference", "  backward: the reference"]
 
 
 def test_no_tokens_at_all():

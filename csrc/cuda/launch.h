@@ -24,6 +24,18 @@ struct Choice {
 Choice choose_fwd(const Problem& problem);
 Choice choose_bwd(const Problem& problem);
 
+// How the device goes about a pass, for people to read.
+struct Layout {
+  int tile_rows, block_rows;  // that a thread block owns, and that it takes up at a time of the other side
+  int num_splits;             // parts that the walk of every tile is cut into
+  int64_t num_tiles;          // of all heads and sequences, those of parts counted singly
+  int num_slots;              // tiles that the device works on at a time
+};
+
+// By query for the forward, by key for the backward. Of the params only shapes, dtype, schedule and device are read.
+Layout layout_fwd(const FwdParams& params);
+Layout layout_bwd(const BwdParams& params);
+
 // Bytes of device memory that a call needs beside its inputs and outputs; 0 for most.
 size_t fwd_workspace_size(const FwdParams& params);
 size_t bwd_workspace_size(const BwdParams& params);

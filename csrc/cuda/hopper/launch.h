@@ -17,6 +17,9 @@ std::string refusal_bwd(const Problem& problem);
 bool can_fwd(const FwdParams& params);
 bool can_bwd(const BwdParams& params);
 
+Layout layout_fwd(const FwdParams& params);
+Layout layout_bwd(const BwdParams& params);
+
 size_t fwd_workspace_size(const FwdParams& params);
 size_t bwd_workspace_size(const BwdParams& params);
 

@@ -92,7 +92,7 @@ struct DqShared {
 };
 
 template <Arithmetic kArithmetic, int kHeadDim>
-__global__ void __launch_bounds__(bwd_tile(kArithmetic, kHeadDim).num_threads(), kBlocksPerMultiprocessor)
+__global__ void __launch_bounds__(bwd_tile(kArithmetic, kHeadDim).num_threads(), bwd_tile(kArithmetic, kHeadDim).blocks)
     portable_dq_kernel(const __grid_constant__ BwdArguments args, const __grid_constant__ InlineWork in_parameters) {
   using Products = ProductsOf<kArithmetic>;
   using Shared = DqShared<kArithmetic, kHeadDim>;
@@ -293,7 +293,7 @@ __device__ void add_dq(float* sum, int64_t num_cols, int num_rows, const SharedD
 }
 
 template <Arithmetic kArithmetic, int kHeadDim, Grads kGrads>
-__global__ void __launch_bounds__(bwd_tile(kArithmetic, kHeadDim).num_threads(), kBlocksPerMultiprocessor)
+__global__ void __launch_bounds__(bwd_tile(kArithmetic, kHeadDim).num_threads(), bwd_tile(kArithmetic, kHeadDim).blocks)
     portable_dk_dv_kernel(const __grid_constant__ BwdArguments args, const __grid_constant__ InlineWork in_parameters) {
   using Products = ProductsOf<kArithmetic>;
   using Shared = DkDvShared<kArithmetic, kHeadDim, kGrads>;

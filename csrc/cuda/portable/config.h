@@ -11,6 +11,7 @@ struct Tile {
   int block_rows;  // of the other side at a time
   int warp_rows;   // 16 or 32 of the owned rows to a warp: 32 reads each streamed operand half as often
   int stages;      // buffers of the streamed side
+  int blocks = 2;  // that run at a time on a multiprocessor; also the bound that registers are allocated for
 
   constexpr int num_warps() const { return rows / warp_rows; }
   constexpr int num_threads() const { return 32 * num_warps(); }
@@ -61,8 +62,5 @@ constexpr Tile bwd_tile(Arithmetic arithmetic, int head_dim) {
 
 // dk and dv together do not fit in registers beyond this: they are computed one after the other.
 constexpr bool fuses_dk_dv(int head_dim) { return head_dim <= 128; }
-
-// How many thread blocks run at a time on a multiprocessor; also the bound that registers are allocated for.
-constexpr int kBlocksPerMultiprocessor = 2;
 
 }  // namespace mixed_attention::cuda::portable

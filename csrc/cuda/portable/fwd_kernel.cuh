@@ -32,7 +32,7 @@ struct FwdShared {
 };
 
 template <Arithmetic kArithmetic, int kHeadDim>
-__global__ void __launch_bounds__(fwd_tile(kArithmetic, kHeadDim).num_threads(), kBlocksPerMultiprocessor)
+__global__ void __launch_bounds__(fwd_tile(kArithmetic, kHeadDim).num_threads(), fwd_tile(kArithmetic, kHeadDim).blocks)
     portable_fwd_kernel(const __grid_constant__ FwdArguments args, const __grid_constant__ InlineWork in_parameters) {
   using Products = ProductsOf<kArithmetic>;
   using Shared = FwdShared<kArithmetic, kHeadDim>;

@@ -19,6 +19,9 @@ constexpr int kHeadDims[] = {MIXED_ATTENTION_HEAD_DIMS};
 // Why these kernels do not serve a problem; empty where they do.
 std::string refusal(const Problem& problem);
 
+Layout layout_fwd(const FwdParams& params);
+Layout layout_bwd(const BwdParams& params);
+
 size_t fwd_workspace_size(const FwdParams& params);
 size_t bwd_workspace_size(const BwdParams& params);
 void run_fwd(const FwdParams& params);

@@ -37,10 +37,11 @@ std::string refusal(const Problem& problem) {
   return "";
 }
 
-Pass::Pass(HostWork work, int64_t copies, int device, Scratch& scratch) : host(std::move(work)), table{} {
+Pass::Pass(HostWork work, const Tile& tile, int64_t copies, int device, Scratch& scratch)
+    : host(std::move(work)), table{} {
   table.num_segments = static_cast<int32_t>(host.segments.size());
   table.num_tiles = static_cast<int32_t>(host.num_tiles);
-  table.num_splits = choose_splits(host, copies, int64_t{kBlocksPerMultiprocessor} * num_multiprocessors(device));
+  table.num_splits = choose_splits(host, copies, int64_t{tile.blocks} * num_multiprocessors(device));
   if (!host.fits_inline()) {
     table.segments = scratch.take<WorkSegment>(static_cast<int64_t>(host.segments.size()));
     table.ranges = scratch.take<WorkRange>(static_cast<int64_t>(host.ranges.size()));
@@ -48,6 +49,10 @@ Pass::Pass(HostWork work, int64_t copies, int device, Scratch& scratch) : host(s
 }
 
 unsigned Pass::grid(int64_t copies) const { return static_cast<unsigned>(copies * table.num_tiles * table.num_splits); }
+
+Layout Pass::layout(const Tile& tile, int64_t copies, int device) const {
+  return {tile.rows, tile.block_rows, table.num_splits, grid(copies), tile.blocks * num_multiprocessors(device)};
+}
 
 FwdPlan plan_fwd(const FwdParams& params) {
   const int64_t copies = params.batch_size * params.num_heads;
@@ -58,7 +63,7 @@ FwdPlan plan_fwd(const FwdParams& params) {
   FwdPlan plan{
       .arithmetic = arithmetic,
       .head_dim = head_dim,
-      .pass = Pass(work_by_query(*params.schedule, tile.rows, tile.block_rows), copies, params.device, scratch),
+      .pass = Pass(work_by_query(*params.schedule, tile.rows, tile.block_rows), tile, copies, params.device, scratch),
   };
   if (const int64_t splits = plan.pass.table.num_splits; splits > 1) {
     plan.partial_out = scratch.take<float>(splits * copies * params.seqlen_q * params.head_dim_v);
@@ -78,14 +83,15 @@ BwdPlan plan_bwd(const BwdParams& params) {
       .arithmetic = arithmetic,
       .head_dim = head_dim,
       .adds_dq = fuses_dk_dv(head_dim) && !params.deterministic,
-      .by_key = Pass(work_by_key(*params.schedule, tile.rows, tile.block_rows), copies, params.device, scratch),
+      .by_key = Pass(work_by_key(*params.schedule, tile.rows, tile.block_rows), tile, copies, params.device, scratch),
       .lse_log2 = scratch.take<float>(copies * params.seqlen_q),
       .delta = scratch.take<float>(copies * params.seqlen_q),
   };
   if (plan.adds_dq) {
     plan.dq_sum = scratch.take<float>(copies * params.seqlen_q * params.head_dim);
   } else {
-    plan.by_query.emplace(work_by_query(*params.schedule, tile.rows, tile.block_rows), copies, params.device, scratch);
+    plan.by_query.emplace(work_by_query(*params.schedule, tile.rows, tile.block_rows), tile, copies, params.device,
+                          scratch);
     if (const int64_t splits = plan.by_query->table.num_splits; splits > 1) {
       plan.partial_dq = scratch.take<float>(splits * copies * params.seqlen_q * params.head_dim);
     }
@@ -96,6 +102,18 @@ BwdPlan plan_bwd(const BwdParams& params) {
   }
   plan.workspace_size = scratch.bytes();
   return plan;
+}
+
+Layout layout_fwd(const FwdParams& params) {
+  const FwdPlan plan = plan_fwd(params);
+  return plan.pass.layout(fwd_tile(plan.arithmetic, plan.head_dim), params.batch_size * params.num_heads,
+                          params.device);
+}
+
+Layout layout_bwd(const BwdParams& params) {
+  const BwdPlan plan = plan_bwd(params);
+  return plan.by_key.layout(bwd_tile(plan.arithmetic, plan.head_dim), params.batch_size * params.num_heads,
+                            params.device);
 }
 
 }  // namespace mixed_attention::cuda::portable

@@ -3,6 +3,7 @@
 
 #include <optional>
 
+#include "cuda/portable/config.h"
 #include "cuda/portable/launch.h"
 #include "cuda/work_table.h"
 
@@ -32,8 +33,9 @@ struct Pass {
   HostWork host;
   WorkTable table;
 
-  Pass(HostWork work, int64_t copies, int device, Scratch& scratch);
+  Pass(HostWork work, const Tile& tile, int64_t copies, int device, Scratch& scratch);
   unsigned grid(int64_t copies) const;
+  Layout layout(const Tile& tile, int64_t copies, int device) const;
 };
 
 struct FwdPlan {

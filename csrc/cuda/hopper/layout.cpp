@@ -1,0 +1,34 @@
+// Tiles of the Hopper kernels, for people to read.
+#include "cuda/device.h"
+#include "cuda/hopper/bwd_config.h"
+#include "cuda/hopper/config.h"
+#include "cuda/hopper/launch.h"
+#include "schedule.h"
+
+namespace mixed_attention::cuda::hopper {
+namespace {
+
+// One thread block to a multiprocessor.
+template <class Segments>
+Layout layout(const AttentionParams& params, const Segments& segments, int tile_rows, int block_rows) {
+  int64_t num_tiles = 0;
+  for (const auto& segment : segments) num_tiles += (segment.rows.size() + tile_rows - 1) / tile_rows;
+  num_tiles *= params.batch_size * params.num_heads;
+  return {tile_rows, block_rows, 1, num_tiles, num_multiprocessors(params.device)};
+}
+
+template <int kHeadDim>
+Layout fwd(const FwdParams& params) {
+  using Tuning = FwdTuning<kHeadDim>;
+  return layout(params, params.schedule->query_segments, Tuning::kConsumers * kWarpgroupRows, Tuning::kBlockN);
+}
+
+}  // namespace
+
+Layout layout_fwd(const FwdParams& params) { return params.head_dim == 64 ? fwd<64>(params) : fwd<128>(params); }
+
+Layout layout_bwd(const BwdParams& params) {
+  return layout(params, params.schedule->key_segments, 2 * kWarpgroupRows, kQueryTileRows);
+}
+
+}  // namespace mixed_attention::cuda::hopper
