@@ -1,4 +1,4 @@
-"""The whole layer beside upstream's algorithm over the same weights: time, error, peak memory."""
+"""The whole layer beside upstream's algorithm, and upstream itself: time, error, peak memory."""
 
 from __future__ import annotations
 
@@ -6,6 +6,7 @@ import gc
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from functools import partial
+from importlib.util import find_spec
 
 import torch
 import torch.nn.functional as F
@@ -71,13 +72,33 @@ class BaselineLayer(nn.Module):
         return torch.view_as_real(pairs * freqs[:, None]).flatten(-2).to(x.dtype)
 
 
+class NoetherLayer(nn.Module):
+    """Upstream itself, the package `emmiai-noether`, with the weights of our layer; as a client calls it."""
+
+    def __init__(self, layer: ma.MixedAttention, case: Case) -> None:
+        from noether.core.schemas.modules.attention import AttentionPattern, MixedAttentionConfig, TokenSpec
+        from noether.modeling.modules.attention.anchor_attention.mixed import MixedAttention
+
+        super().__init__()
+        config = MixedAttentionConfig(hidden_dim=case.dim, num_heads=case.num_heads, use_rope=True)
+        self.layer = MixedAttention(config).to(layer.proj.weight.device)
+        self.layer.load_state_dict(ma.checkpoint.convert_state_dict(layer.state_dict(), "separate"))
+        self.specs = [TokenSpec(name=name, size=size) for name, size in case.groups.items()]
+        self.patterns = [AttentionPattern(query_tokens=list(q), key_value_tokens=list(k)) for q, k in case.patterns]
+
+    def forward(self, x: Tensor, freqs: Tensor) -> Tensor:
+        return self.layer(x, self.specs, self.patterns, freqs=freqs)[0]
+
+
 def make_layers(case: Case, device: torch.device, *, compiled: bool) -> dict[str, nn.Module]:
-    """Our layer and upstream's algorithm over the same weights."""
+    """Our layer, upstream's algorithm, and upstream itself where it is installed, with the same weights."""
     config = ma.MixedAttentionConfig(dim=case.dim, num_heads=case.num_heads, use_rope=True)
     layer = ma.MixedAttention(config).to(device)
     for parameter in layer.parameters():  # of the size that trained weights have, so that softmax is not flat
         nn.init.normal_(parameter, std=case.dim**-0.5)
     found: dict[str, nn.Module] = {"ours": OurLayer(layer, case), "baseline": BaselineLayer(layer, case)}
+    if find_spec("noether"):
+        found["noether"] = NoetherLayer(layer, case)
     if compiled:
         torch._dynamo.reset()  # the compiler gives up on a function of too many shapes
         found |= {f"{name}, compiled": torch.compile(module) for name, module in found.items()}
