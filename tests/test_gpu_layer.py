@@ -166,6 +166,19 @@ def test_a_training_step_in_mixed_precision(dtype, device):
         assert (got - expected).abs().max() <= bound, name
 
 
+@pytest.mark.parametrize("scene", [REAL, REAL_CROSS], ids=["keys of anchors", "keys of others"])
+def test_gradients_under_autocast_are_those_of_fp32_sums(scene, device):
+    """Products of 16-bit numbers leave the tensor cores in fp32: nothing rounds them to 16 bits on their way."""
+    layer = make_layer(dtype=torch.float32, use_rope=True, **REAL_SHAPE).to(device)
+    x = make_tokens(scene, layer.qkv.in_features, torch.float32, device)
+    freqs = make_freqs(scene.num_tokens, head_dim=layer.head_dim).to(device, torch.complex64)
+    with torch.autocast("cuda", torch.bfloat16):
+        out = layer(x, scene.specs, scene.patterns, freqs=freqs)
+    for grad in gradients(out, [x, *layer.parameters()]):
+        assert grad.dtype == torch.float32
+        assert not torch.equal(grad, grad.bfloat16().float())
+
+
 @pytest.mark.parametrize("use_reentrant", [True, False])
 @pytest.mark.parametrize("scene", [REAL, JOINT], ids=["real", "joint"])
 def test_activation_checkpointing(scene, use_reentrant, device):
