@@ -43,10 +43,14 @@ std::vector<FwdTask> fwd_tasks(const FwdParams& params) {
 void run_fwd(const FwdParams& params) {
   const AttentionKernels& kernels = selected_instruction_set().kernels[static_cast<int>(params.dtype)];
   const std::vector<FwdTask> tasks = fwd_tasks(params);
-  int64_t operations = 0;
-  for (const FwdTask& task : tasks) operations += task.cost * (params.head_dim + params.head_dim_v);
+  int64_t operations = 0, rows = 0;
+  for (const FwdTask& task : tasks) {
+    operations += task.cost * (params.head_dim + params.head_dim_v);
+    rows = std::max(rows, task.rows.size());
+  }
   const int64_t num_tasks = static_cast<int64_t>(tasks.size());
-  for_each_task(params.parallel_for, num_workers(params, num_tasks, operations), num_tasks, fwd_scratch_size(params),
+  for_each_task(params.parallel_for, num_workers(params, num_tasks, operations), num_tasks,
+                fwd_scratch_size(params, rows),
                 [&](int64_t index, void* scratch) { kernels.fwd(params, tasks[index], scratch); });
 }
 

@@ -81,10 +81,11 @@ const InstructionSet& selected_instruction_set();
 inline int64_t accumulator_size(DType dtype) { return dtype == DType::kFloat64 ? 8 : 4; }
 
 // Bytes of scratch that one worker needs. The layouts are in simd/fwd_kernel.h and simd/bwd_kernel.h.
-inline int64_t fwd_scratch_size(const AttentionParams& p) {
+// The forward's for tasks of up to so many rows: what a call of few tokens allocates is time it takes.
+inline int64_t fwd_scratch_size(const AttentionParams& p, int64_t rows) {
   const int64_t d = p.head_dim, dv = round_up(p.head_dim_v, kColumnBlock);
-  const int64_t elements =
-      kFwdBlockM * (d + dv + 1 + kColumnBlock) + kFwdBlockN * (d + dv) + 2 * kRowBlock * (kFwdBlockN + 1);
+  const int64_t elements = round_up(rows, kRowBlock) * (d + dv + 1 + kColumnBlock) + kFwdBlockN * (d + dv) +
+                           2 * kRowBlock * (kFwdBlockN + 1);
   return elements * accumulator_size(p.dtype) + kFwdBlockN * 32 + 1024;
 }
 

@@ -50,10 +50,10 @@ class FwdTile {
         scale_log2_(scale_log2<Acc>(p.softmax_scale)),
         dropout_(p) {
     Scratch scratch(memory);
-    q_ = scratch.take<F>(kFwdBlockM * depth_);
-    out_ = scratch.take<Acc>(kFwdBlockM * width_v_);
-    base_ = scratch.take<Acc>(kFwdBlockM);
-    sum_ = scratch.take<Acc>(kFwdBlockM * kLane);
+    q_ = scratch.take<F>(padded_rows_ * depth_);
+    out_ = scratch.take<Acc>(padded_rows_ * width_v_);
+    base_ = scratch.take<Acc>(padded_rows_);
+    sum_ = scratch.take<Acc>(padded_rows_ * kLane);
     k_transposed_ = scratch.take<F>(depth_ * kFwdBlockN);
     v_ = scratch.take<F>(num_factors<F>(kFwdBlockN) * width_v_);
     s_ = scratch.take<Acc>(kRowBlock * kFwdBlockN);
