@@ -1,6 +1,7 @@
 #include "cuda/work_table.h"
 
 #include <algorithm>
+#include <cmath>
 
 namespace mixed_attention::cuda {
 namespace {
@@ -65,17 +66,18 @@ HostWork work_by_key(const Schedule& schedule, int tile_rows, int block_rows) {
 }
 
 int choose_splits(const HostWork& work, int64_t copies, int64_t slots) {
-  const int64_t tiles = work.num_tiles * copies;
-  if (tiles == 0) return 1;
+  if (work.num_blocks * copies == 0) return 1;
   // A part of fewer blocks than this does not pay for its epilogue and the combining of parts.
   constexpr int64_t kMinBlocks = 8;
   constexpr int64_t kMaxSplits = 32;
   const int64_t longest = work.segments.front().num_blocks;
   const int64_t limit = std::min(kMaxSplits, std::max<int64_t>(1, longest / kMinBlocks));
+  // As many of the longest walks make up all the work: keys that nobody reads are tiles without any.
+  const double tiles = static_cast<double>(work.num_blocks * copies) / static_cast<double>(longest);
   // The share of its time for which the device is full, if all parts took equally long.
   const auto efficiency = [&](int64_t splits) {
-    const double waves = static_cast<double>(tiles * splits) / static_cast<double>(slots);
-    return waves / static_cast<double>(ceil_div(tiles * splits, slots));
+    const double waves = tiles * static_cast<double>(splits) / static_cast<double>(slots);
+    return waves / std::ceil(waves);
   };
   // Combining costs a pass over the outputs: only where the tiles leave much of the device idle.
   if (limit == 1 || efficiency(1) >= 0.8) return 1;
