@@ -30,6 +30,9 @@ Problem problem_of(const AttentionParams& params) {
   return {params.dtype, params.head_dim, params.head_dim_v, params.device};
 }
 
+// Not an element anywhere: nothing to compute, and nothing that a tensor map could describe.
+bool is_empty(const AttentionParams& params) { return params.batch_size == 0 || params.num_heads == 0; }
+
 // What a problem allows, the call at hand may still rule out.
 bool hopper_serves(const FwdParams& params) {
   return !only_portable() && hopper::refusal_fwd(problem_of(params)).empty() && hopper::can_fwd(params);
@@ -53,8 +56,14 @@ size_t bwd_workspace_size(const BwdParams& params) {
   return hopper_serves(params) ? hopper::bwd_workspace_size(params) : portable::bwd_workspace_size(params);
 }
 
-void run_fwd(const FwdParams& params) { hopper_serves(params) ? hopper::run_fwd(params) : portable::run_fwd(params); }
+void run_fwd(const FwdParams& params) {
+  if (is_empty(params)) return;
+  hopper_serves(params) ? hopper::run_fwd(params) : portable::run_fwd(params);
+}
 
-void run_bwd(const BwdParams& params) { hopper_serves(params) ? hopper::run_bwd(params) : portable::run_bwd(params); }
+void run_bwd(const BwdParams& params) {
+  if (is_empty(params)) return;
+  hopper_serves(params) ? hopper::run_bwd(params) : portable::run_bwd(params);
+}
 
 }  // namespace mixed_attention::cuda
