@@ -29,6 +29,8 @@ constexpr int kMaxSharedBytes = 99 * 1024;
 //
 // Spills: portable_fwd_kernel in portable_fwd_*16_d96 for sm_80, 12 bytes: two words beyond 255 registers, and a tile
 // of half the rows to a warp would read every key and value twice as often
+// Spills: portable_fwd_kernel in portable_fwd_fp32_d256 for sm_80, 8 bytes: one word, for the sums that begin anew
+// Spills: portable_fwd_kernel in portable_fwd_fp32_d256 for sm_90, 8 bytes: likewise
 constexpr Tile fwd_tile(Arithmetic arithmetic, int head_dim) {
   if (is_16_bit(arithmetic)) {
     if (head_dim <= 96) return {128, 64, 32, 2};
@@ -36,7 +38,7 @@ constexpr Tile fwd_tile(Arithmetic arithmetic, int head_dim) {
     return {64, 32, 16, 2};
   }
   if (head_dim <= 32) return {128, 64, 32, 2};
-  if (head_dim <= 64) return {128, 32, 32, 2};
+  if (head_dim <= 64) return {128, 32, 32, 2, arithmetic == Arithmetic::kTf32 ? 3 : 2};
   if (head_dim <= 128) return {64, 32, 16, 2};
   return {32, 16, 16, 2};
 }
@@ -44,7 +46,12 @@ constexpr Tile fwd_tile(Arithmetic arithmetic, int head_dim) {
 // Both backward kernels: two score tiles of R * block_rows / 32 registers; one accumulator for dq, two for dk and dv.
 //
 // Spills: portable_dk_dv_kernel in portable_bwd_*16_d64 for sm_80, 20 bytes: two words, as above
-// Spills: portable_dk_dv_kernel in portable_bwd_fp32_d128 for sm_80, 40 bytes: five words; the tile is the smallest
+// Spills: portable_dk_dv_kernel in portable_bwd_fp32_d64 for sm_90, 16 bytes: two words, that three blocks fit
+// Spills: portable_dk_dv_kernel in portable_bwd_fp32_d128 for sm_80, 12 bytes: two words; the tile is the smallest
+// Spills: portable_dk_dv_kernel in portable_bwd_fp32_d128 for sm_90, 8 bytes: one word, likewise
+// Spills: portable_dq_kernel in portable_bwd_fp32_d192 for sm_90, 100 bytes: eight words of addresses, read once a block
+// Spills: portable_dq_kernel in portable_bwd_fp32_d256 for sm_80, 8 bytes: one word; the tile is the smallest
+// Spills: portable_dk_dv_kernel in portable_bwd_fp32_d256 for sm_80, 8 bytes: likewise
 constexpr Tile bwd_tile(Arithmetic arithmetic, int head_dim) {
   if (is_16_bit(arithmetic)) {
     if (head_dim <= 64) return {128, 32, 32, 2};
@@ -53,7 +60,7 @@ constexpr Tile bwd_tile(Arithmetic arithmetic, int head_dim) {
     return {64, 16, 16, 1};
   }
   if (head_dim <= 32) return {128, 32, 32, 2};
-  if (head_dim <= 64) return {64, 32, 16, 2};
+  if (head_dim <= 64) return {64, 32, 16, 1, 3};
   if (head_dim <= 96) return {64, 16, 16, 2};
   if (head_dim <= 128) return {64, 16, 16, 1};
   if (head_dim <= 192) return {32, 16, 16, 2};

@@ -1,5 +1,9 @@
 // Matrix products of a warp on tiles in shared memory, in each arithmetic.
 //
+// Tensor cores cut off what falls below an accumulator's precision instead of rounding, always towards zero: a sum of
+// thousands loses 1e-5 of its size. Products as exact as fp32 (kCutsOffTooMuch) therefore begin a new sum every few
+// steps and are added up outside, where additions round.
+//
 // Operands are a: 16 rows, and b: 8 columns, of one depth step of 32 bytes: 16 elements of 16 bits or 8 of 32.
 // With g = lane / 4 and t = lane % 4, a thread's accumulators stand at rows g and g + 8, columns 2t and 2t + 1.
 #pragma once
@@ -16,6 +20,7 @@ template <class Element_>
 struct Products16 {
   using Element = Element_;
   static constexpr int kDepth = 16;
+  static constexpr bool kCutsOffTooMuch = false;
 
   struct A {
     uint32_t x[4];
@@ -63,6 +68,7 @@ template <int kTerms>
 struct ProductsTf32 {
   using Element = float;
   static constexpr int kDepth = 8;
+  static constexpr bool kCutsOffTooMuch = kTerms == 3;
 
   template <int kCount>
   struct Operand {
@@ -70,8 +76,11 @@ struct ProductsTf32 {
     uint32_t rest[kTerms == 3 ? kCount : 1];
 
     __device__ void set(int i, float value) {
-      x[i] = ptx::round_tf32(value);
-      if constexpr (kTerms == 3) rest[i] = __float_as_uint(value - __uint_as_float(x[i]));
+      if constexpr (kTerms == 3) {
+        ptx::split_tf32(value, x[i], rest[i]);
+      } else {
+        x[i] = ptx::round_tf32(value);
+      }
     }
   };
   using A = Operand<4>;
@@ -165,26 +174,60 @@ __device__ void load_b(typename Products::B (&b)[2], const Tile& tile, int row, 
   b[1] = Products::make_b(x[2], x[3]);
 }
 
+// Takes up a sum where it stands, or begins a new one that `finish_sum` adds to it.
+template <bool kIsNew, int kTilesM, int kTilesN, int kAllTiles>
+__device__ void begin_sum(float (&sum)[kTilesM][kTilesN][4], const float (&c)[kTilesM][kAllTiles][4], int first) {
+#pragma unroll
+  for (int m = 0; m < kTilesM; ++m) {
+#pragma unroll
+    for (int n = 0; n < kTilesN; ++n) {
+#pragma unroll
+      for (int e = 0; e < 4; ++e) sum[m][n][e] = kIsNew ? 0 : c[m][first + n][e];
+    }
+  }
+}
+
+template <bool kIsNew, int kTilesM, int kTilesN, int kAllTiles>
+__device__ void finish_sum(const float (&sum)[kTilesM][kTilesN][4], float (&c)[kTilesM][kAllTiles][4], int first) {
+#pragma unroll
+  for (int m = 0; m < kTilesM; ++m) {
+#pragma unroll
+    for (int n = 0; n < kTilesN; ++n) {
+#pragma unroll
+      for (int e = 0; e < 4; ++e) c[m][first + n][e] = kIsNew ? c[m][first + n][e] + sum[m][n][e] : sum[m][n][e];
+    }
+  }
+}
+
 // c += a · bᵀ: rows of tile a from a_row on against all rows of tile b, over their columns.
 template <class Products, int kTilesM, int kTilesN, class TileA, class Element, int kRows, int kCols>
 __device__ void multiply_rows(float (&c)[kTilesM][kTilesN][4], const TileA& a, int a_row,
                               const SharedTile<Element, kRows, kCols>& b) {
   static_assert(kTilesN * 8 == kRows);
+  constexpr int kSteps = kCols / Products::kDepth;
+  constexpr bool kIsNew = Products::kCutsOffTooMuch && kSteps > 8;
+  constexpr int kStepsAtOnce = kIsNew ? 8 : kSteps;
 #pragma unroll
-  for (int k = 0; k < kCols / Products::kDepth; ++k) {
-    typename Products::A fragment_a[kTilesM];
+  for (int first = 0; first < kSteps; first += kStepsAtOnce) {
+    float sum[kTilesM][kTilesN][4];
+    begin_sum<kIsNew>(sum, c, 0);
 #pragma unroll
-    for (int m = 0; m < kTilesM; ++m) fragment_a[m] = load_a<Products>(a, a_row + 16 * m, k);
+    for (int k = first; k < min(first + kStepsAtOnce, kSteps); ++k) {
+      typename Products::A fragment_a[kTilesM];
 #pragma unroll
-    for (int n = 0; n < kTilesN; n += 2) {
-      typename Products::B fragment_b[2];
-      load_b<Products>(fragment_b, b, 8 * n, k);
+      for (int m = 0; m < kTilesM; ++m) fragment_a[m] = load_a<Products>(a, a_row + 16 * m, k);
 #pragma unroll
-      for (int m = 0; m < kTilesM; ++m) {
-        Products::mma(c[m][n], fragment_a[m], fragment_b[0]);
-        Products::mma(c[m][n + 1], fragment_a[m], fragment_b[1]);
+      for (int n = 0; n < kTilesN; n += 2) {
+        typename Products::B fragment_b[2];
+        load_b<Products>(fragment_b, b, 8 * n, k);
+#pragma unroll
+        for (int m = 0; m < kTilesM; ++m) {
+          Products::mma(sum[m][n], fragment_a[m], fragment_b[0]);
+          Products::mma(sum[m][n + 1], fragment_a[m], fragment_b[1]);
+        }
       }
     }
+    finish_sum<kIsNew>(sum, c, 0);
   }
 }
 
@@ -193,21 +236,33 @@ template <class Products, int kTilesM, int kTilesN, int kTilesP, class Element, 
 __device__ void multiply_scores(float (&c)[kTilesM][kTilesN][4], const float (&p)[kTilesM][kTilesP][4],
                                 const SharedTile<Element, kRows, kCols>& b) {
   static_assert(kTilesN * 8 == kCols && kTilesP * 8 == kRows);
+  constexpr bool kIsNew = Products::kCutsOffTooMuch;
+  // Enough products that do not wait for each other, and few enough registers.
+  constexpr int kTilesAtOnce = !kIsNew ? kTilesN : kTilesN > 16 ? 2 : 4, kSteps = kRows / Products::kDepth;
+  typename Products::A fragment_a[kSteps][kTilesM];
 #pragma unroll
-  for (int k = 0; k < kRows / Products::kDepth; ++k) {
-    typename Products::A fragment_a[kTilesM];
+  for (int k = 0; k < kSteps; ++k) {
 #pragma unroll
-    for (int m = 0; m < kTilesM; ++m) fragment_a[m] = Products::from_accumulators(p[m], k);
+    for (int m = 0; m < kTilesM; ++m) fragment_a[k][m] = Products::from_accumulators(p[m], k);
+  }
 #pragma unroll
-    for (int n = 0; n < kTilesN; n += 2) {
-      typename Products::B fragment_b[2];
-      Products::load_b_by_depth(fragment_b, b, 8 * n, k);
+  for (int first = 0; first < kTilesN; first += kTilesAtOnce) {
+    float sum[kTilesM][kTilesAtOnce][4];
+    begin_sum<kIsNew>(sum, c, first);
 #pragma unroll
-      for (int m = 0; m < kTilesM; ++m) {
-        Products::mma(c[m][n], fragment_a[m], fragment_b[0]);
-        Products::mma(c[m][n + 1], fragment_a[m], fragment_b[1]);
+    for (int k = 0; k < kSteps; ++k) {
+#pragma unroll
+      for (int n = 0; n < kTilesAtOnce; n += 2) {
+        typename Products::B fragment_b[2];
+        Products::load_b_by_depth(fragment_b, b, 8 * (first + n), k);
+#pragma unroll
+        for (int m = 0; m < kTilesM; ++m) {
+          Products::mma(sum[m][n], fragment_a[k][m], fragment_b[0]);
+          Products::mma(sum[m][n + 1], fragment_a[k][m], fragment_b[1]);
+        }
       }
     }
+    finish_sum<kIsNew>(sum, c, first);
   }
 }
 

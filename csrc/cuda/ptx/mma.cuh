@@ -35,11 +35,17 @@ __device__ inline void mma_m16n8k8_tf32(float (&c)[4], const uint32_t (&a)[4], c
       : "r"(a[0]), "r"(a[1]), "r"(a[2]), "r"(a[3]), "r"(b[0]), "r"(b[1]));
 }
 
-// Rounds to nearest, ties away from zero.
+// Rounds to nearest, ties away from zero, in the bits that the hardware reads; the lower ones stay as they come.
+// Without cvt.rna.tf32, which sm_90 has no instruction for: there it becomes five.
 __device__ inline uint32_t round_tf32(float x) {
-  uint32_t bits;
-  asm("cvt.rna.tf32.f32 %0, %1;\n" : "=r"(bits) : "f"(x));
-  return bits;
+  const float power = __uint_as_float(__float_as_uint(x) & 0xFF800000);  // of two, with the sign of x
+  return __float_as_uint(fmaf(power, 0x1p-11f, x));
+}
+
+// x in two parts: `high` rounded as above, with zeros below, and the exact rest. Of a NaN one part is NaN at least.
+__device__ inline void split_tf32(float x, uint32_t& high, uint32_t& rest) {
+  high = (__float_as_uint(x) + 0x1000) & 0xFFFFE000;
+  rest = __float_as_uint(x - __uint_as_float(high));
 }
 
 }  // namespace mixed_attention::cuda::ptx
