@@ -37,8 +37,12 @@ BwdTensors bwd_tensors(const BwdParams& params) {
 BwdWorkspace bwd_workspace(const BwdParams& params) {
   float* begin = static_cast<float*>(params.workspace);
   const int64_t size = size_by_tiles(params);
-  return {begin, begin + size, begin + 2 * size};
+  float* rest = begin + 2 * size;
+  return adds_dq(params) ? BwdWorkspace{begin, begin + size, nullptr, rest}
+                         : BwdWorkspace{begin, begin + size, rest, nullptr};
 }
+
+bool adds_dq(const BwdParams& params) { return !params.deterministic && params.head_dim == 64; }
 
 std::string refusal_bwd(const Problem& problem) { return refusal_fwd(problem); }
 
@@ -53,7 +57,8 @@ bool can_bwd(const BwdParams& params) {
 }
 
 size_t bwd_workspace_size(const BwdParams& params) {
-  return (2 * size_by_tiles(params) + num_rows(params)) * sizeof(float);
+  const int64_t size = size_by_tiles(params);
+  return (2 * size + (adds_dq(params) ? size * params.head_dim : num_rows(params))) * sizeof(float);
 }
 
 void run_bwd(const BwdParams& params) {

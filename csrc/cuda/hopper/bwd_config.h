@@ -28,14 +28,16 @@ struct DkDvTuning<128> {
   static constexpr bool kSharesOperand = true;
 };
 
-template <typename Element_, int kHeadDim_>
+// With kAddsDq a third warpgroup computes what the key tile adds to dq.
+template <typename Element_, int kHeadDim_, bool kAddsDq_>
 struct DkDvConfig : DkDvTuning<kHeadDim_> {
   using Element = Element_;
   static constexpr int kHeadDim = kHeadDim_;
+  static constexpr bool kAddsDq = kAddsDq_;
   static constexpr int kConsumers = 2;
   static constexpr int kBlockM = kQueryTileRows, kBlockN = kConsumers * kWarpgroupRows;
-  static constexpr int kThreads = (1 + kConsumers) * kWarpgroup;
-  static constexpr int kProducerRegisters = 24, kConsumerRegisters = 240;
+  static constexpr int kThreads = (1 + kConsumers + kAddsDq) * kWarpgroup;
+  static constexpr int kProducerRegisters = 24, kConsumerRegisters = kAddsDq ? 192 : 240, kDqRegisters = 104;
 
   static constexpr int kSlabBytesM = kBlockM * kSlabColumns * sizeof(Element);
   static constexpr int kSlabBytesN = kBlockN * kSlabColumns * sizeof(Element);
@@ -43,7 +45,24 @@ struct DkDvConfig : DkDvTuning<kHeadDim_> {
   static constexpr int kTileBytesN = kHeadDim / kSlabColumns * kSlabBytesN;
   static constexpr int kStatsBytes = kBlockM * sizeof(float);
 
-  static_assert(sizeof(Element) == 2 && kHeadDim % kSlabColumns == 0);
+  static constexpr int kScoreBytes = kBlockN * kBlockM * sizeof(Element);
+  static constexpr int kDqTileFloats = kBlockM * kHeadDim;
+
+  static_assert(sizeof(Element) == 2 && kHeadDim % kSlabColumns == 0 && kBlockM == kSlabColumns);
+};
+
+// What the third warpgroup reads and writes.
+template <typename Config, bool kAddsDq = Config::kAddsDq>
+struct DqExchange {};
+
+template <typename Config>
+struct DqExchange<Config, true> {
+  static constexpr int kStages = 3, kStagings = 2;
+
+  // Transposed gradients of scores, (keys, queries).
+  alignas(1024) typename Config::Element ds[kStages][Config::kBlockN * Config::kBlockM];
+  alignas(128) float staging[kStagings][Config::kDqTileFloats];
+  uint64_t ds_full[kStages], ds_empty[kStages];
 };
 
 // Tiles are slabs of (rows, 64) elements, one after the other, as the copy engine's 128-byte swizzle writes them.
@@ -62,6 +81,8 @@ struct DkDvSharedStorage {
   uint64_t kv_full, kv_empty;
   uint64_t q_full[Config::kStagesQ], q_empty[Config::kStagesQ];
   uint64_t dout_full[Config::kStagesDout], dout_empty[Config::kStagesDout];
+
+  DqExchange<Config> exchange;
 };
 
 // Two warpgroups of 64 query rows. Keys wait in their buffer for two steps, values for one.

@@ -11,6 +11,7 @@
 #include "cuda/hopper/bwd_stats_kernel.cuh"
 #include "cuda/hopper/dk_dv_kernel.cuh"
 #include "cuda/hopper/dq_kernel.cuh"
+#include "cuda/hopper/dq_sums_kernel.cuh"
 #include "cuda/hopper/tensor_map.h"
 
 namespace mixed_attention::cuda::hopper {
@@ -31,7 +32,8 @@ void launch_persistent(void (*kernel)(KernelParams), const char* name, const Ker
 }
 
 template <typename Element, int kHeadDim>
-void launch_stats(const BwdParams& params, const QueryStats& stats, float* delta, const std::vector<QueryRun>& runs) {
+void launch_stats(const BwdParams& params, const QueryStats& stats, const BwdWorkspace& workspace,
+                  const std::vector<QueryRun>& runs) {
   const int64_t num_blocks = stats.num_tiles * params.num_heads * params.batch_size;
   if (num_blocks == 0) return;
   BwdStatsKernelParams kernel_params{params.out,
@@ -43,7 +45,8 @@ void launch_stats(const BwdParams& params, const QueryStats& stats, float* delta
                                      static_cast<int>(params.num_heads),
                                      params.seqlen_q,
                                      stats,
-                                     delta,
+                                     workspace.delta_of_rows,
+                                     workspace.dq_sums,
                                      static_cast<int>(runs.size()),
                                      {}};
   std::copy(runs.begin(), runs.end(), kernel_params.runs);
@@ -54,7 +57,8 @@ void launch_stats(const BwdParams& params, const QueryStats& stats, float* delta
 }
 
 template <typename Config>
-void launch_dk_dv(const BwdParams& params, const QueryStats& stats, const std::vector<QueryRun>& runs) {
+void launch_dk_dv(const BwdParams& params, const QueryStats& stats, const BwdWorkspace& workspace,
+                  const std::vector<QueryRun>& runs) {
   const BwdTensors tensors = bwd_tensors(params);
   const DkDvKernelParams kernel_params{make_clipped_tile_map(tensors.q, Config::kBlockM),
                                        make_clipped_tile_map(tensors.dout, Config::kBlockM),
@@ -69,6 +73,7 @@ void launch_dk_dv(const BwdParams& params, const QueryStats& stats, const std::v
                                        params.dk_strides,
                                        params.dv_strides,
                                        stats,
+                                       workspace.dq_sums,
                                        static_cast<float>(params.softmax_scale),
                                        static_cast<float>(params.softmax_scale * std::numbers::log2e),
                                        make_key_work_table(params, runs, Config::kBlockN)};
@@ -100,12 +105,38 @@ void launch_dq(const BwdParams& params, const float* delta) {
 }
 
 template <typename Element, int kHeadDim>
+void launch_dq_sums(const BwdParams& params, const QueryStats& stats, const BwdWorkspace& workspace,
+                    const std::vector<QueryRun>& runs) {
+  const int64_t num_blocks = stats.num_tiles * params.num_heads * params.batch_size;
+  if (num_blocks == 0) return;
+  DqSumsKernelParams kernel_params{workspace.dq_sums,
+                                   params.dq,
+                                   params.dq_strides,
+                                   static_cast<float>(params.softmax_scale),
+                                   static_cast<int>(params.num_heads),
+                                   stats.num_tiles,
+                                   static_cast<int>(runs.size()),
+                                   {}};
+  std::copy(runs.begin(), runs.end(), kernel_params.runs);
+  hopper_dq_sums_kernel<Element, kHeadDim>
+      <<<static_cast<unsigned>(num_blocks), kWarpgroup, 0, static_cast<cudaStream_t>(params.stream)>>>(kernel_params);
+  check(cudaGetLastError(), "launch of hopper_dq_sums_kernel");
+}
+
+template <typename Element, int kHeadDim>
 void launch_bwd(const BwdParams& params) {
   const std::vector<QueryRun> runs = make_query_runs(*params.schedule);
   const BwdWorkspace workspace = bwd_workspace(params);
   const QueryStats stats{workspace.lse_log2, workspace.delta, num_query_tiles(runs)};
-  launch_stats<Element, kHeadDim>(params, stats, workspace.delta_of_rows, runs);
-  launch_dk_dv<DkDvConfig<Element, kHeadDim>>(params, stats, runs);
+  launch_stats<Element, kHeadDim>(params, stats, workspace, runs);
+  if constexpr (kHeadDim == 64) {
+    if (adds_dq(params)) {
+      launch_dk_dv<DkDvConfig<Element, kHeadDim, true>>(params, stats, workspace, runs);
+      launch_dq_sums<Element, kHeadDim>(params, stats, workspace, runs);
+      return;
+    }
+  }
+  launch_dk_dv<DkDvConfig<Element, kHeadDim, false>>(params, stats, workspace, runs);
   launch_dq<DqConfig<Element, kHeadDim>>(params, workspace.delta_of_rows);
 }
 

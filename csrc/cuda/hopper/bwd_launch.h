@@ -17,8 +17,12 @@ BwdTensors bwd_tensors(const BwdParams& params);
 struct BwdWorkspace {
   float* lse_log2;  // QueryStats
   float* delta;
-  float* delta_of_rows;  // (batch_size, num_heads, seqlen_q)
+  float* delta_of_rows;  // (batch_size, num_heads, seqlen_q), for the kernel that owns dq; else null
+  float* dq_sums;        // (batch_size, num_heads, num_tiles, kQueryTileRows * head_dim), for sums of dq; else null
 };
+
+// Whether one kernel computes all gradients, with sums of dq in the order in which they come.
+bool adds_dq(const BwdParams& params);
 
 BwdWorkspace bwd_workspace(const BwdParams& params);
 

@@ -27,7 +27,8 @@ struct BwdStatsKernelParams {
   int num_heads;
   int64_t seqlen_q;
   QueryStats stats;
-  float* delta;  // once more as (batch_size, num_heads, seqlen_q)
+  float* delta_of_rows;  // delta once more as (batch_size, num_heads, seqlen_q); or null
+  float* dq_sums;  // set to zero; or null
   int num_runs;
   QueryRun runs[kMaxRuns];
 };
@@ -40,8 +41,19 @@ struct DkDvKernelParams {
   void* dv;
   Strides dk_strides, dv_strides;
   QueryStats stats;
+  float* dq_sums;  // dq_sums.cuh; null where another kernel computes dq
   float softmax_scale, softmax_scale_log2;
   KeyWorkTable table;
+};
+
+struct DqSumsKernelParams {
+  const float* dq_sums;
+  void* dq;
+  Strides dq_strides;
+  float softmax_scale;
+  int num_heads, num_tiles;
+  int num_runs;
+  QueryRun runs[BwdStatsKernelParams::kMaxRuns];
 };
 
 struct DqKernelParams {
@@ -57,7 +69,7 @@ struct DqKernelParams {
 };
 
 // What a kernel's parameters may take without costing the launch; newer drivers allow 32 KiB.
-static_assert(sizeof(BwdStatsKernelParams) <= 4096 && sizeof(DkDvKernelParams) <= 4096 &&
+static_assert(sizeof(BwdStatsKernelParams) <= 4096 && sizeof(DqSumsKernelParams) <= 4096 && sizeof(DkDvKernelParams) <= 4096 &&
               sizeof(DqKernelParams) <= 4096);
 
 }  // namespace mixed_attention::cuda::hopper

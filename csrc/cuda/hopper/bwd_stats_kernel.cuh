@@ -1,4 +1,4 @@
-// What the backward needs to know of every query: its log-sum-exp in base 2, and delta.
+// What the backward needs to know of every query: its log-sum-exp in base 2, and delta. Sums of dq begin with zero here.
 #pragma once
 
 #include <cuda_bf16.h>
@@ -8,6 +8,7 @@
 
 #include "cuda/hopper/bwd_config.h"
 #include "cuda/hopper/bwd_params.h"
+#include "cuda/hopper/query_tiles.cuh"
 
 namespace mixed_attention::cuda::hopper {
 
@@ -54,16 +55,21 @@ __global__ void __launch_bounds__(BwdStatsShape<Element, kHeadDim>::kThreads)
   const int tile = blockIdx.x % params.stats.num_tiles;
   const int64_t sequence = blockIdx.x / params.stats.num_tiles;
   const int64_t head = sequence % params.num_heads, batch = sequence / params.num_heads;
-  int run = 0;
-  while (run + 1 < params.num_runs && params.runs[run + 1].first_tile <= tile) ++run;
-  const int row_begin = params.runs[run].row_begin + (tile - params.runs[run].first_tile) * kQueryTileRows;
+  const QueryTile queries = query_tile(params.runs, params.num_runs, tile);
   const int chunk = threadIdx.x % Shape::kThreadsPerRow;
+
+  if (params.dq_sums != nullptr) {
+    constexpr int kFloat4s = kQueryTileRows * kHeadDim / 4;
+    auto* sums = reinterpret_cast<float4*>(params.dq_sums) + int64_t{blockIdx.x} * kFloat4s;
+#pragma unroll
+    for (int i = 0; i < kFloat4s; i += Shape::kThreads) sums[i + threadIdx.x] = make_float4(0, 0, 0, 0);
+  }
 
 #pragma unroll
   for (int half = 0; half < 2; ++half) {
     const int row_of_tile = threadIdx.x / Shape::kThreadsPerRow + half * (kQueryTileRows / 2);
-    const int row = row_begin + row_of_tile;
-    const bool exists = row < params.runs[run].row_end;
+    const int row = queries.row_begin + row_of_tile;
+    const bool exists = row_of_tile < queries.num_rows;
     const auto chunk_of = [&](const void* tensor, const Strides& strides) {
       return *reinterpret_cast<const uint4*>(static_cast<const Element*>(tensor) + batch * strides.batch +
                                              row * strides.row + head * strides.head + chunk * 8);
@@ -81,7 +87,7 @@ __global__ void __launch_bounds__(BwdStatsShape<Element, kHeadDim>::kThreads)
       const int64_t index = sequence * params.seqlen_q + row;
       if (params.dlse != nullptr) delta -= params.dlse[index];
       if (params.lse[index] != -INFINITY) lse_log2 = params.lse[index] * std::numbers::log2e_v<float>;
-      params.delta[index] = delta;
+      if (params.delta_of_rows != nullptr) params.delta_of_rows[index] = delta;
     }
     const int64_t place = (sequence * params.stats.num_tiles + tile) * kQueryTileRows + row_of_tile;
     params.stats.lse_log2[place] = lse_log2;

@@ -20,6 +20,7 @@
 #include "cuda/hopper/bwd_config.h"
 #include "cuda/hopper/bwd_params.h"
 #include "cuda/hopper/bwd_scores.cuh"
+#include "cuda/hopper/dq_adder.cuh"
 #include "cuda/hopper/load_tile.cuh"
 #include "cuda/hopper/products.cuh"
 #include "cuda/hopper/query_tiles.cuh"
@@ -38,7 +39,7 @@ template <typename Config>
 __device__ inline void init_barriers(DkDvSharedStorage<Config>& shared) {
   constexpr int kConsumerWarps = Config::kConsumers * kWarpgroup / 32;
   ptx::mbarrier_init(shared.kv_full, 1);
-  ptx::mbarrier_init(shared.kv_empty, kConsumerWarps);
+  ptx::mbarrier_init(shared.kv_empty, Config::kAddsDq ? kConsumerWarps + kWarpgroup / 32 : kConsumerWarps);
   for (int stage = 0; stage < Config::kStagesQ; ++stage) {
     ptx::mbarrier_init(shared.q_full[stage], 1);
     ptx::mbarrier_init(shared.q_empty[stage], kConsumerWarps);
@@ -47,6 +48,7 @@ __device__ inline void init_barriers(DkDvSharedStorage<Config>& shared) {
     ptx::mbarrier_init(shared.dout_full[stage], 1);
     ptx::mbarrier_init(shared.dout_empty[stage], kConsumerWarps);
   }
+  if constexpr (Config::kAddsDq) init_barriers<Config>(shared.exchange);
   ptx::mbarrier_fence_init();
 }
 
@@ -121,6 +123,8 @@ __device__ inline void consume(const DkDvKernelParams& params, DkDvSharedStorage
   uint32_t kv_parity = 0;
   for (WorkItems<Config::kBlockN, KeyWorkTable> item(params.table); item.next();) {
     const int num_tiles = item.tiles().num_tiles;
+    const int row_begin = item.row_begin + first_row;
+    const int num_rows = item.tiles().row_end - row_begin;
     float dk[kHeadDim / 2] = {}, dv[kHeadDim / 2] = {};
 
     if (num_tiles > 0) {
@@ -156,6 +160,7 @@ __device__ inline void consume(const DkDvKernelParams& params, DkDvSharedStorage
         issue_transposed_scores(s, k, tile_of(q_ring, next.stage()));
         if constexpr (Config::kSharesOperand) ptx::wgmma_wait<1>(dv);
         round_operand<Element>(ds_operand, dp);
+        if constexpr (Config::kAddsDq) hand_over<Config>(shared.exchange, num_used, ds_operand, first_row, num_rows);
         ptx::wgmma_wait<0>(dv, s);
         release(shared.dout_empty[dout.stage()]);
       }
@@ -168,11 +173,10 @@ __device__ inline void consume(const DkDvKernelParams& params, DkDvSharedStorage
       scale_all(dk, params.softmax_scale);
     }
 
-    const int row_begin = item.row_begin + first_row;
     const auto store = [&](const float (&grad)[kHeadDim / 2], void* tensor, const Strides& strides) {
       Element* target = static_cast<Element*>(tensor) + item.batch * strides.batch + row_begin * strides.row +
                         item.head * strides.head;
-      store_rows<Element, kHeadDim>(staging, grad, target, strides.row, item.tiles().row_end - row_begin);
+      store_rows<Element, kHeadDim>(staging, grad, target, strides.row, num_rows);
     };
     store(dv, params.dv, params.dv_strides);
     store(dk, params.dk, params.dk_strides);
@@ -198,9 +202,12 @@ __global__ void __launch_bounds__(Config::kThreads, 1)
   if (warpgroup == 0) {
     ptx::release_registers<Config::kProducerRegisters>();
     if (threadIdx.x / 32 == 0 && ptx::elect_one()) produce(params, shared);
-  } else {
+  } else if (warpgroup <= Config::kConsumers) {
     ptx::acquire_registers<Config::kConsumerRegisters>();
     consume(params, shared, warpgroup - 1);
+  } else if constexpr (Config::kAddsDq) {
+    ptx::release_registers<Config::kDqRegisters>();
+    add_dq(params, shared);
   }
 }
 

@@ -1,4 +1,4 @@
-// The query tiles that read a key segment, run by run.
+// Tiles of queries: one of all, and those that read a key segment, run by run.
 #pragma once
 
 #include "cuda/hopper/bwd_config.h"
@@ -10,6 +10,14 @@ struct QueryTile {
   int row_begin, num_rows;
   int index;  // among the tiles of all segments, by which the statistics lie
 };
+
+// The tile of this index; runs: all of them, in order.
+__device__ inline QueryTile query_tile(const QueryRun* runs, int num_runs, int index) {
+  int run = 0;
+  while (run + 1 < num_runs && runs[run + 1].first_tile <= index) ++run;
+  const int row_begin = runs[run].row_begin + (index - runs[run].first_tile) * kQueryTileRows;
+  return {row_begin, min(kQueryTileRows, runs[run].row_end - row_begin), index};
+}
 
 struct QueryTileIterator {
   const QueryRun* run;

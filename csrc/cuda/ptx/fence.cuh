@@ -1,0 +1,9 @@
+// Order between the proxies through which memory is reached.
+#pragma once
+
+namespace mixed_attention::cuda::ptx {
+
+// Shows this thread's accesses to shared memory to later asynchronous ones: matrix products and bulk copies.
+__device__ inline void fence_async_shared() { asm volatile("fence.proxy.async.shared::cta;\n" ::: "memory"); }
+
+}  // namespace mixed_attention::cuda::ptx
