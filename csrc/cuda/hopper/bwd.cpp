@@ -3,6 +3,7 @@
 
 #include <limits>
 
+#include "cuda/device.h"
 #include "cuda/hopper/bwd_config.h"
 #include "cuda/hopper/bwd_launch.h"
 #include "cuda/hopper/key_work_table.h"
@@ -43,6 +44,12 @@ BwdWorkspace bwd_workspace(const BwdParams& params) {
 }
 
 bool adds_dq(const BwdParams& params) { return !params.deterministic && params.head_dim == 64; }
+
+bool splits_queries(const BwdParams& params, const std::vector<QueryRun>& runs) {
+  const KeyWorkTable table = make_key_work_table(params, runs, 2 * kWarpgroupRows);
+  const int num_blocks = num_multiprocessors(params.device);
+  return steps_of_longest_block(table, num_blocks / 2, 2) < steps_of_longest_block(table, num_blocks, 1);
+}
 
 std::string refusal_bwd(const Problem& problem) { return refusal_fwd(problem); }
 

@@ -17,27 +17,29 @@ struct DkDvTuning;
 
 template <>
 struct DkDvTuning<64> {
-  static constexpr int kStagesQ = 5, kStagesDout = 4;
-  static constexpr bool kSharesOperand = false;
+  static constexpr int kStagesQ = 5, kStagesDout = 5;
 };
 
-// dk and dv take 128 registers: the operands of their products must take turns in the same 16.
 template <>
 struct DkDvTuning<128> {
   static constexpr int kStagesQ = 4, kStagesDout = 3;
-  static constexpr bool kSharesOperand = true;
 };
 
-// With kAddsDq a third warpgroup computes what the key tile adds to dq.
-template <typename Element_, int kHeadDim_, bool kAddsDq_>
+// With kAddsDq a third warpgroup computes what the key tile adds to dq. The queries of a key tile are split over the
+// kSplits blocks of a cluster.
+template <typename Element_, int kHeadDim_, bool kAddsDq_, int kSplits_ = 1>
 struct DkDvConfig : DkDvTuning<kHeadDim_> {
   using Element = Element_;
   static constexpr int kHeadDim = kHeadDim_;
   static constexpr bool kAddsDq = kAddsDq_;
+  static constexpr int kSplits = kSplits_;
   static constexpr int kConsumers = 2;
   static constexpr int kBlockM = kQueryTileRows, kBlockN = kConsumers * kWarpgroupRows;
   static constexpr int kThreads = (1 + kConsumers + kAddsDq) * kWarpgroup;
-  static constexpr int kProducerRegisters = 24, kConsumerRegisters = kAddsDq ? 192 : 240, kDqRegisters = 104;
+  static constexpr int kProducerRegisters = kSplits > 1 ? 48 : 24, kDqRegisters = 96;
+  static constexpr int kConsumerRegisters = !kAddsDq ? 240 : kSplits > 1 ? 184 : 192;
+  // The operands of the products for dk and dv take turns in the same registers where these are few.
+  static constexpr bool kSharesOperand = kHeadDim > 64 || kSplits > 1;
 
   static constexpr int kSlabBytesM = kBlockM * kSlabColumns * sizeof(Element);
   static constexpr int kSlabBytesN = kBlockN * kSlabColumns * sizeof(Element);
@@ -49,6 +51,7 @@ struct DkDvConfig : DkDvTuning<kHeadDim_> {
   static constexpr int kDqTileFloats = kBlockM * kHeadDim;
 
   static_assert(sizeof(Element) == 2 && kHeadDim % kSlabColumns == 0 && kBlockM == kSlabColumns);
+  static_assert(kSplits == 1 || kSplits == 2);
 };
 
 // What the third warpgroup reads and writes.
@@ -57,7 +60,7 @@ struct DqExchange {};
 
 template <typename Config>
 struct DqExchange<Config, true> {
-  static constexpr int kStages = 3, kStagings = 2;
+  static constexpr int kStages = 2, kStagings = 2;
 
   // Transposed gradients of scores, (keys, queries).
   alignas(1024) typename Config::Element ds[kStages][Config::kBlockN * Config::kBlockM];
@@ -74,7 +77,8 @@ struct DkDvSharedStorage {
   alignas(1024) Element v[Config::kBlockN * Config::kHeadDim];
   alignas(1024) Element q[Config::kStagesQ][Config::kBlockM * Config::kHeadDim];
   alignas(1024) Element dout[Config::kStagesDout][Config::kBlockM * Config::kHeadDim];
-  alignas(1024) Element staging[Config::kBlockN * Config::kHeadDim];  // (rows, head_dim), 16 rows a warp
+  // By warp: 16 rows of a result on their way out, or, where queries are split, its fp32 sums of the other block.
+  alignas(1024) Element staging[Config::kConsumers * kWarpgroup / 32][Config::kSplits * 16 * Config::kHeadDim];
   alignas(128) float lse_log2[Config::kStagesQ][Config::kBlockM];
   alignas(128) float delta[Config::kStagesDout][Config::kBlockM];
 
@@ -82,7 +86,8 @@ struct DkDvSharedStorage {
   uint64_t q_full[Config::kStagesQ], q_empty[Config::kStagesQ];
   uint64_t dout_full[Config::kStagesDout], dout_empty[Config::kStagesDout];
 
-  DqExchange<Config> exchange;
+  DqExchange<Config> dq_exchange;
+  uint64_t peer_full, peer_empty;  // of the other block's sums
 };
 
 // Two warpgroups of 64 query rows. Keys wait in their buffer for two steps, values for one.
@@ -102,7 +107,7 @@ struct DqTuning<128> {
 template <typename Element_, int kHeadDim_>
 struct DqConfig : DqTuning<kHeadDim_> {
   using Element = Element_;
-  static constexpr int kHeadDim = kHeadDim_;
+  static constexpr int kHeadDim = kHeadDim_, kSplits = 1;
   static constexpr int kConsumers = 2;
   static constexpr int kBlockM = kConsumers * kWarpgroupRows, kBlockN = 128;
   static constexpr int kThreads = (1 + kConsumers) * kWarpgroup;

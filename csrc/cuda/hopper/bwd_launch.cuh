@@ -18,7 +18,7 @@ namespace mixed_attention::cuda::hopper {
 
 inline int batch_step(const Strides& strides) { return strides.batch == 0 ? 0 : 1; }
 
-// One persistent block a multiprocessor, fewer where there are fewer items.
+// One persistent block a multiprocessor, fewer where there are fewer items. The blocks of a cluster share an item.
 template <typename Config, typename SharedStorage, typename KernelParams>
 void launch_persistent(void (*kernel)(KernelParams), const char* name, const KernelParams& kernel_params,
                        const BwdParams& params) {
@@ -26,9 +26,18 @@ void launch_persistent(void (*kernel)(KernelParams), const char* name, const Ker
   constexpr int kSharedBytes = sizeof(SharedStorage);
   static_assert(kSharedBytes <= 227 * 1024);
   check(cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize, kSharedBytes), name);
-  const int num_blocks = std::min(kernel_params.table.num_items, num_multiprocessors(params.device));
-  kernel<<<num_blocks, Config::kThreads, kSharedBytes, static_cast<cudaStream_t>(params.stream)>>>(kernel_params);
-  check(cudaGetLastError(), name);
+  const int num_clusters = std::min(kernel_params.table.num_items, num_multiprocessors(params.device) / Config::kSplits);
+  cudaLaunchAttribute cluster{};
+  cluster.id = cudaLaunchAttributeClusterDimension;
+  cluster.val.clusterDim = {Config::kSplits, 1, 1};
+  cudaLaunchConfig_t launch{};
+  launch.gridDim = num_clusters * Config::kSplits;
+  launch.blockDim = Config::kThreads;
+  launch.dynamicSmemBytes = kSharedBytes;
+  launch.stream = static_cast<cudaStream_t>(params.stream);
+  launch.attrs = &cluster;
+  launch.numAttrs = Config::kSplits > 1 ? 1 : 0;
+  check(cudaLaunchKernelEx(&launch, kernel, kernel_params), name);
 }
 
 template <typename Element, int kHeadDim>
@@ -131,7 +140,11 @@ void launch_bwd(const BwdParams& params) {
   launch_stats<Element, kHeadDim>(params, stats, workspace, runs);
   if constexpr (kHeadDim == 64) {
     if (adds_dq(params)) {
-      launch_dk_dv<DkDvConfig<Element, kHeadDim, true>>(params, stats, workspace, runs);
+      if (splits_queries(params, runs)) {
+        launch_dk_dv<DkDvConfig<Element, kHeadDim, true, 2>>(params, stats, workspace, runs);
+      } else {
+        launch_dk_dv<DkDvConfig<Element, kHeadDim, true>>(params, stats, workspace, runs);
+      }
       launch_dq_sums<Element, kHeadDim>(params, stats, workspace, runs);
       return;
     }

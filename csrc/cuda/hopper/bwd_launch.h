@@ -1,6 +1,7 @@
 // What the instantiations of the backward launcher have in common with its dispatch.
 #pragma once
 
+#include "cuda/hopper/key_work_table.h"
 #include "cuda/hopper/tensor_map.h"
 #include "params.h"
 
@@ -23,6 +24,9 @@ struct BwdWorkspace {
 
 // Whether one kernel computes all gradients, with sums of dq in the order in which they come.
 bool adds_dq(const BwdParams& params);
+
+// Whether two blocks to a key tile, with half of its queries each, end earlier than one.
+bool splits_queries(const BwdParams& params, const std::vector<QueryRun>& runs);
 
 BwdWorkspace bwd_workspace(const BwdParams& params);
 

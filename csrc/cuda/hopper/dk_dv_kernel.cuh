@@ -25,8 +25,8 @@
 #include "cuda/hopper/products.cuh"
 #include "cuda/hopper/query_tiles.cuh"
 #include "cuda/hopper/ring.cuh"
+#include "cuda/hopper/split_sums.cuh"
 #include "cuda/hopper/store_rows.cuh"
-#include "cuda/hopper/work_items.cuh"
 #include "cuda/ptx/elect.cuh"
 #include "cuda/ptx/mbarrier.cuh"
 #include "cuda/ptx/setmaxnreg.cuh"
@@ -48,8 +48,20 @@ __device__ inline void init_barriers(DkDvSharedStorage<Config>& shared) {
     ptx::mbarrier_init(shared.dout_full[stage], 1);
     ptx::mbarrier_init(shared.dout_empty[stage], kConsumerWarps);
   }
-  if constexpr (Config::kAddsDq) init_barriers<Config>(shared.exchange);
+  if constexpr (Config::kAddsDq) init_barriers<Config>(shared.dq_exchange);
+  ptx::mbarrier_init(shared.peer_full, kConsumerWarps);
+  ptx::mbarrier_init(shared.peer_empty, kConsumerWarps);
   ptx::mbarrier_fence_init();
+}
+
+// Barriers are seen to be initialised, and blocks end, by all blocks of a cluster at a time.
+template <typename Config>
+__device__ inline void sync_blocks() {
+  if constexpr (Config::kSplits > 1) {
+    ptx::cluster_sync();
+  } else {
+    __syncthreads();
+  }
 }
 
 template <typename Config>
@@ -57,9 +69,10 @@ __device__ inline void produce(const DkDvKernelParams& params, DkDvSharedStorage
   constexpr int kBlockM = Config::kBlockM, kBlockN = Config::kBlockN, kHeadDim = Config::kHeadDim;
   uint32_t num_loaded = 0;  // query tiles, over all items
   uint32_t kv_parity = 1;
-  for (WorkItems<kBlockN, KeyWorkTable> item(params.table); item.next();) {
+  for (KeyItems<Config> item(params.table); item.next();) {
     const KeySegmentTiles& segment = item.tiles();
-    if (segment.num_tiles == 0) continue;
+    const QueryShare<Config> share(segment);
+    if (share.count == 0) continue;
 
     ptx::mbarrier_wait(shared.kv_empty, kv_parity);
     kv_parity ^= 1;
@@ -71,8 +84,8 @@ __device__ inline void produce(const DkDvKernelParams& params, DkDvSharedStorage
                                          item.batch * params.v_batch_step);
 
     const int64_t first_tile = (int64_t{item.batch} * params.table.num_heads + item.head) * params.stats.num_tiles;
-    QueryTileIterator queries(params.table, segment);
-    for (int i = 0; i < segment.num_tiles; ++i, ++num_loaded) {
+    QueryTileIterator queries(params.table, segment, share.first);
+    for (int i = 0; i < share.count; ++i, ++num_loaded) {
       const QueryTile tile = queries.next();
       const int64_t stats = (first_tile + tile.index) * kBlockM;
 
@@ -109,7 +122,7 @@ __device__ inline void consume(const DkDvKernelParams& params, DkDvSharedStorage
   const ptx::Operand v = ptx::Operand::make(shared.v).advance(consumer * kWarpgroupRows * kRowBytes);
   const ptx::Operand q_ring = ptx::Operand::make(shared.q, Config::kSlabBytesM);
   const ptx::Operand dout_ring = ptx::Operand::make(shared.dout, Config::kSlabBytesM);
-  Element* staging = shared.staging + first_row * kHeadDim;
+  Element* staging = shared.staging[consumer * kWarpgroup / 32 + warp];
 
   const auto tile_of = [](ptx::Operand ring, int stage) { return ring.advance(stage * Config::kTileBytesM); };
   const auto issue_transposed_scores = [&](float (&result)[kBlockM / 2], ptx::Operand keys, ptx::Operand queries) {
@@ -121,8 +134,9 @@ __device__ inline void consume(const DkDvKernelParams& params, DkDvSharedStorage
 
   uint32_t num_used = 0;  // query tiles, over all items
   uint32_t kv_parity = 0;
-  for (WorkItems<Config::kBlockN, KeyWorkTable> item(params.table); item.next();) {
-    const int num_tiles = item.tiles().num_tiles;
+  [[maybe_unused]] uint32_t num_exchanges = 0;
+  for (KeyItems<Config> item(params.table); item.next();) {
+    const int num_tiles = QueryShare<Config>(item.tiles()).count;
     const int row_begin = item.row_begin + first_row;
     const int num_rows = item.tiles().row_end - row_begin;
     float dk[kHeadDim / 2] = {}, dv[kHeadDim / 2] = {};
@@ -160,7 +174,7 @@ __device__ inline void consume(const DkDvKernelParams& params, DkDvSharedStorage
         issue_transposed_scores(s, k, tile_of(q_ring, next.stage()));
         if constexpr (Config::kSharesOperand) ptx::wgmma_wait<1>(dv);
         round_operand<Element>(ds_operand, dp);
-        if constexpr (Config::kAddsDq) hand_over<Config>(shared.exchange, num_used, ds_operand, first_row, num_rows);
+        if constexpr (Config::kAddsDq) hand_over<Config>(shared.dq_exchange, num_used, ds_operand, first_row, num_rows);
         ptx::wgmma_wait<0>(dv, s);
         release(shared.dout_empty[dout.stage()]);
       }
@@ -178,8 +192,23 @@ __device__ inline void consume(const DkDvKernelParams& params, DkDvSharedStorage
                         item.head * strides.head;
       store_rows<Element, kHeadDim>(staging, grad, target, strides.row, num_rows);
     };
-    store(dv, params.dv, params.dv_strides);
-    store(dk, params.dk, params.dk_strides);
+    if constexpr (Config::kSplits == 1) {
+      store(dv, params.dv, params.dv_strides);
+      store(dk, params.dk, params.dk_strides);
+    } else {
+      const auto finish = [&](const float (&sent)[kHeadDim / 2], float (&kept)[kHeadDim / 2], void* tensor,
+                              const Strides& strides) {
+        const bool is_read = item.tiles().num_tiles > 0;
+        if (is_read) exchange_sums(shared, num_exchanges++, reinterpret_cast<float*>(staging), sent, kept);
+        store(kept, tensor, strides);
+        if (is_read) release_sums(shared);
+      };
+      if (QueryShare<Config>::block_rank() == 0) {
+        finish(dk, dv, params.dv, params.dv_strides);
+      } else {
+        finish(dv, dk, params.dk, params.dk_strides);
+      }
+    }
   }
 }
 
@@ -196,7 +225,7 @@ __global__ void __launch_bounds__(Config::kThreads, 1)
     ptx::prefetch_tensor_map(params.v);
     init_barriers(shared);
   }
-  __syncthreads();
+  sync_blocks<Config>();
 
   const int warpgroup = __shfl_sync(0xffffffff, threadIdx.x / kWarpgroup, 0);
   if (warpgroup == 0) {
@@ -209,6 +238,7 @@ __global__ void __launch_bounds__(Config::kThreads, 1)
     ptx::release_registers<Config::kDqRegisters>();
     add_dq(params, shared);
   }
+  if constexpr (Config::kSplits > 1) ptx::cluster_sync();
 }
 
 }  // namespace mixed_attention::cuda::hopper

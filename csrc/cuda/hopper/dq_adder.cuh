@@ -14,7 +14,7 @@
 #include "cuda/hopper/products.cuh"
 #include "cuda/hopper/query_tiles.cuh"
 #include "cuda/hopper/ring.cuh"
-#include "cuda/hopper/work_items.cuh"
+#include "cuda/hopper/split_sums.cuh"
 #include "cuda/ptx/bulk_reduce.cuh"
 #include "cuda/ptx/fence.cuh"
 #include "cuda/ptx/ldmatrix.cuh"
@@ -80,7 +80,7 @@ __device__ inline void load_transposed_keys(uint32_t (&operand)[Config::kBlockN 
 template <typename Config>
 __device__ inline void add_dq(const DkDvKernelParams& params, DkDvSharedStorage<Config>& shared) {
   using Element = typename Config::Element;
-  auto& exchange = shared.exchange;
+  auto& exchange = shared.dq_exchange;
   using Ring = RingUse<DqExchange<Config>::kStages>;
   constexpr int kStagings = DqExchange<Config>::kStagings;
   const int thread = threadIdx.x % kWarpgroup;
@@ -89,9 +89,10 @@ __device__ inline void add_dq(const DkDvKernelParams& params, DkDvSharedStorage<
 
   uint32_t num_used = 0;  // query tiles, over all items
   uint32_t kv_parity = 0;
-  for (WorkItems<Config::kBlockN, KeyWorkTable> item(params.table); item.next();) {
+  for (KeyItems<Config> item(params.table); item.next();) {
     const KeySegmentTiles& segment = item.tiles();
-    if (segment.num_tiles == 0) continue;
+    const QueryShare<Config> share(segment);
+    if (share.count == 0) continue;
     uint32_t keys[Config::kBlockN / 4];
     ptx::mbarrier_wait(shared.kv_full, kv_parity);
     kv_parity ^= 1;
@@ -100,8 +101,8 @@ __device__ inline void add_dq(const DkDvKernelParams& params, DkDvSharedStorage<
     if (lane == 0) ptx::mbarrier_arrive(shared.kv_empty);
 
     const int64_t first_tile = (int64_t{item.batch} * params.table.num_heads + item.head) * params.stats.num_tiles;
-    QueryTileIterator queries(params.table, segment);
-    for (int i = 0; i < segment.num_tiles; ++i, ++num_used) {
+    QueryTileIterator queries(params.table, segment, share.first);
+    for (int i = 0; i < share.count; ++i, ++num_used) {
       const Ring ds{num_used};
       float dq[Config::kBlockM / 2] = {};
       ptx::mbarrier_wait(exchange.ds_full[ds.stage()], ds.full_parity());

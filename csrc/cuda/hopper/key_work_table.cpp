@@ -79,4 +79,16 @@ KeyWorkTable make_key_work_table(const AttentionParams& params, const std::vecto
   return table;
 }
 
+int steps_of_longest_block(const KeyWorkTable& table, int num_blocks, int splits) {
+  constexpr int kStepsOfItem = 4;       // to begin and to end
+  constexpr int kStepsOfExchange = 2;
+  int steps = 0;
+  const KeySegmentTiles* segment = table.segments;
+  for (int item = 0; item < table.num_items; item += num_blocks) {
+    while (item >= segment->item_end) ++segment;
+    steps += to_int(ceil_div(segment->num_tiles, splits)) + kStepsOfItem + (splits - 1) * kStepsOfExchange;
+  }
+  return steps;
+}
+
 }  // namespace mixed_attention::cuda::hopper

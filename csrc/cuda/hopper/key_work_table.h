@@ -47,4 +47,7 @@ bool fits_key_work_table(const AttentionParams& params);
 
 KeyWorkTable make_key_work_table(const AttentionParams& params, const std::vector<QueryRun>& runs, int block_n);
 
+// About how long a launch takes, in steps of a query tile: in each round of num_blocks items all wait for the longest.
+int steps_of_longest_block(const KeyWorkTable& table, int num_blocks, int splits);
+
 }  // namespace mixed_attention::cuda::hopper

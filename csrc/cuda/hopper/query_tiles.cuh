@@ -20,21 +20,32 @@ __device__ inline QueryTile query_tile(const QueryRun* runs, int num_runs, int i
 }
 
 struct QueryTileIterator {
-  const QueryRun* run;
-  int tile = 0;
+  const KeyWorkTable& table;
+  int run;   // in table.ranges
+  int tile;  // of the run
 
-  __device__ QueryTileIterator(const KeyWorkTable& table, const KeySegmentTiles& segment)
-      : run(table.ranges + segment.first_range) {}
+  // Starts at the tile of this index among the segment's.
+  __device__ QueryTileIterator(const KeyWorkTable& table, const KeySegmentTiles& segment, int first)
+      : table(table), run(segment.first_range), tile(first) {
+    for (; tile >= num_tiles(); ++run) tile -= num_tiles();
+  }
 
   __device__ QueryTile next() {
-    const int row_begin = run->row_begin + tile * kQueryTileRows;
-    const QueryTile result{row_begin, min(kQueryTileRows, run->row_end - row_begin), run->first_tile + tile};
+    const QueryRun& rows = table.ranges[run];
+    const int row_begin = rows.row_begin + tile * kQueryTileRows;
+    const QueryTile result{row_begin, min(kQueryTileRows, rows.row_end - row_begin), rows.first_tile + tile};
     ++tile;
-    if (row_begin + kQueryTileRows >= run->row_end) {
+    if (row_begin + kQueryTileRows >= rows.row_end) {
       ++run;
       tile = 0;
     }
     return result;
+  }
+
+ private:
+  __device__ int num_tiles() const {
+    const QueryRun& rows = table.ranges[run];
+    return (rows.row_end - rows.row_begin + kQueryTileRows - 1) / kQueryTileRows;
   }
 };
 

@@ -6,7 +6,8 @@
 namespace mixed_attention::cuda::hopper {
 
 // The items of this block, tiles of kTileRows rows: for (WorkItems<kTileRows> item(table); item.next();) ...
-template <int kTileRows, typename Table = WorkTable>
+// kSharers blocks in a row have the same items.
+template <int kTileRows, typename Table = WorkTable, int kSharers = 1>
 struct WorkItems {
   const Table& table;
   int round = 0;
@@ -20,8 +21,8 @@ struct WorkItems {
 
   __device__ bool next() {
     // Every other round runs backwards, so that no block gets the longest item of each.
-    const int num_blocks = gridDim.x;
-    const int block = blockIdx.x;
+    const int num_blocks = gridDim.x / kSharers;
+    const int block = blockIdx.x / kSharers;
     const int item = round * num_blocks + (round % 2 == 0 ? block : num_blocks - 1 - block);
     if (item >= table.num_items) return false;
     ++round;
