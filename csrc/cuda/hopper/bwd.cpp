@@ -45,10 +45,11 @@ BwdWorkspace bwd_workspace(const BwdParams& params) {
 
 bool adds_dq(const BwdParams& params) { return !params.deterministic && params.head_dim == 64; }
 
-bool splits_queries(const BwdParams& params, const std::vector<QueryRun>& runs) {
+int num_query_splits(const BwdParams& params, const std::vector<QueryRun>& runs) {
+  if (!adds_dq(params)) return 1;
   const KeyWorkTable table = make_key_work_table(params, runs, 2 * kWarpgroupRows);
   const int num_blocks = num_multiprocessors(params.device);
-  return steps_of_longest_block(table, num_blocks / 2, 2) < steps_of_longest_block(table, num_blocks, 1);
+  return steps_of_longest_block(table, num_blocks / 2, 2) < steps_of_longest_block(table, num_blocks, 1) ? 2 : 1;
 }
 
 std::string refusal_bwd(const Problem& problem) { return refusal_fwd(problem); }

@@ -140,7 +140,7 @@ void launch_bwd(const BwdParams& params) {
   launch_stats<Element, kHeadDim>(params, stats, workspace, runs);
   if constexpr (kHeadDim == 64) {
     if (adds_dq(params)) {
-      if (splits_queries(params, runs)) {
+      if (num_query_splits(params, runs) > 1) {
         launch_dk_dv<DkDvConfig<Element, kHeadDim, true, 2>>(params, stats, workspace, runs);
       } else {
         launch_dk_dv<DkDvConfig<Element, kHeadDim, true>>(params, stats, workspace, runs);

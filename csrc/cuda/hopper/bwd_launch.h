@@ -25,8 +25,8 @@ struct BwdWorkspace {
 // Whether one kernel computes all gradients, with sums of dq in the order in which they come.
 bool adds_dq(const BwdParams& params);
 
-// Whether two blocks to a key tile, with half of its queries each, end earlier than one.
-bool splits_queries(const BwdParams& params, const std::vector<QueryRun>& runs);
+// Over how many blocks the queries of a key tile are split: 2 where two halves end earlier than a whole, else 1.
+int num_query_splits(const BwdParams& params, const std::vector<QueryRun>& runs);
 
 BwdWorkspace bwd_workspace(const BwdParams& params);
 

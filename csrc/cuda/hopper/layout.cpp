@@ -1,6 +1,7 @@
 // Tiles of the Hopper kernels, for people to read.
 #include "cuda/device.h"
 #include "cuda/hopper/bwd_config.h"
+#include "cuda/hopper/bwd_launch.h"
 #include "cuda/hopper/config.h"
 #include "cuda/hopper/launch.h"
 #include "schedule.h"
@@ -28,7 +29,10 @@ Layout fwd(const FwdParams& params) {
 Layout layout_fwd(const FwdParams& params) { return params.head_dim == 64 ? fwd<64>(params) : fwd<128>(params); }
 
 Layout layout_bwd(const BwdParams& params) {
-  return layout(params, params.schedule->key_segments, 2 * kWarpgroupRows, kQueryTileRows);
+  Layout result = layout(params, params.schedule->key_segments, 2 * kWarpgroupRows, kQueryTileRows);
+  result.num_splits = num_query_splits(params, make_query_runs(*params.schedule));
+  result.num_tiles *= result.num_splits;
+  return result;
 }
 
 }  // namespace mixed_attention::cuda::hopper
