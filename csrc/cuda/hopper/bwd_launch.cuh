@@ -26,7 +26,8 @@ void launch_persistent(void (*kernel)(KernelParams), const char* name, const Ker
   constexpr int kSharedBytes = sizeof(SharedStorage);
   static_assert(kSharedBytes <= 227 * 1024);
   check(cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize, kSharedBytes), name);
-  const int num_clusters = std::min(kernel_params.table.num_items, num_multiprocessors(params.device) / Config::kSplits);
+  const int num_clusters =
+      std::min(kernel_params.table.num_items, num_multiprocessors(params.device) / Config::kSplits);
   cudaLaunchAttribute cluster{};
   cluster.id = cudaLaunchAttributeClusterDimension;
   cluster.val.clusterDim = {Config::kSplits, 1, 1};

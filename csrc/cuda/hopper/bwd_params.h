@@ -28,7 +28,7 @@ struct BwdStatsKernelParams {
   int64_t seqlen_q;
   QueryStats stats;
   float* delta_of_rows;  // delta once more as (batch_size, num_heads, seqlen_q); or null
-  float* dq_sums;  // set to zero; or null
+  float* dq_sums;        // set to zero; or null
   int num_runs;
   QueryRun runs[kMaxRuns];
 };
@@ -69,7 +69,7 @@ struct DqKernelParams {
 };
 
 // What a kernel's parameters may take without costing the launch; newer drivers allow 32 KiB.
-static_assert(sizeof(BwdStatsKernelParams) <= 4096 && sizeof(DqSumsKernelParams) <= 4096 && sizeof(DkDvKernelParams) <= 4096 &&
-              sizeof(DqKernelParams) <= 4096);
+static_assert(sizeof(BwdStatsKernelParams) <= 4096 && sizeof(DqSumsKernelParams) <= 4096 &&
+              sizeof(DkDvKernelParams) <= 4096 && sizeof(DqKernelParams) <= 4096);
 
 }  // namespace mixed_attention::cuda::hopper

@@ -1,5 +1,6 @@
 // Gradients of keys and values on Hopper: persistent blocks of one producer and two consumer warpgroups that own what
-// they write, so that nothing is added atomically.
+// they write. Gradients of queries are another kernel's (dq_kernel.cuh), or those of a third consumer warpgroup
+// (dq_adder.cuh), which adds them up in global memory in whichever order they come.
 //
 // An item of a block is a tile of kBlockN key rows of one head. The producer, a single thread, copies its keys and
 // values and then, tile by tile, the queries that read them, with their output gradients and statistics. Each consumer

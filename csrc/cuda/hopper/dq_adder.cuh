@@ -1,7 +1,7 @@
 // What a key tile adds to dq, by the third warpgroup of the kernel for dk and dv.
 //
-// The transposed dqᵀ += kᵀ dsᵀ: kᵀ stays in registers for a whole item, dsᵀ comes from the other warpgroups as they have
-// it. The sums of a query tile lie in the order of the accumulators, so that they leave in 16 bytes a thread and a
+// The transposed dqᵀ += kᵀ dsᵀ: kᵀ stays in registers for a whole item, dsᵀ comes from the other warpgroups as they
+// have it. The sums of a query tile lie in the order of the accumulators, so that they leave in 16 bytes a thread and a
 // single bulk addition; hopper_dq_sums_kernel puts them right.
 //
 // Who signals whom: ds_full by one arrival of every warp that computes scores, ds_empty by one of every warp here.

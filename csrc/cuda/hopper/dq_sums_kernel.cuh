@@ -29,7 +29,8 @@ __global__ void __launch_bounds__(kWarpgroup) hopper_dq_sums_kernel(const __grid
 #pragma unroll
     for (int chunk = 0; chunk < kQueryTileRows / 8; ++chunk) {
       const float4 sum = sums[(block * (kQueryTileRows / 8) + chunk) * kWarpgroup];
-      Element* column = rows + (8 * chunk + 2 * (lane % 4)) * kRowElements + block * kWarpgroupRows + 16 * warp + lane / 4;
+      Element* column =
+          rows + (8 * chunk + 2 * (lane % 4)) * kRowElements + block * kWarpgroupRows + 16 * warp + lane / 4;
       column[0] = Element(sum.x * params.softmax_scale);
       column[kRowElements] = Element(sum.y * params.softmax_scale);
       column[8] = Element(sum.z * params.softmax_scale);

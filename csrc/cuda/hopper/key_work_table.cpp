@@ -80,7 +80,7 @@ KeyWorkTable make_key_work_table(const AttentionParams& params, const std::vecto
 }
 
 int steps_of_longest_block(const KeyWorkTable& table, int num_blocks, int splits) {
-  constexpr int kStepsOfItem = 4;       // to begin and to end
+  constexpr int kStepsOfItem = 4;  // to begin and to end
   constexpr int kStepsOfExchange = 2;
   int steps = 0;
   const KeySegmentTiles* segment = table.segments;

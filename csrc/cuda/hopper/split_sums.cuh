@@ -1,7 +1,8 @@
 // dk and dv of a key tile whose queries are split over the two blocks of a cluster: each sends one of its two sums to
 // the other, through shared memory and warp by warp, and ends with the whole of the other one.
 //
-// Who signals whom: peer_full and peer_empty by one arrival of every consumer warp of the other block.
+// Who signals whom: peer_full and peer_empty by one arrival of every consumer warp of the other block. Items that
+// nobody reads exchange nothing; they come last, so that no sums arrive where their zeros leave.
 #pragma once
 
 #include <cstdint>
