@@ -49,7 +49,7 @@ constexpr Tile fwd_tile(Arithmetic arithmetic, int head_dim) {
 // Spills: portable_dk_dv_kernel in portable_bwd_fp32_d64 for sm_90, 16 bytes: two words, that three blocks fit
 // Spills: portable_dk_dv_kernel in portable_bwd_fp32_d128 for sm_80, 12 bytes: two words; the tile is the smallest
 // Spills: portable_dk_dv_kernel in portable_bwd_fp32_d128 for sm_90, 8 bytes: one word, likewise
-// Spills: portable_dq_kernel in portable_bwd_fp32_d192 for sm_90, 100 bytes: eight words of addresses, read once a block
+// Spills: portable_dq_kernel in portable_bwd_fp32_d192 for sm_90, 100 bytes: eight words, read once a block
 // Spills: portable_dq_kernel in portable_bwd_fp32_d256 for sm_80, 8 bytes: one word; the tile is the smallest
 // Spills: portable_dk_dv_kernel in portable_bwd_fp32_d256 for sm_80, 8 bytes: likewise
 constexpr Tile bwd_tile(Arithmetic arithmetic, int head_dim) {
