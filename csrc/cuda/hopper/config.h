@@ -7,7 +7,12 @@ namespace mixed_attention::cuda::hopper {
 
 inline constexpr int kWarpgroup = 128;     // threads
 inline constexpr int kWarpgroupRows = 64;  // query rows of one warpgroup, fixed by wgmma
+inline constexpr int kWarpRows = 16;       // of them, one warp's
 inline constexpr int kSlabColumns = 64;    // columns of 16 bits in 128 bytes, the widest swizzle
+inline constexpr int kRowBytes = 128;      // of a slab
+// One step of a product, 16 along the summed dimension.
+inline constexpr int kColumnStepBytes = 32;
+inline constexpr int kRowStepBytes = 16 * kRowBytes;
 
 // Registers a thread: the sum over all warpgroups may not exceed what the launch gives, 65536 a block.
 template <int kHeadDim>
@@ -18,12 +23,14 @@ struct FwdTuning;
 template <>
 struct FwdTuning<64> {
   static constexpr int kConsumers = 3, kBlockN = 128, kStages = 4, kProducerRegisters = 32, kConsumerRegisters = 160;
+  static constexpr int kPolynomialEvery = 16, kQueryBuffers = 2;
 };
 
 // Two warpgroups: the product is twice as long as the softmax, and the output takes twice the registers.
 template <>
 struct FwdTuning<128> {
-  static constexpr int kConsumers = 2, kBlockN = 128, kStages = 2, kProducerRegisters = 24, kConsumerRegisters = 240;
+  static constexpr int kConsumers = 2, kBlockN = 128, kStages = 2, kProducerRegisters = 40, kConsumerRegisters = 232;
+  static constexpr int kPolynomialEvery = 0, kQueryBuffers = 2;
 };
 
 template <typename Element_, int kHeadDim_>
@@ -50,12 +57,11 @@ template <typename Config>
 struct FwdSharedStorage {
   using Element = typename Config::Element;
 
-  alignas(1024) Element q[Config::kBlockM * Config::kHeadDim];
+  alignas(1024) Element q[Config::kQueryBuffers][Config::kBlockM * Config::kHeadDim];
   alignas(1024) Element k[Config::kStages][Config::kBlockN * Config::kHeadDim];
   alignas(1024) Element v[Config::kStages][Config::kBlockN * Config::kHeadDim];
-  alignas(1024) Element out[Config::kBlockM * Config::kHeadDim];  // (rows, head_dim), 16 rows a warp
 
-  uint64_t q_full, q_empty;
+  uint64_t q_full[Config::kQueryBuffers], q_empty[Config::kQueryBuffers];
   uint64_t k_full[Config::kStages], k_empty[Config::kStages];
   uint64_t v_full[Config::kStages], v_empty[Config::kStages];
 };

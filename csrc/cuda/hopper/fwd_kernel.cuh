@@ -1,15 +1,16 @@
 // Attention forward on Hopper: persistent blocks of one producer and two or three consumer warpgroups.
 //
 // An item of a block is a tile of kBlockM query rows of one head. The producer, a single thread, copies its queries and
-// then its key and value tiles into rings of kStages buffers. Each consumer owns 64 of the rows and computes, tile by
-// tile, s = q k^T, the online softmax of s into weights p, and o += p v, with s, p and o in registers.
+// then its key and value tiles into rings of buffers. Each consumer owns 64 of the rows and computes, tile by tile,
+// s = q k^T, the weights p of s, and o += p v, with s, p and o in registers.
 //
-// Two overlaps keep the tensor cores busy. Within a warpgroup, s of tile j is issued together with o += p v of tile
-// j - 1, and the softmax of j runs under the latter. Between warpgroups, a ring of named barriers makes them issue
+// Two overlaps keep the tensor cores busy. Within a warpgroup, s of a tile is issued together with o += p v of the tile
+// before, and the softmax of the one runs under the product of the other; that goes on from item to item, so that an
+// item's last product runs beside the next one's first. Between warpgroups, a ring of named barriers makes them issue
 // their products in turn, so that the softmax of one lies under the products of the others.
 //
 // Who signals whom: *_full is completed by the copy engine (one arrival of the producer and the bytes), *_empty by one
-// arrival of every consumer warp. Items without keys take part in no barrier.
+// arrival of every consumer warp. Items without keys come last and take part in no barrier.
 #pragma once
 
 #include <cstdint>
@@ -20,7 +21,7 @@
 #include "cuda/hopper/products.cuh"
 #include "cuda/hopper/ring.cuh"
 #include "cuda/hopper/softmax.cuh"
-#include "cuda/hopper/store_rows.cuh"
+#include "cuda/hopper/store_output.cuh"
 #include "cuda/hopper/work_items.cuh"
 #include "cuda/ptx/elect.cuh"
 #include "cuda/ptx/mbarrier.cuh"
@@ -31,17 +32,20 @@
 
 namespace mixed_attention::cuda::hopper {
 
+template <int kStages>
+__device__ inline void init_ring(ptx::Mbarrier (&full)[kStages], ptx::Mbarrier (&empty)[kStages], int consumer_warps) {
+  for (int stage = 0; stage < kStages; ++stage) {
+    ptx::mbarrier_init(full[stage], 1);
+    ptx::mbarrier_init(empty[stage], consumer_warps);
+  }
+}
+
 template <typename Config>
 __device__ inline void init_barriers(FwdSharedStorage<Config>& shared) {
   constexpr int kConsumerWarps = Config::kConsumers * kWarpgroup / 32;
-  ptx::mbarrier_init(shared.q_full, 1);
-  ptx::mbarrier_init(shared.q_empty, kConsumerWarps);
-  for (int stage = 0; stage < Config::kStages; ++stage) {
-    ptx::mbarrier_init(shared.k_full[stage], 1);
-    ptx::mbarrier_init(shared.k_empty[stage], kConsumerWarps);
-    ptx::mbarrier_init(shared.v_full[stage], 1);
-    ptx::mbarrier_init(shared.v_empty[stage], kConsumerWarps);
-  }
+  init_ring(shared.q_full, shared.q_empty, kConsumerWarps);
+  init_ring(shared.k_full, shared.k_empty, kConsumerWarps);
+  init_ring(shared.v_full, shared.v_empty, kConsumerWarps);
   ptx::mbarrier_fence_init();
 }
 
@@ -49,16 +53,16 @@ template <typename Config>
 __device__ inline void produce(const FwdKernelParams& params, FwdSharedStorage<Config>& shared) {
   using Ring = RingUse<Config::kStages>;
   uint32_t num_loaded = 0;  // key tiles, over all items
-  uint32_t q_parity = 1;
-  for (WorkItems<Config::kBlockM> item(params.table); item.next();) {
-    const int num_tiles = item.tiles().num_tiles;
-    if (num_tiles == 0) continue;
+  RingUse<Config::kQueryBuffers> q{0};
+  for (ItemWalk<Config::kBlockM> items(params.table); items.next_with_keys(); ++q.count) {
+    const int num_tiles = items.tiles().num_tiles;
+    const ItemRows queries = items.rows();
 
     const auto load_key_tile = [&](typename Config::Element* buffer, const CUtensorMap& map, ptx::Mbarrier& full,
                                    KeyTile tile, int batch_step) {
       ptx::mbarrier_arrive_expect(full, Config::kTileBytesN);
-      load_clipped_rows<Config::kBlockN, Config::kHeadDim>(buffer, map, full, tile.row_begin, tile.num_rows, item.head,
-                                                           item.batch * batch_step);
+      load_clipped_rows<Config::kBlockN, Config::kHeadDim>(buffer, map, full, tile.row_begin, tile.num_rows,
+                                                           queries.head, queries.batch * batch_step);
     };
     const auto load_k = [&](KeyTile tile, Ring use) {
       ptx::mbarrier_wait(shared.k_empty[use.stage()], use.empty_parity());
@@ -70,14 +74,13 @@ __device__ inline void produce(const FwdKernelParams& params, FwdSharedStorage<C
     };
 
     // In the order in which the consumers need them: keys run one tile ahead of values.
-    KeyTileIterator<Config::kBlockN> keys(params.table, item.tiles());
+    KeyTileIterator<Config::kBlockN> keys(params.table, items.tiles());
     KeyTile tile = keys.next();
     load_k(tile, Ring{num_loaded});
-    ptx::mbarrier_wait(shared.q_empty, q_parity);
-    q_parity ^= 1;
-    ptx::mbarrier_arrive_expect(shared.q_full, Config::kTileBytesM);
-    load_rows<Config::kBlockM, Config::kHeadDim>(shared.q, params.q, shared.q_full, item.row_begin, item.head,
-                                                 item.batch * params.q_batch_step);
+    ptx::mbarrier_wait(shared.q_empty[q.stage()], q.empty_parity());
+    ptx::mbarrier_arrive_expect(shared.q_full[q.stage()], Config::kTileBytesM);
+    load_rows<Config::kBlockM, Config::kHeadDim>(shared.q[q.stage()], params.q, shared.q_full[q.stage()],
+                                                 queries.row_begin, queries.head, queries.batch * params.q_batch_step);
     for (int i = 1; i < num_tiles; ++i) {
       const KeyTile next = keys.next();
       load_k(next, Ring{num_loaded + 1});
@@ -104,101 +107,124 @@ __device__ inline void consume(const FwdKernelParams& params, FwdSharedStorage<C
   const int warp = __shfl_sync(0xffffffff, threadIdx.x / 32 % 4, 0);
   const int first_row = consumer * kWarpgroupRows + warp * kWarpRows;  // of this warp in the tile
 
-  const ptx::Operand q = ptx::Operand::make(shared.q).advance(consumer * kWarpgroupRows * kRowBytes);
+  const ptx::Operand q_ring = ptx::Operand::make(shared.q).advance(consumer * kWarpgroupRows * kRowBytes);
   const ptx::Operand k_ring = ptx::Operand::make(shared.k);
   const ptx::Operand v_ring = ptx::Operand::make(shared.v, Config::kSlabBytesN);
-  Element* staging = shared.out + first_row * Config::kHeadDim;
 
   // Named barrier 1 + i: it is consumer i's turn to issue. Consumer 0's first turn comes from the last one.
   const int own_turn = 1 + consumer;
   const int next_turn = 1 + (consumer + 1) % Config::kConsumers;
+  // Named barrier 1 + kConsumers + i: among the warps of consumer i.
+  const int own_vote = own_turn + Config::kConsumers;
   if (consumer == Config::kConsumers - 1) ptx::named_barrier_arrive(next_turn, 2 * kWarpgroup);
 
-  const auto issue_scores = [&](float (&s)[Config::kBlockN / 2], Ring use) {
-    issue_row_products<Element, Config::kHeadDim, Config::kSlabBytesM, Config::kSlabBytesN>(
-        s, q, k_ring.advance(use.stage() * Config::kTileBytesN));
-  };
-  const auto issue_output = [&](float (&o)[Config::kHeadDim / 2], const uint32_t (&p)[Config::kBlockN / 4], Ring use) {
-    issue_column_products<Element>(o, p, v_ring.advance(use.stage() * Config::kTileBytesN));
-  };
+  ItemWalk<Config::kBlockM> items(params.table);
+  RingUse<Config::kQueryBuffers> q_use{0};
+  Ring k_use{0};  // v is always the use before
+  float s[Config::kBlockN / 2];
+  uint32_t p[Config::kBlockN / 4];
+  float o[Config::kHeadDim / 2];
+  OnlineSoftmax softmax;
+
   const auto release = [&](ptx::Mbarrier& empty) {
     if (lane == 0) ptx::mbarrier_arrive(empty);
   };
+  const auto issue_s = [&] {
+    issue_row_products<Element, Config::kHeadDim, Config::kSlabBytesM, Config::kSlabBytesN>(
+        s, q_ring.advance(q_use.stage() * Config::kTileBytesM), k_ring.advance(k_use.stage() * Config::kTileBytesN));
+  };
+  const auto issue_o = [&](Ring v_use) {
+    ptx::mbarrier_wait(shared.v_full[v_use.stage()], v_use.full_parity());
+    issue_column_products<Element>(o, p, v_ring.advance(v_use.stage() * Config::kTileBytesN));
+  };
+  // Both products of a step: the scores of one tile, and what the one before adds to the output.
+  const auto issue_both = [&](Ring v_use) {
+    ptx::mbarrier_wait(shared.k_full[k_use.stage()], k_use.full_parity());
+    ptx::named_barrier_sync(own_turn, 2 * kWarpgroup);
+    issue_s();
+    issue_o(v_use);
+    ptx::named_barrier_arrive(next_turn, 2 * kWarpgroup);
+    ptx::wgmma_wait<1>(s);
+  };
+  const auto mask_tail = [&](int tile) {
+    if (tile < items.tiles().num_partial) {
+      mask_columns(s, params.table.ranges[items.tiles().first_range + tile].tail);
+    }
+  };
+  const auto weigh = [&] { softmax.weigh<Config::kPolynomialEvery>(s, params.softmax_scale_log2); };
+  // NOTE: the answer depends on all exponentials. Without a barrier at this place ptxas moves most of them behind the
+  // wait for the product that they should run under.
+  const auto overflows = [&] { return ptx::named_barrier_any(own_vote, kWarpgroup, softmax.overflows<Element>()); };
 
-  uint32_t num_used = 0;  // key tiles, over all items
-  uint32_t q_parity = 0;
-  for (WorkItems<Config::kBlockM> item(params.table); item.next();) {
-    const int num_tiles = item.tiles().num_tiles;
-    float o[Config::kHeadDim / 2] = {};
-    OnlineSoftmax softmax;
-
-    if (num_tiles > 0) {
-      float s[Config::kBlockN / 2];
-      uint32_t p[Config::kBlockN / 4];
-      const auto mask_scores = [&](int tile) {
-        if (tile < item.tiles().num_partial) {
-          mask_columns(s, params.table.ranges[item.tiles().first_range + tile].tail);
-        }
-      };
-
-      // The first tile has no older product to run beside.
-      Ring k{num_used};
-      ptx::mbarrier_wait(shared.q_full, q_parity);
-      q_parity ^= 1;
-      ptx::mbarrier_wait(shared.k_full[k.stage()], k.full_parity());
-      issue_scores(s, k);
-      ptx::wgmma_wait<0>(s);
-      release(shared.k_empty[k.stage()]);
-      mask_scores(0);
-      softmax.update(s, params.softmax_scale_log2);
-      round_operand<Element>(p, s);
-
-      for (int tile = 1; tile < num_tiles; ++tile) {
-        const Ring v{num_used};
-        k = Ring{++num_used};
-        ptx::mbarrier_wait(shared.k_full[k.stage()], k.full_parity());
-        ptx::named_barrier_sync(own_turn, 2 * kWarpgroup);
-        issue_scores(s, k);
-        ptx::mbarrier_wait(shared.v_full[v.stage()], v.full_parity());
-        issue_output(o, p, v);
-        ptx::named_barrier_arrive(next_turn, 2 * kWarpgroup);
-
-        ptx::wgmma_wait<1>(s);
-        release(shared.k_empty[k.stage()]);
-        mask_scores(tile);
-        softmax.update(s, params.softmax_scale_log2);
-        softmax.hold(ptx::shared_address(staging));
-
-        ptx::wgmma_wait<0>(o, s);
-        release(shared.v_empty[v.stage()]);
-        round_operand<Element>(p, s);
-        if (softmax.rescale) scale_rows(o, softmax.factor);
+  bool has_keys = items.next_with_keys();
+  if (has_keys) {
+    ptx::mbarrier_wait(shared.q_full[0], 0);
+    ptx::mbarrier_wait(shared.k_full[0], 0);
+    issue_s();
+    ptx::wgmma_wait<0>(s);
+    release(shared.k_empty[0]);
+    mask_tail(0);
+    softmax.start(s, params.softmax_scale_log2);
+    weigh();
+    softmax.settle<Element>();
+    softmax.add_tile();
+    round_operand<Element>(p, s);
+  }
+  while (has_keys) {
+    clear(o);
+    for (int tile = 1; tile < items.tiles().num_tiles; ++tile) {
+      const Ring v_use = k_use;
+      ++k_use.count;
+      issue_both(v_use);
+      mask_tail(tile);
+      weigh();
+      const bool is_overflow = overflows();
+      ptx::wgmma_wait<0>(o, s);
+      release(shared.v_empty[v_use.stage()]);
+      if (is_overflow) {
+        float factor[2];
+        issue_s();
+        ptx::wgmma_wait<0>(s);
+        mask_tail(tile);
+        softmax.raise<Element>(s, params.softmax_scale_log2, factor);
+        weigh();
+        softmax.settle<Element>();
+        scale_rows(o, factor);
       }
+      release(shared.k_empty[k_use.stage()]);
+      softmax.add_tile();
+      round_operand<Element>(p, s);
+    }
+    release(shared.q_empty[q_use.stage()]);
 
-      release(shared.q_empty);
-      const Ring v{num_used++};
-      ptx::mbarrier_wait(shared.v_full[v.stage()], v.full_parity());
-      issue_output(o, p, v);
+    const ItemWalk finished = items;
+    const OnlineSoftmax total = softmax;
+    const Ring v_use = k_use;
+    ++k_use.count;
+    ++q_use.count;
+    has_keys = items.next_with_keys();
+    if (has_keys) {
+      ptx::mbarrier_wait(shared.q_full[q_use.stage()], q_use.full_parity());
+      issue_both(v_use);
+      release(shared.k_empty[k_use.stage()]);
+      mask_tail(0);
+      softmax.start(s, params.softmax_scale_log2);
+      weigh();
+      overflows();
+      ptx::wgmma_wait<0>(o, s);
+      softmax.settle<Element>();
+      softmax.add_tile();
+      round_operand<Element>(p, s);
+    } else {
+      issue_o(v_use);
       ptx::wgmma_wait<0>(o);
-      release(shared.v_empty[v.stage()]);
-      softmax.finish();
-      const float inverse[2] = {__fdividef(1.f, softmax.row_sum[0]), __fdividef(1.f, softmax.row_sum[1])};
-      scale_rows(o, inverse);
     }
-
-    const int row_begin = item.row_begin + first_row;
-    const int num_rows = item.tiles().row_end - row_begin;
-    Element* out = static_cast<Element*>(params.out) + item.batch * params.out_strides.batch +
-                   row_begin * params.out_strides.row + item.head * params.out_strides.head;
-    store_rows<Element, Config::kHeadDim>(staging, o, out, params.out_strides.row, num_rows);
-
-    float* lse = params.lse + (int64_t{item.batch} * params.table.num_heads + item.head) * params.seqlen_q + row_begin;
-#pragma unroll
-    for (int i = 0; i < 2; ++i) {
-      const int row = lane / 4 + 8 * i;
-      if (lane % 4 == 0 && row < num_rows)
-        lse[row] = softmax.row_max[i] * params.softmax_scale + logf(softmax.row_sum[i]);
-    }
+    release(shared.v_empty[v_use.stage()]);
+    store_result<Config>(params, finished.rows(), first_row, o, total);
+  }
+  for (bool is_left = items.item < params.table.num_items; is_left; is_left = items.next()) {
+    clear(o);
+    store_result<Config>(params, items.rows(), first_row, o, OnlineSoftmax{});
   }
 }
 

@@ -9,11 +9,6 @@
 
 namespace mixed_attention::cuda::hopper {
 
-constexpr int kRowBytes = 128;  // of a slab
-// One step of a product, 16 along the summed dimension.
-constexpr int kColumnStepBytes = 32;
-constexpr int kRowStepBytes = 16 * kRowBytes;
-
 // d = a bᵀ, summed over the kWidth columns of both: 64 rows at a, as many rows at b as d has columns.
 template <typename Element, int kWidth, int kSlabBytesA, int kSlabBytesB, int kCount>
 __device__ inline void issue_row_products(float (&d)[kCount], ptx::Operand a, ptx::Operand b) {

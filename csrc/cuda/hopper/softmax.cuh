@@ -1,6 +1,15 @@
 // Online softmax over the fragments of wgmma: a thread holds two rows of a tile, a quarter of their columns each.
+//
+// The usual update finds the maximum of every tile before its first exponential. Here the weights are relative to the
+// maximum of the first tile, and their sum, which is needed anyway, tells whether one has grown too large for its
+// format. Only then is there something to repair: a reference that is too low costs no accuracy, as 16-bit weights are
+// as accurate at 2^15 as at 1.
 #pragma once
 
+#include <cuda_bf16.h>
+#include <cuda_fp16.h>
+
+#include "cuda/hopper/polynomial_exp2.cuh"
 #include "cuda/ptx/math.cuh"
 
 namespace mixed_attention::cuda::hopper {
@@ -29,62 +38,103 @@ __device__ inline void mask_columns(float (&scores)[kCount], int num_columns) {
   }
 }
 
-struct OnlineSoftmax {
-  float row_max[2] = {-INFINITY, -INFINITY};  // reference of the exponents, at most kSlack below the maximum
-  float row_sum[2] = {0.f, 0.f};              // of this thread's columns
-  float factor[2];                            // of the last update: what older sums and outputs are to be scaled by
-  bool rescale = false;                       // of the last update: whether any factor of this warp differs from 1
+// Largest sum of weights of one thread and tile: fp16 ends at 2^16, bf16 leaves room for large values.
+template <typename Element>
+constexpr float kWeightLimit = 0x1p32f;
+template <>
+constexpr float kWeightLimit<__half> = 0x1p15f;
 
-  // Turns scores into weights exp2(scale_log2 * (score - row_max)).
-  //
-  // The reference follows the maximum only once it is 8 behind in log2 units: weights of up to 2^8 lose nothing in
-  // 16 bits, and most tiles need not touch the output. Each row decides by itself, so that no row depends on its
-  // neighbours'. Every tile has a column that is not masked, therefore no maximum stays -inf.
+// What a row's maximum counts as where it has no finite score yet: the first one overflows.
+constexpr float kNoReference = -1e30f;
+
+// Whether the weight of accumulator i is computed by polynomial: every kEvery-th (0: none).
+template <int kEvery>
+__device__ constexpr bool is_polynomial(int i) {
+  if constexpr (kEvery > 0) return i % kEvery == kEvery - 1;
+  return false;
+}
+
+// Of the two rows of a thread. The sums are those of its own columns until finish().
+struct OnlineSoftmax {
+  float offset[2];  // a weight is 2^(scale_log2 * score - offset)
+  float row_sum[2];
+  float tile_sum[2];
+
+  // Takes the references from an item's first scores.
   template <int kCount>
-  __device__ void update(float (&scores)[kCount], float scale_log2) {
-    constexpr float kSlack = 8.f;
-    float tile_max[2] = {scores[0], scores[2]};
-#pragma unroll
-    for (int i = 0; i < kCount; ++i) tile_max[row_of(i)] = fmaxf(tile_max[row_of(i)], scores[i]);
-    bool grows[2];
-#pragma unroll
-    for (int row = 0; row < 2; ++row) {
-      tile_max[row] = quad_max(tile_max[row]);
-      grows[row] = (tile_max[row] - row_max[row]) * scale_log2 > kSlack;
-    }
-    rescale = __any_sync(0xffffffff, grows[0] || grows[1]);
-    if (rescale) {
-#pragma unroll
-      for (int row = 0; row < 2; ++row) {
-        factor[row] = grows[row] ? ptx::exp2((row_max[row] - tile_max[row]) * scale_log2) : 1.f;
-        row_max[row] = grows[row] ? tile_max[row] : row_max[row];
-        row_sum[row] *= factor[row];
-      }
-    }
-    const float offset[2] = {-row_max[0] * scale_log2, -row_max[1] * scale_log2};
-#pragma unroll
-    for (int i = 0; i < kCount; ++i) scores[i] = ptx::exp2(fmaf(scores[i], scale_log2, offset[row_of(i)]));
-#pragma unroll
-    for (int i = 0; i < kCount; ++i) row_sum[row_of(i)] += scores[i];
+  __device__ void start(const float (&scores)[kCount], float scale_log2) {
+    find_references(offset, scores, scale_log2);
+    row_sum[0] = row_sum[1] = 0;
   }
 
-  // Sums over whole rows; once, after the last update.
+  // Gives rows whose weights overflowed the reference of the tile that made them, and takes what was added up before to
+  // it: rows of o by the factors. Each row decides by itself, so that none depends on its neighbours.
+  template <typename Element, int kCount>
+  __device__ void raise(const float (&scores)[kCount], float scale_log2, float (&factor)[2]) {
+    float reference[2];
+    find_references(reference, scores, scale_log2);
+#pragma unroll
+    for (int row = 0; row < 2; ++row) {
+      const bool grows = quad_max(tile_sum[row]) > kWeightLimit<Element>;
+      factor[row] = grows ? ptx::exp2(offset[row] - reference[row]) : 1.f;
+      offset[row] = grows ? reference[row] : offset[row];
+      row_sum[row] *= factor[row];
+    }
+  }
+
+  // Turns scores into weights.
+  template <int kPolynomialEvery, int kCount>
+  __device__ void weigh(float (&scores)[kCount], float scale_log2) {
+    const PolynomialExp2 polynomial[2] = {{scale_log2, offset[0]}, {scale_log2, offset[1]}};
+#pragma unroll
+    for (int i = 0; i < kCount; ++i) {
+      const int row = row_of(i);
+      scores[i] = is_polynomial<kPolynomialEvery>(i) ? polynomial[row](scores[i])
+                                                     : ptx::exp2(fmaf(scores[i], scale_log2, -offset[row]));
+    }
+    tile_sum[0] = scores[0];
+    tile_sum[1] = scores[2];
+#pragma unroll
+    for (int i = 1; i < kCount; ++i) {
+      if (i != 2) tile_sum[row_of(i)] += scores[i];
+    }
+  }
+
+  // Whether a weight may have left its format. NaN stays as it is.
+  template <typename Element>
+  __device__ bool overflows() const {
+    return tile_sum[0] > kWeightLimit<Element> || tile_sum[1] > kWeightLimit<Element>;
+  }
+
+  // Of weights under a reference of their own tile, which are 1 at most: a larger sum comes from a score of NaN or
+  // infinity in a column of the polynomial's, and is to show.
+  template <typename Element>
+  __device__ void settle() {
+#pragma unroll
+    for (int row = 0; row < 2; ++row) {
+      if (tile_sum[row] > kWeightLimit<Element>) tile_sum[row] = NAN;
+    }
+  }
+
+  __device__ void add_tile() {
+    row_sum[0] += tile_sum[0];
+    row_sum[1] += tile_sum[1];
+  }
+
+  // Sums over whole rows; once, after the last tile.
   __device__ void finish() {
     row_sum[0] = quad_sum(row_sum[0]);
     row_sum[1] = quad_sum(row_sum[1]);
   }
 
-  // NOTE: ptxas moves most exponentials behind the wait for the product that they should run under. A store that
-  // depends on all of them and never happens, as sums are not negative, holds them in front of it.
-  __device__ void hold(uint32_t shared_address) const {
-    asm volatile(
-        "{\n"
-        ".reg .pred negative;\n"
-        "setp.lt.f32 negative, %1, 0f00000000;\n"
-        "@negative st.shared.f32 [%0], %1;\n"
-        "}\n" ::"r"(shared_address),
-        "f"(row_sum[0] + row_sum[1])
-        : "memory");
+ private:
+  template <int kCount>
+  __device__ static void find_references(float (&reference)[2], const float (&scores)[kCount], float scale_log2) {
+    float tile_max[2] = {scores[0], scores[2]};
+#pragma unroll
+    for (int i = 0; i < kCount; ++i) tile_max[row_of(i)] = fmaxf(tile_max[row_of(i)], scores[i]);
+#pragma unroll
+    for (int row = 0; row < 2; ++row) reference[row] = fmaxf(quad_max(tile_max[row]) * scale_log2, kNoReference);
   }
 };
 

@@ -3,13 +3,12 @@
 
 #include <cstdint>
 
+#include "cuda/hopper/config.h"
 #include "cuda/ptx/convert.cuh"
 #include "cuda/ptx/shared_address.cuh"
 #include "cuda/ptx/stmatrix.cuh"
 
 namespace mixed_attention::cuda::hopper {
-
-constexpr int kWarpRows = 16;
 
 // Writes this warp's 16 rows of a result, the first num_rows of them. They pass through shared memory, (16, kHeadDim)
 // with the 16-byte chunks of a row swizzled against bank conflicts, so that whole rows leave at once.

@@ -5,41 +5,64 @@
 
 namespace mixed_attention::cuda::hopper {
 
-// The items of this block, tiles of kTileRows rows: for (WorkItems<kTileRows> item(table); item.next();) ...
-// kSharers blocks in a row have the same items.
+// The rows that an item owns, of one head and sequence; they end with the tile or with the segment.
+struct ItemRows {
+  int row_begin, row_end;
+  int head, batch;
+};
+
+// The items of this block, by number. kSharers blocks in a row have the same items.
 template <int kTileRows, typename Table = WorkTable, int kSharers = 1>
-struct WorkItems {
+struct ItemWalk {
   const Table& table;
   int round = 0;
-  int segment = 0;    // of the current item, like all that follows
-  int row_begin = 0;  // of the tile; its rows end with the tile or with the segment
-  int head = 0, batch = 0;
+  int item = 0;     // the current one
+  int segment = 0;  // which it belongs to
 
-  __device__ explicit WorkItems(const Table& table) : table(table) {}
-
-  __device__ const auto& tiles() const { return table.segments[segment]; }
+  __device__ explicit ItemWalk(const Table& table) : table(table) {}
 
   __device__ bool next() {
     // Every other round runs backwards, so that no block gets the longest item of each.
     const int num_blocks = gridDim.x / kSharers;
     const int block = blockIdx.x / kSharers;
-    const int item = round * num_blocks + (round % 2 == 0 ? block : num_blocks - 1 - block);
+    item = round * num_blocks + (round % 2 == 0 ? block : num_blocks - 1 - block);
     if (item >= table.num_items) return false;
     ++round;
     // A block's items stand in ascending order: the search goes on where it ended.
     while (item >= tiles().item_end) ++segment;
-    locate(item - (segment == 0 ? 0 : table.segments[segment - 1].item_end));
     return true;
   }
 
- private:
+  // Items without keys come last.
+  __device__ bool next_with_keys() { return next() && tiles().num_tiles > 0; }
+
+  __device__ const auto& tiles() const { return table.segments[segment]; }
+
   // Neighbouring items share a head, and thus keys and values in the L2 cache.
-  __device__ void locate(int item_of_segment) {
+  __device__ ItemRows rows() const {
+    const int item_of_segment = item - (segment == 0 ? 0 : table.segments[segment - 1].item_end);
     const int num_tiles = (tiles().row_end - tiles().row_begin + kTileRows - 1) / kTileRows;
     const int sequence = item_of_segment / num_tiles;
-    row_begin = tiles().row_begin + item_of_segment % num_tiles * kTileRows;
-    batch = sequence / table.num_heads;
-    head = sequence % table.num_heads;
+    return {tiles().row_begin + item_of_segment % num_tiles * kTileRows, tiles().row_end, sequence % table.num_heads,
+            sequence / table.num_heads};
+  }
+};
+
+// The same, each with its rows at hand: for (WorkItems<kTileRows> item(table); item.next();) ...
+template <int kTileRows, typename Table = WorkTable, int kSharers = 1>
+struct WorkItems : ItemWalk<kTileRows, Table, kSharers> {
+  int row_begin = 0;
+  int head = 0, batch = 0;
+
+  using ItemWalk<kTileRows, Table, kSharers>::ItemWalk;
+
+  __device__ bool next() {
+    if (!ItemWalk<kTileRows, Table, kSharers>::next()) return false;
+    const ItemRows rows = this->rows();
+    row_begin = rows.row_begin;
+    head = rows.head;
+    batch = rows.batch;
+    return true;
   }
 };
 

@@ -57,19 +57,35 @@ template <typename Element, int kN>
 struct Wgmma;
 
 // The instruction names every register it accumulates in, so that its text depends on N.
-#define WGMMA_REGISTERS_32                                                                                         \
-  "%0, %1, %2, %3, %4, %5, %6, %7, %8, %9, %10, %11, %12, %13, %14, %15, %16, %17, %18, %19, %20, %21, %22, %23, " \
-  "%24, %25, %26, %27, %28, %29, %30, %31"
-#define WGMMA_REGISTERS_64                                                                                           \
-  WGMMA_REGISTERS_32                                                                                                 \
-  ", %32, %33, %34, %35, %36, %37, %38, %39, %40, %41, %42, %43, %44, %45, %46, %47, %48, %49, %50, %51, %52, %53, " \
-  "%54, %55, %56, %57, %58, %59, %60, %61, %62, %63"
+#define WGMMA_REGISTERS_16 "%0, %1, %2, %3, %4, %5, %6, %7, %8, %9, %10, %11, %12, %13, %14, %15"
+#define WGMMA_REGISTERS_32 \
+  WGMMA_REGISTERS_16 ", %16, %17, %18, %19, %20, %21, %22, %23, %24, %25, %26, %27, %28, %29, %30, %31"
+#define WGMMA_REGISTERS_48 \
+  WGMMA_REGISTERS_32 ", %32, %33, %34, %35, %36, %37, %38, %39, %40, %41, %42, %43, %44, %45, %46, %47"
+#define WGMMA_REGISTERS_64 \
+  WGMMA_REGISTERS_48 ", %48, %49, %50, %51, %52, %53, %54, %55, %56, %57, %58, %59, %60, %61, %62, %63"
+#define WGMMA_REGISTERS_72 WGMMA_REGISTERS_64 ", %64, %65, %66, %67, %68, %69, %70, %71"
+#define WGMMA_REGISTERS_80 WGMMA_REGISTERS_72 ", %72, %73, %74, %75, %76, %77, %78, %79"
+#define WGMMA_REGISTERS_88 WGMMA_REGISTERS_80 ", %80, %81, %82, %83, %84, %85, %86, %87"
+#define WGMMA_REGISTERS_96 WGMMA_REGISTERS_88 ", %88, %89, %90, %91, %92, %93, %94, %95"
+#define WGMMA_REGISTERS_128                                                                                    \
+  WGMMA_REGISTERS_96                                                                                           \
+  ", %96, %97, %98, %99, %100, %101, %102, %103, %104, %105, %106, %107, %108, %109, %110, %111, %112, %113, " \
+  "%114, %115, %116, %117, %118, %119, %120, %121, %122, %123, %124, %125, %126, %127"
 
 #define WGMMA_8(d, i)                                                                                         \
   "+f"(d[i]), "+f"(d[i + 1]), "+f"(d[i + 2]), "+f"(d[i + 3]), "+f"(d[i + 4]), "+f"(d[i + 5]), "+f"(d[i + 6]), \
       "+f"(d[i + 7])
-#define WGMMA_ACCUMULATORS_32(d, i) WGMMA_8(d, i), WGMMA_8(d, i + 8), WGMMA_8(d, i + 16), WGMMA_8(d, i + 24)
-#define WGMMA_ACCUMULATORS_64(d, i) WGMMA_ACCUMULATORS_32(d, i), WGMMA_ACCUMULATORS_32(d, i + 32)
+#define WGMMA_ACCUMULATORS_16(d) WGMMA_8(d, 0), WGMMA_8(d, 8)
+#define WGMMA_ACCUMULATORS_32(d) WGMMA_ACCUMULATORS_16(d), WGMMA_8(d, 16), WGMMA_8(d, 24)
+#define WGMMA_ACCUMULATORS_48(d) WGMMA_ACCUMULATORS_32(d), WGMMA_8(d, 32), WGMMA_8(d, 40)
+#define WGMMA_ACCUMULATORS_64(d) WGMMA_ACCUMULATORS_48(d), WGMMA_8(d, 48), WGMMA_8(d, 56)
+#define WGMMA_ACCUMULATORS_72(d) WGMMA_ACCUMULATORS_64(d), WGMMA_8(d, 64)
+#define WGMMA_ACCUMULATORS_80(d) WGMMA_ACCUMULATORS_72(d), WGMMA_8(d, 72)
+#define WGMMA_ACCUMULATORS_88(d) WGMMA_ACCUMULATORS_80(d), WGMMA_8(d, 80)
+#define WGMMA_ACCUMULATORS_96(d) WGMMA_ACCUMULATORS_88(d), WGMMA_8(d, 88)
+#define WGMMA_ACCUMULATORS_128(d) \
+  WGMMA_ACCUMULATORS_96(d), WGMMA_8(d, 96), WGMMA_8(d, 104), WGMMA_8(d, 112), WGMMA_8(d, 120)
 
 // p0 to p4: the numbers of the operands after the accumulators.
 #define WGMMA_DEFINE(N, Element, type, count, p0, p1, p2, p3, p4)                                                 \
@@ -85,27 +101,55 @@ struct Wgmma;
           "}, %" p0 ", %" p1                                                                                      \
           ", p, 1, 1, 0, 0;\n"                                                                                    \
           "}\n"                                                                                                   \
-          : WGMMA_ACCUMULATORS_##count(d, 0)                                                                      \
+          : WGMMA_ACCUMULATORS_##count(d)                                                                         \
           : "l"(a.descriptor()), "l"(b.descriptor()), "r"(accumulate));                                           \
     }                                                                                                             \
     __device__ static void rs(float (&d)[count], uint32_t a0, uint32_t a1, uint32_t a2, uint32_t a3, Operand b) { \
       asm volatile("wgmma.mma_async.sync.aligned.m64n" #N "k16.f32." type "." type " {" WGMMA_REGISTERS_##count   \
                    "}, {%" p0 ", %" p1 ", %" p2 ", %" p3 "}, %" p4 ", 1, 1, 1, 1;\n"                              \
-                   : WGMMA_ACCUMULATORS_##count(d, 0)                                                             \
+                   : WGMMA_ACCUMULATORS_##count(d)                                                                \
                    : "r"(a0), "r"(a1), "r"(a2), "r"(a3), "l"(b.descriptor()));                                    \
     }                                                                                                             \
   };
 
+WGMMA_DEFINE(32, __nv_bfloat16, "bf16", 16, "16", "17", "18", "19", "20")
+WGMMA_DEFINE(32, __half, "f16", 16, "16", "17", "18", "19", "20")
 WGMMA_DEFINE(64, __nv_bfloat16, "bf16", 32, "32", "33", "34", "35", "36")
 WGMMA_DEFINE(64, __half, "f16", 32, "32", "33", "34", "35", "36")
+WGMMA_DEFINE(96, __nv_bfloat16, "bf16", 48, "48", "49", "50", "51", "52")
+WGMMA_DEFINE(96, __half, "f16", 48, "48", "49", "50", "51", "52")
 WGMMA_DEFINE(128, __nv_bfloat16, "bf16", 64, "64", "65", "66", "67", "68")
 WGMMA_DEFINE(128, __half, "f16", 64, "64", "65", "66", "67", "68")
+WGMMA_DEFINE(144, __nv_bfloat16, "bf16", 72, "72", "73", "74", "75", "76")
+WGMMA_DEFINE(144, __half, "f16", 72, "72", "73", "74", "75", "76")
+WGMMA_DEFINE(160, __nv_bfloat16, "bf16", 80, "80", "81", "82", "83", "84")
+WGMMA_DEFINE(160, __half, "f16", 80, "80", "81", "82", "83", "84")
+WGMMA_DEFINE(176, __nv_bfloat16, "bf16", 88, "88", "89", "90", "91", "92")
+WGMMA_DEFINE(176, __half, "f16", 88, "88", "89", "90", "91", "92")
+WGMMA_DEFINE(192, __nv_bfloat16, "bf16", 96, "96", "97", "98", "99", "100")
+WGMMA_DEFINE(192, __half, "f16", 96, "96", "97", "98", "99", "100")
+WGMMA_DEFINE(256, __nv_bfloat16, "bf16", 128, "128", "129", "130", "131", "132")
+WGMMA_DEFINE(256, __half, "f16", 128, "128", "129", "130", "131", "132")
 
 #undef WGMMA_DEFINE
+#undef WGMMA_ACCUMULATORS_128
+#undef WGMMA_ACCUMULATORS_96
+#undef WGMMA_ACCUMULATORS_88
+#undef WGMMA_ACCUMULATORS_80
+#undef WGMMA_ACCUMULATORS_72
 #undef WGMMA_ACCUMULATORS_64
+#undef WGMMA_ACCUMULATORS_48
 #undef WGMMA_ACCUMULATORS_32
+#undef WGMMA_ACCUMULATORS_16
 #undef WGMMA_8
+#undef WGMMA_REGISTERS_128
+#undef WGMMA_REGISTERS_96
+#undef WGMMA_REGISTERS_88
+#undef WGMMA_REGISTERS_80
+#undef WGMMA_REGISTERS_72
 #undef WGMMA_REGISTERS_64
+#undef WGMMA_REGISTERS_48
 #undef WGMMA_REGISTERS_32
+#undef WGMMA_REGISTERS_16
 
 }  // namespace mixed_attention::cuda::ptx
