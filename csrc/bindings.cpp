@@ -7,6 +7,7 @@
 #include <torch/library.h>
 #include <torch/version.h>
 
+#include "attention.h"
 #include "cpu/launch.h"
 #include "layer.h"
 #include "ops.h"
@@ -26,6 +27,16 @@ void refuse_derivatives(const c10::OperatorHandle& op, c10::DispatchKeySet keys,
   }
   at::AutoDispatchBelowAutograd guard;
   op.redispatchBoxed(keys & c10::after_autograd_keyset, stack);
+}
+
+// A function of Python's that C++ calls. NOTE: never freed, because static objects outlive the interpreter.
+template <class Result>
+auto from_python(const py::function& function) {
+  auto* held = new py::function(function);
+  return [held](const auto&... arguments) {
+    const py::gil_scoped_acquire gil;
+    return (*held)(arguments...).template cast<Result>();
+  };
 }
 
 }  // namespace
@@ -94,30 +105,44 @@ PYBIND11_MODULE(TORCH_EXTENSION_NAME, m) {
   m.def("project", &mixed_attention::project, py::arg("x"), py::arg("weights"), py::arg("biases"),
         py::arg("token_ranges"), py::arg("dtype"), py::call_guard<py::gil_scoped_release>(),
         "Products of tokens with weights, as one step of the graph.");
-  py::class_<mixed_attention::PackedCall>(m, "PackedCall", "What an attention over packed buffers computes.")
+  py::class_<mixed_attention::AttentionCall>(m, "AttentionCall", "What an attention computes.")
+      .def_readonly("segments", &mixed_attention::AttentionCall::segments)
+      .def_readonly("softmax_scale", &mixed_attention::AttentionCall::softmax_scale)
+      .def_readonly("dropout_p", &mixed_attention::AttentionCall::dropout_p);
+  m.def(
+      "attend",
+      [](const at::Tensor& q, const at::Tensor& k, const at::Tensor& v, std::vector<int64_t> segments,
+         double softmax_scale, const std::optional<at::Tensor>& key_padding_mask, double dropout_p,
+         const std::optional<at::Tensor>& dropout_seed) {
+        return mixed_attention::attend(q, k, v, key_padding_mask, dropout_seed,
+                                       {std::move(segments), softmax_scale, dropout_p});
+      },
+      py::arg("q"), py::arg("k"), py::arg("v"), py::arg("segments"), py::arg("softmax_scale"),
+      py::arg("key_padding_mask"), py::arg("dropout_p"), py::arg("dropout_seed"),
+      py::call_guard<py::gil_scoped_release>(), "The forward operator, as one step of the graph.");
+  m.def(
+      "set_attention_composite",
+      [](const py::function& composite) {
+        mixed_attention::set_attention_composite(from_python<mixed_attention::OptionalTensors>(composite));
+      },
+      py::arg("composite"), "Registers the backward of attend that has derivatives itself.");
+  py::class_<mixed_attention::PackedCall, mixed_attention::AttentionCall>(
+      m, "PackedCall", "What an attention over packed buffers computes.")
       .def(py::init([](std::vector<std::vector<int64_t>> shapes, std::vector<int64_t> rotated,
                        std::vector<int64_t> segments, double softmax_scale, double dropout_p) {
-             return mixed_attention::PackedCall{std::move(shapes), std::move(rotated), std::move(segments),
-                                                softmax_scale, dropout_p};
+             return mixed_attention::PackedCall{
+                 {std::move(segments), softmax_scale, dropout_p}, std::move(shapes), std::move(rotated)};
            }),
            py::arg("shapes"), py::arg("rotated"), py::arg("segments"), py::arg("softmax_scale"), py::arg("dropout_p"))
       .def_readonly("shapes", &mixed_attention::PackedCall::shapes)
-      .def_readonly("rotated", &mixed_attention::PackedCall::rotated)
-      .def_readonly("segments", &mixed_attention::PackedCall::segments)
-      .def_readonly("softmax_scale", &mixed_attention::PackedCall::softmax_scale)
-      .def_readonly("dropout_p", &mixed_attention::PackedCall::dropout_p);
+      .def_readonly("rotated", &mixed_attention::PackedCall::rotated);
   m.def("attend_in_place", &mixed_attention::attend_in_place, py::arg("buffers"), py::arg("freqs"),
         py::arg("key_padding_mask"), py::arg("dropout_seed"), py::arg("call"), py::call_guard<py::gil_scoped_release>(),
         "Rotates packed buffers where they lie and attends.");
   m.def(
       "set_backward_composite",
       [](const py::function& composite) {
-        // NOTE: never freed, because static objects outlive the interpreter.
-        auto* held = new py::function(composite);
-        mixed_attention::set_backward_composite([held](const auto&... arguments) {
-          const py::gil_scoped_acquire gil;
-          return (*held)(arguments...).template cast<mixed_attention::OptionalTensors>();
-        });
+        mixed_attention::set_backward_composite(from_python<mixed_attention::OptionalTensors>(composite));
       },
       py::arg("composite"), "Registers the backward of attend_in_place that has derivatives itself.");
 }

@@ -4,11 +4,8 @@
 #include <ATen/TensorOperators.h>
 #include <ATen/core/LegacyTypeDispatch.h>
 #include <ATen/core/dispatch/Dispatcher.h>
-#include <c10/core/GradMode.h>
 #include <c10/core/impl/LocalDispatchKeySet.h>
 #include <torch/csrc/autograd/custom_function.h>
-
-#include <algorithm>
 
 #include "ops.h"
 
@@ -18,15 +15,6 @@ namespace {
 using at::Tensor;
 using torch::autograd::AutogradContext;
 using torch::autograd::variable_list;
-
-// Whether the derivative itself is to be differentiated or mapped: then it may neither overwrite nor run kernels.
-bool needs_composite(const variable_list& grads) {
-  const auto is_batched = [](const Tensor& grad) {
-    return grad.defined() &&
-           (grad.key_set().has(c10::DispatchKey::FuncTorchBatched) || grad.key_set().has(c10::DispatchKey::Batched));
-  };
-  return c10::GradMode::is_enabled() || std::any_of(grads.begin(), grads.end(), is_batched);
-}
 
 Tensor take(const Tensor& x, const std::optional<Ranges>& ranges) {
   if (!ranges) return x;
@@ -178,10 +166,6 @@ OptionalTensors optional_tensors(variable_list::const_iterator begin, size_t cou
   return result;
 }
 
-std::optional<Tensor> optional_tensor(const Tensor& tensor) {
-  return tensor.defined() ? std::optional(tensor) : std::nullopt;
-}
-
 BackwardComposite& backward_composite() {
   static BackwardComposite composite;
   return composite;
@@ -232,11 +216,10 @@ struct AttendInPlace : torch::autograd::Function<AttendInPlace> {
     const variable_list buffers(saved.begin() + 4, saved.begin() + 4 + num_parts);
     const variable_list freqs(saved.begin() + 4 + num_parts, saved.end());
     const std::optional<Tensor> mask = optional_tensor(saved[2]), seed = optional_tensor(saved[3]);
-    PackedCall call{{},
-                    ctx->saved_data["rotated"].toIntVector(),
-                    ctx->saved_data["segments"].toIntVector(),
-                    ctx->saved_data["softmax_scale"].toDouble(),
-                    ctx->saved_data["dropout_p"].toDouble()};
+    PackedCall call{{ctx->saved_data["segments"].toIntVector(), ctx->saved_data["softmax_scale"].toDouble(),
+                     ctx->saved_data["dropout_p"].toDouble()},
+                    {},
+                    ctx->saved_data["rotated"].toIntVector()};
     for (size_t part = 0; part < num_parts; ++part) {
       call.shapes.push_back(ctx->saved_data["shape" + std::to_string(part)].toIntVector());
     }

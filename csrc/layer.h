@@ -8,6 +8,9 @@
 #include <utility>
 #include <vector>
 
+#include "attention.h"
+#include "graph.h"
+
 namespace mixed_attention {
 
 using Ranges = std::vector<std::pair<int64_t, int64_t>>;
@@ -23,14 +26,10 @@ std::vector<at::Tensor> project(const at::Tensor& x, const std::vector<at::Tenso
                                 const std::vector<std::optional<Ranges>>& token_ranges, at::ScalarType dtype);
 
 // What an attention over packed buffers computes, but for its tensors. See mixed_attention/packed.py.
-struct PackedCall {
+struct PackedCall : AttentionCall {
   std::vector<std::vector<int64_t>> shapes;  // of each buffer: batch_size, seqlen, slots, num_heads, head_dim
   std::vector<int64_t> rotated;              // how many of its first slots are rotated
-  std::vector<int64_t> segments;
-  double softmax_scale, dropout_p;
 };
-
-using OptionalTensors = std::vector<std::optional<at::Tensor>>;
 
 // Rotates the buffers where they lie, those that have frequencies (batch_size or 1, seqlen, head_dim / 2, 2), and
 // attends. Returns the output (batch_size, seqlen_q, num_heads * head_dim), and the rotated buffers as parts of the

@@ -20,7 +20,27 @@ def project(
     dtype: dtype,
 ) -> list[Tensor]: ...
 
-class PackedCall:
+class AttentionCall:
+    @property
+    def segments(self) -> list[int]: ...
+    @property
+    def softmax_scale(self) -> float: ...
+    @property
+    def dropout_p(self) -> float: ...
+
+def attend(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    segments: Sequence[int],
+    softmax_scale: float,
+    key_padding_mask: Tensor | None,
+    dropout_p: float,
+    dropout_seed: Tensor | None,
+) -> tuple[Tensor, Tensor]: ...
+def set_attention_composite(composite: Callable[..., list[Tensor | None]]) -> None: ...
+
+class PackedCall(AttentionCall):
     def __init__(
         self,
         shapes: Sequence[Sequence[int]],
@@ -33,12 +53,6 @@ class PackedCall:
     def shapes(self) -> list[list[int]]: ...
     @property
     def rotated(self) -> list[int]: ...
-    @property
-    def segments(self) -> list[int]: ...
-    @property
-    def softmax_scale(self) -> float: ...
-    @property
-    def dropout_p(self) -> float: ...
 
 def attend_in_place(
     buffers: Sequence[Tensor],

@@ -204,8 +204,11 @@ def attention(
         dtype = torch.get_autocast_dtype(q.device.type)
         q, k, v = (t.to(dtype) if t.dtype == torch.float32 else t for t in (q, k, v))
     seed = draw_seed(q.device) if dropout_p > 0 else None
-    forward = torch.ops.mixed_attention.forward if torch.compiler.is_compiling() else _forward
-    out, lse = forward(q, k, v, plan.flat(), scale, key_padding_mask, dropout_p, seed)
+    if torch.compiler.is_compiling():
+        path = torch.ops.mixed_attention.forward
+    else:
+        path = _composite if _needs_reference(q, k, v) else _C.attend
+    out, lse = path(q, k, v, plan.flat(), scale, key_padding_mask, dropout_p, seed)
     return (out, lse) if return_lse else out
 
 
@@ -254,15 +257,21 @@ def _forward(
     dropout_p: float = 0.0,
     dropout_seed: Tensor | None = None,
 ) -> tuple[Tensor, Tensor]:
-    """The choice of path: what eager calls run, and the operator where derivatives may be asked for."""
-    by_reference = q.dtype == torch.float64 and not has_kernels(q.device.type, q.dtype)
-    if by_reference or needs_composite(q, k, v):
+    """The operator where derivatives may be asked for.
+
+    Unlike `_C.attend`, which is this without the host time of Python, it takes the symbolic sizes of the compiler.
+    """
+    if _needs_reference(q, k, v):
         path = _composite
     elif torch.is_grad_enabled() and (q.requires_grad or k.requires_grad or v.requires_grad):
         path = _Attention.apply
     else:
         path = run_forward
     return path(q, k, v, segments, softmax_scale, key_padding_mask, dropout_p, dropout_seed)
+
+
+def _needs_reference(q: Tensor, k: Tensor, v: Tensor) -> bool:
+    return (q.dtype == torch.float64 and not has_kernels(q.device.type, q.dtype)) or needs_composite(q, k, v)
 
 
 def run_forward(*arguments) -> tuple[Tensor, Tensor]:
@@ -373,6 +382,12 @@ def _backward_composite(inputs, grads_out, needs_grad, arguments):
     return [next(grads) if needed else None for _, needed in zip(inputs, needs_grad)]
 
 
+def _attention_composite(qkv, grads_out, needs_grad, key_padding_mask, seed, call):
+    """The same for `_C.attend`."""
+    arguments = call.segments, call.softmax_scale, key_padding_mask, call.dropout_p, seed
+    return _backward_composite(qkv, grads_out, needs_grad, arguments)
+
+
 def rotate_composite(x: Tensor, pairs: Tensor, conjugate: bool) -> Tensor:
     """:func:`rotate` in framework operators, with the frequencies of :func:`real_freqs`."""
     cos, sin = pairs[..., 0].unsqueeze(2), pairs[..., 1].unsqueeze(2)
@@ -416,6 +431,7 @@ def _freqs_grad(x: Tensor, dout: Tensor, pairs: Tensor, conjugate: bool) -> Tens
 
 
 if _C is not None:
+    _C.set_attention_composite(_attention_composite)
 
     @torch.library.register_fake("mixed_attention::forward")
     def _forward_fake(q, k, v, segments, softmax_scale, key_padding_mask=None, dropout_p=0.0, dropout_seed=None):
