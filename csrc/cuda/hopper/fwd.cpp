@@ -7,7 +7,9 @@
 #include "cuda/hopper/config.h"
 #include "cuda/hopper/fwd_launch.h"
 #include "cuda/hopper/launch.h"
+#include "cuda/hopper/split_items.h"
 #include "cuda/hopper/work_table.h"
+#include "cuda/scratch.h"
 
 namespace mixed_attention::cuda::hopper {
 namespace {
@@ -44,12 +46,29 @@ bool can_fwd(const FwdParams& params) {
          fits_work_table(params);
 }
 
-size_t fwd_workspace_size(const FwdParams&) { return 0; }
+FwdPlan plan_fwd(const FwdParams& params) {
+  return with_fwd_head_dim(params.head_dim, [&]<int kHeadDim>() {
+    using Tuning = FwdTuning<kHeadDim>;
+    constexpr int kBlockM = Tuning::kConsumers * kWarpgroupRows;
+    Scratch scratch(params.workspace);
+    FwdPlan plan{make_work_table(params, kBlockM, Tuning::kBlockN), nullptr, nullptr, 0};
+    split_items(plan.table, num_multiprocessors(params.device));
+    if (const int64_t num_parts = plan.table.splits.num_items(); num_parts > 0) {
+      plan.partial_out = scratch.take<float>(num_parts * kBlockM * params.head_dim);
+      plan.partial_lse = scratch.take<float>(num_parts * kBlockM);
+    }
+    plan.workspace_size = scratch.bytes();
+    return plan;
+  });
+}
+
+size_t fwd_workspace_size(const FwdParams& params) { return plan_fwd(params).workspace_size; }
 
 void run_fwd(const FwdParams& params) {
+  const FwdPlan plan = plan_fwd(params);
   with_fwd_head_dim(params.head_dim, [&]<int kHeadDim>() {
-    params.dtype == DType::kBFloat16 ? launch_fwd<__nv_bfloat16, kHeadDim>(params)
-                                     : launch_fwd<__half, kHeadDim>(params);
+    params.dtype == DType::kBFloat16 ? launch_fwd<__nv_bfloat16, kHeadDim>(params, plan)
+                                     : launch_fwd<__half, kHeadDim>(params, plan);
   });
 }
 

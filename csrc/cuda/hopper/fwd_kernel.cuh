@@ -1,8 +1,9 @@
 // Attention forward on Hopper: persistent blocks of one producer and two or three consumer warpgroups.
 //
-// An item of a block is a tile of kBlockM query rows of one head. The producer, a single thread, copies its queries and
-// then its key and value tiles into rings of buffers. Each consumer owns 64 of the rows and computes, tile by tile,
-// s = q k^T, the weights p of s, and o += p v, with s, p and o in registers.
+// An item of a block is a tile of kBlockM query rows of one head, or a part of one, which goes through a share of the
+// tile's keys and whose output is combined with the others' by a second kernel. The producer, a single thread, copies
+// its queries and then its key and value tiles into rings of buffers. Each consumer owns 64 of the rows and computes,
+// tile by tile, s = q k^T, the weights p of s, and o += p v, with s, p and o in registers.
 //
 // Two overlaps keep the tensor cores busy. Within a warpgroup, s of a tile is issued together with o += p v of the tile
 // before, and the softmax of the one runs under the product of the other; that goes on from item to item, so that an
@@ -55,7 +56,7 @@ __device__ inline void produce(const FwdKernelParams& params, FwdSharedStorage<C
   uint32_t num_loaded = 0;  // key tiles, over all items
   RingUse<Config::kQueryBuffers> q{0};
   for (ItemWalk<Config::kBlockM> items(params.table); items.next_with_keys(); ++q.count) {
-    const int num_tiles = items.tiles().num_tiles;
+    const TileShare share = items.share();
     const ItemRows queries = items.rows();
 
     const auto load_key_tile = [&](typename Config::Element* buffer, const CUtensorMap& map, ptx::Mbarrier& full,
@@ -74,14 +75,14 @@ __device__ inline void produce(const FwdKernelParams& params, FwdSharedStorage<C
     };
 
     // In the order in which the consumers need them: keys run one tile ahead of values.
-    KeyTileIterator<Config::kBlockN> keys(params.table, items.tiles());
+    KeyTileIterator<Config::kBlockN> keys(params.table, items.tiles(), share.begin);
     KeyTile tile = keys.next();
     load_k(tile, Ring{num_loaded});
     ptx::mbarrier_wait(shared.q_empty[q.stage()], q.empty_parity());
     ptx::mbarrier_arrive_expect(shared.q_full[q.stage()], Config::kTileBytesM);
     load_rows<Config::kBlockM, Config::kHeadDim>(shared.q[q.stage()], params.q, shared.q_full[q.stage()],
                                                  queries.row_begin, queries.head, queries.batch * params.q_batch_step);
-    for (int i = 1; i < num_tiles; ++i) {
+    for (int i = share.begin + 1; i < share.end; ++i) {
       const KeyTile next = keys.next();
       load_k(next, Ring{num_loaded + 1});
       load_v(tile, Ring{num_loaded});
@@ -120,6 +121,7 @@ __device__ inline void consume(const FwdKernelParams& params, FwdSharedStorage<C
   if (consumer == Config::kConsumers - 1) ptx::named_barrier_arrive(next_turn, 2 * kWarpgroup);
 
   ItemWalk<Config::kBlockM> items(params.table);
+  TileShare share{};  // of the current item
   RingUse<Config::kQueryBuffers> q_use{0};
   Ring k_use{0};  // v is always the use before
   float s[Config::kBlockN / 2];
@@ -148,7 +150,7 @@ __device__ inline void consume(const FwdKernelParams& params, FwdSharedStorage<C
     ptx::wgmma_wait<1>(s);
   };
   const auto mask_tail = [&](int tile) {
-    if (tile < items.tiles().num_partial) {
+    if (tile < share.num_partial) {
       mask_columns(s, params.table.ranges[items.tiles().first_range + tile].tail);
     }
   };
@@ -164,7 +166,8 @@ __device__ inline void consume(const FwdKernelParams& params, FwdSharedStorage<C
     issue_s();
     ptx::wgmma_wait<0>(s);
     release(shared.k_empty[0]);
-    mask_tail(0);
+    share = items.share();
+    mask_tail(share.begin);
     softmax.start(s, params.softmax_scale_log2);
     weigh();
     softmax.settle<Element>();
@@ -173,7 +176,7 @@ __device__ inline void consume(const FwdKernelParams& params, FwdSharedStorage<C
   }
   while (has_keys) {
     clear(o);
-    for (int tile = 1; tile < items.tiles().num_tiles; ++tile) {
+    for (int tile = share.begin + 1; tile < share.end; ++tile) {
       const Ring v_use = k_use;
       ++k_use.count;
       issue_both(v_use);
@@ -208,7 +211,8 @@ __device__ inline void consume(const FwdKernelParams& params, FwdSharedStorage<C
       ptx::mbarrier_wait(shared.q_full[q_use.stage()], q_use.full_parity());
       issue_both(v_use);
       release(shared.k_empty[k_use.stage()]);
-      mask_tail(0);
+      share = items.share();
+      mask_tail(share.begin);
       softmax.start(s, params.softmax_scale_log2);
       weigh();
       overflows();
@@ -221,7 +225,7 @@ __device__ inline void consume(const FwdKernelParams& params, FwdSharedStorage<C
       ptx::wgmma_wait<0>(o);
     }
     release(shared.v_empty[v_use.stage()]);
-    store_result<Config>(params, finished.rows(), first_row, o, total);
+    store_item<Config>(params, finished, first_row, o, total);
   }
   for (bool is_left = items.item < params.table.num_items; is_left; is_left = items.next()) {
     clear(o);

@@ -2,6 +2,7 @@
 #pragma once
 
 #include "cuda/hopper/tensor_map.h"
+#include "cuda/hopper/work_table.h"
 #include "params.h"
 
 namespace mixed_attention::cuda::hopper {
@@ -13,8 +14,21 @@ struct FwdTensors {
 
 FwdTensors fwd_tensors(const FwdParams& params);
 
+// What the host decides about a launch before it.
+struct FwdPlan {
+  WorkTable table;
+  // What the parts of items come to: (parts, kBlockM, head_dim), normalised, and (parts, kBlockM), natural; null where
+  // there are none.
+  float* partial_out;
+  float* partial_lse;
+  size_t workspace_size;
+};
+
+// Reads params.workspace alone of the pointers: null gives a plan of the same sizes.
+FwdPlan plan_fwd(const FwdParams& params);
+
 // Instantiated in cuda/instantiations, one file per element type and head_dim.
 template <typename Element, int kHeadDim>
-void launch_fwd(const FwdParams& params);
+void launch_fwd(const FwdParams& params, const FwdPlan& plan);
 
 }  // namespace mixed_attention::cuda::hopper

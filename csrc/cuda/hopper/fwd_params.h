@@ -16,7 +16,9 @@ struct FwdKernelParams {
   float* lse;
   Strides out_strides;
   int64_t seqlen_q;
-  int head_dim;  // at most the kernel's
+  int head_dim;        // at most the kernel's
+  float* partial_out;  // fwd_launch.h
+  float* partial_lse;
   float softmax_scale, softmax_scale_log2;
   WorkTable table;
 };
