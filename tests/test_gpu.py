@@ -81,10 +81,12 @@ def test_one_sequence_of_keys_for_a_batch(shared, head_dim, dtype, device):
 
 
 @each_dtype
-@pytest.mark.parametrize("head_dim", [64, 128])
-@pytest.mark.parametrize("mask", ["random", "blocked", "shared"])
+@pytest.mark.parametrize("head_dim", [24, 64, 96, 128, 160, 256])
+@pytest.mark.parametrize("mask", ["random", "blocked", "front", "back", "shared"])
 def test_padding_masks(mask, head_dim, dtype, device):
-    check(Case((77, 330), "a>b b>ab", 2, num_heads=2, head_dim=head_dim, mask=mask, dtype=dtype), device)
+    case = Case((77, 730), "a>b b>ab", 2, num_heads=2, head_dim=head_dim, mask=mask, dtype=dtype)
+    check(case, device)
+    check(case.with_(shared="kv", layout="packed"), device)
 
 
 @each_dtype
@@ -108,6 +110,7 @@ SPLITS = {
 @pytest.mark.parametrize("case", SPLITS.values(), ids=SPLITS)
 def test_parts_of_keys(case, head_dim, dtype, device):
     check(case.with_(head_dim=head_dim, dtype=dtype), device)
+    check(case.with_(head_dim=head_dim, dtype=dtype, mask="back"), device)
 
 
 @each_dtype

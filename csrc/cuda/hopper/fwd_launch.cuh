@@ -13,15 +13,23 @@
 
 namespace mixed_attention::cuda::hopper {
 
+// The copy of the values.
+inline TensorView masked_values(const FwdParams& params, const MaskedKeys& keys) {
+  const int64_t row = params.num_heads * params.head_dim;
+  const Strides strides{keys.num_copies > 1 ? params.seqlen_k * row : 0, row, params.head_dim};
+  return {keys.values, params.dtype, keys.num_copies, params.seqlen_k, params.num_heads, params.head_dim, strides};
+}
+
 template <typename Config>
 FwdKernelParams make_fwd_kernel_params(const FwdParams& params, const FwdPlan& plan) {
   const FwdTensors tensors = fwd_tensors(params);
+  const TensorView v = Config::kIsMasked ? masked_values(params, plan.masked_keys) : tensors.v;
   return {make_tile_map(tensors.q, Config::kBlockM, Config::kSlabColumns),
           make_clipped_tile_map(tensors.k, Config::kBlockN, Config::kSlabColumns),
-          make_clipped_tile_map(tensors.v, Config::kBlockN, Config::kSlabColumns),
+          make_clipped_tile_map(v, Config::kBlockN, Config::kSlabColumns),
           params.q_strides.batch == 0 ? 0 : 1,
           params.k_strides.batch == 0 ? 0 : 1,
-          params.v_strides.batch == 0 ? 0 : 1,
+          v.strides.batch == 0 ? 0 : 1,
           params.out,
           static_cast<float*>(params.lse),
           params.out_strides,
@@ -29,6 +37,8 @@ FwdKernelParams make_fwd_kernel_params(const FwdParams& params, const FwdPlan& p
           static_cast<int>(params.head_dim),
           plan.partial_out,
           plan.partial_lse,
+          plan.masked_keys.visible,
+          plan.masked_keys.num_copies > 1 ? plan.masked_keys.num_words : 0,
           static_cast<float>(params.softmax_scale),
           static_cast<float>(params.softmax_scale * std::numbers::log2e),
           plan.table};
@@ -55,9 +65,9 @@ struct RowsOfParts {
   }
 };
 
-template <typename Element, int kBlockM>
+template <typename Element, int kHeadDim>
 void launch_combine(const FwdParams& params, const FwdPlan& plan) {
-  constexpr int kRowsOfBlock = 8;
+  constexpr int kBlockM = FwdTuning<kHeadDim>::kConsumers * kWarpgroupRows, kRowsOfBlock = 8;
   static_assert(kBlockM % kRowsOfBlock == 0);
   const RowsOfParts<kBlockM> rows{plan.table};
   const int num_blocks = plan.table.splits.num_whole * (kBlockM / kRowsOfBlock);
@@ -66,12 +76,10 @@ void launch_combine(const FwdParams& params, const FwdPlan& plan) {
   check(cudaGetLastError(), "launch of combine_kernel");
 }
 
-template <typename Element, int kHeadDim>
-void launch_fwd(const FwdParams& params, const FwdPlan& plan) {
-  using Config = FwdConfig<Element, kHeadDim>;
+template <typename Config>
+void launch_tiles(const FwdParams& params, const FwdPlan& plan) {
   constexpr int kSharedBytes = sizeof(FwdSharedStorage<Config>);
   static_assert(kSharedBytes <= 227 * 1024);
-  if (plan.table.num_items == 0) return;
   const FwdKernelParams kernel_params = make_fwd_kernel_params<Config>(params, plan);
 
   const auto kernel = hopper_attention_fwd_kernel<Config>;
@@ -80,7 +88,18 @@ void launch_fwd(const FwdParams& params, const FwdPlan& plan) {
   const int num_blocks = std::min(plan.table.num_items, num_multiprocessors(params.device));
   kernel<<<num_blocks, Config::kThreads, kSharedBytes, static_cast<cudaStream_t>(params.stream)>>>(kernel_params);
   check(cudaGetLastError(), "launch of hopper_attention_fwd_kernel");
-  if (plan.partial_out != nullptr) launch_combine<Element, Config::kBlockM>(params, plan);
+}
+
+template <typename Element, int kHeadDim>
+void launch_fwd(const FwdParams& params, const FwdPlan& plan) {
+  if (plan.table.num_items == 0) return;
+  if (params.key_padding_mask != nullptr) {
+    launch_mask(params, plan.masked_keys);
+    launch_tiles<FwdConfig<Element, kHeadDim, true>>(params, plan);
+  } else {
+    launch_tiles<FwdConfig<Element, kHeadDim, false>>(params, plan);
+  }
+  if (plan.partial_out != nullptr) launch_combine<Element, kHeadDim>(params, plan);
 }
 
 }  // namespace mixed_attention::cuda::hopper

@@ -1,6 +1,7 @@
 // What the instantiations of the forward launcher have in common with its dispatch.
 #pragma once
 
+#include "cuda/hopper/mask.h"
 #include "cuda/hopper/tensor_map.h"
 #include "cuda/hopper/work_table.h"
 #include "params.h"
@@ -21,10 +22,11 @@ struct FwdPlan {
   // there are none.
   float* partial_out;
   float* partial_lse;
+  MaskedKeys masked_keys;  // none without a mask
   size_t workspace_size;
 };
 
-// Reads params.workspace alone of the pointers: null gives a plan of the same sizes.
+// Of the pointers it reads params.workspace, null for a plan of the same sizes, and asks whether there is a mask.
 FwdPlan plan_fwd(const FwdParams& params);
 
 // Instantiated in cuda/instantiations, one file per element type and head_dim.

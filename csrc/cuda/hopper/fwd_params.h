@@ -3,6 +3,8 @@
 
 #include <cuda.h>
 
+#include <cstdint>
+
 #include "cuda/hopper/work_table.h"
 #include "params.h"
 
@@ -19,6 +21,8 @@ struct FwdKernelParams {
   int head_dim;        // at most the kernel's
   float* partial_out;  // fwd_launch.h
   float* partial_lse;
+  const uint32_t* visible;  // mask.h; null without a mask
+  int visible_step;         // words from one sequence to the next
   float softmax_scale, softmax_scale_log2;
   WorkTable table;
 };
