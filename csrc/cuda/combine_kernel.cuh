@@ -17,8 +17,8 @@ struct SplitRow {
 // One warp to a row. Rows::find gives the row of an index, if it exists; partial_out: (rows of all parts, head_dim_v),
 // normalised; partial_lse: (rows of all parts), natural.
 template <class Element, class Rows>
-__global__ void combine_kernel(const FwdParams params, const float* partial_out, const float* partial_lse,
-                               int num_splits, const __grid_constant__ Rows rows) {
+__global__ void attention_combine_kernel(const FwdParams params, const float* partial_out, const float* partial_lse,
+                                         int num_splits, const __grid_constant__ Rows rows) {
   const SplitRow row = rows.find((static_cast<int64_t>(blockIdx.x) * blockDim.x + threadIdx.x) / 32);
   if (!row.exists) return;
   const auto part = [&](int i) { return row.first_part + i * row.part_step; };

@@ -68,12 +68,12 @@ struct RowsOfParts {
 template <typename Element, int kHeadDim>
 void launch_combine(const FwdParams& params, const FwdPlan& plan) {
   constexpr int kBlockM = FwdTuning<kHeadDim>::kConsumers * kWarpgroupRows, kRowsOfBlock = 8;
-  static_assert(kBlockM % kRowsOfBlock == 0);
+  static_assert(kBlockM % kRowsOfBlock == 0 && sizeof(FwdParams) + sizeof(RowsOfParts<kBlockM>) <= 4000);
   const RowsOfParts<kBlockM> rows{plan.table};
   const int num_blocks = plan.table.splits.num_whole * (kBlockM / kRowsOfBlock);
-  combine_kernel<Element><<<num_blocks, 32 * kRowsOfBlock, 0, static_cast<cudaStream_t>(params.stream)>>>(
+  attention_combine_kernel<Element><<<num_blocks, 32 * kRowsOfBlock, 0, static_cast<cudaStream_t>(params.stream)>>>(
       params, plan.partial_out, plan.partial_lse, plan.table.splits.num_parts, rows);
-  check(cudaGetLastError(), "launch of combine_kernel");
+  check(cudaGetLastError(), "launch of attention_combine_kernel");
 }
 
 template <typename Config>

@@ -46,10 +46,10 @@ void launch_fwd(const FwdParams& params, const FwdPlan& plan) {
   check(cudaGetLastError(), "portable_fwd_kernel");
   if (plan.partial_out == nullptr) return;
   const int64_t rows = copies * params.seqlen_q;
-  combine_kernel<Element><<<blocks_for(32 * rows, 256), 256, 0, stream>>>(
+  attention_combine_kernel<Element><<<blocks_for(32 * rows, 256), 256, 0, stream>>>(
       params, plan.partial_out, plan.partial_lse, plan.pass.table.num_splits,
       AllRows{params.num_heads, params.seqlen_q, rows});
-  check(cudaGetLastError(), "combine_kernel");
+  check(cudaGetLastError(), "attention_combine_kernel");
 }
 
 }  // namespace mixed_attention::cuda::portable
