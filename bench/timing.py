@@ -129,4 +129,8 @@ def graphed(make: Callable[[], Callable[[], object]]) -> Callable[[], object]:
     captured = torch.cuda.CUDAGraph()
     with torch.cuda.graph(captured, stream=stream):
         run()
-    return captured.replay
+
+    def replay(run: Callable[[], object] = run) -> None:  # which holds the tensors that the graph reads
+        captured.replay()
+
+    return replay

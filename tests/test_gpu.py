@@ -427,12 +427,14 @@ def works_afterwards(device: torch.device) -> Iterator[None]:
 @pytest.mark.usefixtures("works_afterwards")
 def test_out_of_memory_leaves_the_process_usable(device):
     plan = ma.AttentionPlan.compile([ma.TokenSpec("a", 2**20)], [ma.AttentionPattern(["a"], ["a"])])
-    torch.cuda.empty_cache()  # else q might be a part of something larger, whose rest the output would fit into
     q = torch.randn(1, 2**20, 1, 64, dtype=FP16, device=device)
     torch.cuda.empty_cache()
     total = torch.cuda.get_device_properties(device).total_memory
     torch.cuda.set_per_process_memory_fraction((torch.cuda.memory_reserved() + 2**24) / total, device)
+    rest = []
     try:
+        with pytest.raises(torch.OutOfMemoryError):  # what earlier tests left of larger blocks is filled up first
+            rest += (torch.empty_like(q) for _ in range(2**16))
         with pytest.raises(torch.OutOfMemoryError):
             ma.attention(q, q, q, plan)
     finally:

@@ -10,11 +10,4 @@ __device__ inline float exp2(float x) {
   return y;
 }
 
-// a * b + c, clamped to [0, 1]; 0 for NaN.
-__device__ inline float fma_saturated(float a, float b, float c) {
-  float d;
-  asm("fma.rn.ftz.sat.f32 %0, %1, %2, %3;\n" : "=f"(d) : "f"(a), "f"(b), "f"(c));
-  return d;
-}
-
 }  // namespace mixed_attention::cuda::ptx
