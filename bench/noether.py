@@ -31,7 +31,7 @@ PHYSICS_BLOCKS = ["perceiver", "self", "cross", "self", "cross", "self"]
 DECODER_BLOCKS = 6
 NEIGHBOURS = 32  # of a supernode, on average
 SMALL = 1024  # tokens of the model in which results are compared
-LOSS_SCALE = 1024.0  # in fp16, so that no gradient is lost below its range, nor one above
+LOSS_SCALES = (1024.0, 32.0, 1.0)  # in fp16: the first with which no gradient is lost above its range
 
 Errors = dict[str, dict[str, float]]
 """As in all rows: of every result, by name, some errors, by name."""
@@ -60,8 +60,8 @@ class Step:
         return self.inputs["geometry_position"].device
 
     @property
-    def loss_scale(self) -> float:
-        return LOSS_SCALE if self.dtype == torch.float16 else 1.0
+    def loss_scales(self) -> tuple[float, ...]:
+        return LOSS_SCALES if self.dtype == torch.float16 else (1.0,)
 
     def autocast(self) -> torch.autocast:
         return torch.autocast(self.device.type, self.dtype, enabled=self.dtype.itemsize == 2)
@@ -73,11 +73,11 @@ class Step:
             errors = [(predictions[name] - target).square().mean() for name, target in self.targets.items()]
         return torch.stack(errors).sum(), predictions
 
-    def training(self, model: nn.Module) -> dict[str, Tensor]:
+    def training(self, model: nn.Module, loss_scale: float | None = None) -> dict[str, Tensor]:
         """Forward and backward, down to the gradients of the weights, which are those of the scaled loss."""
         model.zero_grad()
         loss, predictions = self.forward(model)
-        (self.loss_scale * loss).backward()
+        ((loss_scale or self.loss_scales[0]) * loss).backward()
         return predictions
 
 
@@ -103,6 +103,14 @@ def make_model(sizes: Sizes) -> nn.Module:
         data_specs={"position_dim": 3, "domains": {name: {"output_dims": out} for name, out in DOMAINS.items()}},
     )
     return AnchoredBranchedUPT(config)
+
+
+def with_large_weights(model: nn.Module) -> nn.Module:
+    """The same with matrices of the size that trained ones have: initial ones make softmax flat and outputs vanish."""
+    for parameter in model.parameters():
+        if parameter.ndim == 2:
+            nn.init.normal_(parameter, std=parameter.shape[1] ** -0.5)
+    return model
 
 
 def make_step(sizes: Sizes, device: torch.device, dtype: torch.dtype) -> Step:
@@ -151,11 +159,14 @@ def differences(model: nn.Module, step: Step, points: Tensor, chunk_size: int) -
 
 
 def _results(model: nn.Module, step: Step, points: Tensor, chunk_size: int) -> dict[str, Tensor]:
-    predictions = step.training(model)
-    grads = [p.grad.double().flatten() / step.loss_scale for p in model.parameters() if p.grad is not None]
+    for scale in step.loss_scales:
+        predictions = step.training(model, scale)
+        grads = torch.cat([p.grad.double().flatten() / scale for p in model.parameters() if p.grad is not None])
+        if grads.isfinite().all():
+            break
     return {
         "predictions": torch.cat([t.detach().double().flatten() for t in predictions.values()]),
-        "gradients": torch.cat(grads),
+        "gradients": grads,
         "chunked inference": inference(model, step, points, chunk_size).double(),
     }
 
@@ -164,7 +175,7 @@ def loss_curve(model: nn.Module, step: Step, num_steps: int) -> list[float]:
     """Losses of some steps of AdamW on a copy of the model, under a gradient scaler in fp16."""
     model = copy.deepcopy(model)
     optimizer = torch.optim.AdamW(model.parameters(), lr=1e-3)
-    scaler = torch.amp.GradScaler(step.device.type, init_scale=LOSS_SCALE, enabled=step.dtype == torch.float16)
+    scaler = torch.amp.GradScaler(step.device.type, init_scale=LOSS_SCALES[0], enabled=step.dtype == torch.float16)
     losses = []
     for _ in range(num_steps):
         optimizer.zero_grad()
@@ -207,7 +218,8 @@ def measure(args: argparse.Namespace) -> Iterator[Row]:
     small = replace(sizes, supernodes=min(sizes.supernodes, SMALL), anchors=min(sizes.anchors, SMALL))
     points = torch.rand(1, args.queries, 3, device=device)
 
-    model, step = make_model(small).to(device), make_step(small, device, dtype_of(precision))
+    model = with_large_weights(make_model(small)).to(device)
+    step = make_step(small, device, dtype_of(precision))
     few = points[:, : 4 * small.anchors]
     for name, errors in differences(model, step, few, small.anchors).items():
         case = f"{small.anchors} anchors"
