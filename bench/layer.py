@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import gc
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from functools import partial
 from importlib.util import find_spec
@@ -15,9 +15,11 @@ from torch import Tensor, nn
 import mixed_attention as ma
 from bench import check
 from bench.cases import Case
-from bench.operator import CALLS_A_SAMPLE
+from bench.operator import CALLS_A_SAMPLE, Inputs, make_inputs
 from bench.rows import Row, absent_row, dtype_of, in_precision, timing_row
-from bench.timing import Calls, take_turns
+from bench.timing import Calls, graphed, take_turns
+from mixed_attention import packed
+from mixed_attention.projection import linear
 
 
 class OurLayer(nn.Module):
@@ -29,6 +31,18 @@ class OurLayer(nn.Module):
 
     def forward(self, x: Tensor, freqs: Tensor) -> Tensor:
         return self.layer(x, self.specs, self.patterns, freqs=freqs)
+
+
+class WithoutSkip(nn.Module):
+    """Our layer, but that keys and values of groups that nobody attends to are made, rotated and differentiated too."""
+
+    def __init__(self, layer: ma.MixedAttention, case: Case) -> None:
+        super().__init__()
+        self.layer, self.plan = layer, case.plan
+
+    def forward(self, x: Tensor, freqs: Tensor) -> Tensor:
+        out, _ = packed.attend(self.layer._project(x, ("qkv", None, freqs)), self.plan)
+        return linear(out, self.layer.proj)
 
 
 class BaselineLayer(nn.Module):
@@ -90,7 +104,9 @@ class NoetherLayer(nn.Module):
         return self.layer(x, self.specs, self.patterns, freqs=freqs)[0]
 
 
-def make_layers(case: Case, device: torch.device, *, compiled: bool) -> dict[str, nn.Module]:
+def make_layers(
+    case: Case, device: torch.device, wanted: Sequence[str] | None, *, compiled: bool
+) -> dict[str, nn.Module]:
     """Our layer, upstream's algorithm, and upstream itself where it is installed, with the same weights."""
     config = ma.MixedAttentionConfig(dim=case.dim, num_heads=case.num_heads, use_rope=True)
     layer = ma.MixedAttention(config).to(device)
@@ -99,9 +115,12 @@ def make_layers(case: Case, device: torch.device, *, compiled: bool) -> dict[str
     found: dict[str, nn.Module] = {"ours": OurLayer(layer, case), "baseline": BaselineLayer(layer, case)}
     if find_spec("noether"):
         found["noether"] = NoetherLayer(layer, case)
+    found = {name: module for name, module in found.items() if not wanted or name in ("ours", *wanted)}
     if compiled:
         torch._dynamo.reset()  # the compiler gives up on a function of too many shapes
         found |= {f"{name}, compiled": torch.compile(module) for name, module in found.items()}
+    if not all(group.readers for group in case.plan.groups):
+        found["ours, without the skip"] = WithoutSkip(layer, case)
     return found
 
 
@@ -133,6 +152,24 @@ class Step:
         return out
 
 
+@dataclass(frozen=True)
+class AttentionAlone:
+    """The attention of our layer, of which the rest of the layer is to cost little."""
+
+    inputs: Inputs
+    plan: ma.AttentionPlan
+
+    def forward(self) -> Tensor:
+        return ma.attention(*self.inputs.leaves, self.plan)
+
+    @torch.no_grad()
+    def inference(self) -> Tensor:
+        return self.forward()
+
+    def training(self) -> tuple[Tensor, ...]:
+        return torch.autograd.grad(self.forward(), self.inputs.leaves, self.inputs.dout)
+
+
 def make_step(case: Case, device: torch.device, dtype: torch.dtype) -> Step:
     """Fresh random tokens, with the frequencies of random coordinates."""
     x = torch.randn(case.batch_size, case.num_tokens, case.dim, device=device, requires_grad=True)
@@ -141,10 +178,28 @@ def make_step(case: Case, device: torch.device, dtype: torch.dtype) -> Step:
     return Step(x, freqs, torch.randn(x.shape, device=device), dtype)
 
 
-def measure(case: Case, device: torch.device, precision: str, rounds: int, *, compiled: bool) -> Iterator[Row]:
-    """Forward, and forward with backward, of all layers."""
-    step = make_step(case, device, dtype_of(precision))
-    modules = make_layers(case, device, compiled=compiled)
+@dataclass(frozen=True)
+class What:
+    """What is asked for.
+
+    Attributes:
+        rounds: How often each takes its turn.
+        wanted: Who is measured beside ours, of ``"baseline"`` and ``"noether"``; by default both.
+        compiled: Whether all are also measured under the compiler.
+        graphs: Whether ours is replayed from a CUDA graph too.
+    """
+
+    rounds: int
+    wanted: Sequence[str] | None = None
+    compiled: bool = False
+    graphs: bool = True
+
+
+def measure(case: Case, device: torch.device, precision: str, what: What) -> Iterator[Row]:
+    """Forward, and forward with backward, of all layers, and of the attention that is in ours."""
+    dtype = dtype_of(precision)
+    step, alone = make_step(case, device, dtype), AttentionAlone(make_inputs(case, device, dtype), case.plan)
+    modules = make_layers(case, device, what.wanted, compiled=what.compiled)
     expected = check.layer_reference(modules["ours"].layer, step.x, case.plan, step.freqs, step.dout)
     with in_precision(precision):
         errors = {}
@@ -155,16 +210,28 @@ def measure(case: Case, device: torch.device, precision: str, rounds: int, *, co
             except Exception as error:  # whatever a compiler raises
                 del modules[name]
                 yield absent_row(case.name, name, precision, error)
-        count = CALLS_A_SAMPLE if device.type == "cuda" else 1
-        for passed, call in (("forward", step.inference), ("forward + backward", step.training)):
-            calls = {name: partial(call, module) for name, module in modules.items()}
-            peaks = {name: peak_bytes(each, device) for name, each in calls.items()}
-            samples = {name: Calls(partial(_repeat, each, count), count) for name, each in calls.items()}
-            flops = case.flops(backward=call == step.training)
-            for name, timing in take_turns(samples, device, rounds).items():
-                rate = flops / timing.median / 1e6
-                facts = {"pass": passed, "dtype": precision, "gflops_per_second": rate, "error": errors[name]}
-                yield timing_row("layer", case.name, name, timing, **facts, **peaks[name])
+        for passed, call, attend in (
+            ("forward", step.inference, alone.inference),
+            ("forward + backward", step.training, alone.training),
+        ):
+            calls: dict[tuple[str, str], Callable[[], object]] = {
+                (name, "eager"): partial(call, module) for name, module in modules.items()
+            }
+            peaks = {key: peak_bytes(each, device) for key, each in calls.items()}
+            calls["ours, attention alone", "eager"] = attend
+            if what.graphs and device.type == "cuda":
+                try:
+                    calls["ours", "graph"] = graphed(lambda: partial(call, modules["ours"]))  # noqa: B023
+                except Exception as error:  # whatever a capture raises
+                    yield absent_row(case.name, "ours", precision, error, **{"pass": passed, "mode": "graph"})
+            count = CALLS_A_SAMPLE if device.type == "cuda" else 1
+            samples = {key: Calls(partial(_repeat, each, count), count) for key, each in calls.items()}
+            flops = case.flops(backward=passed != "forward")
+            for (name, mode), timing in take_turns(samples, device, what.rounds).items():
+                facts = {"pass": passed, "dtype": precision, "mode": mode}
+                facts["gflops_per_second"] = flops / timing.median / 1e6
+                facts |= {"error": errors[name]} if name in errors else {}
+                yield timing_row("layer", case.name, name, timing, **facts, **peaks.get((name, mode), {}))
 
 
 def _repeat(call: Callable[[], object], count: int) -> None:

@@ -8,8 +8,9 @@ from __future__ import annotations
 
 import argparse
 import copy
-import json
+import statistics
 import sys
+from collections.abc import Iterator
 from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
@@ -19,6 +20,8 @@ import torch
 from torch import Tensor, nn
 
 import mixed_attention as ma
+from bench import facts, report
+from bench.check import relative_error
 from bench.layer import peak_bytes
 from bench.rows import PRECISIONS, Row, dtype_of, timing_row
 from bench.timing import Calls, take_turns
@@ -27,6 +30,11 @@ DOMAINS = {"surface": {"pressure": 1}, "volume": {"velocity": 3}}
 PHYSICS_BLOCKS = ["perceiver", "self", "cross", "self", "cross", "self"]
 DECODER_BLOCKS = 6
 NEIGHBOURS = 32  # of a supernode, on average
+SMALL = 1024  # tokens of the model in which results are compared
+LOSS_SCALES = (1024.0, 32.0, 1.0)  # in fp16: the first with which no gradient is lost above its range
+
+Errors = dict[str, dict[str, float]]
+"""As in all rows: of every result, by name, some errors, by name."""
 
 
 @dataclass(frozen=True)
@@ -47,20 +55,30 @@ class Step:
     targets: dict[str, Tensor]
     dtype: torch.dtype
 
-    def forward(self, model: nn.Module) -> Tensor:
-        """The loss: mean squared errors, added over what is predicted."""
-        device = self.inputs["geometry_position"].device
-        with torch.autocast(device.type, self.dtype, enabled=self.dtype.itemsize == 2):
+    @property
+    def device(self) -> torch.device:
+        return self.inputs["geometry_position"].device
+
+    @property
+    def loss_scales(self) -> tuple[float, ...]:
+        return LOSS_SCALES if self.dtype == torch.float16 else (1.0,)
+
+    def autocast(self) -> torch.autocast:
+        return torch.autocast(self.device.type, self.dtype, enabled=self.dtype.itemsize == 2)
+
+    def forward(self, model: nn.Module) -> tuple[Tensor, dict[str, Tensor]]:
+        """The loss, mean squared errors added over what is predicted, and the predictions."""
+        with self.autocast():
             predictions, _ = model(**self.inputs)
             errors = [(predictions[name] - target).square().mean() for name, target in self.targets.items()]
-        return torch.stack(errors).sum()
+        return torch.stack(errors).sum(), predictions
 
-    def training(self, model: nn.Module, scale: float = 1.0) -> Tensor:
-        """Forward and backward, down to the gradients of the weights."""
+    def training(self, model: nn.Module, loss_scale: float | None = None) -> dict[str, Tensor]:
+        """Forward and backward, down to the gradients of the weights, which are those of the scaled loss."""
         model.zero_grad()
-        loss = self.forward(model)
-        (scale * loss).backward()
-        return loss.detach()
+        loss, predictions = self.forward(model)
+        ((loss_scale or self.loss_scales[0]) * loss).backward()
+        return predictions
 
 
 def make_model(sizes: Sizes) -> nn.Module:
@@ -85,6 +103,14 @@ def make_model(sizes: Sizes) -> nn.Module:
         data_specs={"position_dim": 3, "domains": {name: {"output_dims": out} for name, out in DOMAINS.items()}},
     )
     return AnchoredBranchedUPT(config)
+
+
+def with_large_weights(model: nn.Module) -> nn.Module:
+    """The same with matrices of the size that trained ones have: initial ones make softmax flat and outputs vanish."""
+    for parameter in model.parameters():
+        if parameter.ndim == 2:
+            nn.init.normal_(parameter, std=parameter.shape[1] ** -0.5)
+    return model
 
 
 def make_step(sizes: Sizes, device: torch.device, dtype: torch.dtype) -> Step:
@@ -115,40 +141,45 @@ def swapped(model: nn.Module) -> nn.Module:
     return copied
 
 
-def differences(model: nn.Module, step: Step) -> dict[str, tuple[float, float]]:
-    """Differences of loss and gradients from upstream's model in fp32, relative to their largest value.
+def differences(model: nn.Module, step: Step, points: Tensor, chunk_size: int) -> dict[str, Errors]:
+    """How far upstream's model and ours are, in the dtype of the step, from upstream's in fp32.
 
     Upstream's model does not run in fp64. So in fp32 noether itself differs by nothing, and ours by both roundings.
+
+    Returns:
+        For each, by name, errors of the predictions, of the gradients and of chunked inference, as Frobenius norms
+        relative to the expected.
     """
-    exact = _results(model, replace(step, dtype=torch.float32))
+    exact = _results(model, replace(step, dtype=torch.float32), points, chunk_size)
     found = {}
     for name, each in (("noether", model), ("ours", swapped(model))):
-        pairs = list(zip(_results(each, step), exact))
-        relative = [_relative_error(*pair) for pair in pairs]
-        found[name] = (relative[0], max(relative[1:]))
+        got = _results(each, step, points, chunk_size)
+        found[name] = {what: {"relative": relative_error(got[what], exact[what])} for what in exact}
     return found
 
 
-def _results(model: nn.Module, step: Step) -> list[Tensor]:
-    scale = 1024.0 if step.dtype == torch.float16 else 1.0  # so that no gradient is lost below fp16
-    loss = step.training(model, scale)
-    grads = [p.grad / scale for p in model.parameters() if p.grad is not None]
-    return [loss, torch.cat([grad.double().flatten() for grad in grads])]
-
-
-def _relative_error(result: Tensor, expected: Tensor) -> float:
-    return ((result.double() - expected).abs().max() / expected.abs().max()).item()
+def _results(model: nn.Module, step: Step, points: Tensor, chunk_size: int) -> dict[str, Tensor]:
+    for scale in step.loss_scales:
+        predictions = step.training(model, scale)
+        grads = torch.cat([p.grad.double().flatten() / scale for p in model.parameters() if p.grad is not None])
+        if grads.isfinite().all():
+            break
+    return {
+        "predictions": torch.cat([t.detach().double().flatten() for t in predictions.values()]),
+        "gradients": grads,
+        "chunked inference": inference(model, step, points, chunk_size).double(),
+    }
 
 
 def loss_curve(model: nn.Module, step: Step, num_steps: int) -> list[float]:
-    """Losses of some steps of AdamW, under a gradient scaler in fp16."""
-    device = step.inputs["geometry_position"].device
+    """Losses of some steps of AdamW on a copy of the model, under a gradient scaler in fp16."""
+    model = copy.deepcopy(model)
     optimizer = torch.optim.AdamW(model.parameters(), lr=1e-3)
-    scaler = torch.amp.GradScaler(device.type, enabled=step.dtype == torch.float16)
+    scaler = torch.amp.GradScaler(step.device.type, init_scale=LOSS_SCALES[0], enabled=step.dtype == torch.float16)
     losses = []
     for _ in range(num_steps):
         optimizer.zero_grad()
-        loss = step.forward(model)
+        loss, _ = step.forward(model)
         scaler.scale(loss).backward()
         scaler.step(optimizer)
         scaler.update()
@@ -156,10 +187,21 @@ def loss_curve(model: nn.Module, step: Step, num_steps: int) -> list[float]:
     return torch.stack(losses).tolist()
 
 
+def loss_curves(models: dict[str, nn.Module], step: Step, num_steps: int) -> Iterator[Row]:
+    """The curves of all models, and how far each is from that of upstream's in fp32: the root mean square of the
+    relative differences. What 16 bits do to upstream's own curve is the yardstick for ours.
+    """
+    exact = loss_curve(models["noether"], replace(step, dtype=torch.float32), num_steps)
+    for name, model in models.items():
+        losses = loss_curve(model, step, num_steps)
+        squares = [(loss / expected - 1) ** 2 for loss, expected in zip(losses, exact)]
+        yield {"kind": "losses", "who": name, "losses": losses, "distance": statistics.mean(squares) ** 0.5}
+    yield {"kind": "losses", "who": "noether, fp32", "losses": exact, "distance": 0.0}
+
+
 def inference(model: nn.Module, step: Step, points: Tensor, chunk_size: int) -> Tensor:
     """The anchors once, then points of the volume ``(1, n, 3)`` past their cache in chunks."""
-    device = step.inputs["geometry_position"].device
-    with torch.no_grad(), torch.autocast(device.type, step.dtype, enabled=step.dtype.itemsize == 2):
+    with torch.no_grad(), step.autocast():
         _, cache = model(**step.inputs)
 
         def predict(chunk: Tensor) -> Tensor:
@@ -169,44 +211,35 @@ def inference(model: nn.Module, step: Step, points: Tensor, chunk_size: int) -> 
         return ma.stream(predict, points, chunk_size=chunk_size, output_device=None)
 
 
-def measure(args: argparse.Namespace) -> list[Row]:
-    """All of it, printed as it comes."""
-    device, dtype = torch.device(args.device), dtype_of(args.dtype)
+def measure(args: argparse.Namespace) -> Iterator[Row]:
+    """Whether both compute the same, then what it takes; yields rows as they come."""
+    device, precision = torch.device(args.device), args.dtype
     sizes = Sizes(args.dim, args.heads, args.supernodes, args.anchors)
-    rows: list[Row] = []
-
-    def add(row: Row, text: str) -> None:
-        rows.append(row)
-        print(text, flush=True)
-
-    torch.manual_seed(0)
-    small = Sizes(args.dim, args.heads, *(min(n, 1024) for n in (args.supernodes, args.anchors)))
-    for name, (loss, grads) in differences(make_model(small).to(device), make_step(small, device, dtype)).items():
-        row = {"kind": "model difference", "case": "1024 tokens", "who": name, "loss": loss, "gradients": grads}
-        add(row, f"{name:8} differs from noether in fp32 by {loss:.1e} in the loss, {grads:.1e} in the gradients")
-
-    model, step = make_model(sizes).to(device), make_step(sizes, device, dtype)
-    models = {"noether": model, "ours": swapped(model)}
-    for name, each in models.items():
-        losses = loss_curve(copy.deepcopy(each), step, args.steps)
-        text = " ".join(f"{loss:.5f}" for loss in losses[:: max(args.steps // 6, 1)])
-        add({"kind": "loss curve", "case": "ab-upt", "who": name, "losses": losses}, f"{name:8} losses {text}")
-
+    small = replace(sizes, supernodes=min(sizes.supernodes, SMALL), anchors=min(sizes.anchors, SMALL))
     points = torch.rand(1, args.queries, 3, device=device)
+
+    model = with_large_weights(make_model(small)).to(device)
+    step = make_step(small, device, dtype_of(precision))
+    few = points[:, : 4 * small.anchors]
+    for name, errors in differences(model, step, few, small.anchors).items():
+        case = f"{small.anchors} anchors"
+        yield {"kind": "difference", "case": case, "who": name, "dtype": precision, "errors": errors}
+
+    model, step = make_model(sizes).to(device), make_step(sizes, device, dtype_of(precision))
+    models = {"noether": model, "ours": swapped(model)}
+    for row in loss_curves(models, step, args.steps):
+        yield row | {"case": f"{sizes.anchors} anchors", "dtype": precision}
+
     work = {
         "training step": step.training,
-        "chunked inference": partial(inference, step=step, points=points, chunk_size=args.chunk),
+        f"{points.shape[1]} points": partial(inference, step=step, points=points, chunk_size=args.chunk),
     }
     for case, call in work.items():
         calls = {name: partial(call, each) for name, each in models.items()}
         peaks = {name: peak_bytes(each, device) for name, each in calls.items()}
         timings = take_turns({name: Calls(each) for name, each in calls.items()}, device, args.rounds)
         for name, timing in timings.items():
-            ratio = timings["noether"].median / timing.median
-            peak = "".join(f", peak {b / 2**20:.0f} MiB" for b in peaks[name].values())
-            row = timing_row("model", case, name, timing, dtype=args.dtype, **peaks[name])
-            add(row, f"{name:8} {case}: {timing.median:.2f} ms, {ratio:.2f} x noether{peak}")
-    return rows
+            yield timing_row("model", case, name, timing, dtype=precision, **peaks[name])
 
 
 def parse() -> argparse.Namespace:
@@ -222,7 +255,8 @@ def parse() -> argparse.Namespace:
     parser.add_argument("--queries", type=int, default=2**20, help="points of the volume to evaluate")
     parser.add_argument("--chunk", type=int, default=2**17, help="of them at a time")
     parser.add_argument("--rounds", type=int, default=5)
-    parser.add_argument("--out", type=Path, help="JSON file of the results")
+    parser.add_argument("--commit", help="what is measured; default what git says")
+    parser.add_argument("--out", type=Path, help="JSON file; default bench/results/DATE-noether-DEVICE.json")
     return parser.parse_args()
 
 
@@ -234,10 +268,15 @@ def main() -> int:
     except ImportError as error:
         print(f"skipped: emmiai-noether, which this measures, cannot be imported ({error}); pip install emmiai-noether")
         return 0
-    rows = measure(args)
-    if args.out:
-        facts = {"device": args.device, "torch": torch.__version__, "command": sys.argv[1:], "rows": rows}
-        args.out.write_text(json.dumps(facts, indent=1) + "\n")
+    torch.manual_seed(0)
+    device = torch.device(args.device)
+    result = facts.of_run("bench.noether", device, args.commit)
+    try:
+        for row in measure(args):
+            result["rows"].append(row)
+            print(report.line(row), flush=True)
+    finally:  # what was measured before an error or an interruption is worth keeping
+        facts.save(result, device, args.out or facts.RESULTS / f"{result['date']}-noether-{args.device}.json")
     return 0
 
 

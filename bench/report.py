@@ -9,6 +9,8 @@ from typing import Any
 
 ROOT = Path(__file__).parent.parent
 Row = dict[str, Any]
+Column = tuple[str, Callable[[Sequence[Row]], str]]
+"""A title, and what compares the rows of a case."""
 TITLES = {
     "float32": "fp32",
     "tf32": "fp32, products in TF32",
@@ -22,12 +24,14 @@ TITLES = {
 def line(row: Row) -> str:
     """One row for the terminal, while the measurement runs."""
     who = row["who"] + (", graph" if row.get("mode") == "graph" else "")
-    what = f"{row['kind']:9}{row['case']:24}{row['dtype']:9}{row.get('pass', ''):19}{who:21}"
+    what = f"{row['kind']:11}{row['case']:24}{row['dtype']:9}{row.get('pass', ''):19}{who:23}"
     if row["kind"] == "absent":
         return f"{what}{row['reason']}"
-    if row["kind"] == "error":
+    if "errors" in row:
         found = "  ".join(f"{name} {error['relative']:.2e}" for name, error in row["errors"].items())
-        return f"{what}{row['data']}: {found}"
+        return f"{what}{row['data']}: {found}" if "data" in row else f"{what}{found}"
+    if row["kind"] == "losses":
+        return f"{what}{row['losses'][0]:.5f} to {row['losses'][-1]:.5f}, {row['distance']:.2e} from fp32"
     if row["kind"] == "memory":
         return f"{what}{row['extra_bytes'] / 2**20:10.1f} MiB"
     rate = f"{row['gflops_per_second']:12.1f} GFLOP/s" if "gflops_per_second" in row else ""
@@ -51,23 +55,51 @@ def _head(result: dict[str, Any]) -> str:
 
 
 def _sections(rows: Sequence[Row]) -> Iterator[str]:
-    for kind, title in (("operator", "The operator"), ("layer", "The layer")):
+    for kind, title, columns in (
+        ("operator", "The operator", [("ours / best peer", _ahead)]),
+        ("layer", "The layer", [("ours is faster", _faster), ("beside attention", _beside_attention)]),
+    ):
         for (dtype, passed, mode), group in _grouped(_of(rows, kind), "dtype", "pass", "mode"):
-            yield f"### {title}, {TITLES[dtype]}, {passed}{TITLES[mode]}\n\n{_rates(group)}"
+            yield f"### {title}, {TITLES[dtype]}, {passed}{TITLES[mode]}\n\n{_rates(group, columns)}"
     for dtype, group in _grouped(_of(rows, "operator", has="host_microseconds"), "dtype"):
         yield f"### Host time of one call, {TITLES[dtype[0]]}, microseconds\n\n{_table(group, _host)}"
     for key, group in _grouped(_of(rows, "error"), "dtype", "data"):
         yield f"### Relative error against fp64, {TITLES[key[0]]}, {key[1]} data\n\n{_errors(group)}"
-    for kind, title, cell in (
-        ("layer", "Peak memory of the layer over weights, inputs and gradients, MiB", _peak),
-        ("memory", "Memory of the operator beyond inputs, outputs and gradients, MiB", _extra),
-        ("overhead", "Host time of one call of eight tokens, milliseconds", _milliseconds),
+    for kind, title, cell, columns in (
+        ("layer", "Peak memory of the layer over weights, inputs and gradients, MiB", _peak, [("ours", _smaller)]),
+        ("memory", "Memory of the operator beyond inputs, outputs and gradients, MiB", _extra, []),
+        ("overhead", "Host time of one call of eight tokens, milliseconds", _milliseconds, []),
     ):
         for key, group in _grouped(_of(rows, kind, has=_FIELDS[kind]), "dtype", "pass"):
-            yield f"### {title}, {TITLES[key[0]]}, {key[1]}\n\n{_table(group, cell)}"
+            yield f"### {title}, {TITLES[key[0]]}, {key[1]}\n\n{_table(group, cell, *columns)}"
+    yield from _model_sections(rows)
     absent = {f"- {row['who']}, {row['dtype']} {row.get('pass', '')}: {row['reason']}" for row in _of(rows, "absent")}
     if absent:
         yield "### Not measured\n\n" + "\n".join(sorted(absent)) + "\n"
+
+
+def _model_sections(rows: Sequence[Row]) -> Iterator[str]:
+    """Of AB-UPT: whether both compute the same, and what it takes."""
+    for (dtype,), group in _grouped(_of(rows, "difference"), "dtype"):
+        parts = ({**row, "case": name, "relative": e["relative"]} for row in group for name, e in row["errors"].items())
+        yield f"### AB-UPT, {TITLES[dtype]}, relative difference from noether in fp32\n\n{_table([*parts], _relative)}"
+    for (dtype,), group in _grouped(_of(rows, "losses"), "dtype"):
+        yield f"### AB-UPT, {TITLES[dtype]}, losses of a training\n\n{_table([*_points(group)], _point)}"
+    for (dtype,), group in _grouped(_of(rows, "model"), "dtype"):
+        table = _table(group, _milliseconds, ("ours is faster", _faster))
+        yield f"### AB-UPT, {TITLES[dtype]}, milliseconds\n\n{table}"
+        if peaks := _of(group, "model", has="peak_bytes"):
+            table = _table(peaks, _peak, ("ours", _smaller))
+            yield f"### AB-UPT, {TITLES[dtype]}, peak memory over weights, inputs and gradients, MiB\n\n{table}"
+
+
+def _points(rows: Sequence[Row]) -> Iterator[Row]:
+    """Some points of each curve, and its distance from that of fp32."""
+    for row in rows:
+        losses = row["losses"]
+        for i in sorted({0, *range(9, len(losses), 10), len(losses) - 1}):
+            yield {"case": f"step {i + 1}", "who": row["who"], "text": f"{losses[i]:.5f}"}
+        yield {"case": "distance from fp32", "who": row["who"], "text": f"{row['distance']:.1e}"}
 
 
 _FIELDS = {"layer": "peak_bytes", "memory": "extra_bytes", "overhead": "milliseconds"}
@@ -85,8 +117,8 @@ def _grouped(rows: Iterable[Row], *fields: str) -> Iterator[tuple[tuple[str, ...
     yield from groups.items()
 
 
-def _rates(rows: Sequence[Row]) -> str:
-    """Rates of all, and ours over the best peer's."""
+def _rates(rows: Sequence[Row], columns: Sequence[Column]) -> str:
+    """Rates of all, and how ours compares."""
     unit, divisor = ("TFLOP/s", 1000) if max(r["gflops_per_second"] for r in rows) > 9999 else ("GFLOP/s", 1)
 
     def rate(row: Row) -> str:
@@ -94,12 +126,38 @@ def _rates(rows: Sequence[Row]) -> str:
         slowest, fastest = median * time["median"] / time["upper"], median * time["median"] / time["lower"]
         return f"{median:.0f} ({slowest:.0f} – {fastest:.0f})"
 
-    def ahead(group: Sequence[Row]) -> str:
-        best = min((r for r in group if not _is_ours(r) and r["who"] != "matmul"), key=_median, default=None)
-        ours = next((r for r in group if r["who"] == "ours"), None)
-        return f"{_median(best) / _median(ours):.2f} × {best['who']}" if best and ours else ""
+    return f"{unit}, median (quartiles)\n\n{_table(rows, rate, *columns)}"
 
-    return f"{unit}, median (quartiles)\n\n{_table(rows, rate, ('ours / best peer', ahead))}"
+
+def _ahead(group: Sequence[Row]) -> str:
+    """Ours over the best peer."""
+    best = min((r for r in group if not _is_ours(r) and r["who"] != "matmul"), key=_median, default=None)
+    ours = _named(group, "ours")
+    return f"{_median(best) / _median(ours):.2f} × {best['who']}" if best and ours else ""
+
+
+def _faster(group: Sequence[Row]) -> str:
+    """Ours over everybody else, and over ours without the skip."""
+    ours = _named(group, "ours")
+    others = [r for r in group if not _is_ours(r) or r["who"] == "ours, without the skip"]
+    return ", ".join(f"{_median(row) / _median(ours):.2f} × {row['who']}" for row in others) if ours else ""
+
+
+def _beside_attention(group: Sequence[Row]) -> str:
+    """What of our layer is not attention, in per cent of its attention."""
+    ours, alone = _named(group, "ours"), _named(group, "ours, attention alone")
+    return f"{100 * (_median(ours) / _median(alone) - 1):.0f} %" if ours and alone else ""
+
+
+def _smaller(group: Sequence[Row]) -> str:
+    """Our memory over that of everybody else."""
+    ours = _named(group, "ours")
+    others = [row for row in group if not _is_ours(row)]
+    return ", ".join(f"{ours['peak_bytes'] / row['peak_bytes']:.2f} × {row['who']}" for row in others) if ours else ""
+
+
+def _named(group: Sequence[Row], who: str) -> Row | None:
+    return next((row for row in group if row["who"] == who), None)
 
 
 def _errors(rows: Sequence[Row]) -> str:
@@ -134,6 +192,14 @@ def _host(row: Row) -> str:
     return f"{row['host_microseconds']:.0f}"
 
 
+def _relative(row: Row) -> str:
+    return f"{row['relative']:.1e}"
+
+
+def _point(row: Row) -> str:
+    return row["text"]
+
+
 def _peak(row: Row) -> str:
     return f"{row['peak_bytes'] / 2**20:.0f}"
 
@@ -144,19 +210,20 @@ def _extra(row: Row) -> str:
 
 def _milliseconds(row: Row) -> str:
     time = row["milliseconds"]
-    return f"{time['median']:.4f} ({time['lower']:.4f} – {time['upper']:.4f})"
+    return f"{time['median']:.4g} ({time['lower']:.4g} – {time['upper']:.4g})"
 
 
-def _table(
-    rows: Sequence[Row], cell: Callable[[Row], str], last: tuple[str, Callable[[Sequence[Row]], str]] | None = None
-) -> str:
-    """One line a case, one column for everybody who was measured, and maybe one that compares them."""
+def _table(rows: Sequence[Row], cell: Callable[[Row], str], *columns: Column) -> str:
+    """One line a case, one column for everybody who was measured, and those that compare them, but empty ones."""
     names = list(dict.fromkeys(row["who"] for row in rows))
-    head = ["case", *names, *([last[0]] if last else [])]
+    cases = list(_grouped(rows, "case"))
+    compared = [(title, [compare(group) for _, group in cases]) for title, compare in columns]
+    compared = [(title, cells) for title, cells in compared if any(cells)]
+    head = ["case", *names, *(title for title, _ in compared)]
     lines = [head, ["---"] * len(head)]
-    for (case,), group in _grouped(rows, "case"):
-        cells = {row["who"]: cell(row) for row in group}
-        lines.append([case, *(cells.get(name, "") for name in names), *([last[1](group)] if last else [])])
+    for i, ((case,), group) in enumerate(cases):
+        found = {row["who"]: cell(row) for row in group}
+        lines.append([case, *(found.get(name, "") for name in names), *(cells[i] for _, cells in compared)])
     return "\n".join(f"| {' | '.join(cells)} |" for cells in lines) + "\n"
 
 
@@ -188,7 +255,9 @@ def main() -> None:
         "the peers took turns. Rates count attended pairs only: 4·B·H·D per pair forward, 2.5 times that backward; of",
         "a layer, those of its attention alone. Peers are called once per pattern, through their public interface.",
         "On a GPU, calls follow each other without a pause over inputs in rotation, so that neither an idle device nor",
-        "its L2 cache helps anybody; where a GPU is faster than its host, the eager rate is the host's.\n",
+        "its L2 cache helps anybody; where a GPU is faster than its host, the eager rate is the host's. Beside",
+        "attention is what our layer takes longer than its attention alone. The skip is that of keys and values which",
+        "nobody reads.\n",
     ]
     for path in sorted((ROOT / "bench" / "results").glob("*.json")):
         parts.append(f"## {path.stem}\n\n{tables(json.loads(path.read_text()))}")

@@ -5,11 +5,14 @@ from __future__ import annotations
 import gc
 import statistics
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Hashable, Mapping
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
+from typing import TypeVar
 
 import torch
+
+Key = TypeVar("Key", bound=Hashable)
 
 
 @dataclass(frozen=True)
@@ -64,7 +67,7 @@ class Clock:
         return begin.elapsed_time(end)
 
 
-def take_turns(calls: dict[str, Calls], device: torch.device, rounds: int) -> dict[str, Timing]:
+def take_turns(calls: Mapping[Key, Calls], device: torch.device, rounds: int) -> dict[Key, Timing]:
     """Times every entry once a round, in turns, so that a slow moment of the machine strikes all alike.
 
     Args:
@@ -76,7 +79,7 @@ def take_turns(calls: dict[str, Calls], device: torch.device, rounds: int) -> di
     for each in calls.values():
         with each.within():
             each.run(), each.run()
-    samples: dict[str, list[float]] = {name: [] for name in calls}
+    samples: dict[Key, list[float]] = {name: [] for name in calls}
     gc.collect()
     gc.disable()
     try:

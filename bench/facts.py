@@ -1,0 +1,94 @@
+"""What a result file says of its run: when it was, of which commit, on which machine and with which versions."""
+
+from __future__ import annotations
+
+import json
+import platform
+import shlex
+import subprocess
+import sys
+from collections.abc import Iterator
+from datetime import date
+from importlib.metadata import PackageNotFoundError, version
+from pathlib import Path
+from typing import Any
+
+import torch
+
+import mixed_attention as ma
+from bench import report
+
+RESULTS = Path(__file__).parent / "results"
+PEER_PACKAGES = ("triton", "fa3_fwd", "flash-attn-4", "nvidia-cutlass-dsl", "emmiai-noether")
+
+
+def of_run(module: str, device: torch.device, commit: str | None) -> dict[str, Any]:
+    """A result without rows yet.
+
+    Args:
+        module: What was started, ``python -m module``.
+        device: Where it runs.
+        commit: What is measured; by default what git says.
+    """
+    return {
+        "date": date.today().isoformat(),
+        "commit": commit or _output("git", "rev-parse", "HEAD") or "unknown",
+        "uncommitted_changes": bool(
+            _output("git", "status", "--porcelain", "--untracked-files=no", "--", ":!bench/results")
+        ),
+        "device": torch.cuda.get_device_name(device) if device.type == "cuda" else _cpu_name(),
+        "threads": torch.get_num_threads(),
+        "cpu_instruction_set": ma.ops.cpu_instruction_set(),
+        "versions": dict(_versions(device)),
+        "command": f"python -m {module} {shlex.join(_without_places(sys.argv[1:]))}",
+        "rows": [],
+    }
+
+
+def save(result: dict[str, Any], device: torch.device, out: Path) -> None:
+    """Writes a result, and prints its tables."""
+    if device.type == "cuda":
+        result["clocks"] = _clocks()
+    out.parent.mkdir(parents=True, exist_ok=True)
+    out.write_text(json.dumps(result, indent=1) + "\n")
+    print(f"\nwritten to {out}\n\n{report.tables(result)}")
+
+
+def _without_places(arguments: list[str]) -> list[str]:
+    """The command without the options that say where things lie and not what is measured."""
+    places = [i for i, argument in enumerate(arguments) if argument in ("--out", "--plot", "--commit")]
+    return [argument for i, argument in enumerate(arguments) if i not in places and i - 1 not in places]
+
+
+def _output(*command: str) -> str:
+    """What a program prints; nothing where it is missing or fails."""
+    try:
+        return subprocess.run(command, capture_output=True, text=True, check=True).stdout.strip()
+    except (OSError, subprocess.CalledProcessError):
+        return ""
+
+
+def _cpu_name() -> str:
+    for line in Path("/proc/cpuinfo").read_text().splitlines():
+        if line.startswith("model name"):
+            return line.split(":", 1)[1].strip()
+    return platform.processor()
+
+
+def _versions(device: torch.device) -> Iterator[tuple[str, str]]:
+    yield "python", platform.python_version()
+    yield "torch", torch.__version__
+    if device.type == "cuda":
+        yield "CUDA", str(torch.version.cuda)
+        yield "cuDNN", str(torch.backends.cudnn.version())
+        yield "driver", _output("nvidia-smi", "--query-gpu=driver_version", "--format=csv,noheader")
+    for package in PEER_PACKAGES:
+        try:
+            yield package, version(package)
+        except PackageNotFoundError:
+            continue
+
+
+def _clocks() -> str:
+    """The GPU's clocks at this moment: right after work they are those of the work."""
+    return _output("nvidia-smi", "--query-gpu=clocks.sm,clocks.mem,power.draw", "--format=csv,noheader")
