@@ -54,18 +54,24 @@ struct DkDvConfig : DkDvTuning<kHeadDim_> {
   static_assert(kSplits == 1 || kSplits == 2);
 };
 
+// Transposed gradients of scores, (keys, queries), on their way to those who compute dq.
+template <typename Config, int kStages_>
+struct DsExchange {
+  static constexpr int kStages = kStages_;
+
+  alignas(1024) typename Config::Element ds[kStages][Config::kBlockN * Config::kBlockM];
+  uint64_t ds_full[kStages], ds_empty[kStages];
+};
+
 // What the third warpgroup reads and writes.
 template <typename Config, bool kAddsDq = Config::kAddsDq>
 struct DqExchange {};
 
 template <typename Config>
-struct DqExchange<Config, true> {
-  static constexpr int kStages = 2, kStagings = 2;
+struct DqExchange<Config, true> : DsExchange<Config, 2> {
+  static constexpr int kStagings = 2;
 
-  // Transposed gradients of scores, (keys, queries).
-  alignas(1024) typename Config::Element ds[kStages][Config::kBlockN * Config::kBlockM];
   alignas(128) float staging[kStagings][Config::kDqTileFloats];
-  uint64_t ds_full[kStages], ds_empty[kStages];
 };
 
 // Tiles are slabs of (rows, 64) elements, one after the other, as the copy engine's 128-byte swizzle writes them.
@@ -88,6 +94,50 @@ struct DkDvSharedStorage {
 
   DqExchange<Config> dq_exchange;
   uint64_t peer_full, peer_empty;  // of the other block's sums
+};
+
+// The kernel that computes all gradients of wide heads: two warpgroups of 64 key rows, each with half of the columns of
+// dq. A tile of queries, and one of output gradients, waits in its buffer for one step.
+template <typename Element_, int kHeadDim_>
+struct DqDkDvConfig {
+  using Element = Element_;
+  static constexpr int kHeadDim = kHeadDim_, kSplits = 1;
+  static constexpr int kStagesQ = 3, kStagesDout = 2, kStagesDs = 3;
+  static constexpr int kConsumers = 2;
+  static constexpr int kBlockM = kQueryTileRows, kBlockN = kConsumers * kWarpgroupRows;
+  static constexpr int kThreads = (1 + kConsumers) * kWarpgroup;
+  static constexpr int kProducerRegisters = 24, kConsumerRegisters = 240;
+
+  static constexpr int kSlabBytesM = kBlockM * kSlabColumns * sizeof(Element);
+  static constexpr int kSlabBytesN = kBlockN * kSlabColumns * sizeof(Element);
+  static constexpr int kTileBytesM = kHeadDim / kSlabColumns * kSlabBytesM;
+  static constexpr int kTileBytesN = kHeadDim / kSlabColumns * kSlabBytesN;
+  static constexpr int kStatsBytes = kBlockM * sizeof(float);
+
+  static constexpr int kScoreBytes = kBlockN * kBlockM * sizeof(Element);
+  static constexpr int kDqTileFloats = kBlockM * kHeadDim;
+  static constexpr int kDqPartFloats = kDqTileFloats / kConsumers;
+
+  static_assert(sizeof(Element) == 2 && kHeadDim == kConsumers * kSlabColumns && kBlockM == kSlabColumns);
+};
+
+template <typename Config>
+struct DqDkDvSharedStorage {
+  using Element = typename Config::Element;
+
+  alignas(1024) Element k[Config::kBlockN * Config::kHeadDim];
+  alignas(1024) Element v[Config::kBlockN * Config::kHeadDim];
+  alignas(1024) Element q[Config::kStagesQ][Config::kBlockM * Config::kHeadDim];
+  alignas(1024) Element dout[Config::kStagesDout][Config::kBlockM * Config::kHeadDim];
+  // By warpgroup: its part of dq on its way out; after the last of an item 16 rows of a result by warp.
+  alignas(1024) float staging[Config::kConsumers][Config::kDqPartFloats];
+  DsExchange<Config, Config::kStagesDs> exchange;
+  alignas(128) float lse_log2[Config::kStagesQ][Config::kBlockM];
+  alignas(128) float delta[Config::kStagesDout][Config::kBlockM];
+
+  uint64_t kv_full, kv_empty;
+  uint64_t q_full[Config::kStagesQ], q_empty[Config::kStagesQ];
+  uint64_t dout_full[Config::kStagesDout], dout_empty[Config::kStagesDout];
 };
 
 // Two warpgroups of 64 query rows. Keys wait in their buffer for two steps, values for one.

@@ -10,6 +10,7 @@
 #include "cuda/hopper/bwd_launch.h"
 #include "cuda/hopper/bwd_stats_kernel.cuh"
 #include "cuda/hopper/dk_dv_kernel.cuh"
+#include "cuda/hopper/dq_dk_dv_kernel.cuh"
 #include "cuda/hopper/dq_kernel.cuh"
 #include "cuda/hopper/dq_sums_kernel.cuh"
 #include "cuda/hopper/tensor_map.h"
@@ -67,28 +68,42 @@ void launch_stats(const BwdParams& params, const QueryStats& stats, const BwdWor
 }
 
 template <typename Config>
+DkDvKernelParams make_dk_dv_kernel_params(const BwdParams& params, const QueryStats& stats,
+                                          const BwdWorkspace& workspace, const std::vector<QueryRun>& runs) {
+  const BwdTensors tensors = bwd_tensors(params);
+  return {make_clipped_tile_map(tensors.q, Config::kBlockM),
+          make_clipped_tile_map(tensors.dout, Config::kBlockM),
+          make_clipped_tile_map(tensors.k, Config::kBlockN),
+          make_clipped_tile_map(tensors.v, Config::kBlockN),
+          batch_step(params.q_strides),
+          batch_step(params.dout_strides),
+          batch_step(params.k_strides),
+          batch_step(params.v_strides),
+          params.dk,
+          params.dv,
+          params.dk_strides,
+          params.dv_strides,
+          stats,
+          workspace.dq_sums,
+          static_cast<float>(params.softmax_scale),
+          static_cast<float>(params.softmax_scale * std::numbers::log2e),
+          make_key_work_table(params, runs, Config::kBlockN)};
+}
+
+template <typename Config>
 void launch_dk_dv(const BwdParams& params, const QueryStats& stats, const BwdWorkspace& workspace,
                   const std::vector<QueryRun>& runs) {
-  const BwdTensors tensors = bwd_tensors(params);
-  const DkDvKernelParams kernel_params{make_clipped_tile_map(tensors.q, Config::kBlockM),
-                                       make_clipped_tile_map(tensors.dout, Config::kBlockM),
-                                       make_clipped_tile_map(tensors.k, Config::kBlockN),
-                                       make_clipped_tile_map(tensors.v, Config::kBlockN),
-                                       batch_step(params.q_strides),
-                                       batch_step(params.dout_strides),
-                                       batch_step(params.k_strides),
-                                       batch_step(params.v_strides),
-                                       params.dk,
-                                       params.dv,
-                                       params.dk_strides,
-                                       params.dv_strides,
-                                       stats,
-                                       workspace.dq_sums,
-                                       static_cast<float>(params.softmax_scale),
-                                       static_cast<float>(params.softmax_scale * std::numbers::log2e),
-                                       make_key_work_table(params, runs, Config::kBlockN)};
   launch_persistent<Config, DkDvSharedStorage<Config>>(hopper_dk_dv_kernel<Config>, "launch of hopper_dk_dv_kernel",
-                                                       kernel_params, params);
+                                                       make_dk_dv_kernel_params<Config>(params, stats, workspace, runs),
+                                                       params);
+}
+
+template <typename Config>
+void launch_dq_dk_dv(const BwdParams& params, const QueryStats& stats, const BwdWorkspace& workspace,
+                     const std::vector<QueryRun>& runs) {
+  launch_persistent<Config, DqDkDvSharedStorage<Config>>(
+      hopper_dq_dk_dv_kernel<Config>, "launch of hopper_dq_dk_dv_kernel",
+      make_dk_dv_kernel_params<Config>(params, stats, workspace, runs), params);
 }
 
 template <typename Config>
@@ -139,19 +154,19 @@ void launch_bwd(const BwdParams& params) {
   const BwdWorkspace workspace = bwd_workspace(params);
   const QueryStats stats{workspace.lse_log2, workspace.delta, num_query_tiles(runs)};
   launch_stats<Element, kHeadDim>(params, stats, workspace, runs);
-  if constexpr (kHeadDim == 64) {
-    if (adds_dq(params)) {
-      if (num_query_splits(params, runs) > 1) {
-        launch_dk_dv<DkDvConfig<Element, kHeadDim, true, 2>>(params, stats, workspace, runs);
-      } else {
-        launch_dk_dv<DkDvConfig<Element, kHeadDim, true>>(params, stats, workspace, runs);
-      }
-      launch_dq_sums<Element, kHeadDim>(params, stats, workspace, runs);
-      return;
-    }
+  if (!adds_dq(params)) {
+    launch_dk_dv<DkDvConfig<Element, kHeadDim, false>>(params, stats, workspace, runs);
+    launch_dq<DqConfig<Element, kHeadDim>>(params, workspace.delta_of_rows);
+    return;
   }
-  launch_dk_dv<DkDvConfig<Element, kHeadDim, false>>(params, stats, workspace, runs);
-  launch_dq<DqConfig<Element, kHeadDim>>(params, workspace.delta_of_rows);
+  if constexpr (kHeadDim == 128) {
+    launch_dq_dk_dv<DqDkDvConfig<Element, kHeadDim>>(params, stats, workspace, runs);
+  } else if (num_query_splits(params, runs) > 1) {
+    launch_dk_dv<DkDvConfig<Element, kHeadDim, true, 2>>(params, stats, workspace, runs);
+  } else {
+    launch_dk_dv<DkDvConfig<Element, kHeadDim, true>>(params, stats, workspace, runs);
+  }
+  launch_dq_sums<Element, kHeadDim>(params, stats, workspace, runs);
 }
 
 }  // namespace mixed_attention::cuda::hopper

@@ -22,10 +22,12 @@ struct BwdWorkspace {
   float* dq_sums;        // (batch_size, num_heads, num_tiles, kQueryTileRows * head_dim), for sums of dq; else null
 };
 
-// Whether one kernel computes all gradients, with sums of dq in the order in which they come.
+// Whether one kernel computes all gradients, with sums of dq in the order in which they come. To measure the other
+// form, this is the place to change.
 bool adds_dq(const BwdParams& params);
 
-// Over how many blocks the queries of a key tile are split: 2 where two halves end earlier than a whole, else 1.
+// Over how many blocks the queries of a key tile are split: 2 where two halves end earlier than a whole, else 1. Sums
+// of wide heads have no room in shared memory to be exchanged.
 int num_query_splits(const BwdParams& params, const std::vector<QueryRun>& runs);
 
 BwdWorkspace bwd_workspace(const BwdParams& params);
