@@ -46,7 +46,7 @@ EDGES = (1, 7, 63, 64, 65, 127, 128, 129, 191, 192, 193, 255, 256, 257)
 
 
 @each_dtype
-@pytest.mark.parametrize("head_dim", [16, 32, 64, 96, 128, 256])
+@pytest.mark.parametrize("head_dim", [16, 32, 64, 96, 128, 192, 256])
 @pytest.mark.parametrize("ahead", [(0,), (3,), (2, 7)], ids=["own keys", "keys ahead", "unions"])
 def test_sizes_around_every_tile(ahead, head_dim, dtype, device):
     """Groups of all these sizes, each attending to itself or to others further on."""
@@ -57,7 +57,7 @@ def test_sizes_around_every_tile(ahead, head_dim, dtype, device):
 
 @each_dtype
 @pytest.mark.parametrize("layout", ["contiguous", "packed", "strided"])
-@pytest.mark.parametrize("head_dim", [1, 7, 16, 20, 32, 48, 64, 80, 96, 128, 160, 192, 256])
+@pytest.mark.parametrize("head_dim", [1, 7, 8, 16, 20, 32, 40, 48, 64, 80, 96, 112, 128, 136, 160, 192, 200, 256])
 def test_widths(head_dim, layout, dtype, device):
     """Strided views begin at an odd element: no base pointer is aligned."""
     check(Case((77, 130, 65), "a>b bc>ac", 2, num_heads=3, head_dim=head_dim, layout=layout, dtype=dtype), device)

@@ -2,6 +2,7 @@
 #include <cuda_fp16.h>
 
 #include <limits>
+#include <string>
 
 #include "cuda/device.h"
 #include "cuda/hopper/bwd_config.h"
@@ -52,7 +53,11 @@ int num_query_splits(const BwdParams& params, const std::vector<QueryRun>& runs)
   return steps_of_longest_block(table, num_blocks / 2, 2) < steps_of_longest_block(table, num_blocks, 1) ? 2 : 1;
 }
 
-std::string refusal_bwd(const Problem& problem) { return refusal_fwd(problem); }
+std::string refusal_bwd(const Problem& problem) {
+  if (std::string refusal = refusal_fwd(problem); !refusal.empty()) return refusal;
+  if (problem.head_dim == 64 || problem.head_dim == 128) return "";
+  return "head_dim is " + std::to_string(problem.head_dim) + ", not 64 or 128";
+}
 
 bool can_bwd(const BwdParams& params) {
   const BwdTensors tensors = bwd_tensors(params);

@@ -4,6 +4,7 @@
 #include <string>
 
 #include "cuda/device.h"
+#include "cuda/hopper/config.h"
 #include "cuda/hopper/fwd_launch.h"
 #include "cuda/hopper/launch.h"
 #include "cuda/hopper/work_table.h"
@@ -11,10 +12,8 @@
 namespace mixed_attention::cuda::hopper {
 namespace {
 
-template <typename Element>
-void run_element(const FwdParams& params) {
-  params.head_dim == 64 ? launch_fwd<Element, 64>(params) : launch_fwd<Element, 128>(params);
-}
+// A row is copied, and leaves, in pieces of 16 bytes.
+constexpr int64_t kHeadDimStep = 8;
 
 }  // namespace
 
@@ -29,8 +28,9 @@ FwdTensors fwd_tensors(const FwdParams& params) {
 std::string refusal_fwd(const Problem& problem) {
   if (compute_capability(problem.device) != 90) return "the device is not of compute capability 9.0";
   if (problem.dtype != DType::kBFloat16 && problem.dtype != DType::kFloat16) return "the dtype is not 16 bits wide";
-  if (problem.head_dim != 64 && problem.head_dim != 128) {
-    return "head_dim is " + std::to_string(problem.head_dim) + ", not 64 or 128";
+  if (problem.head_dim > kMaxFwdHeadDim || problem.head_dim % kHeadDimStep != 0) {
+    return "head_dim is " + std::to_string(problem.head_dim) + ", not a multiple of " + std::to_string(kHeadDimStep) +
+           " up to " + std::to_string(kMaxFwdHeadDim);
   }
   if (problem.head_dim_v != problem.head_dim) return "v is of another width than q and k";
   return "";
@@ -47,7 +47,10 @@ bool can_fwd(const FwdParams& params) {
 size_t fwd_workspace_size(const FwdParams&) { return 0; }
 
 void run_fwd(const FwdParams& params) {
-  params.dtype == DType::kBFloat16 ? run_element<__nv_bfloat16>(params) : run_element<__half>(params);
+  with_fwd_head_dim(params.head_dim, [&]<int kHeadDim>() {
+    params.dtype == DType::kBFloat16 ? launch_fwd<__nv_bfloat16, kHeadDim>(params)
+                                     : launch_fwd<__half, kHeadDim>(params);
+  });
 }
 
 }  // namespace mixed_attention::cuda::hopper

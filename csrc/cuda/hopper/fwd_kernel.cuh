@@ -102,14 +102,15 @@ __device__ inline void scale_rows(float (&o)[kCount], const float (&factor)[2]) 
 template <typename Config>
 __device__ inline void consume(const FwdKernelParams& params, FwdSharedStorage<Config>& shared, int consumer) {
   using Element = typename Config::Element;
+  using Operand = ptx::SlabOperand<Config::kRowBytes>;
   using Ring = RingUse<Config::kStages>;
   const int lane = threadIdx.x % 32;
   const int warp = __shfl_sync(0xffffffff, threadIdx.x / 32 % 4, 0);
   const int first_row = consumer * kWarpgroupRows + warp * kWarpRows;  // of this warp in the tile
 
-  const ptx::Operand q_ring = ptx::Operand::make(shared.q).advance(consumer * kWarpgroupRows * kRowBytes);
-  const ptx::Operand k_ring = ptx::Operand::make(shared.k);
-  const ptx::Operand v_ring = ptx::Operand::make(shared.v, Config::kSlabBytesN);
+  const Operand q_ring = Operand::make(shared.q).advance(consumer * kWarpgroupRows * Config::kRowBytes);
+  const Operand k_ring = Operand::make(shared.k);
+  const Operand v_ring = Operand::make(shared.v, Config::kSlabBytesN);
 
   // Named barrier 1 + i: it is consumer i's turn to issue. Consumer 0's first turn comes from the last one.
   const int own_turn = 1 + consumer;

@@ -16,6 +16,7 @@ struct FwdKernelParams {
   float* lse;
   Strides out_strides;
   int64_t seqlen_q;
+  int head_dim;  // at most the kernel's
   float softmax_scale, softmax_scale_log2;
   WorkTable table;
 };

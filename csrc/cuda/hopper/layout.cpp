@@ -18,15 +18,14 @@ Layout layout(const AttentionParams& params, const Segments& segments, int tile_
   return {tile_rows, block_rows, 1, num_tiles, num_multiprocessors(params.device)};
 }
 
-template <int kHeadDim>
-Layout fwd(const FwdParams& params) {
-  using Tuning = FwdTuning<kHeadDim>;
-  return layout(params, params.schedule->query_segments, Tuning::kConsumers * kWarpgroupRows, Tuning::kBlockN);
-}
-
 }  // namespace
 
-Layout layout_fwd(const FwdParams& params) { return params.head_dim == 64 ? fwd<64>(params) : fwd<128>(params); }
+Layout layout_fwd(const FwdParams& params) {
+  return with_fwd_head_dim(params.head_dim, [&]<int kHeadDim>() {
+    using Tuning = FwdTuning<kHeadDim>;
+    return layout(params, params.schedule->query_segments, Tuning::kConsumers * kWarpgroupRows, Tuning::kBlockN);
+  });
+}
 
 Layout layout_bwd(const BwdParams& params) {
   Layout result = layout(params, params.schedule->key_segments, 2 * kWarpgroupRows, kQueryTileRows);

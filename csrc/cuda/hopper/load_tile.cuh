@@ -1,4 +1,4 @@
-// The way of a tile into shared memory: slab by slab of 64 columns, onto a barrier that expects its bytes.
+// The way of a tile into shared memory: slab by slab, onto a barrier that expects its bytes.
 #pragma once
 
 #include <cuda.h>
@@ -9,13 +9,15 @@
 
 namespace mixed_attention::cuda::hopper {
 
-// Copies kRows rows of a head; map: make_tile_map. Those past the tensor's end arrive as zeros.
+// Copies kRows rows of a head; map: make_tile_map. Those past the tensor's end arrive as zeros, as do columns past the
+// head's.
 template <int kRows, int kHeadDim, typename Element>
 __device__ inline void load_rows(Element* buffer, const CUtensorMap& map, ptx::Mbarrier& full, int row_begin, int head,
                                  int batch) {
+  constexpr int kColumns = slab_columns(kHeadDim);
 #pragma unroll
-  for (int slab = 0; slab < kHeadDim / kSlabColumns; ++slab) {
-    ptx::load_tile(buffer + slab * kRows * kSlabColumns, map, full, slab * kSlabColumns, row_begin, head, batch);
+  for (int slab = 0; slab < kHeadDim / kColumns; ++slab) {
+    ptx::load_tile(buffer + slab * kRows * kColumns, map, full, slab * kColumns, row_begin, head, batch);
   }
 }
 
@@ -24,10 +26,11 @@ __device__ inline void load_rows(Element* buffer, const CUtensorMap& map, ptx::M
 template <int kRows, int kHeadDim, typename Element>
 __device__ inline void load_clipped_rows(Element* buffer, const CUtensorMap& map, ptx::Mbarrier& full, int row_begin,
                                          int num_rows, int head, int batch) {
+  constexpr int kColumns = slab_columns(kHeadDim);
 #pragma unroll
-  for (int slab = 0; slab < kHeadDim / kSlabColumns; ++slab) {
-    ptx::load_tile(buffer + slab * kRows * kSlabColumns, map, full, slab * kSlabColumns, kRows - num_rows,
-                   row_begin + num_rows, head, batch);
+  for (int slab = 0; slab < kHeadDim / kColumns; ++slab) {
+    ptx::load_tile(buffer + slab * kRows * kColumns, map, full, slab * kColumns, kRows - num_rows, row_begin + num_rows,
+                   head, batch);
   }
 }
 

@@ -10,38 +10,42 @@
 namespace mixed_attention::cuda::hopper {
 
 // d = a bᵀ, summed over the kWidth columns of both: 64 rows at a, as many rows at b as d has columns.
-template <typename Element, int kWidth, int kSlabBytesA, int kSlabBytesB, int kCount>
-__device__ inline void issue_row_products(float (&d)[kCount], ptx::Operand a, ptx::Operand b) {
+template <typename Element, int kWidth, int kSlabBytesA, int kSlabBytesB, int kCount, int kRowBytes>
+__device__ inline void issue_row_products(float (&d)[kCount], ptx::SlabOperand<kRowBytes> a,
+                                          ptx::SlabOperand<kRowBytes> b) {
   ptx::wgmma_fence();
 #pragma unroll
   for (int step = 0; step < kWidth / 16; ++step) {
-    const int slab = step * 16 / kSlabColumns;
-    const int within = step * 16 % kSlabColumns / 16 * kColumnStepBytes;
-    ptx::Wgmma<Element, 2 * kCount>::ss(d, a.advance(slab * kSlabBytesA + within),
-                                        b.advance(slab * kSlabBytesB + within), step > 0);
+    const int slab = step * kColumnStepBytes / kRowBytes;
+    const int within = step * kColumnStepBytes % kRowBytes;
+    ptx::Wgmma<Element, 2 * kCount>::ss(d, a.advance(slab * kSlabBytesA + within).descriptor(),
+                                        b.advance(slab * kSlabBytesB + within).descriptor(), step > 0);
   }
   ptx::wgmma_commit();
 }
 
 // d += a b, summed over the columns of a, which lies in registers, and the rows of b.
-template <typename Element, int kCount, int kWords>
-__device__ inline void issue_column_products(float (&d)[kCount], const uint32_t (&a)[kWords], ptx::Operand b) {
+template <typename Element, int kCount, int kWords, int kRowBytes>
+__device__ inline void issue_column_products(float (&d)[kCount], const uint32_t (&a)[kWords],
+                                             ptx::SlabOperand<kRowBytes> b) {
   ptx::wgmma_fence();
 #pragma unroll
   for (int step = 0; step < kWords / 4; ++step) {
     ptx::Wgmma<Element, 2 * kCount>::rs(d, a[4 * step], a[4 * step + 1], a[4 * step + 2], a[4 * step + 3],
-                                        b.advance(step * kRowStepBytes));
+                                        b.advance(step * 16 * kRowBytes).descriptor());
   }
   ptx::wgmma_commit();
 }
 
 // d = aᵀ b, summed over the kDepth rows of both: 64 columns at a, one slab, as many columns at b as d has.
-template <typename Element, int kDepth, int kCount>
-__device__ inline void issue_transposed_products(float (&d)[kCount], ptx::Operand a, ptx::Operand b) {
+template <typename Element, int kDepth, int kCount, int kRowBytesA, int kRowBytesB>
+__device__ inline void issue_transposed_products(float (&d)[kCount], ptx::SlabOperand<kRowBytesA> a,
+                                                 ptx::SlabOperand<kRowBytesB> b) {
   ptx::wgmma_fence();
 #pragma unroll
   for (int step = 0; step < kDepth / 16; ++step) {
-    ptx::Wgmma<Element, 2 * kCount>::tt(d, a.advance(step * kRowStepBytes), b.advance(step * kRowStepBytes), step > 0);
+    ptx::Wgmma<Element, 2 * kCount>::tt(d, a.advance(step * 16 * kRowBytesA).descriptor(),
+                                        b.advance(step * 16 * kRowBytesB).descriptor(), step > 0);
   }
   ptx::wgmma_commit();
 }

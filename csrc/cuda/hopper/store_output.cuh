@@ -42,6 +42,7 @@ __device__ inline void store_result(const FwdKernelParams& params, const ItemRow
   using Element = typename Config::Element;
   const int lane = threadIdx.x % 32;
   const int row_begin = tile.row_begin + first_row + lane / 4;
+  const int num_columns = params.head_dim - lane % 4 * 8;  // from this thread's first one on
   softmax.finish();
   Element* out = static_cast<Element*>(params.out) + tile.batch * params.out_strides.batch +
                  tile.head * params.out_strides.head + row_begin * params.out_strides.row + lane % 4 * 8;
@@ -60,7 +61,7 @@ __device__ inline void store_result(const FwdKernelParams& params, const ItemRow
         words[j] = ptx::pack<Element>(pair[0] * inverse, pair[1] * inverse);
       }
       transpose_quad(words);
-      if (exists) {
+      if (exists && column < num_columns) {
         *reinterpret_cast<uint4*>(out + 8 * i * params.out_strides.row + column) =
             uint4{words[0], words[1], words[2], words[3]};
       }

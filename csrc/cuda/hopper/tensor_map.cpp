@@ -38,9 +38,10 @@ struct Dimension {
 };
 
 template <size_t kOuter>
-CUtensorMap encode(const void* base, DType dtype, int64_t head_dim, const std::array<Dimension, kOuter>& outer) {
+CUtensorMap encode(const void* base, DType dtype, int64_t head_dim, int columns,
+                   const std::array<Dimension, kOuter>& outer) {
   cuuint64_t extents[1 + kOuter] = {static_cast<cuuint64_t>(head_dim)};
-  cuuint32_t box[1 + kOuter] = {kSlabColumns};
+  cuuint32_t box[1 + kOuter] = {static_cast<cuuint32_t>(columns)};
   cuuint32_t steps[1 + kOuter] = {1};
   cuuint64_t strides[kOuter];
   for (size_t i = 0; i < kOuter; ++i) {
@@ -53,7 +54,8 @@ CUtensorMap encode(const void* base, DType dtype, int64_t head_dim, const std::a
   CUtensorMap map;
   const CUresult status = encode_function()(
       &map, dtype == DType::kBFloat16 ? CU_TENSOR_MAP_DATA_TYPE_BFLOAT16 : CU_TENSOR_MAP_DATA_TYPE_FLOAT16, 1 + kOuter,
-      const_cast<void*>(base), extents, strides, box, steps, CU_TENSOR_MAP_INTERLEAVE_NONE, CU_TENSOR_MAP_SWIZZLE_128B,
+      const_cast<void*>(base), extents, strides, box, steps, CU_TENSOR_MAP_INTERLEAVE_NONE,
+      columns == kSlabColumns ? CU_TENSOR_MAP_SWIZZLE_128B : CU_TENSOR_MAP_SWIZZLE_64B,
       CU_TENSOR_MAP_L2_PROMOTION_L2_128B, CU_TENSOR_MAP_FLOAT_OOB_FILL_NONE);
   if (status != CUDA_SUCCESS) throw std::runtime_error("cuTensorMapEncodeTiled failed with " + std::to_string(status));
   return map;
@@ -88,17 +90,17 @@ bool can_store(const void* data, const Strides& strides) {
          strides.row % kChunk == 0 && strides.head % kChunk == 0;
 }
 
-CUtensorMap make_tile_map(const TensorView& tensor, int block_rows) {
+CUtensorMap make_tile_map(const TensorView& tensor, int block_rows, int columns) {
   const Dimension rows{tensor.seqlen, tensor.strides.row * kElementBytes, block_rows};
-  return encode<3>(tensor.data, tensor.dtype, tensor.head_dim, {rows, heads(tensor), batches(tensor)});
+  return encode<3>(tensor.data, tensor.dtype, tensor.head_dim, columns, {rows, heads(tensor), batches(tensor)});
 }
 
-CUtensorMap make_clipped_tile_map(const TensorView& tensor, int block_rows) {
+CUtensorMap make_clipped_tile_map(const TensorView& tensor, int block_rows, int columns) {
   const int64_t row_bytes = tensor.seqlen > 1 ? tensor.strides.row * kElementBytes : kAlignment;
   const Dimension rows_of_tile{block_rows, row_bytes, block_rows};
   const Dimension first_row{tensor.seqlen + 1, row_bytes, 1};
   return encode<4>(static_cast<const char*>(tensor.data) - block_rows * row_bytes, tensor.dtype, tensor.head_dim,
-                   {rows_of_tile, first_row, heads(tensor), batches(tensor)});
+                   columns, {rows_of_tile, first_row, heads(tensor), batches(tensor)});
 }
 
 }  // namespace mixed_attention::cuda::hopper

@@ -21,15 +21,16 @@ bool can_map(const TensorView& tensor);
 // Whether rows can leave in 16-byte stores.
 bool can_store(const void* data, const Strides& strides);
 
-// Tiles of (block_rows, 64) at (column, row, head, batch). Rows past the end of the tensor read as zeros.
-CUtensorMap make_tile_map(const TensorView& tensor, int block_rows);
+// Tiles of (block_rows, columns) at (column, row, head, batch), with the swizzle of that width: 64 or 32 columns. Rows
+// past the end of the tensor and columns past head_dim read as zeros.
+CUtensorMap make_tile_map(const TensorView& tensor, int block_rows, int columns = 64);
 
-// Tiles of (block_rows, 64) of which only the first num_rows are read, the others are zeros, so that a tile may end
-// inside the tensor without seeing what follows. Its coordinates are
-// (column, block_rows - num_rows, row + num_rows, head, batch).
+// Tiles of (block_rows, columns) of which only the first num_rows are read, the others are zeros, so that a tile may
+// end inside the tensor without seeing what follows. Its coordinates are (column, block_rows - num_rows, row +
+// num_rows, head, batch).
 //
 // The rows have two dimensions of the same stride, and the base lies block_rows before the tensor: the sum of both
 // coordinates is where a row lies, while the first, of extent block_rows, says whether it is read.
-CUtensorMap make_clipped_tile_map(const TensorView& tensor, int block_rows);
+CUtensorMap make_clipped_tile_map(const TensorView& tensor, int block_rows, int columns = 64);
 
 }  // namespace mixed_attention::cuda::hopper

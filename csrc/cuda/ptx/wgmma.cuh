@@ -32,28 +32,35 @@ __device__ inline void wgmma_wait(float (&... results)[kCounts]) {
   (pin(results), ...);
 }
 
-// Operand in shared memory: rows of 128 bytes, side by side as slabs of 64 columns, with the 128-byte swizzle of the
-// copy engine, aligned to 1024 bytes. Only the low word, the address in units of 16 bytes, differs between operands.
-struct Operand {
+// Operand in shared memory: rows of 128 or 64 bytes, side by side as slabs of so many columns, with the copy engine's
+// swizzle of that width, aligned to 1024 bytes. Only the low word, the address in units of 16 bytes, differs between
+// operands.
+template <int kRowBytes>
+struct SlabOperand {
+  static_assert(kRowBytes == 128 || kRowBytes == 64);
+
   uint32_t low;
 
   // slab_bytes: distance of the slabs; only transposed operands need it, the others step from slab to slab themselves.
-  __device__ static Operand make(const void* tile, int slab_bytes = 16) {
+  __device__ static SlabOperand make(const void* tile, int slab_bytes = 16) {
     return {(shared_address(tile) >> 4) | (static_cast<uint32_t>(slab_bytes >> 4) << 16)};
   }
-  __device__ Operand advance(int bytes) const { return {low + (bytes >> 4)}; }
+  __device__ SlabOperand advance(int bytes) const { return {low + (bytes >> 4)}; }
 
   __device__ uint64_t descriptor() const {
-    constexpr uint64_t kSwizzle128 = uint64_t{1} << 62;
-    constexpr uint64_t kEightRows = uint64_t{1024 >> 4} << 32;
-    return kSwizzle128 | kEightRows | low;
+    constexpr uint64_t kSwizzle = uint64_t{kRowBytes == 128 ? 1 : 2} << 62;
+    constexpr uint64_t kEightRows = uint64_t{8 * kRowBytes >> 4} << 32;
+    return kSwizzle | kEightRows | low;
   }
 };
+
+using Operand = SlabOperand<128>;
 
 // One step of 16 along the summed dimension.
 //   ss: a and b from shared memory, both with the summed dimension along their rows; accumulate 0 overwrites d.
 //   rs: a from registers; b's summed dimension runs down its columns (the instruction transposes it).
 //   tt: a and b from shared memory, both with the summed dimension down their columns; a is one slab wide.
+// Those in shared memory are given by their descriptors.
 template <typename Element, int kN>
 struct Wgmma;
 
@@ -61,10 +68,10 @@ struct Wgmma;
 #define WGMMA_REGISTERS_16 "%0, %1, %2, %3, %4, %5, %6, %7, %8, %9, %10, %11, %12, %13, %14, %15"
 #define WGMMA_REGISTERS_32 \
   WGMMA_REGISTERS_16 ", %16, %17, %18, %19, %20, %21, %22, %23, %24, %25, %26, %27, %28, %29, %30, %31"
-#define WGMMA_REGISTERS_48 \
-  WGMMA_REGISTERS_32 ", %32, %33, %34, %35, %36, %37, %38, %39, %40, %41, %42, %43, %44, %45, %46, %47"
-#define WGMMA_REGISTERS_64 \
-  WGMMA_REGISTERS_48 ", %48, %49, %50, %51, %52, %53, %54, %55, %56, %57, %58, %59, %60, %61, %62, %63"
+#define WGMMA_REGISTERS_40 WGMMA_REGISTERS_32 ", %32, %33, %34, %35, %36, %37, %38, %39"
+#define WGMMA_REGISTERS_48 WGMMA_REGISTERS_40 ", %40, %41, %42, %43, %44, %45, %46, %47"
+#define WGMMA_REGISTERS_56 WGMMA_REGISTERS_48 ", %48, %49, %50, %51, %52, %53, %54, %55"
+#define WGMMA_REGISTERS_64 WGMMA_REGISTERS_56 ", %56, %57, %58, %59, %60, %61, %62, %63"
 #define WGMMA_REGISTERS_72 WGMMA_REGISTERS_64 ", %64, %65, %66, %67, %68, %69, %70, %71"
 #define WGMMA_REGISTERS_80 WGMMA_REGISTERS_72 ", %72, %73, %74, %75, %76, %77, %78, %79"
 #define WGMMA_REGISTERS_88 WGMMA_REGISTERS_80 ", %80, %81, %82, %83, %84, %85, %86, %87"
@@ -79,8 +86,10 @@ struct Wgmma;
       "+f"(d[i + 7])
 #define WGMMA_ACCUMULATORS_16(d) WGMMA_8(d, 0), WGMMA_8(d, 8)
 #define WGMMA_ACCUMULATORS_32(d) WGMMA_ACCUMULATORS_16(d), WGMMA_8(d, 16), WGMMA_8(d, 24)
-#define WGMMA_ACCUMULATORS_48(d) WGMMA_ACCUMULATORS_32(d), WGMMA_8(d, 32), WGMMA_8(d, 40)
-#define WGMMA_ACCUMULATORS_64(d) WGMMA_ACCUMULATORS_48(d), WGMMA_8(d, 48), WGMMA_8(d, 56)
+#define WGMMA_ACCUMULATORS_40(d) WGMMA_ACCUMULATORS_32(d), WGMMA_8(d, 32)
+#define WGMMA_ACCUMULATORS_48(d) WGMMA_ACCUMULATORS_40(d), WGMMA_8(d, 40)
+#define WGMMA_ACCUMULATORS_56(d) WGMMA_ACCUMULATORS_48(d), WGMMA_8(d, 48)
+#define WGMMA_ACCUMULATORS_64(d) WGMMA_ACCUMULATORS_56(d), WGMMA_8(d, 56)
 #define WGMMA_ACCUMULATORS_72(d) WGMMA_ACCUMULATORS_64(d), WGMMA_8(d, 64)
 #define WGMMA_ACCUMULATORS_80(d) WGMMA_ACCUMULATORS_72(d), WGMMA_8(d, 72)
 #define WGMMA_ACCUMULATORS_88(d) WGMMA_ACCUMULATORS_80(d), WGMMA_8(d, 80)
@@ -89,49 +98,53 @@ struct Wgmma;
   WGMMA_ACCUMULATORS_96(d), WGMMA_8(d, 96), WGMMA_8(d, 104), WGMMA_8(d, 112), WGMMA_8(d, 120)
 
 // p0 to p4: the numbers of the operands after the accumulators.
-#define WGMMA_DEFINE(N, Element, type, count, p0, p1, p2, p3, p4)                                                 \
-  template <>                                                                                                     \
-  struct Wgmma<Element, N> {                                                                                      \
-    __device__ static void ss(float (&d)[count], Operand a, Operand b, int accumulate) {                          \
-      asm volatile(                                                                                               \
-          "{\n"                                                                                                   \
-          ".reg .pred p;\n"                                                                                       \
-          "setp.ne.b32 p, %" p2                                                                                   \
-          ", 0;\n"                                                                                                \
-          "wgmma.mma_async.sync.aligned.m64n" #N "k16.f32." type "." type " {" WGMMA_REGISTERS_##count            \
-          "}, %" p0 ", %" p1                                                                                      \
-          ", p, 1, 1, 0, 0;\n"                                                                                    \
-          "}\n"                                                                                                   \
-          : WGMMA_ACCUMULATORS_##count(d)                                                                         \
-          : "l"(a.descriptor()), "l"(b.descriptor()), "r"(accumulate));                                           \
-    }                                                                                                             \
-    __device__ static void rs(float (&d)[count], uint32_t a0, uint32_t a1, uint32_t a2, uint32_t a3, Operand b) { \
-      asm volatile("wgmma.mma_async.sync.aligned.m64n" #N "k16.f32." type "." type " {" WGMMA_REGISTERS_##count   \
-                   "}, {%" p0 ", %" p1 ", %" p2 ", %" p3 "}, %" p4 ", 1, 1, 1, 1;\n"                              \
-                   : WGMMA_ACCUMULATORS_##count(d)                                                                \
-                   : "r"(a0), "r"(a1), "r"(a2), "r"(a3), "l"(b.descriptor()));                                    \
-    }                                                                                                             \
-    __device__ static void tt(float (&d)[count], Operand a, Operand b, int accumulate) {                          \
-      asm volatile(                                                                                               \
-          "{\n"                                                                                                   \
-          ".reg .pred p;\n"                                                                                       \
-          "setp.ne.b32 p, %" p2                                                                                   \
-          ", 0;\n"                                                                                                \
-          "wgmma.mma_async.sync.aligned.m64n" #N "k16.f32." type "." type " {" WGMMA_REGISTERS_##count            \
-          "}, %" p0 ", %" p1                                                                                      \
-          ", p, 1, 1, 1, 1;\n"                                                                                    \
-          "}\n"                                                                                                   \
-          : WGMMA_ACCUMULATORS_##count(d)                                                                         \
-          : "l"(a.descriptor()), "l"(b.descriptor()), "r"(accumulate));                                           \
-    }                                                                                                             \
+#define WGMMA_DEFINE(N, Element, type, count, p0, p1, p2, p3, p4)                                                  \
+  template <>                                                                                                      \
+  struct Wgmma<Element, N> {                                                                                       \
+    __device__ static void ss(float (&d)[count], uint64_t a, uint64_t b, int accumulate) {                         \
+      asm volatile(                                                                                                \
+          "{\n"                                                                                                    \
+          ".reg .pred p;\n"                                                                                        \
+          "setp.ne.b32 p, %" p2                                                                                    \
+          ", 0;\n"                                                                                                 \
+          "wgmma.mma_async.sync.aligned.m64n" #N "k16.f32." type "." type " {" WGMMA_REGISTERS_##count             \
+          "}, %" p0 ", %" p1                                                                                       \
+          ", p, 1, 1, 0, 0;\n"                                                                                     \
+          "}\n"                                                                                                    \
+          : WGMMA_ACCUMULATORS_##count(d)                                                                          \
+          : "l"(a), "l"(b), "r"(accumulate));                                                                      \
+    }                                                                                                              \
+    __device__ static void rs(float (&d)[count], uint32_t a0, uint32_t a1, uint32_t a2, uint32_t a3, uint64_t b) { \
+      asm volatile("wgmma.mma_async.sync.aligned.m64n" #N "k16.f32." type "." type " {" WGMMA_REGISTERS_##count    \
+                   "}, {%" p0 ", %" p1 ", %" p2 ", %" p3 "}, %" p4 ", 1, 1, 1, 1;\n"                               \
+                   : WGMMA_ACCUMULATORS_##count(d)                                                                 \
+                   : "r"(a0), "r"(a1), "r"(a2), "r"(a3), "l"(b));                                                  \
+    }                                                                                                              \
+    __device__ static void tt(float (&d)[count], uint64_t a, uint64_t b, int accumulate) {                         \
+      asm volatile(                                                                                                \
+          "{\n"                                                                                                    \
+          ".reg .pred p;\n"                                                                                        \
+          "setp.ne.b32 p, %" p2                                                                                    \
+          ", 0;\n"                                                                                                 \
+          "wgmma.mma_async.sync.aligned.m64n" #N "k16.f32." type "." type " {" WGMMA_REGISTERS_##count             \
+          "}, %" p0 ", %" p1                                                                                       \
+          ", p, 1, 1, 1, 1;\n"                                                                                     \
+          "}\n"                                                                                                    \
+          : WGMMA_ACCUMULATORS_##count(d)                                                                          \
+          : "l"(a), "l"(b), "r"(accumulate));                                                                      \
+    }                                                                                                              \
   };
 
 WGMMA_DEFINE(32, __nv_bfloat16, "bf16", 16, "16", "17", "18", "19", "20")
 WGMMA_DEFINE(32, __half, "f16", 16, "16", "17", "18", "19", "20")
 WGMMA_DEFINE(64, __nv_bfloat16, "bf16", 32, "32", "33", "34", "35", "36")
 WGMMA_DEFINE(64, __half, "f16", 32, "32", "33", "34", "35", "36")
+WGMMA_DEFINE(80, __nv_bfloat16, "bf16", 40, "40", "41", "42", "43", "44")
+WGMMA_DEFINE(80, __half, "f16", 40, "40", "41", "42", "43", "44")
 WGMMA_DEFINE(96, __nv_bfloat16, "bf16", 48, "48", "49", "50", "51", "52")
 WGMMA_DEFINE(96, __half, "f16", 48, "48", "49", "50", "51", "52")
+WGMMA_DEFINE(112, __nv_bfloat16, "bf16", 56, "56", "57", "58", "59", "60")
+WGMMA_DEFINE(112, __half, "f16", 56, "56", "57", "58", "59", "60")
 WGMMA_DEFINE(128, __nv_bfloat16, "bf16", 64, "64", "65", "66", "67", "68")
 WGMMA_DEFINE(128, __half, "f16", 64, "64", "65", "66", "67", "68")
 WGMMA_DEFINE(144, __nv_bfloat16, "bf16", 72, "72", "73", "74", "75", "76")
@@ -152,7 +165,9 @@ WGMMA_DEFINE(256, __half, "f16", 128, "128", "129", "130", "131", "132")
 #undef WGMMA_ACCUMULATORS_80
 #undef WGMMA_ACCUMULATORS_72
 #undef WGMMA_ACCUMULATORS_64
+#undef WGMMA_ACCUMULATORS_56
 #undef WGMMA_ACCUMULATORS_48
+#undef WGMMA_ACCUMULATORS_40
 #undef WGMMA_ACCUMULATORS_32
 #undef WGMMA_ACCUMULATORS_16
 #undef WGMMA_8
@@ -162,7 +177,9 @@ WGMMA_DEFINE(256, __half, "f16", 128, "128", "129", "130", "131", "132")
 #undef WGMMA_REGISTERS_80
 #undef WGMMA_REGISTERS_72
 #undef WGMMA_REGISTERS_64
+#undef WGMMA_REGISTERS_56
 #undef WGMMA_REGISTERS_48
+#undef WGMMA_REGISTERS_40
 #undef WGMMA_REGISTERS_32
 #undef WGMMA_REGISTERS_16
 

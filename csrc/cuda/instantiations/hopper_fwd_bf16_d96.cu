@@ -1,0 +1,7 @@
+#include "cuda/hopper/fwd_launch.cuh"
+
+namespace mixed_attention::cuda::hopper {
+
+template void launch_fwd<__nv_bfloat16, 96>(const FwdParams& params);
+
+}  // namespace mixed_attention::cuda::hopper
