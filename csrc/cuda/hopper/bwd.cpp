@@ -14,9 +14,9 @@
 namespace mixed_attention::cuda::hopper {
 namespace {
 
-template <typename Element>
-void run_element(const BwdParams& params) {
-  params.head_dim == 64 ? launch_bwd<Element, 64>(params) : launch_bwd<Element, 128>(params);
+// Of the kernels that serve a call.
+int kernel_head_dim(const BwdParams& params) {
+  return with_bwd_head_dim(params.head_dim, []<int kHeadDim>() { return kHeadDim; });
 }
 
 // Floats of a statistic by tiles. Every query segment may end in a tile that is filled up.
@@ -44,10 +44,13 @@ BwdWorkspace bwd_workspace(const BwdParams& params) {
                          : BwdWorkspace{begin, begin + size, rest, nullptr};
 }
 
-bool adds_dq(const BwdParams& params) { return !params.deterministic; }
+bool adds_dq(const BwdParams& params) {
+  return !params.deterministic &&
+         with_bwd_head_dim(params.head_dim, []<int kHeadDim>() { return kCanAddDq<kHeadDim>; });
+}
 
 int num_query_splits(const BwdParams& params, const std::vector<QueryRun>& runs) {
-  if (!adds_dq(params) || params.head_dim > 64) return 1;
+  if (!adds_dq(params) || kernel_head_dim(params) != 64) return 1;
   const KeyWorkTable table = make_key_work_table(params, runs, 2 * kWarpgroupRows);
   const int num_blocks = num_multiprocessors(params.device);
   return steps_of_longest_block(table, num_blocks / 2, 2) < steps_of_longest_block(table, num_blocks, 1) ? 2 : 1;
@@ -55,8 +58,10 @@ int num_query_splits(const BwdParams& params, const std::vector<QueryRun>& runs)
 
 std::string refusal_bwd(const Problem& problem) {
   if (std::string refusal = refusal_fwd(problem); !refusal.empty()) return refusal;
-  if (problem.head_dim == 64 || problem.head_dim == 128) return "";
-  return "head_dim is " + std::to_string(problem.head_dim) + ", not 64 or 128";
+  if (problem.head_dim > kMaxBwdHeadDim) {
+    return "head_dim is " + std::to_string(problem.head_dim) + ", above " + std::to_string(kMaxBwdHeadDim);
+  }
+  return "";
 }
 
 bool can_bwd(const BwdParams& params) {
@@ -71,11 +76,14 @@ bool can_bwd(const BwdParams& params) {
 
 size_t bwd_workspace_size(const BwdParams& params) {
   const int64_t size = size_by_tiles(params);
-  return (2 * size + (adds_dq(params) ? size * params.head_dim : num_rows(params))) * sizeof(float);
+  return (2 * size + (adds_dq(params) ? size * kernel_head_dim(params) : num_rows(params))) * sizeof(float);
 }
 
 void run_bwd(const BwdParams& params) {
-  params.dtype == DType::kBFloat16 ? run_element<__nv_bfloat16>(params) : run_element<__half>(params);
+  with_bwd_head_dim(params.head_dim, [&]<int kHeadDim>() {
+    params.dtype == DType::kBFloat16 ? launch_bwd<__nv_bfloat16, kHeadDim>(params)
+                                     : launch_bwd<__half, kHeadDim>(params);
+  });
 }
 
 }  // namespace mixed_attention::cuda::hopper

@@ -7,6 +7,19 @@
 
 namespace mixed_attention::cuda::hopper {
 
+// As kFwdHeadDims. Gradients of wider heads do not fit the registers of their warpgroups.
+inline constexpr int kBwdHeadDims[] = {32, 64, 96, 128};
+inline constexpr int kMaxBwdHeadDim = 128;
+
+template <typename Visit>
+auto with_bwd_head_dim(int64_t head_dim, const Visit& visit) {
+  return with_head_dim_of<kBwdHeadDims>(head_dim, visit);
+}
+
+// Whether a kernel can compute all gradients: dqᵀ has 64 rows to a product.
+template <int kHeadDim>
+inline constexpr bool kCanAddDq = kHeadDim % kWarpgroupRows == 0;
+
 // Query rows of one step of the kernel for dk and dv; the statistics of the queries are stored by such tiles.
 inline constexpr int kQueryTileRows = 64;
 
@@ -16,8 +29,18 @@ template <int kHeadDim>
 struct DkDvTuning;
 
 template <>
+struct DkDvTuning<32> {
+  static constexpr int kStagesQ = 5, kStagesDout = 5;
+};
+
+template <>
 struct DkDvTuning<64> {
   static constexpr int kStagesQ = 5, kStagesDout = 5;
+};
+
+template <>
+struct DkDvTuning<96> {
+  static constexpr int kStagesQ = 5, kStagesDout = 4;
 };
 
 template <>
@@ -41,6 +64,7 @@ struct DkDvConfig : DkDvTuning<kHeadDim_> {
   // The operands of the products for dk and dv take turns in the same registers where these are few.
   static constexpr bool kSharesOperand = kHeadDim > 64 || kSplits > 1;
 
+  static constexpr int kSlabColumns = slab_columns(kHeadDim), kRowBytes = kSlabColumns * sizeof(Element);
   static constexpr int kSlabBytesM = kBlockM * kSlabColumns * sizeof(Element);
   static constexpr int kSlabBytesN = kBlockN * kSlabColumns * sizeof(Element);
   static constexpr int kTileBytesM = kHeadDim / kSlabColumns * kSlabBytesM;
@@ -50,7 +74,7 @@ struct DkDvConfig : DkDvTuning<kHeadDim_> {
   static constexpr int kScoreBytes = kBlockN * kBlockM * sizeof(Element);
   static constexpr int kDqTileFloats = kBlockM * kHeadDim;
 
-  static_assert(sizeof(Element) == 2 && kHeadDim % kSlabColumns == 0 && kBlockM == kSlabColumns);
+  static_assert(sizeof(Element) == 2 && kHeadDim % kSlabColumns == 0 && kBlockM * sizeof(Element) == hopper::kRowBytes);
   static_assert(kSplits == 1 || kSplits == 2);
 };
 
@@ -74,7 +98,7 @@ struct DqExchange<Config, true> : DsExchange<Config, 2> {
   alignas(128) float staging[kStagings][Config::kDqTileFloats];
 };
 
-// Tiles are slabs of (rows, 64) elements, one after the other, as the copy engine's 128-byte swizzle writes them.
+// Tiles are slabs of (rows, kSlabColumns) elements, one after the other, as the copy engine's swizzle writes them.
 template <typename Config>
 struct DkDvSharedStorage {
   using Element = typename Config::Element;
@@ -108,6 +132,7 @@ struct DqDkDvConfig {
   static constexpr int kThreads = (1 + kConsumers) * kWarpgroup;
   static constexpr int kProducerRegisters = 24, kConsumerRegisters = 240;
 
+  static constexpr int kSlabColumns = slab_columns(kHeadDim), kRowBytes = kSlabColumns * sizeof(Element);
   static constexpr int kSlabBytesM = kBlockM * kSlabColumns * sizeof(Element);
   static constexpr int kSlabBytesN = kBlockN * kSlabColumns * sizeof(Element);
   static constexpr int kTileBytesM = kHeadDim / kSlabColumns * kSlabBytesM;
@@ -118,7 +143,7 @@ struct DqDkDvConfig {
   static constexpr int kDqTileFloats = kBlockM * kHeadDim;
   static constexpr int kDqPartFloats = kDqTileFloats / kConsumers;
 
-  static_assert(sizeof(Element) == 2 && kHeadDim == kConsumers * kSlabColumns && kBlockM == kSlabColumns);
+  static_assert(sizeof(Element) == 2 && kHeadDim == kConsumers * kSlabColumns && kSlabColumns == kWarpgroupRows);
 };
 
 template <typename Config>
@@ -145,8 +170,18 @@ template <int kHeadDim>
 struct DqTuning;
 
 template <>
+struct DqTuning<32> {
+  static constexpr int kStages = 4;
+};
+
+template <>
 struct DqTuning<64> {
   static constexpr int kStages = 4;
+};
+
+template <>
+struct DqTuning<96> {
+  static constexpr int kStages = 3;
 };
 
 template <>
@@ -163,6 +198,7 @@ struct DqConfig : DqTuning<kHeadDim_> {
   static constexpr int kThreads = (1 + kConsumers) * kWarpgroup;
   static constexpr int kProducerRegisters = 24, kConsumerRegisters = 240;
 
+  static constexpr int kSlabColumns = slab_columns(kHeadDim), kRowBytes = kSlabColumns * sizeof(Element);
   static constexpr int kSlabBytesM = kBlockM * kSlabColumns * sizeof(Element);
   static constexpr int kSlabBytesN = kBlockN * kSlabColumns * sizeof(Element);
   static constexpr int kTileBytesM = kHeadDim / kSlabColumns * kSlabBytesM;

@@ -54,6 +54,7 @@ void launch_stats(const BwdParams& params, const QueryStats& stats, const BwdWor
                                      static_cast<const float*>(params.lse),
                                      static_cast<const float*>(params.dlse),
                                      static_cast<int>(params.num_heads),
+                                     static_cast<int>(params.head_dim),
                                      params.seqlen_q,
                                      stats,
                                      workspace.delta_of_rows,
@@ -71,10 +72,10 @@ template <typename Config>
 DkDvKernelParams make_dk_dv_kernel_params(const BwdParams& params, const QueryStats& stats,
                                           const BwdWorkspace& workspace, const std::vector<QueryRun>& runs) {
   const BwdTensors tensors = bwd_tensors(params);
-  return {make_clipped_tile_map(tensors.q, Config::kBlockM),
-          make_clipped_tile_map(tensors.dout, Config::kBlockM),
-          make_clipped_tile_map(tensors.k, Config::kBlockN),
-          make_clipped_tile_map(tensors.v, Config::kBlockN),
+  return {make_clipped_tile_map(tensors.q, Config::kBlockM, Config::kSlabColumns),
+          make_clipped_tile_map(tensors.dout, Config::kBlockM, Config::kSlabColumns),
+          make_clipped_tile_map(tensors.k, Config::kBlockN, Config::kSlabColumns),
+          make_clipped_tile_map(tensors.v, Config::kBlockN, Config::kSlabColumns),
           batch_step(params.q_strides),
           batch_step(params.dout_strides),
           batch_step(params.k_strides),
@@ -85,6 +86,7 @@ DkDvKernelParams make_dk_dv_kernel_params(const BwdParams& params, const QuerySt
           params.dv_strides,
           stats,
           workspace.dq_sums,
+          static_cast<int>(params.head_dim),
           static_cast<float>(params.softmax_scale),
           static_cast<float>(params.softmax_scale * std::numbers::log2e),
           make_key_work_table(params, runs, Config::kBlockN)};
@@ -109,10 +111,10 @@ void launch_dq_dk_dv(const BwdParams& params, const QueryStats& stats, const Bwd
 template <typename Config>
 void launch_dq(const BwdParams& params, const float* delta) {
   const BwdTensors tensors = bwd_tensors(params);
-  const DqKernelParams kernel_params{make_tile_map(tensors.q, Config::kBlockM),
-                                     make_tile_map(tensors.dout, Config::kBlockM),
-                                     make_clipped_tile_map(tensors.k, Config::kBlockN),
-                                     make_clipped_tile_map(tensors.v, Config::kBlockN),
+  const DqKernelParams kernel_params{make_tile_map(tensors.q, Config::kBlockM, Config::kSlabColumns),
+                                     make_tile_map(tensors.dout, Config::kBlockM, Config::kSlabColumns),
+                                     make_clipped_tile_map(tensors.k, Config::kBlockN, Config::kSlabColumns),
+                                     make_clipped_tile_map(tensors.v, Config::kBlockN, Config::kSlabColumns),
                                      batch_step(params.q_strides),
                                      batch_step(params.dout_strides),
                                      batch_step(params.k_strides),
@@ -122,6 +124,7 @@ void launch_dq(const BwdParams& params, const float* delta) {
                                      static_cast<const float*>(params.lse),
                                      delta,
                                      params.seqlen_q,
+                                     static_cast<int>(params.head_dim),
                                      static_cast<float>(params.softmax_scale),
                                      static_cast<float>(params.softmax_scale * std::numbers::log2e),
                                      make_work_table(params, Config::kBlockM, Config::kBlockN)};
@@ -139,6 +142,7 @@ void launch_dq_sums(const BwdParams& params, const QueryStats& stats, const BwdW
                                    params.dq_strides,
                                    static_cast<float>(params.softmax_scale),
                                    static_cast<int>(params.num_heads),
+                                   static_cast<int>(params.head_dim),
                                    stats.num_tiles,
                                    static_cast<int>(runs.size()),
                                    {}};
@@ -154,19 +158,21 @@ void launch_bwd(const BwdParams& params) {
   const BwdWorkspace workspace = bwd_workspace(params);
   const QueryStats stats{workspace.lse_log2, workspace.delta, num_query_tiles(runs)};
   launch_stats<Element, kHeadDim>(params, stats, workspace, runs);
-  if (!adds_dq(params)) {
-    launch_dk_dv<DkDvConfig<Element, kHeadDim, false>>(params, stats, workspace, runs);
-    launch_dq<DqConfig<Element, kHeadDim>>(params, workspace.delta_of_rows);
-    return;
+  if constexpr (kCanAddDq<kHeadDim>) {
+    if (adds_dq(params)) {
+      if constexpr (kHeadDim == 128) {
+        launch_dq_dk_dv<DqDkDvConfig<Element, kHeadDim>>(params, stats, workspace, runs);
+      } else if (num_query_splits(params, runs) > 1) {
+        launch_dk_dv<DkDvConfig<Element, kHeadDim, true, 2>>(params, stats, workspace, runs);
+      } else {
+        launch_dk_dv<DkDvConfig<Element, kHeadDim, true>>(params, stats, workspace, runs);
+      }
+      launch_dq_sums<Element, kHeadDim>(params, stats, workspace, runs);
+      return;
+    }
   }
-  if constexpr (kHeadDim == 128) {
-    launch_dq_dk_dv<DqDkDvConfig<Element, kHeadDim>>(params, stats, workspace, runs);
-  } else if (num_query_splits(params, runs) > 1) {
-    launch_dk_dv<DkDvConfig<Element, kHeadDim, true, 2>>(params, stats, workspace, runs);
-  } else {
-    launch_dk_dv<DkDvConfig<Element, kHeadDim, true>>(params, stats, workspace, runs);
-  }
-  launch_dq_sums<Element, kHeadDim>(params, stats, workspace, runs);
+  launch_dk_dv<DkDvConfig<Element, kHeadDim, false>>(params, stats, workspace, runs);
+  launch_dq<DqConfig<Element, kHeadDim>>(params, workspace.delta_of_rows);
 }
 
 }  // namespace mixed_attention::cuda::hopper

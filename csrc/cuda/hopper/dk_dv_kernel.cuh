@@ -57,6 +57,7 @@ __device__ inline void sync_blocks() {
 template <typename Config>
 __device__ inline void consume(const DkDvKernelParams& params, DkDvSharedStorage<Config>& shared, int consumer) {
   using Element = typename Config::Element;
+  using Operand = ptx::SlabOperand<Config::kRowBytes>;
   using QRing = RingUse<Config::kStagesQ>;
   using DoutRing = RingUse<Config::kStagesDout>;
   constexpr int kBlockM = Config::kBlockM, kHeadDim = Config::kHeadDim;
@@ -64,14 +65,14 @@ __device__ inline void consume(const DkDvKernelParams& params, DkDvSharedStorage
   const int warp = __shfl_sync(0xffffffff, threadIdx.x / 32 % 4, 0);
   const int first_row = consumer * kWarpgroupRows + warp * kWarpRows;  // of this warp in the tile
 
-  const ptx::Operand k = ptx::Operand::make(shared.k).advance(consumer * kWarpgroupRows * kRowBytes);
-  const ptx::Operand v = ptx::Operand::make(shared.v).advance(consumer * kWarpgroupRows * kRowBytes);
-  const ptx::Operand q_ring = ptx::Operand::make(shared.q, Config::kSlabBytesM);
-  const ptx::Operand dout_ring = ptx::Operand::make(shared.dout, Config::kSlabBytesM);
+  const Operand k = Operand::make(shared.k).advance(consumer * kWarpgroupRows * Config::kRowBytes);
+  const Operand v = Operand::make(shared.v).advance(consumer * kWarpgroupRows * Config::kRowBytes);
+  const Operand q_ring = Operand::make(shared.q, Config::kSlabBytesM);
+  const Operand dout_ring = Operand::make(shared.dout, Config::kSlabBytesM);
   Element* staging = shared.staging[consumer * kWarpgroup / 32 + warp];
 
-  const auto tile_of = [](ptx::Operand ring, int stage) { return ring.advance(stage * Config::kTileBytesM); };
-  const auto issue_transposed_scores = [&](float (&result)[kBlockM / 2], ptx::Operand keys, ptx::Operand queries) {
+  const auto tile_of = [](Operand ring, int stage) { return ring.advance(stage * Config::kTileBytesM); };
+  const auto issue_transposed_scores = [&](float (&result)[kBlockM / 2], Operand keys, Operand queries) {
     issue_row_products<Element, kHeadDim, Config::kSlabBytesN, Config::kSlabBytesM>(result, keys, queries);
   };
   const auto release = [&](ptx::Mbarrier& empty) {
@@ -102,7 +103,7 @@ __device__ inline void consume(const DkDvKernelParams& params, DkDvSharedStorage
       for (int tile = 0; tile < num_tiles; ++tile, ++num_used) {
         const QRing q{num_used}, previous{num_used - (tile > 0)}, next{num_used + (tile + 1 < num_tiles)};
         const DoutRing dout{num_used};
-        const ptx::Operand dout_tile = tile_of(dout_ring, dout.stage());
+        const Operand dout_tile = tile_of(dout_ring, dout.stage());
 
         issue_column_products<Element>(dk, ds_operand, tile_of(q_ring, previous.stage()));
         ptx::mbarrier_wait(shared.dout_full[dout.stage()], dout.full_parity());
@@ -136,7 +137,7 @@ __device__ inline void consume(const DkDvKernelParams& params, DkDvSharedStorage
     const auto store = [&](const float (&grad)[kHeadDim / 2], void* tensor, const Strides& strides) {
       Element* target = static_cast<Element*>(tensor) + item.batch * strides.batch + row_begin * strides.row +
                         item.head * strides.head;
-      store_rows<Element, kHeadDim>(staging, grad, target, strides.row, num_rows);
+      store_rows<Element, kHeadDim>(staging, grad, target, strides.row, num_rows, params.head_dim);
     };
     if constexpr (Config::kSplits == 1) {
       store(dv, params.dv, params.dv_strides);

@@ -37,6 +37,7 @@ namespace mixed_attention::cuda::hopper {
 template <typename Config>
 __device__ inline void consume(const DkDvKernelParams& params, DqDkDvSharedStorage<Config>& shared, int consumer) {
   using Element = typename Config::Element;
+  using Operand = ptx::SlabOperand<Config::kRowBytes>;
   using QRing = RingUse<Config::kStagesQ>;
   using DoutRing = RingUse<Config::kStagesDout>;
   using DsRing = RingUse<Config::kStagesDs>;
@@ -47,15 +48,15 @@ __device__ inline void consume(const DkDvKernelParams& params, DqDkDvSharedStora
   const int first_row = consumer * kWarpgroupRows + warp * kWarpRows;  // of this warp in the tile
   const int barrier = 1 + consumer;                                    // named barrier of this warpgroup
 
-  const ptx::Operand k = ptx::Operand::make(shared.k).advance(consumer * kWarpgroupRows * kRowBytes);
-  const ptx::Operand v = ptx::Operand::make(shared.v).advance(consumer * kWarpgroupRows * kRowBytes);
-  const ptx::Operand k_columns = ptx::Operand::make(shared.k).advance(consumer * Config::kSlabBytesN);
-  const ptx::Operand q_ring = ptx::Operand::make(shared.q, Config::kSlabBytesM);
-  const ptx::Operand dout_ring = ptx::Operand::make(shared.dout, Config::kSlabBytesM);
+  const Operand k = Operand::make(shared.k).advance(consumer * kWarpgroupRows * Config::kRowBytes);
+  const Operand v = Operand::make(shared.v).advance(consumer * kWarpgroupRows * Config::kRowBytes);
+  const Operand k_columns = Operand::make(shared.k).advance(consumer * Config::kSlabBytesN);
+  const Operand q_ring = Operand::make(shared.q, Config::kSlabBytesM);
+  const Operand dout_ring = Operand::make(shared.dout, Config::kSlabBytesM);
   const ptx::Operand ds_ring = ptx::Operand::make(shared.exchange.ds);
   float* staging = shared.staging[consumer];
 
-  const auto issue_transposed_scores = [&](float (&result)[kBlockM / 2], ptx::Operand keys, ptx::Operand queries) {
+  const auto issue_transposed_scores = [&](float (&result)[kBlockM / 2], Operand keys, Operand queries) {
     issue_row_products<Element, kHeadDim, Config::kSlabBytesN, Config::kSlabBytesM>(result, keys, queries);
   };
   const auto issue_dq = [&](float (&result)[kBlockM / 2], DsRing use) {
@@ -94,8 +95,8 @@ __device__ inline void consume(const DkDvKernelParams& params, DqDkDvSharedStora
         const QRing q{num_used};
         const DoutRing dout{num_used};
         const DsRing previous{num_used - (tile > 0)};
-        const ptx::Operand q_tile = q_ring.advance(q.stage() * Config::kTileBytesM);
-        const ptx::Operand dout_tile = dout_ring.advance(dout.stage() * Config::kTileBytesM);
+        const Operand q_tile = q_ring.advance(q.stage() * Config::kTileBytesM);
+        const Operand dout_tile = dout_ring.advance(dout.stage() * Config::kTileBytesM);
         float s[kBlockM / 2], dp[kBlockM / 2], dq[kBlockM / 2];
         uint32_t p_operand[kBlockM / 4], ds_operand[kBlockM / 4];
 
@@ -145,7 +146,7 @@ __device__ inline void consume(const DkDvKernelParams& params, DqDkDvSharedStora
       Element* target = static_cast<Element*>(tensor) + item.batch * strides.batch + row_begin * strides.row +
                         item.head * strides.head;
       store_rows<Element, kHeadDim>(reinterpret_cast<Element*>(staging) + warp * kWarpRows * kHeadDim, grad, target,
-                                    strides.row, num_rows);
+                                    strides.row, num_rows, params.head_dim);
     };
     store(dv, params.dv, params.dv_strides);
     store(dk, params.dk, params.dk_strides);

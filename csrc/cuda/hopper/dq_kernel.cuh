@@ -83,20 +83,21 @@ __device__ inline void produce(const DqKernelParams& params, DqSharedStorage<Con
 template <typename Config>
 __device__ inline void consume(const DqKernelParams& params, DqSharedStorage<Config>& shared, int consumer) {
   using Element = typename Config::Element;
+  using Operand = ptx::SlabOperand<Config::kRowBytes>;
   using Ring = RingUse<Config::kStages>;
   constexpr int kBlockN = Config::kBlockN, kHeadDim = Config::kHeadDim;
   const int lane = threadIdx.x % 32;
   const int warp = __shfl_sync(0xffffffff, threadIdx.x / 32 % 4, 0);
   const int first_row = consumer * kWarpgroupRows + warp * kWarpRows;  // of this warp in the tile
 
-  const ptx::Operand q = ptx::Operand::make(shared.q).advance(consumer * kWarpgroupRows * kRowBytes);
-  const ptx::Operand dout = ptx::Operand::make(shared.dout).advance(consumer * kWarpgroupRows * kRowBytes);
-  const ptx::Operand k_ring = ptx::Operand::make(shared.k, Config::kSlabBytesN);
-  const ptx::Operand v_ring = ptx::Operand::make(shared.v, Config::kSlabBytesN);
+  const Operand q = Operand::make(shared.q).advance(consumer * kWarpgroupRows * Config::kRowBytes);
+  const Operand dout = Operand::make(shared.dout).advance(consumer * kWarpgroupRows * Config::kRowBytes);
+  const Operand k_ring = Operand::make(shared.k, Config::kSlabBytesN);
+  const Operand v_ring = Operand::make(shared.v, Config::kSlabBytesN);
   Element* staging = shared.staging + first_row * kHeadDim;
 
-  const auto tile_of = [](ptx::Operand ring, Ring use) { return ring.advance(use.stage() * Config::kTileBytesN); };
-  const auto issue_scores = [&](float (&result)[kBlockN / 2], ptx::Operand queries, ptx::Operand keys) {
+  const auto tile_of = [](Operand ring, Ring use) { return ring.advance(use.stage() * Config::kTileBytesN); };
+  const auto issue_scores = [&](float (&result)[kBlockN / 2], Operand queries, Operand keys) {
     issue_row_products<Element, kHeadDim, Config::kSlabBytesM, Config::kSlabBytesN>(result, queries, keys);
   };
   const auto release = [&](ptx::Mbarrier& empty) {
@@ -170,7 +171,7 @@ __device__ inline void consume(const DqKernelParams& params, DqSharedStorage<Con
 
     Element* target = static_cast<Element*>(params.dq) + item.batch * params.dq_strides.batch +
                       row_begin * params.dq_strides.row + item.head * params.dq_strides.head;
-    store_rows<Element, kHeadDim>(staging, dq, target, params.dq_strides.row, num_rows);
+    store_rows<Element, kHeadDim>(staging, dq, target, params.dq_strides.row, num_rows, params.head_dim);
   }
 }
 

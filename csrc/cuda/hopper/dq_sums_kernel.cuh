@@ -40,6 +40,7 @@ __global__ void __launch_bounds__(kWarpgroup) hopper_dq_sums_kernel(const __grid
   __syncthreads();
 
   const int chunk = threadIdx.x % kChunksOfRow;
+  if (chunk * 8 >= params.head_dim) return;
   Element* target = static_cast<Element*>(params.dq) + sequence / params.num_heads * params.dq_strides.batch +
                     sequence % params.num_heads * params.dq_strides.head + tile.row_begin * params.dq_strides.row;
   for (int row = threadIdx.x / kChunksOfRow; row < tile.num_rows; row += kRowsAtOnce) {
