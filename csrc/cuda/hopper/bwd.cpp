@@ -44,13 +44,10 @@ BwdWorkspace bwd_workspace(const BwdParams& params) {
                          : BwdWorkspace{begin, begin + size, rest, nullptr};
 }
 
-bool adds_dq(const BwdParams& params) {
-  return !params.deterministic &&
-         with_bwd_head_dim(params.head_dim, []<int kHeadDim>() { return kCanAddDq<kHeadDim>; });
-}
+bool adds_dq(const BwdParams& params) { return !params.deterministic && can_add_dq(kernel_head_dim(params)); }
 
 int num_query_splits(const BwdParams& params, const std::vector<QueryRun>& runs) {
-  if (!adds_dq(params) || kernel_head_dim(params) != 64) return 1;
+  if (!adds_dq(params) || kernel_head_dim(params) > 64) return 1;
   const KeyWorkTable table = make_key_work_table(params, runs, 2 * kWarpgroupRows);
   const int num_blocks = num_multiprocessors(params.device);
   return steps_of_longest_block(table, num_blocks / 2, 2) < steps_of_longest_block(table, num_blocks, 1) ? 2 : 1;

@@ -16,9 +16,12 @@ auto with_bwd_head_dim(int64_t head_dim, const Visit& visit) {
   return with_head_dim_of<kBwdHeadDims>(head_dim, visit);
 }
 
-// Whether a kernel can compute all gradients: dqᵀ has 64 rows to a product.
-template <int kHeadDim>
-inline constexpr bool kCanAddDq = kHeadDim % kWarpgroupRows == 0;
+// Whether a kernel can compute all gradients of such heads. At 96 the registers of three warpgroups fall some words
+// short of it, and the two of dq_dk_dv_kernel.cuh need halves of 64 columns.
+constexpr bool can_add_dq(int head_dim) { return head_dim != 96; }
+
+// Whether the sums of dq are those of dqᵀ, which has 64 rows to a product, or as they stand.
+constexpr bool transposes_dq(int head_dim) { return head_dim % kWarpgroupRows == 0; }
 
 // Query rows of one step of the kernel for dk and dv; the statistics of the queries are stored by such tiles.
 inline constexpr int kQueryTileRows = 64;

@@ -158,9 +158,9 @@ void launch_bwd(const BwdParams& params) {
   const BwdWorkspace workspace = bwd_workspace(params);
   const QueryStats stats{workspace.lse_log2, workspace.delta, num_query_tiles(runs)};
   launch_stats<Element, kHeadDim>(params, stats, workspace, runs);
-  if constexpr (kCanAddDq<kHeadDim>) {
+  if constexpr (can_add_dq(kHeadDim)) {
     if (adds_dq(params)) {
-      if constexpr (kHeadDim == 128) {
+      if constexpr (kHeadDim > 64) {
         launch_dq_dk_dv<DqDkDvConfig<Element, kHeadDim>>(params, stats, workspace, runs);
       } else if (num_query_splits(params, runs) > 1) {
         launch_dk_dv<DkDvConfig<Element, kHeadDim, true, 2>>(params, stats, workspace, runs);

@@ -1,7 +1,8 @@
 // What a key tile adds to dq, by the third warpgroup of the kernel for dk and dv.
 //
-// The transposed dqᵀ += kᵀ dsᵀ: kᵀ stays in registers for a whole item, dsᵀ comes from the other warpgroups as they
-// have it. The sums of a query tile lie in the order of the accumulators; hopper_dq_sums_kernel puts them right.
+// The transposed dqᵀ = kᵀ dsᵀ: kᵀ stays in registers for a whole item, dsᵀ comes from the other warpgroups as they have
+// it. Where the head has no 64 columns to be rows of dqᵀ, dq = ds k with both from shared memory. The sums of a query
+// tile lie in the order of the accumulators; hopper_dq_sums_kernel puts them right.
 #pragma once
 
 #include <cstdint>
@@ -47,9 +48,13 @@ __device__ inline void add_dq(const DkDvKernelParams& params, DkDvSharedStorage<
   auto& exchange = shared.dq_exchange;
   using Ring = RingUse<DqExchange<Config>::kStages>;
   constexpr int kStagings = DqExchange<Config>::kStagings;
+  constexpr bool kTransposes = transposes_dq(Config::kHeadDim);
   const int thread = threadIdx.x % kWarpgroup;
   const int lane = thread % 32;
   const ptx::Operand ds_ring = ptx::Operand::make(exchange.ds);
+  const auto release = [&](ptx::Mbarrier& empty) {
+    if (lane == 0) ptx::mbarrier_arrive(empty);
+  };
 
   uint32_t num_used = 0;  // query tiles, over all items
   uint32_t kv_parity = 0;
@@ -57,26 +62,35 @@ __device__ inline void add_dq(const DkDvKernelParams& params, DkDvSharedStorage<
     const KeySegmentTiles& segment = item.tiles();
     const QueryShare<Config> share(segment);
     if (share.count == 0) continue;
-    uint32_t keys[Config::kBlockN / 4];
+    [[maybe_unused]] uint32_t keys[Config::kBlockN / 4];
     ptx::mbarrier_wait(shared.kv_full, kv_parity);
     kv_parity ^= 1;
-    load_transposed_keys<Config>(keys, shared.k);
-    __syncwarp();
-    if (lane == 0) ptx::mbarrier_arrive(shared.kv_empty);
+    if constexpr (kTransposes) {
+      load_transposed_keys<Config>(keys, shared.k);
+      __syncwarp();
+      release(shared.kv_empty);
+    }
 
     const int64_t first_tile = (int64_t{item.batch} * params.table.num_heads + item.head) * params.stats.num_tiles;
     QueryTileIterator queries(params.table, segment, share.first);
     for (int i = 0; i < share.count; ++i, ++num_used) {
       const Ring ds{num_used};
-      float dq[Config::kBlockM / 2] = {};
+      const ptx::Operand ds_tile = ds_ring.advance(ds.stage() * Config::kScoreBytes);
+      float dq[Config::kDqTileFloats / kWarpgroup] = {};
       ptx::mbarrier_wait(exchange.ds_full[ds.stage()], ds.full_parity());
-      issue_column_products<Element>(dq, keys, ds_ring.advance(ds.stage() * Config::kScoreBytes));
+      if constexpr (kTransposes) {
+        issue_column_products<Element>(dq, keys, ds_tile);
+      } else {
+        issue_transposed_products<Element, Config::kBlockN>(
+            dq, ds_tile, ptx::SlabOperand<Config::kRowBytes>::make(shared.k, Config::kSlabBytesN));
+      }
       ptx::wgmma_wait<0>(dq);
-      if (lane == 0) ptx::mbarrier_arrive(exchange.ds_empty[ds.stage()]);
+      release(exchange.ds_empty[ds.stage()]);
 
       add_sums<kStagings>(exchange.staging[num_used % kStagings], dq, kDqBarrier,
                           [&] { return params.dq_sums + (first_tile + queries.next().index) * Config::kDqTileFloats; });
     }
+    if constexpr (!kTransposes) release(shared.kv_empty);
   }
   if (thread == 0) ptx::bulk_wait<0>();
 }
