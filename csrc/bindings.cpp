@@ -83,7 +83,7 @@ PYBIND11_MODULE(TORCH_EXTENSION_NAME, m) {
       [](at::ScalarType dtype, std::array<int64_t, 6> shape, const std::vector<int64_t>& segments, int device,
          bool backward) { return mixed_attention::cuda_layout(dtype, shape, segments, device, backward); },
       py::arg("dtype"), py::arg("shape"), py::arg("segments"), py::arg("device"), py::arg("backward"),
-      "Tiles of the CUDA kernels for a problem: rows, rows taken up at a time, parts, number, how many at a time.");
+      "Tiles of the CUDA kernels for a problem: rows, rows taken up at a time, parts, number, at a time, cut.");
   m.def(
       "check_forward",
       [](const at::Tensor& q, const at::Tensor& k, const at::Tensor& v, const std::vector<int64_t>& segments,

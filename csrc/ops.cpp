@@ -337,8 +337,8 @@ std::pair<std::string, std::string> cuda_kernel(at::ScalarType dtype, int64_t he
   return {"none", "built without CUDA kernels; rebuild with MIXED_ATTENTION_CUDA=1"};
 }
 
-std::tuple<int, int, int, int64_t, int> cuda_layout(at::ScalarType dtype, std::array<int64_t, 6> shape,
-                                                    at::IntArrayRef segments, int device, bool backward) {
+std::tuple<int, int, int, int64_t, int, int64_t> cuda_layout(at::ScalarType dtype, std::array<int64_t, 6> shape,
+                                                             at::IntArrayRef segments, int device, bool backward) {
 #ifdef MIXED_ATTENTION_WITH_CUDA
   const auto [batch_size, num_heads, seqlen_q, seqlen_k, head_dim, head_dim_v] = shape;
   const Schedule schedule = make_schedule(segments.data(), segments.size(), seqlen_q, seqlen_k);
@@ -354,7 +354,8 @@ std::tuple<int, int, int, int64_t, int> cuda_layout(at::ScalarType dtype, std::a
   params.device = device;
   const cuda::Layout layout =
       backward ? cuda::layout_bwd(params) : cuda::layout_fwd({static_cast<const AttentionParams&>(params)});
-  return {layout.tile_rows, layout.block_rows, layout.num_splits, layout.num_tiles, layout.num_slots};
+  return {layout.tile_rows, layout.block_rows, layout.num_splits,
+          layout.num_tiles, layout.num_slots,  layout.num_split_tiles};
 #else
   TORCH_CHECK_NOT_IMPLEMENTED(false, "built without CUDA kernels; rebuild with MIXED_ATTENTION_CUDA=1");
 #endif

@@ -39,8 +39,8 @@ std::pair<std::string, std::string> cuda_kernel(at::ScalarType dtype, int64_t he
                                                 bool backward);
 
 // How those kernels go about it: rows of a tile, rows that it takes up at a time, parts that its walk is cut into,
-// tiles, and how many of them the device works on at a time.
-std::tuple<int, int, int, int64_t, int> cuda_layout(at::ScalarType dtype, std::array<int64_t, 6> shape,
-                                                    at::IntArrayRef segments, int device, bool backward);
+// tiles, how many of them the device works on at a time, and how many are cut.
+std::tuple<int, int, int, int64_t, int, int64_t> cuda_layout(at::ScalarType dtype, std::array<int64_t, 6> shape,
+                                                             at::IntArrayRef segments, int device, bool backward);
 
 }  // namespace mixed_attention

@@ -38,6 +38,12 @@ def explain_kernels(
 def _words(layout: ops.CudaLayout, backward: bool) -> str:
     owned, taken_up = ("keys", "queries") if backward else ("queries", "keys")
     tiles = f"tiles of {layout.tile_rows} {owned} that take up {layout.block_rows} {taken_up} at a time"
-    parts = f", cut into {layout.num_splits} parts each" if layout.num_splits > 1 else ""
     waves = layout.num_tiles / layout.num_slots
-    return f"{tiles}{parts}: {layout.num_tiles} in {waves:.2f} waves of {layout.num_slots}"
+    return f"{tiles}{_parts(layout)}: {layout.num_tiles} in {waves:.2f} waves of {layout.num_slots}"
+
+
+def _parts(layout: ops.CudaLayout) -> str:
+    if layout.num_splits == 1:
+        return ""
+    are_all = layout.num_tiles == layout.num_splits * layout.num_split_tiles
+    return f", {'' if are_all else f'{layout.num_split_tiles} of them '}cut into {layout.num_splits} parts each"

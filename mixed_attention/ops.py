@@ -72,9 +72,10 @@ class CudaLayout(NamedTuple):
     Attributes:
         tile_rows: Queries (forward) or keys (backward) that a thread block owns.
         block_rows: Rows of the other side that it takes up at a time.
-        num_splits: Parts that the walk of every tile is cut into.
+        num_splits: Parts that the walk of a tile is cut into.
         num_tiles: Of all heads and sequences, parts counted singly.
         num_slots: Tiles that the device works on at a time.
+        num_split_tiles: Tiles whose walk is cut, all or some.
     """
 
     tile_rows: int
@@ -82,6 +83,7 @@ class CudaLayout(NamedTuple):
     num_splits: int
     num_tiles: int
     num_slots: int
+    num_split_tiles: int
 
 
 def cuda_layout(

@@ -24,8 +24,8 @@ class Case:
         layout: ``"contiguous"``; ``"packed"``: slices of one projection's output; ``"strided"``: odd strides and
             offsets in every dimension but the last, NaN in between; ``"transposed"``: heads before rows in memory.
         shared: Which of k and v, ``""``, ``"k"``, ``"v"`` or ``"kv"``, have batch size 1.
-        mask: ``"random"``: any key may be masked; ``"blocked"``: all keys of the first sequence are; ``"shared"``:
-            random with batch size 1.
+        mask: ``"random"``: any key may be masked; ``"blocked"``: all keys of the first sequence are; ``"front"`` and
+            ``"back"``: all in that half of every sequence are; ``"shared"``: random with batch size 1.
         heavy_tails: Whether values are drawn from Student's t with 3 degrees of freedom instead of a normal.
         magnitude: Factor on q.
         dlse: Whether a gradient of the log-sum-exp comes in.
@@ -169,6 +169,10 @@ def _make_mask(case: Case, num_keys: int, generator: torch.Generator) -> Tensor 
     mask = torch.rand(1 if case.mask == "shared" else case.batch_size, num_keys, generator=generator) < 0.6
     if case.mask == "blocked":
         mask[:1] = False
+    elif case.mask == "front":
+        mask[:, : num_keys // 2] = False
+    elif case.mask == "back":
+        mask[:, num_keys // 2 :] = False
     return mask
 
 

@@ -81,10 +81,12 @@ def test_one_sequence_of_keys_for_a_batch(shared, head_dim, dtype, device):
 
 
 @each_dtype
-@pytest.mark.parametrize("head_dim", [64, 128])
-@pytest.mark.parametrize("mask", ["random", "blocked", "shared"])
+@pytest.mark.parametrize("head_dim", [24, 64, 96, 128, 160, 256])
+@pytest.mark.parametrize("mask", ["random", "blocked", "front", "back", "shared"])
 def test_padding_masks(mask, head_dim, dtype, device):
-    check(Case((77, 330), "a>b b>ab", 2, num_heads=2, head_dim=head_dim, mask=mask, dtype=dtype), device)
+    case = Case((77, 730), "a>b b>ab", 2, num_heads=2, head_dim=head_dim, mask=mask, dtype=dtype)
+    check(case, device)
+    check(case.with_(shared="kv", layout="packed"), device)
 
 
 @each_dtype
@@ -93,6 +95,22 @@ def test_few_queries_of_many_keys_and_many_of_few(heavy_tails, dtype, device):
     check(SPLIT.with_(dtype=dtype, heavy_tails=heavy_tails), device)
     check(SPLIT.with_(dtype=dtype, heavy_tails=heavy_tails, mask="random", batch_size=2), device)
     check(Case((9000, 40), "ab>b", head_dim=64, skip_unread_keys=True, dtype=dtype, heavy_tails=heavy_tails), device)
+
+
+# Walks over the keys that are split: of every tile, of the longest, and of those that are left for a last wave.
+SPLITS = {
+    "all": Case((50, 1000, 1, 130, 3, 65, 700), "abcdefg>bdfbdg", 3, num_heads=4, cached="bcdefg"),
+    "longest": Case((40, 9000, 500), "ab>ab c>c", num_heads=3, cached="b"),
+    "last wave": Case((8500, 1100), "ab>b", num_heads=3, skip_unread_keys=True),
+}
+
+
+@each_dtype
+@pytest.mark.parametrize("head_dim", [24, 64, 96, 128, 160, 256])
+@pytest.mark.parametrize("case", SPLITS.values(), ids=SPLITS)
+def test_parts_of_keys(case, head_dim, dtype, device):
+    check(case.with_(head_dim=head_dim, dtype=dtype), device)
+    check(case.with_(head_dim=head_dim, dtype=dtype, mask="back"), device)
 
 
 @each_dtype
@@ -456,7 +474,8 @@ def test_a_plan_tells_what_kernels_do_with_it(case, dtype, device):
         family, _ = ops.cuda_kernel(dtype, case.head_dim, device, backward=backward)
         layout = ops.cuda_layout(case.plan, **shape, device=device, backward=backward)
         rows = case.plan.num_keys if backward else case.plan.num_queries
-        assert layout.num_tiles * layout.tile_rows >= rows * layout.num_splits * case.num_heads * case.batch_size
+        num_whole_tiles = layout.num_tiles - layout.num_split_tiles * (layout.num_splits - 1)
+        assert num_whole_tiles * layout.tile_rows >= rows * case.num_heads * case.batch_size
         assert f"{family} kernel, tiles of {layout.tile_rows}" in line and f": {layout.num_tiles} in" in line
 
 

@@ -178,13 +178,18 @@ def test_explain_names_the_kernels_of_a_gpu(monkeypatch):
 
     monkeypatch.setattr(ops, "has_kernels", lambda device_type, dtype: dtype != torch.float64)
     monkeypatch.setattr(ops, "cuda_kernel", choose)
-    monkeypatch.setattr(ops, "cuda_layout", lambda plan, **call: ops.CudaLayout(192, 128, 2, 198, 132))
+    layout = ops.CudaLayout(192, 128, num_splits=2, num_tiles=198, num_slots=132, num_split_tiles=99)
+    monkeypatch.setattr(ops, "cuda_layout", lambda plan, **call: layout)
     plan = ma.AttentionPlan.compile([A, B], [pattern("ab", "a")])
     assert plan.explain(device="cuda").splitlines()[-2:] == [
         "  forward: hopper kernel, tiles of 192 queries that take up 128 keys at a time, cut into 2 parts each: "
         "198 in 1.50 waves of 132",
         "  backward: no kernel, for head_dim: 264 is not supported, expected at most 256",
     ]
+    layout = layout._replace(num_splits=8, num_tiles=756, num_split_tiles=12)
+    assert "a time, 12 of them cut into 8 parts each: 756 in 5.73 waves" in plan.explain(device="cuda")
+    layout = layout._replace(num_splits=1, num_tiles=672, num_split_tiles=0)
+    assert "a time: 672 in 5.09 waves" in plan.explain(device="cuda")
     lines = plan.explain(device="cuda", dtype=torch.float64).splitlines()[-2:]
     assert lines == ["  forward: the reference", "  backward: the reference"]
 

@@ -27,9 +27,10 @@ Choice choose_bwd(const Problem& problem);
 // How the device goes about a pass, for people to read.
 struct Layout {
   int tile_rows, block_rows;  // that a thread block owns, and that it takes up at a time of the other side
-  int num_splits;             // parts that the walk of every tile is cut into
+  int num_splits;             // parts that the walk of a tile is cut into
   int64_t num_tiles;          // of all heads and sequences, those of parts counted singly
   int num_slots;              // tiles that the device works on at a time
+  int64_t num_split_tiles;    // whose walk is cut, all or some
 };
 
 // By query for the forward, by key for the backward. Of the params only shapes, dtype, schedule and device are read.

@@ -16,6 +16,9 @@ inline constexpr int kRowBytes = 128;      // of such a slab
 inline constexpr int kColumnStepBytes = 32;
 inline constexpr int kRowStepBytes = 16 * kRowBytes;
 
+// Words for a bit for every key of a tile.
+inline constexpr int kKeyBitWords = 4;
+
 // Heads of another width are served by the next of these, with columns of zeros that are never stored.
 inline constexpr int kFwdHeadDims[] = {32, 64, 96, 128, 192, 256};
 inline constexpr int kMaxFwdHeadDim = 256;
@@ -86,11 +89,15 @@ struct FwdTuning<256> {
   static constexpr int kPolynomialEvery = 0, kQueryBuffers = 1;
 };
 
-template <typename Element_, int kHeadDim_>
+// kIsMasked: by a key padding mask.
+template <typename Element_, int kHeadDim_, bool kIsMasked_>
 struct FwdConfig : FwdTuning<kHeadDim_> {
   using Element = Element_;
   using Tuning = FwdTuning<kHeadDim_>;
   static constexpr int kHeadDim = kHeadDim_;
+  static constexpr bool kIsMasked = kIsMasked_;
+  // A masked key's weight by polynomial would not quite be zero, and masking leaves no time for polynomials anyway.
+  static constexpr int kPolynomialEvery = kIsMasked ? 0 : Tuning::kPolynomialEvery;
   static constexpr int kSlabColumns = slab_columns(kHeadDim);
   static constexpr int kSlabs = kHeadDim / kSlabColumns;
   static constexpr int kRowBytes = kSlabColumns * sizeof(Element);
@@ -119,6 +126,8 @@ struct FwdSharedStorage {
   uint64_t q_full[Config::kQueryBuffers], q_empty[Config::kQueryBuffers];
   uint64_t k_full[Config::kStages], k_empty[Config::kStages];
   uint64_t v_full[Config::kStages], v_empty[Config::kStages];
+
+  alignas(16) uint32_t key_bits[Config::kStages][kKeyBitWords];  // of k's tiles; only under a mask
 };
 
 }  // namespace mixed_attention::cuda::hopper

@@ -7,13 +7,25 @@
 #include "cuda/hopper/config.h"
 #include "cuda/hopper/fwd_launch.h"
 #include "cuda/hopper/launch.h"
+#include "cuda/hopper/split_items.h"
 #include "cuda/hopper/work_table.h"
+#include "cuda/scratch.h"
 
 namespace mixed_attention::cuda::hopper {
 namespace {
 
 // A row is copied, and leaves, in pieces of 16 bytes.
 constexpr int64_t kHeadDimStep = 8;
+
+MaskedKeys plan_masked_keys(const FwdParams& params, Scratch& scratch) {
+  const bool serves_all = params.key_padding_mask_batch_stride == 0 && params.v_strides.batch == 0;
+  MaskedKeys keys{};
+  keys.num_copies = serves_all ? 1 : static_cast<int>(params.batch_size);
+  keys.num_words = static_cast<int>((params.seqlen_k + 31) / 32) + MaskedKeys::kSpareWords;
+  keys.visible = scratch.take<uint32_t>(int64_t{keys.num_copies} * keys.num_words);
+  keys.values = scratch.take<uint16_t>(keys.num_copies * params.seqlen_k * params.num_heads * params.head_dim);
+  return keys;
+}
 
 }  // namespace
 
@@ -39,17 +51,34 @@ std::string refusal_fwd(const Problem& problem) {
 bool can_fwd(const FwdParams& params) {
   const FwdTensors tensors = fwd_tensors(params);
   // The maximum of the scores is the maximum of the exponents only under a positive scale.
-  return params.softmax_scale > 0 && params.dropout_p == 0 && params.key_padding_mask == nullptr &&
-         can_map(tensors.q) && can_map(tensors.k) && can_map(tensors.v) && can_store(params.out, params.out_strides) &&
-         fits_work_table(params);
+  return params.softmax_scale > 0 && params.dropout_p == 0 && can_map(tensors.q) && can_map(tensors.k) &&
+         can_map(tensors.v) && can_store(params.out, params.out_strides) && fits_work_table(params);
 }
 
-size_t fwd_workspace_size(const FwdParams&) { return 0; }
+FwdPlan plan_fwd(const FwdParams& params) {
+  return with_fwd_head_dim(params.head_dim, [&]<int kHeadDim>() {
+    using Tuning = FwdTuning<kHeadDim>;
+    constexpr int kBlockM = Tuning::kConsumers * kWarpgroupRows;
+    Scratch scratch(params.workspace);
+    FwdPlan plan{make_work_table(params, kBlockM, Tuning::kBlockN), nullptr, nullptr, {}, 0};
+    split_items(plan.table, num_multiprocessors(params.device));
+    if (const int64_t num_parts = plan.table.splits.num_items(); num_parts > 0) {
+      plan.partial_out = scratch.take<float>(num_parts * kBlockM * params.head_dim);
+      plan.partial_lse = scratch.take<float>(num_parts * kBlockM);
+    }
+    if (params.key_padding_mask != nullptr) plan.masked_keys = plan_masked_keys(params, scratch);
+    plan.workspace_size = scratch.bytes();
+    return plan;
+  });
+}
+
+size_t fwd_workspace_size(const FwdParams& params) { return plan_fwd(params).workspace_size; }
 
 void run_fwd(const FwdParams& params) {
+  const FwdPlan plan = plan_fwd(params);
   with_fwd_head_dim(params.head_dim, [&]<int kHeadDim>() {
-    params.dtype == DType::kBFloat16 ? launch_fwd<__nv_bfloat16, kHeadDim>(params)
-                                     : launch_fwd<__half, kHeadDim>(params);
+    params.dtype == DType::kBFloat16 ? launch_fwd<__nv_bfloat16, kHeadDim>(params, plan)
+                                     : launch_fwd<__half, kHeadDim>(params, plan);
   });
 }
 

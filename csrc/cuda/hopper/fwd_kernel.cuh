@@ -1,22 +1,25 @@
 // Attention forward on Hopper: persistent blocks of one producer and two or three consumer warpgroups.
 //
-// An item of a block is a tile of kBlockM query rows of one head. The producer, a single thread, copies its queries and
-// then its key and value tiles into rings of buffers. Each consumer owns 64 of the rows and computes, tile by tile,
-// s = q k^T, the weights p of s, and o += p v, with s, p and o in registers.
+// An item of a block is a tile of kBlockM query rows of one head, or a part of one, which goes through a share of the
+// tile's keys and whose output is combined with the others' by a second kernel. The producer, a single thread, copies
+// its queries and then its key and value tiles into rings of buffers. Each consumer owns 64 of the rows and computes,
+// tile by tile, s = q k^T, the weights p of s, and o += p v, with s, p and o in registers.
 //
 // Two overlaps keep the tensor cores busy. Within a warpgroup, s of a tile is issued together with o += p v of the tile
 // before, and the softmax of the one runs under the product of the other; that goes on from item to item, so that an
 // item's last product runs beside the next one's first. Between warpgroups, a ring of named barriers makes them issue
 // their products in turn, so that the softmax of one lies under the products of the others.
 //
-// Who signals whom: *_full is completed by the copy engine (one arrival of the producer and the bytes), *_empty by one
-// arrival of every consumer warp. Items without keys come last and take part in no barrier.
+// Who signals whom: *_full is completed by the copy engine (one arrival of the producer and the bytes; under a mask
+// k_full also by one of the thread that brings its bits), *_empty by one arrival of every consumer warp. Items without
+// keys come last and take part in no barrier.
 #pragma once
 
 #include <cstdint>
 
 #include "cuda/hopper/config.h"
 #include "cuda/hopper/fwd_params.h"
+#include "cuda/hopper/key_bits.cuh"
 #include "cuda/hopper/load_tile.cuh"
 #include "cuda/hopper/products.cuh"
 #include "cuda/hopper/ring.cuh"
@@ -33,9 +36,10 @@
 namespace mixed_attention::cuda::hopper {
 
 template <int kStages>
-__device__ inline void init_ring(ptx::Mbarrier (&full)[kStages], ptx::Mbarrier (&empty)[kStages], int consumer_warps) {
+__device__ inline void init_ring(ptx::Mbarrier (&full)[kStages], ptx::Mbarrier (&empty)[kStages], int consumer_warps,
+                                 int producers = 1) {
   for (int stage = 0; stage < kStages; ++stage) {
-    ptx::mbarrier_init(full[stage], 1);
+    ptx::mbarrier_init(full[stage], producers);
     ptx::mbarrier_init(empty[stage], consumer_warps);
   }
 }
@@ -44,7 +48,7 @@ template <typename Config>
 __device__ inline void init_barriers(FwdSharedStorage<Config>& shared) {
   constexpr int kConsumerWarps = Config::kConsumers * kWarpgroup / 32;
   init_ring(shared.q_full, shared.q_empty, kConsumerWarps);
-  init_ring(shared.k_full, shared.k_empty, kConsumerWarps);
+  init_ring(shared.k_full, shared.k_empty, kConsumerWarps, Config::kIsMasked ? 2 : 1);
   init_ring(shared.v_full, shared.v_empty, kConsumerWarps);
   ptx::mbarrier_fence_init();
 }
@@ -55,7 +59,7 @@ __device__ inline void produce(const FwdKernelParams& params, FwdSharedStorage<C
   uint32_t num_loaded = 0;  // key tiles, over all items
   RingUse<Config::kQueryBuffers> q{0};
   for (ItemWalk<Config::kBlockM> items(params.table); items.next_with_keys(); ++q.count) {
-    const int num_tiles = items.tiles().num_tiles;
+    const TileShare share = items.share();
     const ItemRows queries = items.rows();
 
     const auto load_key_tile = [&](typename Config::Element* buffer, const CUtensorMap& map, ptx::Mbarrier& full,
@@ -74,14 +78,14 @@ __device__ inline void produce(const FwdKernelParams& params, FwdSharedStorage<C
     };
 
     // In the order in which the consumers need them: keys run one tile ahead of values.
-    KeyTileIterator<Config::kBlockN> keys(params.table, items.tiles());
+    KeyTileIterator<Config::kBlockN> keys(params.table, items.tiles(), share.begin);
     KeyTile tile = keys.next();
     load_k(tile, Ring{num_loaded});
     ptx::mbarrier_wait(shared.q_empty[q.stage()], q.empty_parity());
     ptx::mbarrier_arrive_expect(shared.q_full[q.stage()], Config::kTileBytesM);
     load_rows<Config::kBlockM, Config::kHeadDim>(shared.q[q.stage()], params.q, shared.q_full[q.stage()],
                                                  queries.row_begin, queries.head, queries.batch * params.q_batch_step);
-    for (int i = 1; i < num_tiles; ++i) {
+    for (int i = share.begin + 1; i < share.end; ++i) {
       const KeyTile next = keys.next();
       load_k(next, Ring{num_loaded + 1});
       load_v(tile, Ring{num_loaded});
@@ -90,6 +94,22 @@ __device__ inline void produce(const FwdKernelParams& params, FwdSharedStorage<C
     }
     load_v(tile, Ring{num_loaded});
     ++num_loaded;
+  }
+}
+
+// Under a mask a second thread follows the first and brings the bits of the key tiles.
+template <typename Config>
+__device__ inline void produce_key_bits(const FwdKernelParams& params, FwdSharedStorage<Config>& shared) {
+  RingUse<Config::kStages> use{0};
+  for (ItemWalk<Config::kBlockM> items(params.table); items.next_with_keys();) {
+    const TileShare share = items.share();
+    const uint32_t* visible = params.visible + items.rows().batch * params.visible_step;
+    KeyTileIterator<Config::kBlockN> keys(params.table, items.tiles(), share.begin);
+    for (int i = share.begin; i < share.end; ++i, ++use.count) {
+      ptx::mbarrier_wait(shared.k_empty[use.stage()], use.empty_parity());
+      gather_key_bits(shared.key_bits[use.stage()], visible, keys.next());
+      ptx::mbarrier_arrive(shared.k_full[use.stage()]);
+    }
   }
 }
 
@@ -120,6 +140,7 @@ __device__ inline void consume(const FwdKernelParams& params, FwdSharedStorage<C
   if (consumer == Config::kConsumers - 1) ptx::named_barrier_arrive(next_turn, 2 * kWarpgroup);
 
   ItemWalk<Config::kBlockM> items(params.table);
+  TileShare share{};  // of the current item
   RingUse<Config::kQueryBuffers> q_use{0};
   Ring k_use{0};  // v is always the use before
   float s[Config::kBlockN / 2];
@@ -147,8 +168,11 @@ __device__ inline void consume(const FwdKernelParams& params, FwdSharedStorage<C
     ptx::named_barrier_arrive(next_turn, 2 * kWarpgroup);
     ptx::wgmma_wait<1>(s);
   };
-  const auto mask_tail = [&](int tile) {
-    if (tile < items.tiles().num_partial) {
+  // What is no key, in a tile that has not been released yet.
+  const auto mask = [&](int tile) {
+    if constexpr (Config::kIsMasked) {
+      mask_keys(s, shared.key_bits[k_use.stage()]);
+    } else if (tile < share.num_partial) {
       mask_columns(s, params.table.ranges[items.tiles().first_range + tile].tail);
     }
   };
@@ -163,8 +187,9 @@ __device__ inline void consume(const FwdKernelParams& params, FwdSharedStorage<C
     ptx::mbarrier_wait(shared.k_full[0], 0);
     issue_s();
     ptx::wgmma_wait<0>(s);
+    share = items.share();
+    mask(share.begin);
     release(shared.k_empty[0]);
-    mask_tail(0);
     softmax.start(s, params.softmax_scale_log2);
     weigh();
     softmax.settle<Element>();
@@ -173,11 +198,11 @@ __device__ inline void consume(const FwdKernelParams& params, FwdSharedStorage<C
   }
   while (has_keys) {
     clear(o);
-    for (int tile = 1; tile < items.tiles().num_tiles; ++tile) {
+    for (int tile = share.begin + 1; tile < share.end; ++tile) {
       const Ring v_use = k_use;
       ++k_use.count;
       issue_both(v_use);
-      mask_tail(tile);
+      mask(tile);
       weigh();
       const bool is_overflow = overflows();
       ptx::wgmma_wait<0>(o, s);
@@ -186,7 +211,7 @@ __device__ inline void consume(const FwdKernelParams& params, FwdSharedStorage<C
         float factor[2];
         issue_s();
         ptx::wgmma_wait<0>(s);
-        mask_tail(tile);
+        mask(tile);
         softmax.raise<Element>(s, params.softmax_scale_log2, factor);
         weigh();
         softmax.settle<Element>();
@@ -207,8 +232,9 @@ __device__ inline void consume(const FwdKernelParams& params, FwdSharedStorage<C
     if (has_keys) {
       ptx::mbarrier_wait(shared.q_full[q_use.stage()], q_use.full_parity());
       issue_both(v_use);
+      share = items.share();
+      mask(share.begin);
       release(shared.k_empty[k_use.stage()]);
-      mask_tail(0);
       softmax.start(s, params.softmax_scale_log2);
       weigh();
       overflows();
@@ -221,7 +247,7 @@ __device__ inline void consume(const FwdKernelParams& params, FwdSharedStorage<C
       ptx::wgmma_wait<0>(o);
     }
     release(shared.v_empty[v_use.stage()]);
-    store_result<Config>(params, finished.rows(), first_row, o, total);
+    store_item<Config>(params, finished, first_row, o, total);
   }
   for (bool is_left = items.item < params.table.num_items; is_left; is_left = items.next()) {
     clear(o);
@@ -246,7 +272,12 @@ __global__ void __launch_bounds__(Config::kThreads, 1)
   const int warpgroup = __shfl_sync(0xffffffff, threadIdx.x / kWarpgroup, 0);
   if (warpgroup == 0) {
     ptx::release_registers<Config::kProducerRegisters>();
-    if (threadIdx.x / 32 == 0 && ptx::elect_one()) produce(params, shared);
+    const int warp = threadIdx.x / 32;
+    if (warp == 0 && ptx::elect_one()) {
+      produce(params, shared);
+    } else if (Config::kIsMasked && warp == 1 && ptx::elect_one()) {
+      produce_key_bits(params, shared);
+    }
   } else {
     ptx::acquire_registers<Config::kConsumerRegisters>();
     consume(params, shared, warpgroup - 1);

@@ -1,7 +1,9 @@
 // What the instantiations of the forward launcher have in common with its dispatch.
 #pragma once
 
+#include "cuda/hopper/mask.h"
 #include "cuda/hopper/tensor_map.h"
+#include "cuda/hopper/work_table.h"
 #include "params.h"
 
 namespace mixed_attention::cuda::hopper {
@@ -13,8 +15,22 @@ struct FwdTensors {
 
 FwdTensors fwd_tensors(const FwdParams& params);
 
+// What the host decides about a launch before it.
+struct FwdPlan {
+  WorkTable table;
+  // What the parts of items come to: (parts, kBlockM, head_dim), normalised, and (parts, kBlockM), natural; null where
+  // there are none.
+  float* partial_out;
+  float* partial_lse;
+  MaskedKeys masked_keys;  // none without a mask
+  size_t workspace_size;
+};
+
+// Of the pointers it reads params.workspace, null for a plan of the same sizes, and asks whether there is a mask.
+FwdPlan plan_fwd(const FwdParams& params);
+
 // Instantiated in cuda/instantiations, one file per element type and head_dim.
 template <typename Element, int kHeadDim>
-void launch_fwd(const FwdParams& params);
+void launch_fwd(const FwdParams& params, const FwdPlan& plan);
 
 }  // namespace mixed_attention::cuda::hopper

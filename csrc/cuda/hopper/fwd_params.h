@@ -3,6 +3,8 @@
 
 #include <cuda.h>
 
+#include <cstdint>
+
 #include "cuda/hopper/work_table.h"
 #include "params.h"
 
@@ -16,7 +18,11 @@ struct FwdKernelParams {
   float* lse;
   Strides out_strides;
   int64_t seqlen_q;
-  int head_dim;  // at most the kernel's
+  int head_dim;        // at most the kernel's
+  float* partial_out;  // fwd_launch.h
+  float* partial_lse;
+  const uint32_t* visible;  // mask.h; null without a mask
+  int visible_step;         // words from one sequence to the next
   float softmax_scale, softmax_scale_log2;
   WorkTable table;
 };

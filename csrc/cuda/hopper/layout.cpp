@@ -3,6 +3,7 @@
 #include "cuda/hopper/bwd_config.h"
 #include "cuda/hopper/bwd_launch.h"
 #include "cuda/hopper/config.h"
+#include "cuda/hopper/fwd_launch.h"
 #include "cuda/hopper/launch.h"
 #include "schedule.h"
 
@@ -15,21 +16,29 @@ Layout layout(const AttentionParams& params, const Segments& segments, int tile_
   int64_t num_tiles = 0;
   for (const auto& segment : segments) num_tiles += (segment.rows.size() + tile_rows - 1) / tile_rows;
   num_tiles *= params.batch_size * params.num_heads;
-  return {tile_rows, block_rows, 1, num_tiles, num_multiprocessors(params.device)};
+  return {tile_rows, block_rows, 1, num_tiles, num_multiprocessors(params.device), 0};
 }
 
 }  // namespace
 
 Layout layout_fwd(const FwdParams& params) {
-  return with_fwd_head_dim(params.head_dim, [&]<int kHeadDim>() {
+  Layout result = with_fwd_head_dim(params.head_dim, [&]<int kHeadDim>() {
     using Tuning = FwdTuning<kHeadDim>;
     return layout(params, params.schedule->query_segments, Tuning::kConsumers * kWarpgroupRows, Tuning::kBlockN);
   });
+  if (fits_work_table(params)) {
+    const ItemSplits splits = plan_fwd(params).table.splits;
+    result.num_splits = splits.num_parts;
+    result.num_tiles += splits.num_items() - splits.num_whole;
+    result.num_split_tiles = splits.num_whole;
+  }
+  return result;
 }
 
 Layout layout_bwd(const BwdParams& params) {
   Layout result = layout(params, params.schedule->key_segments, 2 * kWarpgroupRows, kQueryTileRows);
   result.num_splits = num_query_splits(params, make_query_runs(*params.schedule));
+  if (result.num_splits > 1) result.num_split_tiles = result.num_tiles;
   result.num_tiles *= result.num_splits;
   return result;
 }

@@ -34,7 +34,9 @@ __device__ inline void transpose_quad(uint32_t (&words)[4]) {
   }
 }
 
-// Writes this warp's 16 rows of an item's output and log-sum-exp, those that exist. The threads of a quad hold pairs of
+constexpr float kLn2 = 0.693147180559945f;
+
+// Writes this warp's 16 rows of a tile's output and log-sum-exp, those that exist. The threads of a quad hold pairs of
 // the same rows' elements; they trade them for 16 bytes each, 64 in a row.
 template <typename Config>
 __device__ inline void store_result(const FwdKernelParams& params, const ItemRows& tile, int first_row,
@@ -66,8 +68,43 @@ __device__ inline void store_result(const FwdKernelParams& params, const ItemRow
             uint4{words[0], words[1], words[2], words[3]};
       }
     }
-    constexpr float kLn2 = 0.693147180559945f;
     if (exists && lane % 4 == 0) lse[8 * i] = sum == 0 ? -INFINITY : kLn2 * (softmax.offset[i] + log2f(sum));
+  }
+}
+
+// Writes this warp's 16 rows of what a part of an item comes to, whether they exist or not.
+template <typename Config>
+__device__ inline void store_part(const FwdKernelParams& params, int part, int first_row,
+                                  const float (&o)[Config::kHeadDim / 2], OnlineSoftmax softmax) {
+  const int lane = threadIdx.x % 32;
+  const int64_t row = int64_t{part} * Config::kBlockM + first_row + lane / 4;
+  softmax.finish();
+#pragma unroll
+  for (int i = 0; i < 2; ++i) {
+    float* out = params.partial_out + (row + 8 * i) * params.head_dim + lane % 4 * 2;
+    const float sum = softmax.row_sum[i];
+    const float inverse = sum == 0 ? 0 : __fdividef(1.f, sum);
+#pragma unroll
+    for (int column = 0; column < Config::kHeadDim; column += 8) {
+      const float* pair = o + column / 2 + 2 * i;
+      if (column < params.head_dim) {
+        *reinterpret_cast<float2*>(out + column) = make_float2(pair[0] * inverse, pair[1] * inverse);
+      }
+    }
+    if (lane % 4 == 0) {
+      params.partial_lse[row + 8 * i] = sum == 0 ? -INFINITY : kLn2 * (softmax.offset[i] + log2f(sum));
+    }
+  }
+}
+
+template <typename Config>
+__device__ inline void store_item(const FwdKernelParams& params, const ItemWalk<Config::kBlockM>& item, int first_row,
+                                  const float (&o)[Config::kHeadDim / 2], const OnlineSoftmax& softmax) {
+  const ItemSplits& splits = params.table.splits;
+  if (splits.has(item.item)) {
+    store_part<Config>(params, item.item - splits.begin, first_row, o, softmax);
+  } else {
+    store_result<Config>(params, item.rows(), first_row, o, softmax);
   }
 }
 

@@ -11,6 +11,30 @@ struct ItemRows {
   int head, batch;
 };
 
+// Which item it is, or is a part of. The backward knows no parts.
+template <typename Table>
+__device__ inline int number_of_item(const Table&, int item) {
+  return item;
+}
+__device__ inline int number_of_item(const WorkTable& table, int item) { return table.splits.number(item); }
+
+// The rows of the item of this number; segment: which it belongs to.
+template <int kTileRows, typename Table>
+__device__ inline ItemRows rows_of_item(const Table& table, int number, int segment) {
+  const auto& tiles = table.segments[segment];
+  const int number_in_segment = number - (segment == 0 ? 0 : table.segments[segment - 1].item_end);
+  const int num_tiles = (tiles.row_end - tiles.row_begin + kTileRows - 1) / kTileRows;
+  // Neighbouring items share a head, and thus keys and values in the L2 cache.
+  const int sequence = number_in_segment / num_tiles;
+  return {tiles.row_begin + number_in_segment % num_tiles * kTileRows, tiles.row_end, sequence % table.num_heads,
+          sequence / table.num_heads};
+}
+
+// Of an item's key tiles those from begin to end, at least one. The first num_partial of all are partial ones.
+struct TileShare {
+  int begin, end, num_partial;
+};
+
 // The items of this block, by number. kSharers blocks in a row have the same items.
 template <int kTileRows, typename Table = WorkTable, int kSharers = 1>
 struct ItemWalk {
@@ -29,7 +53,7 @@ struct ItemWalk {
     if (item >= table.num_items) return false;
     ++round;
     // A block's items stand in ascending order: the search goes on where it ended.
-    while (item >= tiles().item_end) ++segment;
+    while (number_of_item(table, item) >= tiles().item_end) ++segment;
     return true;
   }
 
@@ -38,13 +62,15 @@ struct ItemWalk {
 
   __device__ const auto& tiles() const { return table.segments[segment]; }
 
-  // Neighbouring items share a head, and thus keys and values in the L2 cache.
-  __device__ ItemRows rows() const {
-    const int item_of_segment = item - (segment == 0 ? 0 : table.segments[segment - 1].item_end);
-    const int num_tiles = (tiles().row_end - tiles().row_begin + kTileRows - 1) / kTileRows;
-    const int sequence = item_of_segment / num_tiles;
-    return {tiles().row_begin + item_of_segment % num_tiles * kTileRows, tiles().row_end, sequence % table.num_heads,
-            sequence / table.num_heads};
+  __device__ ItemRows rows() const { return rows_of_item<kTileRows>(table, number_of_item(table, item), segment); }
+
+  // The key tiles that a part, or a whole item, goes through.
+  __device__ TileShare share() const {
+    const int num_tiles = tiles().num_tiles;
+    const ItemSplits& splits = table.splits;
+    if (!splits.has(item)) return {0, num_tiles, tiles().num_partial};
+    const int part = (item - splits.begin) % splits.num_parts;
+    return {num_tiles * part / splits.num_parts, num_tiles * (part + 1) / splits.num_parts, tiles().num_partial};
   }
 };
 
@@ -77,8 +103,17 @@ struct KeyTileIterator {
   int num_partial;
   int range = 0, tile = 0;
 
-  __device__ KeyTileIterator(const WorkTable& table, const QueryTiles& segment)
-      : ranges(table.ranges + segment.first_range), num_partial(segment.num_partial) {}
+  // Starts at the tile of this index.
+  __device__ KeyTileIterator(const WorkTable& table, const QueryTiles& segment, int first = 0)
+      : ranges(table.ranges + segment.first_range), num_partial(segment.num_partial) {
+    if (first < num_partial) {
+      range = first;
+    } else {
+      tile = first - num_partial;
+      num_partial = 0;
+      for (; tile >= ranges[range].num_full; ++range) tile -= ranges[range].num_full;
+    }
+  }
 
   __device__ KeyTile next() {
     if (num_partial > 0) {

@@ -19,14 +19,32 @@ struct QueryTiles {
   int row_begin, row_end;
   int first_range, num_ranges;  // in WorkTable::ranges; those with a partial tile come first
   int num_partial, num_tiles;   // key tiles: partial ones, and all
-  int item_end;                 // items of this segment and of all before it
+  int item_end;                 // items of this segment and of all before it, in the count of whole ones
+};
+
+// Some items are cut into parts, each of which goes through a share of the key tiles. Parts are items, too, and take
+// the place of theirs one after the other.
+struct ItemSplits {
+  int begin = 0;      // the first of those items
+  int num_whole = 0;  // how many they were
+  int num_parts = 1;  // of each
+
+  constexpr int num_items() const { return num_whole * num_parts; }
+  constexpr bool has(int item) const { return begin <= item && item < begin + num_items(); }
+
+  // Which item it is, or is a part of, in the count of whole ones.
+  constexpr int number(int item) const {
+    if (item < begin) return item;
+    return has(item) ? begin + (item - begin) / num_parts : item - num_items() + num_whole;
+  }
 };
 
 struct WorkTable {
   static constexpr int kMaxSegments = 64;
   static constexpr int kMaxRanges = 128;
 
-  int num_items, num_heads;
+  int num_items, num_heads;  // parts count each
+  ItemSplits splits;
   QueryTiles segments[kMaxSegments];  // most key tiles first
   KeyTiles ranges[kMaxRanges];
 };

@@ -2,6 +2,6 @@
 
 namespace mixed_attention::cuda::hopper {
 
-template void launch_fwd<__nv_bfloat16, 96>(const FwdParams& params);
+template void launch_fwd<__nv_bfloat16, 96>(const FwdParams& params, const FwdPlan& plan);
 
 }  // namespace mixed_attention::cuda::hopper

@@ -2,8 +2,8 @@
 #pragma once
 
 #include "cuda/portable/bwd_kernel.cuh"
-#include "cuda/portable/combine_kernel.cuh"
 #include "cuda/portable/launch_common.cuh"
+#include "cuda/portable/sum_kernel.cuh"
 
 namespace mixed_attention::cuda::portable {
 

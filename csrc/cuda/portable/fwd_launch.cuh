@@ -1,11 +1,21 @@
 // Launches the forward of one arithmetic and head_dim.
 #pragma once
 
-#include "cuda/portable/combine_kernel.cuh"
+#include "cuda/combine_kernel.cuh"
 #include "cuda/portable/fwd_kernel.cuh"
 #include "cuda/portable/launch_common.cuh"
 
 namespace mixed_attention::cuda::portable {
+
+// All rows of the output; their parts (num_splits, batch_size, num_heads, seqlen_q).
+struct AllRows {
+  int64_t num_heads, seqlen_q, num_rows;
+
+  __device__ SplitRow find(int64_t index) const {
+    const int64_t copy = index / seqlen_q;
+    return {index < num_rows, copy / num_heads, copy % num_heads, index % seqlen_q, index, num_rows};
+  }
+};
 
 template <Arithmetic kArithmetic, int kHeadDim>
 void launch_fwd(const FwdParams& params, const FwdPlan& plan) {
@@ -36,9 +46,10 @@ void launch_fwd(const FwdParams& params, const FwdPlan& plan) {
   check(cudaGetLastError(), "portable_fwd_kernel");
   if (plan.partial_out == nullptr) return;
   const int64_t rows = copies * params.seqlen_q;
-  portable_combine_kernel<Element><<<blocks_for(32 * rows, 256), 256, 0, stream>>>(
-      params, plan.partial_out, plan.partial_lse, plan.pass.table.num_splits);
-  check(cudaGetLastError(), "portable_combine_kernel");
+  combine_kernel<Element><<<blocks_for(32 * rows, 256), 256, 0, stream>>>(
+      params, plan.partial_out, plan.partial_lse, plan.pass.table.num_splits,
+      AllRows{params.num_heads, params.seqlen_q, rows});
+  check(cudaGetLastError(), "combine_kernel");
 }
 
 }  // namespace mixed_attention::cuda::portable

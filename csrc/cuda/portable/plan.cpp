@@ -51,7 +51,13 @@ Pass::Pass(HostWork work, const Tile& tile, int64_t copies, int device, Scratch&
 unsigned Pass::grid(int64_t copies) const { return static_cast<unsigned>(copies * table.num_tiles * table.num_splits); }
 
 Layout Pass::layout(const Tile& tile, int64_t copies, int device) const {
-  return {tile.rows, tile.block_rows, table.num_splits, grid(copies), tile.blocks * num_multiprocessors(device)};
+  const int64_t num_tiles = copies * table.num_tiles;
+  return {tile.rows,
+          tile.block_rows,
+          table.num_splits,
+          grid(copies),
+          tile.blocks * num_multiprocessors(device),
+          table.num_splits > 1 ? num_tiles : 0};
 }
 
 FwdPlan plan_fwd(const FwdParams& params) {

@@ -5,28 +5,10 @@
 
 #include "cuda/portable/config.h"
 #include "cuda/portable/launch.h"
+#include "cuda/scratch.h"
 #include "cuda/work_table.h"
 
 namespace mixed_attention::cuda::portable {
-
-// Hands out 256-byte aligned parts of the workspace; without one it counts their bytes.
-class Scratch {
- public:
-  explicit Scratch(void* workspace) : base_(static_cast<char*>(workspace)) {}
-
-  template <class T>
-  T* take(int64_t count) {
-    T* part = base_ ? reinterpret_cast<T*>(base_ + bytes_) : nullptr;
-    bytes_ += (static_cast<size_t>(count) * sizeof(T) + 255) / 256 * 256;
-    return part;
-  }
-
-  size_t bytes() const { return bytes_; }
-
- private:
-  char* base_;
-  size_t bytes_ = 0;
-};
 
 // One pass over the tiles: the table as the kernel gets it, and what of it must be brought to the device first.
 struct Pass {

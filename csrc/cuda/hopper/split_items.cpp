@@ -1,0 +1,91 @@
+#include "cuda/hopper/split_items.h"
+
+#include <algorithm>
+
+namespace mixed_attention::cuda::hopper {
+namespace {
+
+// In steps of a key tile, each of which takes the tensor cores about a microsecond.
+constexpr int kStepsOfItem = 3;       // to begin and to end
+constexpr int kStepsOfPart = 2;       // beside, as its output leaves in fp32 and is read once more
+constexpr int kStepsOfCombining = 2;  // the second launch
+
+constexpr int kMaxParts = 32;   // the combination goes through them one by one
+constexpr int kMaxRounds = 3;   // that parts are made to fill
+constexpr int kLeastGain = 32;  // of the time, one in so many: the estimate is not better than that
+
+int ceil_div(int a, int b) { return (a + b - 1) / b; }
+
+// Key tiles of an item; number: without parts.
+int num_tiles_of(const WorkTable& table, int number) {
+  const QueryTiles* segment = table.segments;
+  while (number >= segment->item_end) ++segment;
+  return segment->num_tiles;
+}
+
+int steps_of_item(const WorkTable& table, const ItemSplits& splits, int item) {
+  const int num_tiles = num_tiles_of(table, splits.number(item));
+  if (num_tiles == 0) return 1;
+  return splits.has(item) ? ceil_div(num_tiles, splits.num_parts) + kStepsOfItem + kStepsOfPart
+                          : num_tiles + kStepsOfItem;
+}
+
+int steps_of_launch(const WorkTable& table, const ItemSplits& splits, int num_items, int num_blocks) {
+  int steps = splits.num_parts > 1 ? kStepsOfCombining : 0;
+  for (int first = 0; first < num_items; first += num_blocks) {
+    // Items become shorter, but after the parts.
+    const int parts_end = splits.begin + splits.num_items();
+    const bool ends = first < parts_end && parts_end < std::min(first + num_blocks, num_items);
+    steps += std::max(steps_of_item(table, splits, first), ends ? steps_of_item(table, splits, parts_end) : 0);
+  }
+  return steps;
+}
+
+// How many items have at least so many key tiles.
+int num_items_of(const WorkTable& table, int least_tiles) {
+  int num_items = 0;
+  for (const QueryTiles* segment = table.segments; num_items < table.num_items && segment->num_tiles >= least_tiles;
+       ++segment) {
+    num_items = segment->item_end;
+  }
+  return num_items;
+}
+
+}  // namespace
+
+int steps_of_launch(const WorkTable& table, int num_blocks) {
+  return steps_of_launch(table, table.splits, table.num_items, num_blocks);
+}
+
+void split_items(WorkTable& table, int num_blocks) {
+  if (table.num_items == 0) return;
+  const int steps_of_whole = steps_of_launch(table, num_blocks);
+  int least_steps = steps_of_whole - steps_of_whole / kLeastGain;
+  ItemSplits best;
+  const auto num_items = [&](const ItemSplits& splits) {
+    return table.num_items + splits.num_items() - splits.num_whole;
+  };
+  const auto consider = [&](const ItemSplits& splits) {
+    const int steps = steps_of_launch(table, splits, num_items(splits), num_blocks);
+    if (steps < least_steps) {
+      least_steps = steps;
+      best = splits;
+    }
+  };
+  const int half_of_longest = std::max(1, ceil_div(table.segments[0].num_tiles, 2));
+  for (const int least_tiles : {1, half_of_longest}) {
+    const int end = num_items_of(table, least_tiles);
+    for (const int begin : {0, end / num_blocks * num_blocks}) {
+      if (begin == end) continue;
+      const int limit = std::min(kMaxParts, num_tiles_of(table, end - 1));  // no part is without a tile
+      for (int rounds = 1; rounds <= kMaxRounds; ++rounds) {
+        const int num_parts = std::min(limit, rounds * num_blocks / (end - begin));
+        if (num_parts > 1) consider({begin, end - begin, num_parts});
+      }
+    }
+  }
+  table.num_items = num_items(best);
+  table.splits = best;
+}
+
+}  // namespace mixed_attention::cuda::hopper

@@ -1,0 +1,15 @@
+// Cutting items into parts, so that a launch of few or of unevenly many keeps the whole device busy to its end.
+#pragma once
+
+#include "cuda/hopper/work_table.h"
+
+namespace mixed_attention::cuda::hopper {
+
+// Cuts items of a table without parts where the launch then ends clearly earlier: all, the longest ones, or those of
+// the last round, which may be a few only. num_blocks: that run at a time.
+void split_items(WorkTable& table, int num_blocks);
+
+// About how long a launch takes, in steps of a key tile: in each round of num_blocks items all wait for the longest.
+int steps_of_launch(const WorkTable& table, int num_blocks);
+
+}  // namespace mixed_attention::cuda::hopper
