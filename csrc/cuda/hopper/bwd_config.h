@@ -52,12 +52,12 @@ struct DkDvTuning<128> {
 };
 
 // With kAddsDq a third warpgroup computes what the key tile adds to dq. The queries of a key tile are split over the
-// kSplits blocks of a cluster.
-template <typename Element_, int kHeadDim_, bool kAddsDq_, int kSplits_ = 1>
+// kSplits blocks of a cluster. kIsMasked: by a key padding mask.
+template <typename Element_, int kHeadDim_, bool kIsMasked_, bool kAddsDq_, int kSplits_ = 1>
 struct DkDvConfig : DkDvTuning<kHeadDim_> {
   using Element = Element_;
   static constexpr int kHeadDim = kHeadDim_;
-  static constexpr bool kAddsDq = kAddsDq_;
+  static constexpr bool kIsMasked = kIsMasked_, kAddsDq = kAddsDq_;
   static constexpr int kSplits = kSplits_;
   static constexpr int kConsumers = 2;
   static constexpr int kBlockM = kQueryTileRows, kBlockN = kConsumers * kWarpgroupRows;
@@ -65,7 +65,7 @@ struct DkDvConfig : DkDvTuning<kHeadDim_> {
   static constexpr int kProducerRegisters = kSplits > 1 ? 48 : 24, kDqRegisters = 96;
   static constexpr int kConsumerRegisters = !kAddsDq ? 240 : kSplits > 1 ? 184 : 192;
   // The operands of the products for dk and dv take turns in the same registers where these are few.
-  static constexpr bool kSharesOperand = kHeadDim > 64 || kSplits > 1;
+  static constexpr bool kSharesOperand = kHeadDim > 64 || kSplits > 1 || kIsMasked;
 
   static constexpr int kSlabColumns = slab_columns(kHeadDim), kRowBytes = kSlabColumns * sizeof(Element);
   static constexpr int kSlabBytesM = kBlockM * kSlabColumns * sizeof(Element);
@@ -125,10 +125,11 @@ struct DkDvSharedStorage {
 
 // The kernel that computes all gradients of wide heads: two warpgroups of 64 key rows, each with half of the columns of
 // dq. A tile of queries, and one of output gradients, waits in its buffer for one step.
-template <typename Element_, int kHeadDim_>
+template <typename Element_, int kHeadDim_, bool kIsMasked_>
 struct DqDkDvConfig {
   using Element = Element_;
   static constexpr int kHeadDim = kHeadDim_, kSplits = 1;
+  static constexpr bool kIsMasked = kIsMasked_;
   static constexpr int kStagesQ = 3, kStagesDout = 2, kStagesDs = 3;
   static constexpr int kConsumers = 2;
   static constexpr int kBlockM = kQueryTileRows, kBlockN = kConsumers * kWarpgroupRows;
@@ -192,14 +193,15 @@ struct DqTuning<128> {
   static constexpr int kStages = 2;
 };
 
-template <typename Element_, int kHeadDim_>
+template <typename Element_, int kHeadDim_, bool kIsMasked_>
 struct DqConfig : DqTuning<kHeadDim_> {
   using Element = Element_;
   static constexpr int kHeadDim = kHeadDim_, kSplits = 1;
+  static constexpr bool kIsMasked = kIsMasked_;
   static constexpr int kConsumers = 2;
   static constexpr int kBlockM = kConsumers * kWarpgroupRows, kBlockN = 128;
   static constexpr int kThreads = (1 + kConsumers) * kWarpgroup;
-  static constexpr int kProducerRegisters = 24, kConsumerRegisters = 240;
+  static constexpr int kProducerRegisters = kIsMasked ? 40 : 24, kConsumerRegisters = kIsMasked ? 232 : 240;
 
   static constexpr int kSlabColumns = slab_columns(kHeadDim), kRowBytes = kSlabColumns * sizeof(Element);
   static constexpr int kSlabBytesM = kBlockM * kSlabColumns * sizeof(Element);
@@ -219,6 +221,8 @@ struct DqSharedStorage {
   alignas(1024) Element k[Config::kStages][Config::kBlockN * Config::kHeadDim];
   alignas(1024) Element v[Config::kStages][Config::kBlockN * Config::kHeadDim];
   alignas(1024) Element staging[Config::kBlockM * Config::kHeadDim];  // (rows, head_dim), 16 rows a warp
+
+  alignas(16) uint32_t key_bits[Config::kStages][kKeyBitWords];  // of k's tiles; only under a mask
 
   uint64_t q_full, q_empty;  // and dout
   uint64_t k_full[Config::kStages], k_empty[Config::kStages];

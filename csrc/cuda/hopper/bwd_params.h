@@ -44,6 +44,8 @@ struct DkDvKernelParams {
   QueryStats stats;
   float* dq_sums;  // add_sums.cuh; null where another kernel computes dq
   int head_dim;
+  const uint32_t* visible;  // mask.h; null without a mask
+  int visible_step;
   float softmax_scale, softmax_scale_log2;
   KeyWorkTable table;
 };
@@ -58,6 +60,9 @@ struct DqSumsKernelParams {
   QueryRun runs[BwdStatsKernelParams::kMaxRuns];
 };
 
+// Of items that are never cut into parts.
+struct UncutWorkTable : WorkTable {};
+
 struct DqKernelParams {
   CUtensorMap q, dout, k, v;
   int q_batch_step, dout_batch_step, k_batch_step, v_batch_step;
@@ -67,8 +72,10 @@ struct DqKernelParams {
   const float* delta;  // likewise
   int64_t seqlen_q;
   int head_dim;
+  const uint32_t* visible;  // mask.h; null without a mask
+  int visible_step;
   float softmax_scale, softmax_scale_log2;
-  WorkTable table;
+  UncutWorkTable table;
 };
 
 // What a kernel's parameters may take without costing the launch; newer drivers allow 32 KiB.

@@ -22,6 +22,7 @@
 #include "cuda/hopper/bwd_params.h"
 #include "cuda/hopper/bwd_scores.cuh"
 #include "cuda/hopper/dq_adder.cuh"
+#include "cuda/hopper/own_keys.cuh"
 #include "cuda/hopper/products.cuh"
 #include "cuda/hopper/query_producer.cuh"
 #include "cuda/hopper/ring.cuh"
@@ -86,9 +87,11 @@ __device__ inline void consume(const DkDvKernelParams& params, DkDvSharedStorage
     const int num_tiles = QueryShare<Config>(item.tiles()).count;
     const int row_begin = item.row_begin + first_row;
     const int num_rows = item.tiles().row_end - row_begin;
+    const auto find_own_keys = [&] { return OwnKeys<Config::kIsMasked>(params, item.batch, row_begin, num_rows); };
     float dk[kHeadDim / 2] = {}, dv[kHeadDim / 2] = {};
 
     if (num_tiles > 0) {
+      [[maybe_unused]] const auto own_keys = find_own_keys();
       float s[kBlockM / 2], dp[kBlockM / 2];
       uint32_t p_operand[kBlockM / 4], ds_operand[kBlockM / 4] = {};
       ptx::mbarrier_wait(shared.kv_full, kv_parity);
@@ -121,7 +124,7 @@ __device__ inline void consume(const DkDvKernelParams& params, DkDvSharedStorage
         issue_transposed_scores(s, k, tile_of(q_ring, next.stage()));
         if constexpr (Config::kSharesOperand) ptx::wgmma_wait<1>(dv);
         round_operand<Element>(ds_operand, dp);
-        if constexpr (Config::kAddsDq) hand_over(shared.dq_exchange, num_used, ds_operand, first_row, num_rows);
+        if constexpr (Config::kAddsDq) hand_over(shared.dq_exchange, num_used, ds_operand, first_row, own_keys);
         ptx::wgmma_wait<0>(dv, s);
         release(shared.dout_empty[dout.stage()]);
       }
@@ -134,7 +137,8 @@ __device__ inline void consume(const DkDvKernelParams& params, DkDvSharedStorage
       scale_all(dk, params.softmax_scale);
     }
 
-    const auto store = [&](const float (&grad)[kHeadDim / 2], void* tensor, const Strides& strides) {
+    const auto store = [&](float (&grad)[kHeadDim / 2], void* tensor, const Strides& strides) {
+      if constexpr (Config::kIsMasked) clear_other_keys(grad, find_own_keys());
       Element* target = static_cast<Element*>(tensor) + item.batch * strides.batch + row_begin * strides.row +
                         item.head * strides.head;
       store_rows<Element, kHeadDim>(staging, grad, target, strides.row, num_rows, params.head_dim);

@@ -21,6 +21,7 @@
 #include "cuda/hopper/bwd_params.h"
 #include "cuda/hopper/bwd_scores.cuh"
 #include "cuda/hopper/ds_exchange.cuh"
+#include "cuda/hopper/own_keys.cuh"
 #include "cuda/hopper/products.cuh"
 #include "cuda/hopper/query_producer.cuh"
 #include "cuda/hopper/ring.cuh"
@@ -75,6 +76,7 @@ __device__ inline void consume(const DkDvKernelParams& params, DqDkDvSharedStora
     const int num_tiles = item.tiles().num_tiles;
     const int row_begin = item.row_begin + first_row;
     const int num_rows = item.tiles().row_end - row_begin;
+    const OwnKeys<Config::kIsMasked> own_keys(params, item.batch, row_begin, num_rows);
     float dk[kHeadDim / 2] = {}, dv[kHeadDim / 2] = {};
 
     if (num_tiles > 0) {
@@ -115,7 +117,7 @@ __device__ inline void consume(const DkDvKernelParams& params, DqDkDvSharedStora
         ptx::wgmma_wait<0>(dv);
         release(shared.dout_empty[dout.stage()]);
         round_operand<Element>(ds_operand, dp);
-        hand_over(shared.exchange, num_used, ds_operand, first_row, num_rows);
+        hand_over(shared.exchange, num_used, ds_operand, first_row, own_keys);
         if (tile > 0) wait_for_ds(previous);
         issue_dq(dq, previous);
         issue_column_products<Element>(dk, ds_operand, q_tile);
@@ -142,7 +144,8 @@ __device__ inline void consume(const DkDvKernelParams& params, DqDkDvSharedStora
       ptx::named_barrier_sync(barrier, kWarpgroup);
     }
 
-    const auto store = [&](const float (&grad)[kHeadDim / 2], void* tensor, const Strides& strides) {
+    const auto store = [&](float (&grad)[kHeadDim / 2], void* tensor, const Strides& strides) {
+      if constexpr (Config::kIsMasked) clear_other_keys(grad, own_keys);
       Element* target = static_cast<Element*>(tensor) + item.batch * strides.batch + row_begin * strides.row +
                         item.head * strides.head;
       store_rows<Element, kHeadDim>(reinterpret_cast<Element*>(staging) + warp * kWarpRows * kHeadDim, grad, target,

@@ -7,6 +7,7 @@
 #include <cstdint>
 
 #include "cuda/hopper/bwd_config.h"
+#include "cuda/hopper/own_keys.cuh"
 #include "cuda/hopper/ring.cuh"
 #include "cuda/ptx/fence.cuh"
 #include "cuda/ptx/mbarrier.cuh"
@@ -23,16 +24,16 @@ __device__ inline void init_barriers(DsExchange<Config, kStages>& exchange, int 
   }
 }
 
-// Gives those who compute dq a tile's ds of this warp's 16 keys, which start at first_row. Rows from num_rows on are
-// past the end of the keys: their weights may be infinite, and zeros take their place.
-template <typename Config, int kStages>
+// Gives those who compute dq a tile's ds of this warp's 16 keys, which start at first_row. Of this thread's keys, zeros
+// take the place of those that do not count (own_keys.cuh).
+template <typename Config, int kStages, bool kIsMasked>
 __device__ inline void hand_over(DsExchange<Config, kStages>& exchange, uint32_t count, const uint32_t (&ds)[16],
-                                 int first_row, int num_rows) {
+                                 int first_row, const OwnKeys<kIsMasked>& own_keys) {
   const RingUse<kStages> use{count};
   const int lane = threadIdx.x % 32;
   const int row = first_row + lane % 16;
-  const bool exists[2] = {lane / 4 < num_rows, lane / 4 + 8 < num_rows};
-  const auto word = [&](int i) { return exists[i % 2] ? ds[i] : 0; };
+  const bool counts[2] = {own_keys.count(0), own_keys.count(1)};
+  const auto word = [&](int i) { return counts[i % 2] ? ds[i] : 0; };
 
   ptx::mbarrier_wait(exchange.ds_empty[use.stage()], use.empty_parity());
   const uint32_t target = ptx::shared_address(exchange.ds[use.stage()]) + row * kRowBytes;
