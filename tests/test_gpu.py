@@ -90,6 +90,15 @@ def test_padding_masks(mask, head_dim, dtype, device):
 
 
 @each_dtype
+@pytest.mark.parametrize("head_dim", [8, 32, 40, 64, 96, 120])
+@pytest.mark.parametrize("mask", [None, "random", "blocked"])
+def test_widths_and_masks_in_deterministic_mode(mask, head_dim, dtype, device):
+    case = Case((77, 330), "a>b b>ab", 2, num_heads=2, head_dim=head_dim, mask=mask, dtype=dtype)
+    with deterministic():
+        check(case, device)
+
+
+@each_dtype
 @pytest.mark.parametrize("heavy_tails", [False, True], ids=["normal", "heavy tails"])
 def test_few_queries_of_many_keys_and_many_of_few(heavy_tails, dtype, device):
     check(SPLIT.with_(dtype=dtype, heavy_tails=heavy_tails), device)
@@ -124,6 +133,16 @@ def test_heavy_tails(case, dtype, device):
 def test_logits_that_would_overflow(attends, device):
     for dtype in (FP16, BF16):
         check(Case((200, 130), attends, head_dim=64, magnitude=300.0, dtype=dtype), device)
+
+
+@pytest.mark.parametrize("head_dim", [64, 128])
+def test_keys_beside_a_single_one_of_small_logits(head_dim, device):
+    """The weight of a key that does not count, masked or past the end, would be infinite."""
+    case = Case((200, 2), "a>b b>b", num_heads=2, skip_unread_keys=True, mask="front", magnitude=300.0)
+    for dtype in (FP16, BF16):
+        check(case.with_(head_dim=head_dim, dtype=dtype), device)
+        with deterministic():
+            check(case.with_(head_dim=head_dim, dtype=dtype), device)
 
 
 @pytest.mark.parametrize("case", CASES.values(), ids=CASES)

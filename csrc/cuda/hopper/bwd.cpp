@@ -10,13 +10,14 @@
 #include "cuda/hopper/key_work_table.h"
 #include "cuda/hopper/launch.h"
 #include "cuda/hopper/work_table.h"
+#include "cuda/scratch.h"
 
 namespace mixed_attention::cuda::hopper {
 namespace {
 
-template <typename Element>
-void run_element(const BwdParams& params) {
-  params.head_dim == 64 ? launch_bwd<Element, 64>(params) : launch_bwd<Element, 128>(params);
+// Of the kernels that serve a call.
+int kernel_head_dim(const BwdParams& params) {
+  return with_bwd_head_dim(params.head_dim, []<int kHeadDim>() { return kHeadDim; });
 }
 
 // Floats of a statistic by tiles. Every query segment may end in a tile that is filled up.
@@ -26,9 +27,7 @@ int64_t size_by_tiles(const BwdParams& params) {
 
 int64_t num_rows(const BwdParams& params) { return params.batch_size * params.num_heads * params.seqlen_q; }
 
-}  // namespace
-
-BwdTensors bwd_tensors(const BwdParams& params) {
+BwdTensors given_tensors(const BwdParams& params) {
   const auto view = [&](const void* data, int64_t seqlen, const Strides& strides) {
     return TensorView{data, params.dtype, params.batch_size, seqlen, params.num_heads, params.head_dim, strides};
   };
@@ -36,18 +35,37 @@ BwdTensors bwd_tensors(const BwdParams& params) {
           view(params.v, params.seqlen_k, params.v_strides), view(params.dout, params.seqlen_q, params.dout_strides)};
 }
 
+}  // namespace
+
 BwdWorkspace bwd_workspace(const BwdParams& params) {
-  float* begin = static_cast<float*>(params.workspace);
+  Scratch scratch(params.workspace);
   const int64_t size = size_by_tiles(params);
-  float* rest = begin + 2 * size;
-  return adds_dq(params) ? BwdWorkspace{begin, begin + size, nullptr, rest}
-                         : BwdWorkspace{begin, begin + size, rest, nullptr};
+  BwdWorkspace workspace{};
+  workspace.lse_log2 = scratch.take<float>(size);
+  workspace.delta = scratch.take<float>(size);
+  if (adds_dq(params)) {
+    workspace.dq_sums = scratch.take<float>(size * kernel_head_dim(params));
+  } else {
+    workspace.delta_of_rows = scratch.take<float>(num_rows(params));
+  }
+  if (params.key_padding_mask != nullptr) workspace.masked_keys = plan_masked_keys(params, scratch, true);
+  workspace.size = scratch.bytes();
+  return workspace;
 }
 
-bool adds_dq(const BwdParams& params) { return !params.deterministic && params.head_dim == 64; }
+BwdTensors bwd_tensors(const BwdParams& params, const BwdWorkspace& workspace) {
+  BwdTensors tensors = given_tensors(params);
+  if (params.key_padding_mask != nullptr) {
+    tensors.k = masked_view(params, workspace.masked_keys, workspace.masked_keys.keys);
+    tensors.v = masked_view(params, workspace.masked_keys, workspace.masked_keys.values);
+  }
+  return tensors;
+}
+
+bool adds_dq(const BwdParams& params) { return !params.deterministic && can_add_dq(kernel_head_dim(params)); }
 
 int num_query_splits(const BwdParams& params, const std::vector<QueryRun>& runs) {
-  if (!adds_dq(params)) return 1;
+  if (!adds_dq(params) || kernel_head_dim(params) > 64 || params.key_padding_mask != nullptr) return 1;
   const KeyWorkTable table = make_key_work_table(params, runs, 2 * kWarpgroupRows);
   const int num_blocks = num_multiprocessors(params.device);
   return steps_of_longest_block(table, num_blocks / 2, 2) < steps_of_longest_block(table, num_blocks, 1) ? 2 : 1;
@@ -55,27 +73,28 @@ int num_query_splits(const BwdParams& params, const std::vector<QueryRun>& runs)
 
 std::string refusal_bwd(const Problem& problem) {
   if (std::string refusal = refusal_fwd(problem); !refusal.empty()) return refusal;
-  if (problem.head_dim == 64 || problem.head_dim == 128) return "";
-  return "head_dim is " + std::to_string(problem.head_dim) + ", not 64 or 128";
+  if (problem.head_dim > kMaxBwdHeadDim) {
+    return "head_dim is " + std::to_string(problem.head_dim) + ", above " + std::to_string(kMaxBwdHeadDim);
+  }
+  return "";
 }
 
 bool can_bwd(const BwdParams& params) {
-  const BwdTensors tensors = bwd_tensors(params);
+  const BwdTensors tensors = given_tensors(params);
   // Keys past a range's end get the score -inf, whose weight is zero only under a positive scale.
-  return params.softmax_scale > 0 && params.dropout_p == 0 && params.key_padding_mask == nullptr &&
-         can_map(tensors.q) && can_map(tensors.k) && can_map(tensors.v) && can_map(tensors.dout) &&
-         can_store(params.out, params.out_strides) && can_store(params.dq, params.dq_strides) &&
-         can_store(params.dk, params.dk_strides) && can_store(params.dv, params.dv_strides) &&
-         fits_work_table(params) && fits_key_work_table(params);
+  return params.softmax_scale > 0 && params.dropout_p == 0 && can_map(tensors.q) && can_map(tensors.k) &&
+         can_map(tensors.v) && can_map(tensors.dout) && can_store(params.out, params.out_strides) &&
+         can_store(params.dq, params.dq_strides) && can_store(params.dk, params.dk_strides) &&
+         can_store(params.dv, params.dv_strides) && fits_work_table(params) && fits_key_work_table(params);
 }
 
-size_t bwd_workspace_size(const BwdParams& params) {
-  const int64_t size = size_by_tiles(params);
-  return (2 * size + (adds_dq(params) ? size * params.head_dim : num_rows(params))) * sizeof(float);
-}
+size_t bwd_workspace_size(const BwdParams& params) { return bwd_workspace(params).size; }
 
 void run_bwd(const BwdParams& params) {
-  params.dtype == DType::kBFloat16 ? run_element<__nv_bfloat16>(params) : run_element<__half>(params);
+  with_bwd_head_dim(params.head_dim, [&]<int kHeadDim>() {
+    params.dtype == DType::kBFloat16 ? launch_bwd<__nv_bfloat16, kHeadDim>(params)
+                                     : launch_bwd<__half, kHeadDim>(params);
+  });
 }
 
 }  // namespace mixed_attention::cuda::hopper

@@ -7,6 +7,22 @@
 
 namespace mixed_attention::cuda::hopper {
 
+// As kFwdHeadDims. Gradients of wider heads do not fit the registers of their warpgroups.
+inline constexpr int kBwdHeadDims[] = {32, 64, 96, 128};
+inline constexpr int kMaxBwdHeadDim = 128;
+
+template <typename Visit>
+auto with_bwd_head_dim(int64_t head_dim, const Visit& visit) {
+  return with_head_dim_of<kBwdHeadDims>(head_dim, visit);
+}
+
+// Whether a kernel can compute all gradients of such heads. At 96 the registers of three warpgroups fall some words
+// short of it, and the two of dq_dk_dv_kernel.cuh need halves of 64 columns.
+constexpr bool can_add_dq(int head_dim) { return head_dim != 96; }
+
+// Whether the sums of dq are those of dqᵀ, which has 64 rows to a product, or as they stand.
+constexpr bool transposes_dq(int head_dim) { return head_dim % kWarpgroupRows == 0; }
+
 // Query rows of one step of the kernel for dk and dv; the statistics of the queries are stored by such tiles.
 inline constexpr int kQueryTileRows = 64;
 
@@ -16,8 +32,18 @@ template <int kHeadDim>
 struct DkDvTuning;
 
 template <>
+struct DkDvTuning<32> {
+  static constexpr int kStagesQ = 5, kStagesDout = 5;
+};
+
+template <>
 struct DkDvTuning<64> {
   static constexpr int kStagesQ = 5, kStagesDout = 5;
+};
+
+template <>
+struct DkDvTuning<96> {
+  static constexpr int kStagesQ = 5, kStagesDout = 4;
 };
 
 template <>
@@ -26,12 +52,12 @@ struct DkDvTuning<128> {
 };
 
 // With kAddsDq a third warpgroup computes what the key tile adds to dq. The queries of a key tile are split over the
-// kSplits blocks of a cluster.
-template <typename Element_, int kHeadDim_, bool kAddsDq_, int kSplits_ = 1>
+// kSplits blocks of a cluster. kIsMasked: by a key padding mask.
+template <typename Element_, int kHeadDim_, bool kIsMasked_, bool kAddsDq_, int kSplits_ = 1>
 struct DkDvConfig : DkDvTuning<kHeadDim_> {
   using Element = Element_;
   static constexpr int kHeadDim = kHeadDim_;
-  static constexpr bool kAddsDq = kAddsDq_;
+  static constexpr bool kIsMasked = kIsMasked_, kAddsDq = kAddsDq_;
   static constexpr int kSplits = kSplits_;
   static constexpr int kConsumers = 2;
   static constexpr int kBlockM = kQueryTileRows, kBlockN = kConsumers * kWarpgroupRows;
@@ -39,8 +65,9 @@ struct DkDvConfig : DkDvTuning<kHeadDim_> {
   static constexpr int kProducerRegisters = kSplits > 1 ? 48 : 24, kDqRegisters = 96;
   static constexpr int kConsumerRegisters = !kAddsDq ? 240 : kSplits > 1 ? 184 : 192;
   // The operands of the products for dk and dv take turns in the same registers where these are few.
-  static constexpr bool kSharesOperand = kHeadDim > 64 || kSplits > 1;
+  static constexpr bool kSharesOperand = kHeadDim > 64 || kSplits > 1 || kIsMasked;
 
+  static constexpr int kSlabColumns = slab_columns(kHeadDim), kRowBytes = kSlabColumns * sizeof(Element);
   static constexpr int kSlabBytesM = kBlockM * kSlabColumns * sizeof(Element);
   static constexpr int kSlabBytesN = kBlockN * kSlabColumns * sizeof(Element);
   static constexpr int kTileBytesM = kHeadDim / kSlabColumns * kSlabBytesM;
@@ -50,8 +77,17 @@ struct DkDvConfig : DkDvTuning<kHeadDim_> {
   static constexpr int kScoreBytes = kBlockN * kBlockM * sizeof(Element);
   static constexpr int kDqTileFloats = kBlockM * kHeadDim;
 
-  static_assert(sizeof(Element) == 2 && kHeadDim % kSlabColumns == 0 && kBlockM == kSlabColumns);
+  static_assert(sizeof(Element) == 2 && kHeadDim % kSlabColumns == 0 && kBlockM * sizeof(Element) == hopper::kRowBytes);
   static_assert(kSplits == 1 || kSplits == 2);
+};
+
+// Transposed gradients of scores, (keys, queries), on their way to those who compute dq.
+template <typename Config, int kStages_>
+struct DsExchange {
+  static constexpr int kStages = kStages_;
+
+  alignas(1024) typename Config::Element ds[kStages][Config::kBlockN * Config::kBlockM];
+  uint64_t ds_full[kStages], ds_empty[kStages];
 };
 
 // What the third warpgroup reads and writes.
@@ -59,16 +95,13 @@ template <typename Config, bool kAddsDq = Config::kAddsDq>
 struct DqExchange {};
 
 template <typename Config>
-struct DqExchange<Config, true> {
-  static constexpr int kStages = 2, kStagings = 2;
+struct DqExchange<Config, true> : DsExchange<Config, 2> {
+  static constexpr int kStagings = 2;
 
-  // Transposed gradients of scores, (keys, queries).
-  alignas(1024) typename Config::Element ds[kStages][Config::kBlockN * Config::kBlockM];
   alignas(128) float staging[kStagings][Config::kDqTileFloats];
-  uint64_t ds_full[kStages], ds_empty[kStages];
 };
 
-// Tiles are slabs of (rows, 64) elements, one after the other, as the copy engine's 128-byte swizzle writes them.
+// Tiles are slabs of (rows, kSlabColumns) elements, one after the other, as the copy engine's swizzle writes them.
 template <typename Config>
 struct DkDvSharedStorage {
   using Element = typename Config::Element;
@@ -90,9 +123,60 @@ struct DkDvSharedStorage {
   uint64_t peer_full, peer_empty;  // of the other block's sums
 };
 
+// The kernel that computes all gradients of wide heads: two warpgroups of 64 key rows, each with half of the columns of
+// dq. A tile of queries, and one of output gradients, waits in its buffer for one step.
+template <typename Element_, int kHeadDim_, bool kIsMasked_>
+struct DqDkDvConfig {
+  using Element = Element_;
+  static constexpr int kHeadDim = kHeadDim_, kSplits = 1;
+  static constexpr bool kIsMasked = kIsMasked_;
+  static constexpr int kStagesQ = 3, kStagesDout = 2, kStagesDs = 3;
+  static constexpr int kConsumers = 2;
+  static constexpr int kBlockM = kQueryTileRows, kBlockN = kConsumers * kWarpgroupRows;
+  static constexpr int kThreads = (1 + kConsumers) * kWarpgroup;
+  static constexpr int kProducerRegisters = 24, kConsumerRegisters = 240;
+
+  static constexpr int kSlabColumns = slab_columns(kHeadDim), kRowBytes = kSlabColumns * sizeof(Element);
+  static constexpr int kSlabBytesM = kBlockM * kSlabColumns * sizeof(Element);
+  static constexpr int kSlabBytesN = kBlockN * kSlabColumns * sizeof(Element);
+  static constexpr int kTileBytesM = kHeadDim / kSlabColumns * kSlabBytesM;
+  static constexpr int kTileBytesN = kHeadDim / kSlabColumns * kSlabBytesN;
+  static constexpr int kStatsBytes = kBlockM * sizeof(float);
+
+  static constexpr int kScoreBytes = kBlockN * kBlockM * sizeof(Element);
+  static constexpr int kDqTileFloats = kBlockM * kHeadDim;
+  static constexpr int kDqPartFloats = kDqTileFloats / kConsumers;
+
+  static_assert(sizeof(Element) == 2 && kHeadDim == kConsumers * kSlabColumns && kSlabColumns == kWarpgroupRows);
+};
+
+template <typename Config>
+struct DqDkDvSharedStorage {
+  using Element = typename Config::Element;
+
+  alignas(1024) Element k[Config::kBlockN * Config::kHeadDim];
+  alignas(1024) Element v[Config::kBlockN * Config::kHeadDim];
+  alignas(1024) Element q[Config::kStagesQ][Config::kBlockM * Config::kHeadDim];
+  alignas(1024) Element dout[Config::kStagesDout][Config::kBlockM * Config::kHeadDim];
+  // By warpgroup: its part of dq on its way out; after the last of an item 16 rows of a result by warp.
+  alignas(1024) float staging[Config::kConsumers][Config::kDqPartFloats];
+  DsExchange<Config, Config::kStagesDs> exchange;
+  alignas(128) float lse_log2[Config::kStagesQ][Config::kBlockM];
+  alignas(128) float delta[Config::kStagesDout][Config::kBlockM];
+
+  uint64_t kv_full, kv_empty;
+  uint64_t q_full[Config::kStagesQ], q_empty[Config::kStagesQ];
+  uint64_t dout_full[Config::kStagesDout], dout_empty[Config::kStagesDout];
+};
+
 // Two warpgroups of 64 query rows. Keys wait in their buffer for two steps, values for one.
 template <int kHeadDim>
 struct DqTuning;
+
+template <>
+struct DqTuning<32> {
+  static constexpr int kStages = 4;
+};
 
 template <>
 struct DqTuning<64> {
@@ -100,19 +184,26 @@ struct DqTuning<64> {
 };
 
 template <>
+struct DqTuning<96> {
+  static constexpr int kStages = 3;
+};
+
+template <>
 struct DqTuning<128> {
   static constexpr int kStages = 2;
 };
 
-template <typename Element_, int kHeadDim_>
+template <typename Element_, int kHeadDim_, bool kIsMasked_>
 struct DqConfig : DqTuning<kHeadDim_> {
   using Element = Element_;
   static constexpr int kHeadDim = kHeadDim_, kSplits = 1;
+  static constexpr bool kIsMasked = kIsMasked_;
   static constexpr int kConsumers = 2;
   static constexpr int kBlockM = kConsumers * kWarpgroupRows, kBlockN = 128;
   static constexpr int kThreads = (1 + kConsumers) * kWarpgroup;
-  static constexpr int kProducerRegisters = 24, kConsumerRegisters = 240;
+  static constexpr int kProducerRegisters = kIsMasked ? 40 : 24, kConsumerRegisters = kIsMasked ? 232 : 240;
 
+  static constexpr int kSlabColumns = slab_columns(kHeadDim), kRowBytes = kSlabColumns * sizeof(Element);
   static constexpr int kSlabBytesM = kBlockM * kSlabColumns * sizeof(Element);
   static constexpr int kSlabBytesN = kBlockN * kSlabColumns * sizeof(Element);
   static constexpr int kTileBytesM = kHeadDim / kSlabColumns * kSlabBytesM;
@@ -130,6 +221,8 @@ struct DqSharedStorage {
   alignas(1024) Element k[Config::kStages][Config::kBlockN * Config::kHeadDim];
   alignas(1024) Element v[Config::kStages][Config::kBlockN * Config::kHeadDim];
   alignas(1024) Element staging[Config::kBlockM * Config::kHeadDim];  // (rows, head_dim), 16 rows a warp
+
+  alignas(16) uint32_t key_bits[Config::kStages][kKeyBitWords];  // of k's tiles; only under a mask
 
   uint64_t q_full, q_empty;  // and dout
   uint64_t k_full[Config::kStages], k_empty[Config::kStages];

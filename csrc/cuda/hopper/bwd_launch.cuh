@@ -10,6 +10,7 @@
 #include "cuda/hopper/bwd_launch.h"
 #include "cuda/hopper/bwd_stats_kernel.cuh"
 #include "cuda/hopper/dk_dv_kernel.cuh"
+#include "cuda/hopper/dq_dk_dv_kernel.cuh"
 #include "cuda/hopper/dq_kernel.cuh"
 #include "cuda/hopper/dq_sums_kernel.cuh"
 #include "cuda/hopper/tensor_map.h"
@@ -53,6 +54,7 @@ void launch_stats(const BwdParams& params, const QueryStats& stats, const BwdWor
                                      static_cast<const float*>(params.lse),
                                      static_cast<const float*>(params.dlse),
                                      static_cast<int>(params.num_heads),
+                                     static_cast<int>(params.head_dim),
                                      params.seqlen_q,
                                      stats,
                                      workspace.delta_of_rows,
@@ -67,49 +69,69 @@ void launch_stats(const BwdParams& params, const QueryStats& stats, const BwdWor
 }
 
 template <typename Config>
-void launch_dk_dv(const BwdParams& params, const QueryStats& stats, const BwdWorkspace& workspace,
-                  const std::vector<QueryRun>& runs) {
-  const BwdTensors tensors = bwd_tensors(params);
-  const DkDvKernelParams kernel_params{make_clipped_tile_map(tensors.q, Config::kBlockM),
-                                       make_clipped_tile_map(tensors.dout, Config::kBlockM),
-                                       make_clipped_tile_map(tensors.k, Config::kBlockN),
-                                       make_clipped_tile_map(tensors.v, Config::kBlockN),
-                                       batch_step(params.q_strides),
-                                       batch_step(params.dout_strides),
-                                       batch_step(params.k_strides),
-                                       batch_step(params.v_strides),
-                                       params.dk,
-                                       params.dv,
-                                       params.dk_strides,
-                                       params.dv_strides,
-                                       stats,
-                                       workspace.dq_sums,
-                                       static_cast<float>(params.softmax_scale),
-                                       static_cast<float>(params.softmax_scale * std::numbers::log2e),
-                                       make_key_work_table(params, runs, Config::kBlockN)};
-  launch_persistent<Config, DkDvSharedStorage<Config>>(hopper_dk_dv_kernel<Config>, "launch of hopper_dk_dv_kernel",
-                                                       kernel_params, params);
+DkDvKernelParams make_dk_dv_kernel_params(const BwdParams& params, const QueryStats& stats,
+                                          const BwdWorkspace& workspace, const std::vector<QueryRun>& runs) {
+  const BwdTensors tensors = bwd_tensors(params, workspace);
+  return {make_clipped_tile_map(tensors.q, Config::kBlockM, Config::kSlabColumns),
+          make_clipped_tile_map(tensors.dout, Config::kBlockM, Config::kSlabColumns),
+          make_clipped_tile_map(tensors.k, Config::kBlockN, Config::kSlabColumns),
+          make_clipped_tile_map(tensors.v, Config::kBlockN, Config::kSlabColumns),
+          batch_step(tensors.q.strides),
+          batch_step(tensors.dout.strides),
+          batch_step(tensors.k.strides),
+          batch_step(tensors.v.strides),
+          params.dk,
+          params.dv,
+          params.dk_strides,
+          params.dv_strides,
+          stats,
+          workspace.dq_sums,
+          static_cast<int>(params.head_dim),
+          workspace.masked_keys.visible,
+          workspace.masked_keys.visible_step(),
+          static_cast<float>(params.softmax_scale),
+          static_cast<float>(params.softmax_scale * std::numbers::log2e),
+          make_key_work_table(params, runs, Config::kBlockN)};
 }
 
 template <typename Config>
-void launch_dq(const BwdParams& params, const float* delta) {
-  const BwdTensors tensors = bwd_tensors(params);
-  const DqKernelParams kernel_params{make_tile_map(tensors.q, Config::kBlockM),
-                                     make_tile_map(tensors.dout, Config::kBlockM),
-                                     make_clipped_tile_map(tensors.k, Config::kBlockN),
-                                     make_clipped_tile_map(tensors.v, Config::kBlockN),
-                                     batch_step(params.q_strides),
-                                     batch_step(params.dout_strides),
-                                     batch_step(params.k_strides),
-                                     batch_step(params.v_strides),
+void launch_dk_dv(const BwdParams& params, const QueryStats& stats, const BwdWorkspace& workspace,
+                  const std::vector<QueryRun>& runs) {
+  launch_persistent<Config, DkDvSharedStorage<Config>>(hopper_dk_dv_kernel<Config>, "launch of hopper_dk_dv_kernel",
+                                                       make_dk_dv_kernel_params<Config>(params, stats, workspace, runs),
+                                                       params);
+}
+
+template <typename Config>
+void launch_dq_dk_dv(const BwdParams& params, const QueryStats& stats, const BwdWorkspace& workspace,
+                     const std::vector<QueryRun>& runs) {
+  launch_persistent<Config, DqDkDvSharedStorage<Config>>(
+      hopper_dq_dk_dv_kernel<Config>, "launch of hopper_dq_dk_dv_kernel",
+      make_dk_dv_kernel_params<Config>(params, stats, workspace, runs), params);
+}
+
+template <typename Config>
+void launch_dq(const BwdParams& params, const BwdWorkspace& workspace) {
+  const BwdTensors tensors = bwd_tensors(params, workspace);
+  const DqKernelParams kernel_params{make_tile_map(tensors.q, Config::kBlockM, Config::kSlabColumns),
+                                     make_tile_map(tensors.dout, Config::kBlockM, Config::kSlabColumns),
+                                     make_clipped_tile_map(tensors.k, Config::kBlockN, Config::kSlabColumns),
+                                     make_clipped_tile_map(tensors.v, Config::kBlockN, Config::kSlabColumns),
+                                     batch_step(tensors.q.strides),
+                                     batch_step(tensors.dout.strides),
+                                     batch_step(tensors.k.strides),
+                                     batch_step(tensors.v.strides),
                                      params.dq,
                                      params.dq_strides,
                                      static_cast<const float*>(params.lse),
-                                     delta,
+                                     workspace.delta_of_rows,
                                      params.seqlen_q,
+                                     static_cast<int>(params.head_dim),
+                                     workspace.masked_keys.visible,
+                                     workspace.masked_keys.visible_step(),
                                      static_cast<float>(params.softmax_scale),
                                      static_cast<float>(params.softmax_scale * std::numbers::log2e),
-                                     make_work_table(params, Config::kBlockM, Config::kBlockN)};
+                                     {make_work_table(params, Config::kBlockM, Config::kBlockN)}};
   launch_persistent<Config, DqSharedStorage<Config>>(hopper_dq_kernel<Config>, "launch of hopper_dq_kernel",
                                                      kernel_params, params);
 }
@@ -124,6 +146,7 @@ void launch_dq_sums(const BwdParams& params, const QueryStats& stats, const BwdW
                                    params.dq_strides,
                                    static_cast<float>(params.softmax_scale),
                                    static_cast<int>(params.num_heads),
+                                   static_cast<int>(params.head_dim),
                                    stats.num_tiles,
                                    static_cast<int>(runs.size()),
                                    {}};
@@ -133,25 +156,41 @@ void launch_dq_sums(const BwdParams& params, const QueryStats& stats, const BwdW
   check(cudaGetLastError(), "launch of hopper_dq_sums_kernel");
 }
 
+// Of all kernels those between the first and the last.
+template <typename Element, int kHeadDim, bool kIsMasked>
+void launch_tiles(const BwdParams& params, const QueryStats& stats, const BwdWorkspace& workspace,
+                  const std::vector<QueryRun>& runs) {
+  if constexpr (can_add_dq(kHeadDim)) {
+    if (adds_dq(params)) {
+      if constexpr (kHeadDim > 64) {
+        launch_dq_dk_dv<DqDkDvConfig<Element, kHeadDim, kIsMasked>>(params, stats, workspace, runs);
+      } else if (!kIsMasked && num_query_splits(params, runs) > 1) {
+        launch_dk_dv<DkDvConfig<Element, kHeadDim, false, true, 2>>(params, stats, workspace, runs);
+      } else {
+        launch_dk_dv<DkDvConfig<Element, kHeadDim, kIsMasked, true>>(params, stats, workspace, runs);
+      }
+      return;
+    }
+  }
+  launch_dk_dv<DkDvConfig<Element, kHeadDim, kIsMasked, false>>(params, stats, workspace, runs);
+  launch_dq<DqConfig<Element, kHeadDim, kIsMasked>>(params, workspace);
+}
+
 template <typename Element, int kHeadDim>
 void launch_bwd(const BwdParams& params) {
   const std::vector<QueryRun> runs = make_query_runs(*params.schedule);
   const BwdWorkspace workspace = bwd_workspace(params);
   const QueryStats stats{workspace.lse_log2, workspace.delta, num_query_tiles(runs)};
   launch_stats<Element, kHeadDim>(params, stats, workspace, runs);
-  if constexpr (kHeadDim == 64) {
-    if (adds_dq(params)) {
-      if (num_query_splits(params, runs) > 1) {
-        launch_dk_dv<DkDvConfig<Element, kHeadDim, true, 2>>(params, stats, workspace, runs);
-      } else {
-        launch_dk_dv<DkDvConfig<Element, kHeadDim, true>>(params, stats, workspace, runs);
-      }
-      launch_dq_sums<Element, kHeadDim>(params, stats, workspace, runs);
-      return;
-    }
+  if (params.key_padding_mask != nullptr) {
+    launch_mask(params, workspace.masked_keys);
+    launch_tiles<Element, kHeadDim, true>(params, stats, workspace, runs);
+  } else {
+    launch_tiles<Element, kHeadDim, false>(params, stats, workspace, runs);
   }
-  launch_dk_dv<DkDvConfig<Element, kHeadDim, false>>(params, stats, workspace, runs);
-  launch_dq<DqConfig<Element, kHeadDim>>(params, workspace.delta_of_rows);
+  if constexpr (can_add_dq(kHeadDim)) {
+    if (adds_dq(params)) launch_dq_sums<Element, kHeadDim>(params, stats, workspace, runs);
+  }
 }
 
 }  // namespace mixed_attention::cuda::hopper

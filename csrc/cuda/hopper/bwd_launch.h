@@ -2,6 +2,7 @@
 #pragma once
 
 #include "cuda/hopper/key_work_table.h"
+#include "cuda/hopper/mask.h"
 #include "cuda/hopper/tensor_map.h"
 #include "params.h"
 
@@ -12,23 +13,29 @@ struct BwdTensors {
   TensorView q, k, v, dout;
 };
 
-BwdTensors bwd_tensors(const BwdParams& params);
-
 // The parts of params.workspace.
 struct BwdWorkspace {
   float* lse_log2;  // QueryStats
   float* delta;
-  float* delta_of_rows;  // (batch_size, num_heads, seqlen_q), for the kernel that owns dq; else null
-  float* dq_sums;        // (batch_size, num_heads, num_tiles, kQueryTileRows * head_dim), for sums of dq; else null
+  float* delta_of_rows;    // (batch_size, num_heads, seqlen_q), for the kernel that owns dq; else null
+  float* dq_sums;          // (batch_size, num_heads, num_tiles, kQueryTileRows * head_dim), for sums of dq; else null
+  MaskedKeys masked_keys;  // none without a mask
+  size_t size;
 };
 
-// Whether one kernel computes all gradients, with sums of dq in the order in which they come.
+// Whether one kernel computes all gradients, with sums of dq in the order in which they come. To measure the other
+// form, this is the place to change.
 bool adds_dq(const BwdParams& params);
 
-// Over how many blocks the queries of a key tile are split: 2 where two halves end earlier than a whole, else 1.
+// Over how many blocks the queries of a key tile are split: 2 where two halves end earlier than a whole, else 1. Wide
+// heads have no room in shared memory to exchange their sums, and the kernels for padding masks do not split.
 int num_query_splits(const BwdParams& params, const std::vector<QueryRun>& runs);
 
+// Of the pointers it reads params.workspace, null to learn the size, and asks whether there is a mask.
 BwdWorkspace bwd_workspace(const BwdParams& params);
+
+// Under a mask keys and values are the copies in the workspace.
+BwdTensors bwd_tensors(const BwdParams& params, const BwdWorkspace& workspace);
 
 // Instantiated in cuda/instantiations, one file per element type and head_dim.
 template <typename Element, int kHeadDim>

@@ -24,7 +24,7 @@ struct BwdStatsKernelParams {
   Strides out_strides, dout_strides;
   const float* lse;
   const float* dlse;  // or null
-  int num_heads;
+  int num_heads, head_dim;
   int64_t seqlen_q;
   QueryStats stats;
   float* delta_of_rows;  // delta once more as (batch_size, num_heads, seqlen_q); or null
@@ -33,7 +33,8 @@ struct BwdStatsKernelParams {
   QueryRun runs[kMaxRuns];
 };
 
-// *_batch_step: 1, or 0 where one sequence serves the whole batch. Maps: tensor_map.h.
+// head_dim: of the tensors, up to that of the kernel. *_batch_step: 1, or 0 where one sequence serves the whole batch.
+// Maps: tensor_map.h.
 struct DkDvKernelParams {
   CUtensorMap q, dout, k, v;
   int q_batch_step, dout_batch_step, k_batch_step, v_batch_step;
@@ -41,7 +42,10 @@ struct DkDvKernelParams {
   void* dv;
   Strides dk_strides, dv_strides;
   QueryStats stats;
-  float* dq_sums;  // dq_sums.cuh; null where another kernel computes dq
+  float* dq_sums;  // add_sums.cuh; null where another kernel computes dq
+  int head_dim;
+  const uint32_t* visible;  // mask.h; null without a mask
+  int visible_step;
   float softmax_scale, softmax_scale_log2;
   KeyWorkTable table;
 };
@@ -51,10 +55,13 @@ struct DqSumsKernelParams {
   void* dq;
   Strides dq_strides;
   float softmax_scale;
-  int num_heads, num_tiles;
+  int num_heads, head_dim, num_tiles;
   int num_runs;
   QueryRun runs[BwdStatsKernelParams::kMaxRuns];
 };
+
+// Of items that are never cut into parts.
+struct UncutWorkTable : WorkTable {};
 
 struct DqKernelParams {
   CUtensorMap q, dout, k, v;
@@ -64,8 +71,11 @@ struct DqKernelParams {
   const float* lse;    // (batch_size, num_heads, seqlen_q)
   const float* delta;  // likewise
   int64_t seqlen_q;
+  int head_dim;
+  const uint32_t* visible;  // mask.h; null without a mask
+  int visible_step;
   float softmax_scale, softmax_scale_log2;
-  WorkTable table;
+  UncutWorkTable table;
 };
 
 // What a kernel's parameters may take without costing the launch; newer drivers allow 32 KiB.

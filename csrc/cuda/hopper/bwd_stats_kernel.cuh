@@ -5,6 +5,7 @@
 #include <cuda_bf16.h>
 #include <cuda_fp16.h>
 
+#include <bit>
 #include <numbers>
 
 #include "cuda/hopper/bwd_config.h"
@@ -42,10 +43,11 @@ __device__ inline float dot(const uint4& a, const uint4& b) {
   return sum;
 }
 
-// One block to a tile of queries of one head; a row is read by as many threads as it has chunks of 16 bytes.
+// One block to a tile of queries of one head; a row is read by as many threads as it has chunks of 16 bytes, or by the
+// next power of two.
 template <typename Element, int kHeadDim>
 struct BwdStatsShape {
-  static constexpr int kThreadsPerRow = kHeadDim / 8;
+  static constexpr int kThreadsPerRow = std::bit_ceil(kHeadDim / 8u);
   static constexpr int kThreads = kQueryTileRows * kThreadsPerRow / 2;
 };
 
@@ -76,7 +78,7 @@ __global__ void __launch_bounds__(BwdStatsShape<Element, kHeadDim>::kThreads)
                                              row * strides.row + head * strides.head + chunk * 8);
     };
     float delta = 0;
-    if (exists)
+    if (exists && chunk * 8 < params.head_dim)
       delta = dot<Element>(chunk_of(params.out, params.out_strides), chunk_of(params.dout, params.dout_strides));
 #pragma unroll
     for (int lanes = Shape::kThreadsPerRow / 2; lanes > 0; lanes /= 2) {

@@ -3,6 +3,7 @@
 
 #include <cstddef>
 #include <cstdint>
+#include <iterator>
 
 namespace mixed_attention::cuda::hopper {
 
@@ -22,14 +23,19 @@ inline constexpr int kKeyBitWords = 4;
 inline constexpr int kFwdHeadDims[] = {32, 64, 96, 128, 192, 256};
 inline constexpr int kMaxFwdHeadDim = 256;
 
-// Calls visit.operator()<kHeadDim>() with the first of them that is not less than head_dim.
-template <size_t kIndex = 0, typename Visit>
-auto with_fwd_head_dim(int64_t head_dim, const Visit& visit) {
-  constexpr int kHeadDim = kFwdHeadDims[kIndex];
-  if constexpr (kHeadDim < kMaxFwdHeadDim) {
-    if (head_dim > kHeadDim) return with_fwd_head_dim<kIndex + 1>(head_dim, visit);
+// Calls visit.operator()<kHeadDim>() with the first of kHeadDims that is not less than head_dim.
+template <const auto& kHeadDims, size_t kIndex = 0, typename Visit>
+auto with_head_dim_of(int64_t head_dim, const Visit& visit) {
+  constexpr int kHeadDim = kHeadDims[kIndex];
+  if constexpr (kIndex + 1 < std::size(kHeadDims)) {
+    if (head_dim > kHeadDim) return with_head_dim_of<kHeadDims, kIndex + 1>(head_dim, visit);
   }
   return visit.template operator()<kHeadDim>();
+}
+
+template <typename Visit>
+auto with_fwd_head_dim(int64_t head_dim, const Visit& visit) {
+  return with_head_dim_of<kFwdHeadDims>(head_dim, visit);
 }
 
 // Columns of the slabs that a tile is stored in: as wide as a swizzle allows, but none of them half empty, which the

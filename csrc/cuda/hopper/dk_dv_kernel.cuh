@@ -22,16 +22,15 @@
 #include "cuda/hopper/bwd_params.h"
 #include "cuda/hopper/bwd_scores.cuh"
 #include "cuda/hopper/dq_adder.cuh"
-#include "cuda/hopper/load_tile.cuh"
+#include "cuda/hopper/own_keys.cuh"
 #include "cuda/hopper/products.cuh"
-#include "cuda/hopper/query_tiles.cuh"
+#include "cuda/hopper/query_producer.cuh"
 #include "cuda/hopper/ring.cuh"
 #include "cuda/hopper/split_sums.cuh"
 #include "cuda/hopper/store_rows.cuh"
 #include "cuda/ptx/elect.cuh"
 #include "cuda/ptx/mbarrier.cuh"
 #include "cuda/ptx/setmaxnreg.cuh"
-#include "cuda/ptx/tma.cuh"
 #include "cuda/ptx/wgmma.cuh"
 
 namespace mixed_attention::cuda::hopper {
@@ -39,17 +38,8 @@ namespace mixed_attention::cuda::hopper {
 template <typename Config>
 __device__ inline void init_barriers(DkDvSharedStorage<Config>& shared) {
   constexpr int kConsumerWarps = Config::kConsumers * kWarpgroup / 32;
-  ptx::mbarrier_init(shared.kv_full, 1);
-  ptx::mbarrier_init(shared.kv_empty, Config::kAddsDq ? kConsumerWarps + kWarpgroup / 32 : kConsumerWarps);
-  for (int stage = 0; stage < Config::kStagesQ; ++stage) {
-    ptx::mbarrier_init(shared.q_full[stage], 1);
-    ptx::mbarrier_init(shared.q_empty[stage], kConsumerWarps);
-  }
-  for (int stage = 0; stage < Config::kStagesDout; ++stage) {
-    ptx::mbarrier_init(shared.dout_full[stage], 1);
-    ptx::mbarrier_init(shared.dout_empty[stage], kConsumerWarps);
-  }
-  if constexpr (Config::kAddsDq) init_barriers<Config>(shared.dq_exchange);
+  init_input_barriers<Config>(shared, Config::kAddsDq ? kConsumerWarps + kWarpgroup / 32 : kConsumerWarps);
+  if constexpr (Config::kAddsDq) init_barriers(shared.dq_exchange, kWarpgroup / 32);
   ptx::mbarrier_init(shared.peer_full, kConsumerWarps);
   ptx::mbarrier_init(shared.peer_empty, kConsumerWarps);
   ptx::mbarrier_fence_init();
@@ -66,52 +56,9 @@ __device__ inline void sync_blocks() {
 }
 
 template <typename Config>
-__device__ inline void produce(const DkDvKernelParams& params, DkDvSharedStorage<Config>& shared) {
-  constexpr int kBlockM = Config::kBlockM, kBlockN = Config::kBlockN, kHeadDim = Config::kHeadDim;
-  uint32_t num_loaded = 0;  // query tiles, over all items
-  uint32_t kv_parity = 1;
-  for (KeyItems<Config> item(params.table); item.next();) {
-    const KeySegmentTiles& segment = item.tiles();
-    const QueryShare<Config> share(segment);
-    if (share.count == 0) continue;
-
-    ptx::mbarrier_wait(shared.kv_empty, kv_parity);
-    kv_parity ^= 1;
-    ptx::mbarrier_arrive_expect(shared.kv_full, 2 * Config::kTileBytesN);
-    const int num_keys = min(kBlockN, segment.row_end - item.row_begin);
-    load_clipped_rows<kBlockN, kHeadDim>(shared.k, params.k, shared.kv_full, item.row_begin, num_keys, item.head,
-                                         item.batch * params.k_batch_step);
-    load_clipped_rows<kBlockN, kHeadDim>(shared.v, params.v, shared.kv_full, item.row_begin, num_keys, item.head,
-                                         item.batch * params.v_batch_step);
-
-    const int64_t first_tile = (int64_t{item.batch} * params.table.num_heads + item.head) * params.stats.num_tiles;
-    QueryTileIterator queries(params.table, segment, share.first);
-    for (int i = 0; i < share.count; ++i, ++num_loaded) {
-      const QueryTile tile = queries.next();
-      const int64_t stats = (first_tile + tile.index) * kBlockM;
-
-      const RingUse<Config::kStagesQ> q{num_loaded};
-      ptx::Mbarrier& q_full = shared.q_full[q.stage()];
-      ptx::mbarrier_wait(shared.q_empty[q.stage()], q.empty_parity());
-      ptx::mbarrier_arrive_expect(q_full, Config::kTileBytesM + Config::kStatsBytes);
-      load_clipped_rows<kBlockM, kHeadDim>(shared.q[q.stage()], params.q, q_full, tile.row_begin, tile.num_rows,
-                                           item.head, item.batch * params.q_batch_step);
-      ptx::load_bytes(shared.lse_log2[q.stage()], params.stats.lse_log2 + stats, q_full, Config::kStatsBytes);
-
-      const RingUse<Config::kStagesDout> dout{num_loaded};
-      ptx::Mbarrier& dout_full = shared.dout_full[dout.stage()];
-      ptx::mbarrier_wait(shared.dout_empty[dout.stage()], dout.empty_parity());
-      ptx::mbarrier_arrive_expect(dout_full, Config::kTileBytesM + Config::kStatsBytes);
-      load_clipped_rows<kBlockM, kHeadDim>(shared.dout[dout.stage()], params.dout, dout_full, tile.row_begin,
-                                           tile.num_rows, item.head, item.batch * params.dout_batch_step);
-      ptx::load_bytes(shared.delta[dout.stage()], params.stats.delta + stats, dout_full, Config::kStatsBytes);
-    }
-  }
-}
-
-template <typename Config>
 __device__ inline void consume(const DkDvKernelParams& params, DkDvSharedStorage<Config>& shared, int consumer) {
   using Element = typename Config::Element;
+  using Operand = ptx::SlabOperand<Config::kRowBytes>;
   using QRing = RingUse<Config::kStagesQ>;
   using DoutRing = RingUse<Config::kStagesDout>;
   constexpr int kBlockM = Config::kBlockM, kHeadDim = Config::kHeadDim;
@@ -119,14 +66,14 @@ __device__ inline void consume(const DkDvKernelParams& params, DkDvSharedStorage
   const int warp = __shfl_sync(0xffffffff, threadIdx.x / 32 % 4, 0);
   const int first_row = consumer * kWarpgroupRows + warp * kWarpRows;  // of this warp in the tile
 
-  const ptx::Operand k = ptx::Operand::make(shared.k).advance(consumer * kWarpgroupRows * kRowBytes);
-  const ptx::Operand v = ptx::Operand::make(shared.v).advance(consumer * kWarpgroupRows * kRowBytes);
-  const ptx::Operand q_ring = ptx::Operand::make(shared.q, Config::kSlabBytesM);
-  const ptx::Operand dout_ring = ptx::Operand::make(shared.dout, Config::kSlabBytesM);
+  const Operand k = Operand::make(shared.k).advance(consumer * kWarpgroupRows * Config::kRowBytes);
+  const Operand v = Operand::make(shared.v).advance(consumer * kWarpgroupRows * Config::kRowBytes);
+  const Operand q_ring = Operand::make(shared.q, Config::kSlabBytesM);
+  const Operand dout_ring = Operand::make(shared.dout, Config::kSlabBytesM);
   Element* staging = shared.staging[consumer * kWarpgroup / 32 + warp];
 
-  const auto tile_of = [](ptx::Operand ring, int stage) { return ring.advance(stage * Config::kTileBytesM); };
-  const auto issue_transposed_scores = [&](float (&result)[kBlockM / 2], ptx::Operand keys, ptx::Operand queries) {
+  const auto tile_of = [](Operand ring, int stage) { return ring.advance(stage * Config::kTileBytesM); };
+  const auto issue_transposed_scores = [&](float (&result)[kBlockM / 2], Operand keys, Operand queries) {
     issue_row_products<Element, kHeadDim, Config::kSlabBytesN, Config::kSlabBytesM>(result, keys, queries);
   };
   const auto release = [&](ptx::Mbarrier& empty) {
@@ -140,9 +87,11 @@ __device__ inline void consume(const DkDvKernelParams& params, DkDvSharedStorage
     const int num_tiles = QueryShare<Config>(item.tiles()).count;
     const int row_begin = item.row_begin + first_row;
     const int num_rows = item.tiles().row_end - row_begin;
+    const auto find_own_keys = [&] { return OwnKeys<Config::kIsMasked>(params, item.batch, row_begin, num_rows); };
     float dk[kHeadDim / 2] = {}, dv[kHeadDim / 2] = {};
 
     if (num_tiles > 0) {
+      [[maybe_unused]] const auto own_keys = find_own_keys();
       float s[kBlockM / 2], dp[kBlockM / 2];
       uint32_t p_operand[kBlockM / 4], ds_operand[kBlockM / 4] = {};
       ptx::mbarrier_wait(shared.kv_full, kv_parity);
@@ -157,7 +106,7 @@ __device__ inline void consume(const DkDvKernelParams& params, DkDvSharedStorage
       for (int tile = 0; tile < num_tiles; ++tile, ++num_used) {
         const QRing q{num_used}, previous{num_used - (tile > 0)}, next{num_used + (tile + 1 < num_tiles)};
         const DoutRing dout{num_used};
-        const ptx::Operand dout_tile = tile_of(dout_ring, dout.stage());
+        const Operand dout_tile = tile_of(dout_ring, dout.stage());
 
         issue_column_products<Element>(dk, ds_operand, tile_of(q_ring, previous.stage()));
         ptx::mbarrier_wait(shared.dout_full[dout.stage()], dout.full_parity());
@@ -175,7 +124,7 @@ __device__ inline void consume(const DkDvKernelParams& params, DkDvSharedStorage
         issue_transposed_scores(s, k, tile_of(q_ring, next.stage()));
         if constexpr (Config::kSharesOperand) ptx::wgmma_wait<1>(dv);
         round_operand<Element>(ds_operand, dp);
-        if constexpr (Config::kAddsDq) hand_over<Config>(shared.dq_exchange, num_used, ds_operand, first_row, num_rows);
+        if constexpr (Config::kAddsDq) hand_over(shared.dq_exchange, num_used, ds_operand, first_row, own_keys);
         ptx::wgmma_wait<0>(dv, s);
         release(shared.dout_empty[dout.stage()]);
       }
@@ -188,10 +137,11 @@ __device__ inline void consume(const DkDvKernelParams& params, DkDvSharedStorage
       scale_all(dk, params.softmax_scale);
     }
 
-    const auto store = [&](const float (&grad)[kHeadDim / 2], void* tensor, const Strides& strides) {
+    const auto store = [&](float (&grad)[kHeadDim / 2], void* tensor, const Strides& strides) {
+      if constexpr (Config::kIsMasked) clear_other_keys(grad, find_own_keys());
       Element* target = static_cast<Element*>(tensor) + item.batch * strides.batch + row_begin * strides.row +
                         item.head * strides.head;
-      store_rows<Element, kHeadDim>(staging, grad, target, strides.row, num_rows);
+      store_rows<Element, kHeadDim>(staging, grad, target, strides.row, num_rows, params.head_dim);
     };
     if constexpr (Config::kSplits == 1) {
       store(dv, params.dv, params.dv_strides);
@@ -220,10 +170,7 @@ __global__ void __launch_bounds__(Config::kThreads, 1)
   DkDvSharedStorage<Config>& shared = *reinterpret_cast<DkDvSharedStorage<Config>*>(memory);
 
   if (threadIdx.x == 0) {
-    ptx::prefetch_tensor_map(params.q);
-    ptx::prefetch_tensor_map(params.dout);
-    ptx::prefetch_tensor_map(params.k);
-    ptx::prefetch_tensor_map(params.v);
+    prefetch_input_maps(params);
     init_barriers(shared);
   }
   sync_blocks<Config>();
@@ -231,7 +178,7 @@ __global__ void __launch_bounds__(Config::kThreads, 1)
   const int warpgroup = __shfl_sync(0xffffffff, threadIdx.x / kWarpgroup, 0);
   if (warpgroup == 0) {
     ptx::release_registers<Config::kProducerRegisters>();
-    if (threadIdx.x / 32 == 0 && ptx::elect_one()) produce(params, shared);
+    if (threadIdx.x / 32 == 0 && ptx::elect_one()) produce_queries<Config>(params, shared);
   } else if (warpgroup <= Config::kConsumers) {
     ptx::acquire_registers<Config::kConsumerRegisters>();
     consume(params, shared, warpgroup - 1);

@@ -8,8 +8,9 @@
 // dq += ds k of tile j - 1 is issued together with s of tile j, and the exponentials of j run under dp of j. At the end
 // of a step no product is under way, which the compiler needs.
 //
-// Who signals whom: *_full is completed by the copy engine (one arrival of the producer and the bytes), *_empty by one
-// arrival of every consumer warp. Items without keys take part in no barrier.
+// Who signals whom: *_full is completed by the copy engine (one arrival of the producer and the bytes; under a mask
+// k_full also by one of the thread that brings its bits), *_empty by one arrival of every consumer warp. Items without
+// keys take part in no barrier.
 #pragma once
 
 #include <cstdint>
@@ -18,6 +19,7 @@
 #include "cuda/hopper/bwd_config.h"
 #include "cuda/hopper/bwd_params.h"
 #include "cuda/hopper/bwd_scores.cuh"
+#include "cuda/hopper/key_bits.cuh"
 #include "cuda/hopper/load_tile.cuh"
 #include "cuda/hopper/products.cuh"
 #include "cuda/hopper/ring.cuh"
@@ -37,7 +39,7 @@ __device__ inline void init_barriers(DqSharedStorage<Config>& shared) {
   ptx::mbarrier_init(shared.q_full, 1);
   ptx::mbarrier_init(shared.q_empty, kConsumerWarps);
   for (int stage = 0; stage < Config::kStages; ++stage) {
-    ptx::mbarrier_init(shared.k_full[stage], 1);
+    ptx::mbarrier_init(shared.k_full[stage], Config::kIsMasked ? 2 : 1);
     ptx::mbarrier_init(shared.k_empty[stage], kConsumerWarps);
     ptx::mbarrier_init(shared.v_full[stage], 1);
     ptx::mbarrier_init(shared.v_empty[stage], kConsumerWarps);
@@ -50,7 +52,7 @@ __device__ inline void produce(const DqKernelParams& params, DqSharedStorage<Con
   constexpr int kBlockM = Config::kBlockM, kBlockN = Config::kBlockN, kHeadDim = Config::kHeadDim;
   uint32_t num_loaded = 0;  // key tiles, over all items
   uint32_t q_parity = 1;
-  for (WorkItems<kBlockM> item(params.table); item.next();) {
+  for (WorkItems<kBlockM, UncutWorkTable> item(params.table); item.next();) {
     const int num_tiles = item.tiles().num_tiles;
     if (num_tiles == 0) continue;
 
@@ -80,23 +82,42 @@ __device__ inline void produce(const DqKernelParams& params, DqSharedStorage<Con
   }
 }
 
+// Under a mask a second thread follows the first and brings the bits of the key tiles.
+template <typename Config>
+__device__ inline void produce_key_bits(const DqKernelParams& params, DqSharedStorage<Config>& shared) {
+  RingUse<Config::kStages> use{0};
+  for (WorkItems<Config::kBlockM, UncutWorkTable> item(params.table); item.next();) {
+    const int num_tiles = item.tiles().num_tiles;
+    if (num_tiles == 0) continue;
+
+    const uint32_t* visible = params.visible + int64_t{item.batch} * params.visible_step;
+    KeyTileIterator<Config::kBlockN> keys(params.table, item.tiles());
+    for (int i = 0; i < num_tiles; ++i, ++use.count) {
+      ptx::mbarrier_wait(shared.k_empty[use.stage()], use.empty_parity());
+      gather_key_bits(shared.key_bits[use.stage()], visible, keys.next());
+      ptx::mbarrier_arrive(shared.k_full[use.stage()]);
+    }
+  }
+}
+
 template <typename Config>
 __device__ inline void consume(const DqKernelParams& params, DqSharedStorage<Config>& shared, int consumer) {
   using Element = typename Config::Element;
+  using Operand = ptx::SlabOperand<Config::kRowBytes>;
   using Ring = RingUse<Config::kStages>;
   constexpr int kBlockN = Config::kBlockN, kHeadDim = Config::kHeadDim;
   const int lane = threadIdx.x % 32;
   const int warp = __shfl_sync(0xffffffff, threadIdx.x / 32 % 4, 0);
   const int first_row = consumer * kWarpgroupRows + warp * kWarpRows;  // of this warp in the tile
 
-  const ptx::Operand q = ptx::Operand::make(shared.q).advance(consumer * kWarpgroupRows * kRowBytes);
-  const ptx::Operand dout = ptx::Operand::make(shared.dout).advance(consumer * kWarpgroupRows * kRowBytes);
-  const ptx::Operand k_ring = ptx::Operand::make(shared.k, Config::kSlabBytesN);
-  const ptx::Operand v_ring = ptx::Operand::make(shared.v, Config::kSlabBytesN);
+  const Operand q = Operand::make(shared.q).advance(consumer * kWarpgroupRows * Config::kRowBytes);
+  const Operand dout = Operand::make(shared.dout).advance(consumer * kWarpgroupRows * Config::kRowBytes);
+  const Operand k_ring = Operand::make(shared.k, Config::kSlabBytesN);
+  const Operand v_ring = Operand::make(shared.v, Config::kSlabBytesN);
   Element* staging = shared.staging + first_row * kHeadDim;
 
-  const auto tile_of = [](ptx::Operand ring, Ring use) { return ring.advance(use.stage() * Config::kTileBytesN); };
-  const auto issue_scores = [&](float (&result)[kBlockN / 2], ptx::Operand queries, ptx::Operand keys) {
+  const auto tile_of = [](Operand ring, Ring use) { return ring.advance(use.stage() * Config::kTileBytesN); };
+  const auto issue_scores = [&](float (&result)[kBlockN / 2], Operand queries, Operand keys) {
     issue_row_products<Element, kHeadDim, Config::kSlabBytesM, Config::kSlabBytesN>(result, queries, keys);
   };
   const auto release = [&](ptx::Mbarrier& empty) {
@@ -105,7 +126,7 @@ __device__ inline void consume(const DqKernelParams& params, DqSharedStorage<Con
 
   uint32_t num_used = 0;  // key tiles, over all items
   uint32_t q_parity = 0;
-  for (WorkItems<Config::kBlockM> item(params.table); item.next();) {
+  for (WorkItems<Config::kBlockM, UncutWorkTable> item(params.table); item.next();) {
     const int num_tiles = item.tiles().num_tiles;
     const int row_begin = item.row_begin + first_row;
     const int num_rows = item.tiles().row_end - row_begin;
@@ -119,6 +140,8 @@ __device__ inline void consume(const DqKernelParams& params, DqSharedStorage<Con
         const int row = lane / 4 + 8 * i;
         if (row < num_rows) {
           lse_log2[i] = params.lse[stats + row] * std::numbers::log2e_v<float>;
+          // A row that sees no key has no weights: exp2(-inf - inf).
+          if (Config::kIsMasked && lse_log2[i] == -INFINITY) lse_log2[i] = INFINITY;
           delta[i] = params.delta[stats + row];
         }
       }
@@ -130,7 +153,9 @@ __device__ inline void consume(const DqKernelParams& params, DqSharedStorage<Con
         ptx::mbarrier_wait(shared.v_full[use.stage()], use.full_parity());
         issue_scores(dp, dout, tile_of(v_ring, use));
         ptx::wgmma_wait<1>(s);
-        if (tile < item.tiles().num_partial) {
+        if constexpr (Config::kIsMasked) {
+          mask_keys(s, shared.key_bits[use.stage()]);
+        } else if (tile < item.tiles().num_partial) {
           mask_columns(s, params.table.ranges[item.tiles().first_range + tile].tail);
         }
         weigh_rows(s, params.softmax_scale_log2, lse_log2);
@@ -170,7 +195,7 @@ __device__ inline void consume(const DqKernelParams& params, DqSharedStorage<Con
 
     Element* target = static_cast<Element*>(params.dq) + item.batch * params.dq_strides.batch +
                       row_begin * params.dq_strides.row + item.head * params.dq_strides.head;
-    store_rows<Element, kHeadDim>(staging, dq, target, params.dq_strides.row, num_rows);
+    store_rows<Element, kHeadDim>(staging, dq, target, params.dq_strides.row, num_rows, params.head_dim);
   }
 }
 
@@ -191,7 +216,12 @@ __global__ void __launch_bounds__(Config::kThreads, 1) hopper_dq_kernel(const __
   const int warpgroup = __shfl_sync(0xffffffff, threadIdx.x / kWarpgroup, 0);
   if (warpgroup == 0) {
     ptx::release_registers<Config::kProducerRegisters>();
-    if (threadIdx.x / 32 == 0 && ptx::elect_one()) produce(params, shared);
+    const int warp = threadIdx.x / 32;
+    if (warp == 0 && ptx::elect_one()) {
+      produce(params, shared);
+    } else if (Config::kIsMasked && warp == 1 && ptx::elect_one()) {
+      produce_key_bits(params, shared);
+    }
   } else {
     ptx::acquire_registers<Config::kConsumerRegisters>();
     consume(params, shared, warpgroup - 1);

@@ -10,20 +10,10 @@
 
 namespace mixed_attention::cuda::hopper {
 
-// One block to a tile of queries of one head. A thread reads what one of add_dq wrote, dqᵀ (kHeadDim, kQueryTileRows);
-// the rows of dq are put together in shared memory, apart from each other by as many bytes as keep banks from clashing.
-template <typename Element, int kHeadDim>
-__global__ void __launch_bounds__(kWarpgroup) hopper_dq_sums_kernel(const __grid_constant__ DqSumsKernelParams params) {
-  constexpr int kRowElements = kHeadDim + 8;
-  constexpr int kChunksOfRow = kHeadDim / 8;
-  constexpr int kRowsAtOnce = kWarpgroup / kChunksOfRow;
-  __shared__ __align__(16) Element rows[kQueryTileRows * kRowElements];
-  const int64_t sequence = blockIdx.x / params.num_tiles;
-  const QueryTile tile = query_tile(params.runs, params.num_runs, blockIdx.x % params.num_tiles);
+// Puts together the rows of dq, (kQueryTileRows, kRowElements), from sums of dqᵀ (kHeadDim, kQueryTileRows).
+template <int kHeadDim, int kRowElements, typename Element>
+__device__ inline void transpose_sums(Element* rows, const float4* sums, float scale) {
   const int warp = threadIdx.x / 32, lane = threadIdx.x % 32;
-
-  const auto* sums = reinterpret_cast<const float4*>(params.dq_sums) +
-                     int64_t{blockIdx.x} * (kQueryTileRows * kHeadDim / 4) + threadIdx.x;
 #pragma unroll
   for (int block = 0; block < kHeadDim / kWarpgroupRows; ++block) {
 #pragma unroll
@@ -31,20 +21,54 @@ __global__ void __launch_bounds__(kWarpgroup) hopper_dq_sums_kernel(const __grid
       const float4 sum = sums[(block * (kQueryTileRows / 8) + chunk) * kWarpgroup];
       Element* column =
           rows + (8 * chunk + 2 * (lane % 4)) * kRowElements + block * kWarpgroupRows + 16 * warp + lane / 4;
-      column[0] = Element(sum.x * params.softmax_scale);
-      column[kRowElements] = Element(sum.y * params.softmax_scale);
-      column[8] = Element(sum.z * params.softmax_scale);
-      column[kRowElements + 8] = Element(sum.w * params.softmax_scale);
+      column[0] = Element(sum.x * scale);
+      column[kRowElements] = Element(sum.y * scale);
+      column[8] = Element(sum.z * scale);
+      column[kRowElements + 8] = Element(sum.w * scale);
     }
+  }
+}
+
+// The same from sums of dq (kQueryTileRows, kHeadDim).
+template <int kHeadDim, int kRowElements, typename Element>
+__device__ inline void order_sums(Element* rows, const float4* sums, float scale) {
+  const int warp = threadIdx.x / 32, lane = threadIdx.x % 32;
+#pragma unroll
+  for (int chunk = 0; chunk < kHeadDim / 8; ++chunk) {
+    const float4 sum = sums[chunk * kWarpgroup];
+    auto* pair = reinterpret_cast<uint32_t*>(rows + (16 * warp + lane / 4) * kRowElements + 8 * chunk + 2 * (lane % 4));
+    pair[0] = ptx::pack<Element>(sum.x * scale, sum.y * scale);
+    pair[8 * kRowElements / 2] = ptx::pack<Element>(sum.z * scale, sum.w * scale);
+  }
+}
+
+// One block to a tile of queries of one head. A thread reads what one of those who added wrote; the rows of dq are put
+// together in shared memory, apart from each other by as many bytes as keep banks from clashing.
+template <typename Element, int kHeadDim>
+__global__ void __launch_bounds__(kWarpgroup) hopper_dq_sums_kernel(const __grid_constant__ DqSumsKernelParams params) {
+  constexpr int kRowElements = kHeadDim + 8;
+  constexpr int kChunksOfRow = kHeadDim / 8;
+  __shared__ __align__(16) Element rows[kQueryTileRows * kRowElements];
+  const int64_t sequence = blockIdx.x / params.num_tiles;
+  const QueryTile tile = query_tile(params.runs, params.num_runs, blockIdx.x % params.num_tiles);
+
+  const auto* sums = reinterpret_cast<const float4*>(params.dq_sums) +
+                     int64_t{blockIdx.x} * (kQueryTileRows * kHeadDim / 4) + threadIdx.x;
+  if constexpr (transposes_dq(kHeadDim)) {
+    transpose_sums<kHeadDim, kRowElements>(rows, sums, params.softmax_scale);
+  } else {
+    order_sums<kHeadDim, kRowElements>(rows, sums, params.softmax_scale);
   }
   __syncthreads();
 
-  const int chunk = threadIdx.x % kChunksOfRow;
   Element* target = static_cast<Element*>(params.dq) + sequence / params.num_heads * params.dq_strides.batch +
                     sequence % params.num_heads * params.dq_strides.head + tile.row_begin * params.dq_strides.row;
-  for (int row = threadIdx.x / kChunksOfRow; row < tile.num_rows; row += kRowsAtOnce) {
-    *reinterpret_cast<uint4*>(target + row * params.dq_strides.row + chunk * 8) =
-        *reinterpret_cast<const uint4*>(rows + row * kRowElements + chunk * 8);
+  for (int i = threadIdx.x; i < tile.num_rows * kChunksOfRow; i += kWarpgroup) {
+    const int row = i / kChunksOfRow, chunk = i % kChunksOfRow;
+    if (chunk * 8 < params.head_dim) {
+      *reinterpret_cast<uint4*>(target + row * params.dq_strides.row + chunk * 8) =
+          *reinterpret_cast<const uint4*>(rows + row * kRowElements + chunk * 8);
+    }
   }
 }
 

@@ -17,16 +17,6 @@ namespace {
 // A row is copied, and leaves, in pieces of 16 bytes.
 constexpr int64_t kHeadDimStep = 8;
 
-MaskedKeys plan_masked_keys(const FwdParams& params, Scratch& scratch) {
-  const bool serves_all = params.key_padding_mask_batch_stride == 0 && params.v_strides.batch == 0;
-  MaskedKeys keys{};
-  keys.num_copies = serves_all ? 1 : static_cast<int>(params.batch_size);
-  keys.num_words = static_cast<int>((params.seqlen_k + 31) / 32) + MaskedKeys::kSpareWords;
-  keys.visible = scratch.take<uint32_t>(int64_t{keys.num_copies} * keys.num_words);
-  keys.values = scratch.take<uint16_t>(keys.num_copies * params.seqlen_k * params.num_heads * params.head_dim);
-  return keys;
-}
-
 }  // namespace
 
 FwdTensors fwd_tensors(const FwdParams& params) {
@@ -66,7 +56,7 @@ FwdPlan plan_fwd(const FwdParams& params) {
       plan.partial_out = scratch.take<float>(num_parts * kBlockM * params.head_dim);
       plan.partial_lse = scratch.take<float>(num_parts * kBlockM);
     }
-    if (params.key_padding_mask != nullptr) plan.masked_keys = plan_masked_keys(params, scratch);
+    if (params.key_padding_mask != nullptr) plan.masked_keys = plan_masked_keys(params, scratch, false);
     plan.workspace_size = scratch.bytes();
     return plan;
   });

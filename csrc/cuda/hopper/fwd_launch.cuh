@@ -13,17 +13,10 @@
 
 namespace mixed_attention::cuda::hopper {
 
-// The copy of the values.
-inline TensorView masked_values(const FwdParams& params, const MaskedKeys& keys) {
-  const int64_t row = params.num_heads * params.head_dim;
-  const Strides strides{keys.num_copies > 1 ? params.seqlen_k * row : 0, row, params.head_dim};
-  return {keys.values, params.dtype, keys.num_copies, params.seqlen_k, params.num_heads, params.head_dim, strides};
-}
-
 template <typename Config>
 FwdKernelParams make_fwd_kernel_params(const FwdParams& params, const FwdPlan& plan) {
   const FwdTensors tensors = fwd_tensors(params);
-  const TensorView v = Config::kIsMasked ? masked_values(params, plan.masked_keys) : tensors.v;
+  const TensorView v = Config::kIsMasked ? masked_view(params, plan.masked_keys, plan.masked_keys.values) : tensors.v;
   return {make_tile_map(tensors.q, Config::kBlockM, Config::kSlabColumns),
           make_clipped_tile_map(tensors.k, Config::kBlockN, Config::kSlabColumns),
           make_clipped_tile_map(v, Config::kBlockN, Config::kSlabColumns),
@@ -38,7 +31,7 @@ FwdKernelParams make_fwd_kernel_params(const FwdParams& params, const FwdPlan& p
           plan.partial_out,
           plan.partial_lse,
           plan.masked_keys.visible,
-          plan.masked_keys.num_copies > 1 ? plan.masked_keys.num_words : 0,
+          plan.masked_keys.visible_step(),
           static_cast<float>(params.softmax_scale),
           static_cast<float>(params.softmax_scale * std::numbers::log2e),
           plan.table};

@@ -37,6 +37,19 @@ __device__ inline void issue_column_products(float (&d)[kCount], const uint32_t 
   ptx::wgmma_commit();
 }
 
+// d = aᵀ b, summed over the kDepth rows of both: 64 columns at a, one slab, as many columns at b as d has.
+template <typename Element, int kDepth, int kCount, int kRowBytesA, int kRowBytesB>
+__device__ inline void issue_transposed_products(float (&d)[kCount], ptx::SlabOperand<kRowBytesA> a,
+                                                 ptx::SlabOperand<kRowBytesB> b) {
+  ptx::wgmma_fence();
+#pragma unroll
+  for (int step = 0; step < kDepth / 16; ++step) {
+    ptx::Wgmma<Element, 2 * kCount>::tt(d, a.advance(step * 16 * kRowBytesA).descriptor(),
+                                        b.advance(step * 16 * kRowBytesB).descriptor(), step > 0);
+  }
+  ptx::wgmma_commit();
+}
+
 // Rounds a result to the operand of the next product: the layouts agree, nothing moves between threads.
 template <typename Element, int kCount>
 __device__ inline void round_operand(uint32_t (&operand)[kCount / 2], const float (&result)[kCount]) {

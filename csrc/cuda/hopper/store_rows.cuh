@@ -10,15 +10,17 @@
 
 namespace mixed_attention::cuda::hopper {
 
-// Writes this warp's 16 rows of a result, the first num_rows of them. They pass through shared memory, (16, kHeadDim)
-// with the 16-byte chunks of a row swizzled against bank conflicts, so that whole rows leave at once.
+// Writes this warp's 16 rows of a result, the first num_rows and num_columns of them. They pass through shared memory,
+// (16, kHeadDim) with the 16-byte chunks of a row swizzled against bank conflicts, so that whole rows leave at once.
 template <typename Element, int kHeadDim>
 __device__ inline void store_rows(Element* staging, const float (&result)[kHeadDim / 2], Element* target,
-                                  int64_t row_stride, int num_rows) {
+                                  int64_t row_stride, int num_rows, int num_columns) {
   constexpr int kChunks = kHeadDim / 8;
-  constexpr int kRowsAtOnce = 32 / kChunks;
   const int lane = threadIdx.x % 32;
-  const auto chunk_at = [&](int row, int chunk) { return staging + row * kHeadDim + (chunk ^ (row % 8)) * 8; };
+  const auto chunk_at = [&](int row, int chunk) {
+    const int swizzle = kChunks % 8 == 0 ? row % 8 : row / 2 % 4;
+    return staging + row * kHeadDim + (chunk ^ swizzle) * 8;
+  };
 
   __syncwarp();  // the rows stored before have been read
 #pragma unroll
@@ -30,10 +32,10 @@ __device__ inline void store_rows(Element* staging, const float (&result)[kHeadD
   }
   __syncwarp();
 #pragma unroll
-  for (int first = 0; first < kWarpRows; first += kRowsAtOnce) {
-    const int row = first + lane / kChunks;
-    const int chunk = lane % kChunks;
-    if (row < num_rows) {
+  for (int first = 0; first < kWarpRows * kChunks; first += 32) {
+    const int row = (first + lane) / kChunks;
+    const int chunk = (first + lane) % kChunks;
+    if (row < num_rows && chunk * 8 < num_columns) {
       *reinterpret_cast<uint4*>(target + row * row_stride + chunk * 8) =
           *reinterpret_cast<const uint4*>(chunk_at(row, chunk));
     }

@@ -59,6 +59,7 @@ using Operand = SlabOperand<128>;
 // One step of 16 along the summed dimension.
 //   ss: a and b from shared memory, both with the summed dimension along their rows; accumulate 0 overwrites d.
 //   rs: a from registers; b's summed dimension runs down its columns (the instruction transposes it).
+//   tt: a and b from shared memory, both with the summed dimension down their columns; a is one slab wide.
 // Those in shared memory are given by their descriptors.
 template <typename Element, int kN>
 struct Wgmma;
@@ -118,6 +119,19 @@ struct Wgmma;
                    "}, {%" p0 ", %" p1 ", %" p2 ", %" p3 "}, %" p4 ", 1, 1, 1, 1;\n"                               \
                    : WGMMA_ACCUMULATORS_##count(d)                                                                 \
                    : "r"(a0), "r"(a1), "r"(a2), "r"(a3), "l"(b));                                                  \
+    }                                                                                                              \
+    __device__ static void tt(float (&d)[count], uint64_t a, uint64_t b, int accumulate) {                         \
+      asm volatile(                                                                                                \
+          "{\n"                                                                                                    \
+          ".reg .pred p;\n"                                                                                        \
+          "setp.ne.b32 p, %" p2                                                                                    \
+          ", 0;\n"                                                                                                 \
+          "wgmma.mma_async.sync.aligned.m64n" #N "k16.f32." type "." type " {" WGMMA_REGISTERS_##count             \
+          "}, %" p0 ", %" p1                                                                                       \
+          ", p, 1, 1, 1, 1;\n"                                                                                     \
+          "}\n"                                                                                                    \
+          : WGMMA_ACCUMULATORS_##count(d)                                                                          \
+          : "l"(a), "l"(b), "r"(accumulate));                                                                      \
     }                                                                                                              \
   };
 
