@@ -140,7 +140,8 @@ __device__ inline void consume(const FwdKernelParams& params, FwdSharedStorage<C
   if (consumer == Config::kConsumers - 1) ptx::named_barrier_arrive(next_turn, 2 * kWarpgroup);
 
   ItemWalk<Config::kBlockM> items(params.table);
-  TileShare share{};  // of the current item
+  TileShare share{};      // of the current item
+  bool has_rows = false;  // whether it reaches this warpgroup, which goes along in any case
   RingUse<Config::kQueryBuffers> q_use{0};
   Ring k_use{0};  // v is always the use before
   float s[Config::kBlockN / 2];
@@ -179,15 +180,23 @@ __device__ inline void consume(const FwdKernelParams& params, FwdSharedStorage<C
   const auto weigh = [&] { softmax.weigh<Config::kPolynomialEvery>(s, params.softmax_scale_log2); };
   // NOTE: the answer depends on all exponentials. Without a barrier at this place ptxas moves most of them behind the
   // wait for the product that they should run under.
-  const auto overflows = [&] { return ptx::named_barrier_any(own_vote, kWarpgroup, softmax.overflows<Element>()); };
+  const auto overflows = [&] {
+    return ptx::named_barrier_any(own_vote, kWarpgroup, has_rows && softmax.overflows<Element>());
+  };
+
+  const auto begin_item = [&] {
+    const ItemRows rows = items.rows();
+    share = items.share();
+    has_rows = rows.row_begin + consumer * kWarpgroupRows < rows.row_end;
+  };
 
   bool has_keys = items.next_with_keys();
   if (has_keys) {
+    begin_item();
     ptx::mbarrier_wait(shared.q_full[0], 0);
     ptx::mbarrier_wait(shared.k_full[0], 0);
     issue_s();
     ptx::wgmma_wait<0>(s);
-    share = items.share();
     mask(share.begin);
     release(shared.k_empty[0]);
     softmax.start(s, params.softmax_scale_log2);
@@ -202,8 +211,10 @@ __device__ inline void consume(const FwdKernelParams& params, FwdSharedStorage<C
       const Ring v_use = k_use;
       ++k_use.count;
       issue_both(v_use);
-      mask(tile);
-      weigh();
+      if (has_rows) {
+        mask(tile);
+        weigh();
+      }
       const bool is_overflow = overflows();
       ptx::wgmma_wait<0>(o, s);
       release(shared.v_empty[v_use.stage()]);
@@ -232,7 +243,7 @@ __device__ inline void consume(const FwdKernelParams& params, FwdSharedStorage<C
     if (has_keys) {
       ptx::mbarrier_wait(shared.q_full[q_use.stage()], q_use.full_parity());
       issue_both(v_use);
-      share = items.share();
+      begin_item();
       mask(share.begin);
       release(shared.k_empty[k_use.stage()]);
       softmax.start(s, params.softmax_scale_log2);

@@ -16,18 +16,18 @@ constexpr int kLeastGain = 32;  // of the time, one in so many: the estimate is 
 
 int ceil_div(int a, int b) { return (a + b - 1) / b; }
 
-// Key tiles of an item; number: without parts.
-int num_tiles_of(const WorkTable& table, int number) {
+// What an item belongs to; number: without parts.
+const QueryTiles& segment_of(const WorkTable& table, int number) {
   const QueryTiles* segment = table.segments;
   while (number >= segment->item_end) ++segment;
-  return segment->num_tiles;
+  return *segment;
 }
 
 int steps_of_item(const WorkTable& table, const ItemSplits& splits, int item) {
-  const int num_tiles = num_tiles_of(table, splits.number(item));
-  if (num_tiles == 0) return 1;
-  return splits.has(item) ? ceil_div(num_tiles, splits.num_parts) + kStepsOfItem + kStepsOfPart
-                          : num_tiles + kStepsOfItem;
+  const int num_steps = segment_of(table, splits.number(item)).num_steps;
+  if (num_steps == 0) return 1;
+  return splits.has(item) ? ceil_div(num_steps, splits.num_parts) + kStepsOfItem + kStepsOfPart
+                          : num_steps + kStepsOfItem;
 }
 
 int steps_of_launch(const WorkTable& table, const ItemSplits& splits, int num_items, int num_blocks) {
@@ -41,10 +41,10 @@ int steps_of_launch(const WorkTable& table, const ItemSplits& splits, int num_it
   return steps;
 }
 
-// How many items have at least so many key tiles.
-int num_items_of(const WorkTable& table, int least_tiles) {
+// How many items take at least so long.
+int num_items_of(const WorkTable& table, int least_steps) {
   int num_items = 0;
-  for (const QueryTiles* segment = table.segments; num_items < table.num_items && segment->num_tiles >= least_tiles;
+  for (const QueryTiles* segment = table.segments; num_items < table.num_items && segment->num_steps >= least_steps;
        ++segment) {
     num_items = segment->item_end;
   }
@@ -72,12 +72,12 @@ void split_items(WorkTable& table, int num_blocks) {
       best = splits;
     }
   };
-  const int half_of_longest = std::max(1, ceil_div(table.segments[0].num_tiles, 2));
-  for (const int least_tiles : {1, half_of_longest}) {
-    const int end = num_items_of(table, least_tiles);
+  const int half_of_longest = std::max(1, ceil_div(table.segments[0].num_steps, 2));
+  for (const int least_steps_of_item : {1, half_of_longest}) {
+    const int end = num_items_of(table, least_steps_of_item);
     for (const int begin : {0, end / num_blocks * num_blocks}) {
       if (begin == end) continue;
-      const int limit = std::min(kMaxParts, num_tiles_of(table, end - 1));  // no part is without a tile
+      const int limit = std::min(kMaxParts, segment_of(table, end - 1).num_tiles);  // no part is without a tile
       for (int rounds = 1; rounds <= kMaxRounds; ++rounds) {
         const int num_parts = std::min(limit, rounds * num_blocks / (end - begin));
         if (num_parts > 1) consider({begin, end - begin, num_parts});

@@ -5,6 +5,7 @@
 #include <numeric>
 #include <vector>
 
+#include "cuda/hopper/config.h"
 #include "schedule.h"
 
 namespace mixed_attention::cuda::hopper {
@@ -21,7 +22,7 @@ KeyTiles make_key_tiles(Range keys, int block_n) {
 }
 
 // Appends the ranges of one segment, those with a partial tile first, as only these are masked.
-QueryTiles add_segment(const QuerySegment& segment, int block_n, int first_range, WorkTable& table) {
+QueryTiles add_ranges(const QuerySegment& segment, int block_n, int first_range, WorkTable& table) {
   KeyTiles* ranges = table.ranges + first_range;
   int num_ranges = 0;
   for (const Range& keys : segment.keys) {
@@ -32,13 +33,14 @@ QueryTiles add_segment(const QuerySegment& segment, int block_n, int first_range
   const int num_partial = static_cast<int>(first_even - ranges);
   const int num_tiles = std::accumulate(ranges, ranges + num_ranges, num_partial,
                                         [](int sum, const KeyTiles& tiles) { return sum + tiles.num_full; });
-  return {static_cast<int>(segment.rows.begin),
-          static_cast<int>(segment.rows.end),
-          first_range,
-          num_ranges,
-          num_partial,
-          num_tiles,
-          0};
+  QueryTiles tiles{};
+  tiles.row_begin = static_cast<int>(segment.rows.begin);
+  tiles.row_end = static_cast<int>(segment.rows.end);
+  tiles.first_range = first_range;
+  tiles.num_ranges = num_ranges;
+  tiles.num_partial = num_partial;
+  tiles.num_tiles = tiles.num_steps = num_tiles;
+  return tiles;
 }
 
 }  // namespace
@@ -61,14 +63,24 @@ bool fits_work_table(const AttentionParams& params) {
 WorkTable make_work_table(const AttentionParams& params, int block_m, int block_n) {
   WorkTable table{};
   table.num_heads = static_cast<int>(params.num_heads);
+  const std::vector<QuerySegment>& segments = params.schedule->query_segments;
+  // The ragged tiles stand apart, as they are shorter: warpgroups without a row compute no weights.
+  const bool sets_apart = 2 * segments.size() <= WorkTable::kMaxSegments;
   int num_segments = 0, num_ranges = 0;
-  for (const QuerySegment& segment : params.schedule->query_segments) {
-    const QueryTiles tiles = add_segment(segment, block_n, num_ranges, table);
-    table.segments[num_segments++] = tiles;
+  for (const QuerySegment& segment : segments) {
+    QueryTiles tiles = add_ranges(segment, block_n, num_ranges, table);
     num_ranges += tiles.num_ranges;
+    const int num_ragged_rows = (tiles.row_end - tiles.row_begin) % block_m;
+    if (sets_apart && num_ragged_rows > 0) {
+      QueryTiles ragged = tiles;
+      ragged.row_begin = tiles.row_end -= num_ragged_rows;
+      if (num_ragged_rows <= block_m - kWarpgroupRows) ragged.num_steps = (2 * tiles.num_tiles + 2) / 3;
+      table.segments[num_segments++] = ragged;
+    }
+    if (tiles.row_begin < tiles.row_end) table.segments[num_segments++] = tiles;
   }
   std::stable_sort(table.segments, table.segments + num_segments,
-                   [](const QueryTiles& a, const QueryTiles& b) { return a.num_tiles > b.num_tiles; });
+                   [](const QueryTiles& a, const QueryTiles& b) { return a.num_steps > b.num_steps; });
   for (int i = 0; i < num_segments; ++i) {
     QueryTiles& tiles = table.segments[i];
     const int64_t num_blocks = (tiles.row_end - tiles.row_begin + block_m - 1) / block_m;

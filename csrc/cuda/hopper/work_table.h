@@ -14,11 +14,13 @@ struct KeyTiles {
   int tail;      // rows of the partial tile, 0 = none
 };
 
-// A query segment as tiles of kBlockM rows, the last one ragged. Its items are these tiles for every head and batch.
+// A query segment as tiles of kBlockM rows, or only its full ones, or only the ragged one at its end. Its items are
+// these tiles for every head and batch.
 struct QueryTiles {
   int row_begin, row_end;
   int first_range, num_ranges;  // in WorkTable::ranges; those with a partial tile come first
   int num_partial, num_tiles;   // key tiles: partial ones, and all
+  int num_steps;                // how long an item takes, in steps of a key tile under a full tile of queries
   int item_end;                 // items of this segment and of all before it, in the count of whole ones
 };
 
@@ -45,7 +47,7 @@ struct WorkTable {
 
   int num_items, num_heads;  // parts count each
   ItemSplits splits;
-  QueryTiles segments[kMaxSegments];  // most key tiles first
+  QueryTiles segments[kMaxSegments];  // longest items first
   KeyTiles ranges[kMaxRanges];
 };
 
