@@ -22,24 +22,23 @@ KeyTiles make_key_tiles(Range keys, int block_n) {
 }
 
 // Appends the ranges of one segment, those with a partial tile first, as only these are masked.
-QueryTiles add_ranges(const QuerySegment& segment, int block_n, int first_range, WorkTable& table) {
-  KeyTiles* ranges = table.ranges + first_range;
-  int num_ranges = 0;
+QueryTiles add_ranges(const QuerySegment& segment, int block_n, WorkTable& table, int& num_ranges) {
+  KeyTiles* const first = table.ranges + num_ranges;
+  KeyTiles* end = first;
   for (const Range& keys : segment.keys) {
-    if (keys.size() > 0) ranges[num_ranges++] = make_key_tiles(keys, block_n);
+    if (keys.size() > 0) *end++ = make_key_tiles(keys, block_n);
   }
-  const auto first_even =
-      std::stable_partition(ranges, ranges + num_ranges, [](const KeyTiles& tiles) { return tiles.tail > 0; });
-  const int num_partial = static_cast<int>(first_even - ranges);
-  const int num_tiles = std::accumulate(ranges, ranges + num_ranges, num_partial,
-                                        [](int sum, const KeyTiles& tiles) { return sum + tiles.num_full; });
+  const auto first_even = std::stable_partition(first, end, [](const KeyTiles& tiles) { return tiles.tail > 0; });
+  const int num_partial = static_cast<int>(first_even - first);
+  const int num_tiles =
+      std::accumulate(first, end, num_partial, [](int sum, const KeyTiles& tiles) { return sum + tiles.num_full; });
   QueryTiles tiles{};
   tiles.row_begin = static_cast<int>(segment.rows.begin);
   tiles.row_end = static_cast<int>(segment.rows.end);
-  tiles.first_range = first_range;
-  tiles.num_ranges = num_ranges;
+  tiles.first_range = num_ranges;
   tiles.num_partial = num_partial;
   tiles.num_tiles = tiles.num_steps = num_tiles;
+  num_ranges += static_cast<int>(end - first);
   return tiles;
 }
 
@@ -68,8 +67,7 @@ WorkTable make_work_table(const AttentionParams& params, int block_m, int block_
   const bool sets_apart = 2 * segments.size() <= WorkTable::kMaxSegments;
   int num_segments = 0, num_ranges = 0;
   for (const QuerySegment& segment : segments) {
-    QueryTiles tiles = add_ranges(segment, block_n, num_ranges, table);
-    num_ranges += tiles.num_ranges;
+    QueryTiles tiles = add_ranges(segment, block_n, table, num_ranges);
     const int num_ragged_rows = (tiles.row_end - tiles.row_begin) % block_m;
     if (sets_apart && num_ragged_rows > 0) {
       QueryTiles ragged = tiles;

@@ -18,10 +18,10 @@ struct KeyTiles {
 // these tiles for every head and batch.
 struct QueryTiles {
   int row_begin, row_end;
-  int first_range, num_ranges;  // in WorkTable::ranges; those with a partial tile come first
-  int num_partial, num_tiles;   // key tiles: partial ones, and all
-  int num_steps;                // how long an item takes, in steps of a key tile under a full tile of queries
-  int item_end;                 // items of this segment and of all before it, in the count of whole ones
+  int first_range;             // in WorkTable::ranges; those with a partial tile come first
+  int num_partial, num_tiles;  // key tiles: partial ones, and all
+  int num_steps;               // how long an item takes, in steps of a key tile under a full tile of queries
+  int item_end;                // items of this segment and of all before it, in the count of whole ones
 };
 
 // Some items are cut into parts, each of which goes through a share of the key tiles. Parts are items, too, and take
