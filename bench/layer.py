@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
+import copy
 import gc
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import partial
 from importlib.util import find_spec
 
@@ -20,6 +21,8 @@ from bench.rows import Row, absent_row, dtype_of, in_precision, timing_row
 from bench.timing import Calls, graphed, take_turns
 from mixed_attention import packed
 from mixed_attention.projection import linear
+
+FORWARD, TRAINING = "forward", "forward + backward"
 
 
 class OurLayer(nn.Module):
@@ -151,6 +154,10 @@ class Step:
         out.backward(self.dout.to(out.dtype))
         return out
 
+    def call(self, passed: str) -> Callable[[nn.Module], Tensor]:
+        """What is measured under the name of a pass."""
+        return {FORWARD: self.inference, TRAINING: self.training}[passed]
+
 
 @dataclass(frozen=True)
 class AttentionAlone:
@@ -210,10 +217,8 @@ def measure(case: Case, device: torch.device, precision: str, what: What) -> Ite
             except Exception as error:  # whatever a compiler raises
                 del modules[name]
                 yield absent_row(case.name, name, precision, error)
-        for passed, call, attend in (
-            ("forward", step.inference, alone.inference),
-            ("forward + backward", step.training, alone.training),
-        ):
+        for passed, attend in ((FORWARD, alone.inference), (TRAINING, alone.training)):
+            call = step.call(passed)
             calls: dict[tuple[str, str], Callable[[], object]] = {
                 (name, "eager"): partial(call, module) for name, module in modules.items()
             }
@@ -221,17 +226,23 @@ def measure(case: Case, device: torch.device, precision: str, what: What) -> Ite
             calls["ours, attention alone", "eager"] = attend
             if what.graphs and device.type == "cuda":
                 try:
-                    calls["ours", "graph"] = graphed(lambda: partial(call, modules["ours"]))  # noqa: B023
+                    calls["ours", "graph"] = graphed(partial(_on_own_leaves, step, modules["ours"], passed))
                 except Exception as error:  # whatever a capture raises
                     yield absent_row(case.name, "ours", precision, error, **{"pass": passed, "mode": "graph"})
             count = CALLS_A_SAMPLE if device.type == "cuda" else 1
             samples = {key: Calls(partial(_repeat, each, count), count) for key, each in calls.items()}
-            flops = case.flops(backward=passed != "forward")
+            flops = case.flops(backward=passed == TRAINING)
             for (name, mode), timing in take_turns(samples, device, what.rounds).items():
                 facts = {"pass": passed, "dtype": precision, "mode": mode}
                 facts["gflops_per_second"] = flops / timing.median / 1e6
                 facts |= {"error": errors[name]} if name in errors else {}
                 yield timing_row("layer", case.name, name, timing, **facts, **peaks.get((name, mode), {}))
+
+
+def _on_own_leaves(step: Step, module: nn.Module, passed: str) -> Callable[[], object]:
+    """A call as a graph can capture it: autograd delivers a gradient on the stream that its leaf was first used on."""
+    own = replace(step, x=step.x.detach().requires_grad_())
+    return partial(own.call(passed), copy.deepcopy(module))
 
 
 def _repeat(call: Callable[[], object], count: int) -> None:

@@ -16,6 +16,10 @@ inline constexpr int kRowBytes = 128;      // of such a slab
 inline constexpr int kColumnStepBytes = 32;
 inline constexpr int kRowStepBytes = 16 * kRowBytes;
 
+// Whether a forward's warpgroup without a row spares its weights: with two of them a step takes as long as the
+// products.
+constexpr bool spares_weights(int block_m) { return block_m > 2 * kWarpgroupRows; }
+
 // Words for a bit for every key of a tile.
 inline constexpr int kKeyBitWords = 4;
 

@@ -140,8 +140,8 @@ __device__ inline void consume(const FwdKernelParams& params, FwdSharedStorage<C
   if (consumer == Config::kConsumers - 1) ptx::named_barrier_arrive(next_turn, 2 * kWarpgroup);
 
   ItemWalk<Config::kBlockM> items(params.table);
-  TileShare share{};      // of the current item
-  bool has_rows = false;  // whether it reaches this warpgroup, which goes along in any case
+  TileShare share{};     // of the current item
+  bool has_rows = true;  // whether it has some for this warpgroup, which goes along in any case
   RingUse<Config::kQueryBuffers> q_use{0};
   Ring k_use{0};  // v is always the use before
   float s[Config::kBlockN / 2];
@@ -185,9 +185,11 @@ __device__ inline void consume(const FwdKernelParams& params, FwdSharedStorage<C
   };
 
   const auto begin_item = [&] {
-    const ItemRows rows = items.rows();
     share = items.share();
-    has_rows = rows.row_begin + consumer * kWarpgroupRows < rows.row_end;
+    if constexpr (spares_weights(Config::kBlockM)) {
+      const ItemRows rows = items.rows();
+      has_rows = rows.row_begin + consumer * kWarpgroupRows < rows.row_end;
+    }
   };
 
   bool has_keys = items.next_with_keys();

@@ -63,7 +63,7 @@ WorkTable make_work_table(const AttentionParams& params, int block_m, int block_
   WorkTable table{};
   table.num_heads = static_cast<int>(params.num_heads);
   const std::vector<QuerySegment>& segments = params.schedule->query_segments;
-  // The ragged tiles stand apart, as they are shorter: warpgroups without a row compute no weights.
+  // The ragged tiles stand apart, as they may be shorter.
   const bool sets_apart = 2 * segments.size() <= WorkTable::kMaxSegments;
   int num_segments = 0, num_ranges = 0;
   for (const QuerySegment& segment : segments) {
@@ -72,7 +72,8 @@ WorkTable make_work_table(const AttentionParams& params, int block_m, int block_
     if (sets_apart && num_ragged_rows > 0) {
       QueryTiles ragged = tiles;
       ragged.row_begin = tiles.row_end -= num_ragged_rows;
-      if (num_ragged_rows <= block_m - kWarpgroupRows) ragged.num_steps = (2 * tiles.num_tiles + 2) / 3;
+      if (spares_weights(block_m) && num_ragged_rows <= block_m - kWarpgroupRows)
+        ragged.num_steps = (2 * tiles.num_tiles + 2) / 3;
       table.segments[num_segments++] = ragged;
     }
     if (tiles.row_begin < tiles.row_end) table.segments[num_segments++] = tiles;
