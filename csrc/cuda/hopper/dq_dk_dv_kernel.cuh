@@ -7,7 +7,8 @@
 // over long ago, so that they may drift apart by a step, and one's exponentials run under the other's products.
 //
 // In the step for tile t, dp runs under the exponentials of t, dv += p dout under the gradients of its scores, and
-// dk += ds q while dq of tile t - 1 leaves. At the end of a step no product is under way, which the compiler needs.
+// dk += ds q while ds is handed over, with dq of tile t - 1 behind it. At the end of a step no product is under way,
+// which the compiler needs.
 //
 // Who signals whom: *_full of the inputs is completed by the copy engine (one arrival of the producer and the bytes),
 // *_empty by one arrival of every consumer warp; for ds see ds_exchange.cuh. Items that nobody reads take part in no
@@ -117,17 +118,17 @@ __device__ inline void consume(const DkDvKernelParams& params, DqDkDvSharedStora
         ptx::wgmma_wait<0>(dv);
         release(shared.dout_empty[dout.stage()]);
         round_operand<Element>(ds_operand, dp);
+        issue_column_products<Element>(dk, ds_operand, q_tile);
         hand_over(shared.exchange, num_used, ds_operand, first_row, own_keys);
         if (tile > 0) wait_for_ds(previous);
         issue_dq(dq, previous);
-        issue_column_products<Element>(dk, ds_operand, q_tile);
-        ptx::wgmma_wait<1>(dq);
+        ptx::wgmma_wait<1>(dk);
+        release(shared.q_empty[q.stage()]);
+        ptx::wgmma_wait<0>(dq);
         if (tile > 0) {
           release(shared.exchange.ds_empty[previous.stage()]);
           add_dq(dq);
         }
-        ptx::wgmma_wait<0>(dk);
-        release(shared.q_empty[q.stage()]);
       }
 
       const DsRing last{num_used - 1};
