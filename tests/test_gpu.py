@@ -312,6 +312,19 @@ def forward(inputs: Inputs) -> tuple[Tensor, Tensor]:
     return ma.attention(inputs.q, inputs.k, inputs.v, inputs.case.plan, **options)
 
 
+@pytest.mark.parametrize("head_dim", [64, 128])
+def test_large_tokens_cost_others_no_bit(head_dim, device):
+    """fp32 may be scaled into the range of shorter numbers, but not by what a query does not see."""
+    case = Case((77, 130, 65, 20), "a>b b>ab c>bc d>a", 2, num_heads=3, head_dim=head_dim, dtype=FP32)
+    small, large = make_inputs(case, device), make_inputs(case, device)
+    with torch.no_grad():
+        for tensor in (large.q, large.k, large.v):
+            tensor[:, 77 + 130 :] *= 2.0**60
+        for name, got, expected in zip(("out", "lse"), forward(large), forward(small)):
+            rows = (slice(None), slice(77 + 130)) if name == "out" else (..., slice(77 + 130))
+            assert_equal(got[rows], expected[rows], name)
+
+
 @each_dtype
 @pytest.mark.parametrize("case", CASES.values(), ids=CASES)
 def test_deterministic_mode_repeats_bit_by_bit_and_is_right(case, dtype, device):

@@ -55,6 +55,7 @@ int num_query_splits(const BwdParams& params, const std::vector<QueryRun>& runs)
 
 std::string refusal_bwd(const Problem& problem) {
   if (std::string refusal = refusal_fwd(problem); !refusal.empty()) return refusal;
+  if (problem.dtype == DType::kFloat32) return "the dtype is not 16 bits wide";
   if (problem.head_dim == 64 || problem.head_dim == 128) return "";
   return "head_dim is " + std::to_string(problem.head_dim) + ", not 64 or 128";
 }
