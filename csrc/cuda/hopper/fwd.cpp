@@ -17,16 +17,9 @@ namespace {
 // A row is copied, and leaves, in pieces of 16 bytes.
 constexpr int64_t kHeadDimStep = 8;
 
-HalfParts plan_half_parts(const TensorView& tensor, Scratch& scratch) {
-  const int copies = num_copies(tensor);
-  const int64_t num_rows = copies * tensor.num_heads * tensor.seqlen;
-  return {scratch.take<uint16_t>(2 * num_rows * tensor.head_dim), scratch.take<float>(num_rows), copies};
-}
-
 // Whether the copy engine can read a tensor, or its parts.
 bool can_load(const TensorView& tensor) {
-  if (tensor.dtype != DType::kFloat32) return can_map(tensor);
-  return can_map(parts_view(tensor, {nullptr, nullptr, num_copies(tensor)}));
+  return tensor.dtype == DType::kFloat32 ? can_map_parts(tensor) : can_map(tensor);
 }
 
 MaskedKeys plan_masked_keys(const FwdParams& params, Scratch& scratch) {
@@ -86,9 +79,9 @@ FwdPlan plan_fwd(const FwdParams& params) {
     if (params.key_padding_mask != nullptr) plan.masked_keys = plan_masked_keys(params, scratch);
     if (kParts == 2) {
       const FwdTensors tensors = fwd_tensors(params);
-      plan.q_parts = plan_half_parts(tensors.q, scratch);
-      plan.k_parts = plan_half_parts(tensors.k, scratch);
-      plan.v_parts = plan_half_parts(tensors.v, scratch);
+      plan.q_parts = take_half_parts(tensors.q, scratch);
+      plan.k_parts = take_half_parts(tensors.k, scratch);
+      plan.v_parts = take_half_parts(tensors.v, scratch);
     }
     plan.workspace_size = scratch.bytes();
     return plan;

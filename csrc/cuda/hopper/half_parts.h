@@ -4,6 +4,7 @@
 #include <span>
 
 #include "cuda/hopper/tensor_map.h"
+#include "cuda/scratch.h"
 
 namespace mixed_attention::cuda::hopper {
 
@@ -27,6 +28,18 @@ inline TensorView parts_view(const TensorView& tensor, const HalfParts& parts) {
   const int64_t row = tensor.num_heads * tensor.head_dim;
   const Strides strides{tensor.seqlen * row, row, tensor.head_dim};
   return {parts.parts, DType::kFloat16, 2 * parts.copies, tensor.seqlen, tensor.num_heads, tensor.head_dim, strides};
+}
+
+// Room for the parts of a tensor.
+inline HalfParts take_half_parts(const TensorView& tensor, Scratch& scratch) {
+  const int copies = num_copies(tensor);
+  const int64_t num_rows = copies * tensor.num_heads * tensor.seqlen;
+  return {scratch.take<uint16_t>(2 * num_rows * tensor.head_dim), scratch.take<float>(num_rows), copies};
+}
+
+// Whether the copy engine can read a tensor's parts.
+inline bool can_map_parts(const TensorView& tensor) {
+  return can_map(parts_view(tensor, {nullptr, nullptr, num_copies(tensor)}));
 }
 
 struct HalfPartsTask {
