@@ -120,6 +120,18 @@ def test_heavy_tails(case, dtype, device):
     check(case.with_(dtype=dtype, heavy_tails=True), device)
 
 
+@pytest.mark.parametrize("head_dim", [40, 64])
+def test_a_query_that_matters_little_beside_others_loses_nothing(head_dim, device):
+    """Gradients of a query in fp32 scale with those that come in for it, bit by bit, whatever comes in for others."""
+    inputs = make_inputs(Case((300, 77), "ab>ab", num_heads=2, head_dim=head_dim, dlse=False), device)
+    factors = torch.tensor([2.0 ** (row % 121 - 60) for row in range(377)], device=device)[None, :, None, None]
+    with deterministic():
+        expected = run(inputs)
+        got = run(replace(inputs, dout=inputs.dout * factors))
+    assert_equal(got.dq, expected.dq * factors, "dq")
+    assert got.dk.isfinite().all() and got.dv.isfinite().all()
+
+
 @pytest.mark.parametrize("attends", ["a>b b>a", "ab>ab"])
 def test_logits_that_would_overflow(attends, device):
     for dtype in (FP16, BF16):

@@ -7,6 +7,7 @@
 #include "cuda/device.h"
 #include "cuda/hopper/bwd_config.h"
 #include "cuda/hopper/bwd_launch.h"
+#include "cuda/hopper/fp32_bwd_launch.h"
 #include "cuda/hopper/key_work_table.h"
 #include "cuda/hopper/launch.h"
 #include "cuda/hopper/work_table.h"
@@ -44,7 +45,9 @@ BwdWorkspace bwd_workspace(const BwdParams& params) {
                          : BwdWorkspace{begin, begin + size, rest, nullptr};
 }
 
-bool adds_dq(const BwdParams& params) { return !params.deterministic && params.head_dim == 64; }
+bool adds_dq(const BwdParams& params) {
+  return !params.deterministic && params.dtype != DType::kFloat32 && params.head_dim == 64;
+}
 
 int num_query_splits(const BwdParams& params, const std::vector<QueryRun>& runs) {
   if (!adds_dq(params)) return 1;
@@ -55,12 +58,16 @@ int num_query_splits(const BwdParams& params, const std::vector<QueryRun>& runs)
 
 std::string refusal_bwd(const Problem& problem) {
   if (std::string refusal = refusal_fwd(problem); !refusal.empty()) return refusal;
-  if (problem.dtype == DType::kFloat32) return "the dtype is not 16 bits wide";
+  if (problem.dtype == DType::kFloat32) {
+    if (problem.head_dim <= kFp32BwdHeadDim) return "";
+    return "head_dim is " + std::to_string(problem.head_dim) + ", above " + std::to_string(kFp32BwdHeadDim);
+  }
   if (problem.head_dim == 64 || problem.head_dim == 128) return "";
   return "head_dim is " + std::to_string(problem.head_dim) + ", not 64 or 128";
 }
 
 bool can_bwd(const BwdParams& params) {
+  if (params.dtype == DType::kFloat32) return can_fp32_bwd(params);
   const BwdTensors tensors = bwd_tensors(params);
   // Keys past a range's end get the score -inf, whose weight is zero only under a positive scale.
   return params.softmax_scale > 0 && params.dropout_p == 0 && params.key_padding_mask == nullptr &&
@@ -71,11 +78,13 @@ bool can_bwd(const BwdParams& params) {
 }
 
 size_t bwd_workspace_size(const BwdParams& params) {
+  if (params.dtype == DType::kFloat32) return fp32_bwd_workspace(params).size;
   const int64_t size = size_by_tiles(params);
   return (2 * size + (adds_dq(params) ? size * params.head_dim : num_rows(params))) * sizeof(float);
 }
 
 void run_bwd(const BwdParams& params) {
+  if (params.dtype == DType::kFloat32) return launch_fp32_bwd(params);
   params.dtype == DType::kBFloat16 ? run_element<__nv_bfloat16>(params) : run_element<__half>(params);
 }
 
