@@ -129,6 +129,18 @@ def test_heavy_tails(case, dtype, device):
     check(case.with_(dtype=dtype, heavy_tails=True), device)
 
 
+@pytest.mark.parametrize("head_dim", [40, 64])
+def test_a_query_that_matters_little_beside_others_loses_nothing(head_dim, device):
+    """Gradients of a query in fp32 scale with those that come in for it, bit by bit, whatever comes in for others."""
+    inputs = make_inputs(Case((300, 77), "ab>ab", num_heads=2, head_dim=head_dim, dlse=False), device)
+    factors = torch.tensor([2.0 ** (row % 121 - 60) for row in range(377)], device=device)[None, :, None, None]
+    with deterministic():
+        expected = run(inputs)
+        got = run(replace(inputs, dout=inputs.dout * factors))
+    assert_equal(got.dq, expected.dq * factors, "dq")
+    assert got.dk.isfinite().all() and got.dv.isfinite().all()
+
+
 @pytest.mark.parametrize("attends", ["a>b b>a", "ab>ab"])
 def test_logits_that_would_overflow(attends, device):
     for dtype in (FP16, BF16):
@@ -329,6 +341,19 @@ def test_the_forward_repeats_bit_by_bit(case, dtype, device):
 def forward(inputs: Inputs) -> tuple[Tensor, Tensor]:
     options = {"key_padding_mask": inputs.key_padding_mask, "return_lse": True}
     return ma.attention(inputs.q, inputs.k, inputs.v, inputs.case.plan, **options)
+
+
+@pytest.mark.parametrize("head_dim", [64, 128])
+def test_large_tokens_cost_others_no_bit(head_dim, device):
+    """fp32 may be scaled into the range of shorter numbers, but not by what a query does not see."""
+    case = Case((77, 130, 65, 20), "a>b b>ab c>bc d>a", 2, num_heads=3, head_dim=head_dim, dtype=FP32)
+    small, large = make_inputs(case, device), make_inputs(case, device)
+    with torch.no_grad():
+        for tensor in (large.q, large.k, large.v):
+            tensor[:, 77 + 130 :] *= 2.0**60
+        for name, got, expected in zip(("out", "lse"), forward(large), forward(small)):
+            rows = (slice(None), slice(77 + 130)) if name == "out" else (..., slice(77 + 130))
+            assert_equal(got[rows], expected[rows], name)
 
 
 @each_dtype

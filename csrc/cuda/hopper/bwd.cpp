@@ -7,6 +7,7 @@
 #include "cuda/device.h"
 #include "cuda/hopper/bwd_config.h"
 #include "cuda/hopper/bwd_launch.h"
+#include "cuda/hopper/fp32_bwd_launch.h"
 #include "cuda/hopper/key_work_table.h"
 #include "cuda/hopper/launch.h"
 #include "cuda/hopper/work_table.h"
@@ -27,15 +28,15 @@ int64_t size_by_tiles(const BwdParams& params) {
 
 int64_t num_rows(const BwdParams& params) { return params.batch_size * params.num_heads * params.seqlen_q; }
 
-BwdTensors given_tensors(const BwdParams& params) {
+}  // namespace
+
+BwdTensors bwd_tensors(const BwdParams& params) {
   const auto view = [&](const void* data, int64_t seqlen, const Strides& strides) {
     return TensorView{data, params.dtype, params.batch_size, seqlen, params.num_heads, params.head_dim, strides};
   };
   return {view(params.q, params.seqlen_q, params.q_strides), view(params.k, params.seqlen_k, params.k_strides),
           view(params.v, params.seqlen_k, params.v_strides), view(params.dout, params.seqlen_q, params.dout_strides)};
 }
-
-}  // namespace
 
 BwdWorkspace bwd_workspace(const BwdParams& params) {
   Scratch scratch(params.workspace);
@@ -54,7 +55,7 @@ BwdWorkspace bwd_workspace(const BwdParams& params) {
 }
 
 BwdTensors bwd_tensors(const BwdParams& params, const BwdWorkspace& workspace) {
-  BwdTensors tensors = given_tensors(params);
+  BwdTensors tensors = bwd_tensors(params);
   if (params.key_padding_mask != nullptr) {
     tensors.k = masked_view(params, workspace.masked_keys, workspace.masked_keys.keys);
     tensors.v = masked_view(params, workspace.masked_keys, workspace.masked_keys.values);
@@ -62,7 +63,9 @@ BwdTensors bwd_tensors(const BwdParams& params, const BwdWorkspace& workspace) {
   return tensors;
 }
 
-bool adds_dq(const BwdParams& params) { return !params.deterministic && can_add_dq(kernel_head_dim(params)); }
+bool adds_dq(const BwdParams& params) {
+  return !params.deterministic && params.dtype != DType::kFloat32 && can_add_dq(kernel_head_dim(params));
+}
 
 int num_query_splits(const BwdParams& params, const std::vector<QueryRun>& runs) {
   if (!adds_dq(params) || kernel_head_dim(params) > 64 || params.key_padding_mask != nullptr) return 1;
@@ -73,14 +76,16 @@ int num_query_splits(const BwdParams& params, const std::vector<QueryRun>& runs)
 
 std::string refusal_bwd(const Problem& problem) {
   if (std::string refusal = refusal_fwd(problem); !refusal.empty()) return refusal;
-  if (problem.head_dim > kMaxBwdHeadDim) {
-    return "head_dim is " + std::to_string(problem.head_dim) + ", above " + std::to_string(kMaxBwdHeadDim);
+  const int64_t limit = problem.dtype == DType::kFloat32 ? kFp32BwdHeadDim : kMaxBwdHeadDim;
+  if (problem.head_dim > limit) {
+    return "head_dim is " + std::to_string(problem.head_dim) + ", above " + std::to_string(limit);
   }
   return "";
 }
 
 bool can_bwd(const BwdParams& params) {
-  const BwdTensors tensors = given_tensors(params);
+  if (params.dtype == DType::kFloat32) return can_fp32_bwd(params);
+  const BwdTensors tensors = bwd_tensors(params);
   // Keys past a range's end get the score -inf, whose weight is zero only under a positive scale.
   return params.softmax_scale > 0 && params.dropout_p == 0 && can_map(tensors.q) && can_map(tensors.k) &&
          can_map(tensors.v) && can_map(tensors.dout) && can_store(params.out, params.out_strides) &&
@@ -88,9 +93,12 @@ bool can_bwd(const BwdParams& params) {
          can_store(params.dv, params.dv_strides) && fits_work_table(params) && fits_key_work_table(params);
 }
 
-size_t bwd_workspace_size(const BwdParams& params) { return bwd_workspace(params).size; }
+size_t bwd_workspace_size(const BwdParams& params) {
+  return params.dtype == DType::kFloat32 ? fp32_bwd_workspace(params).size : bwd_workspace(params).size;
+}
 
 void run_bwd(const BwdParams& params) {
+  if (params.dtype == DType::kFloat32) return launch_fp32_bwd(params);
   with_bwd_head_dim(params.head_dim, [&]<int kHeadDim>() {
     params.dtype == DType::kBFloat16 ? launch_bwd<__nv_bfloat16, kHeadDim>(params)
                                      : launch_bwd<__half, kHeadDim>(params);

@@ -34,7 +34,8 @@ int num_query_splits(const BwdParams& params, const std::vector<QueryRun>& runs)
 // Of the pointers it reads params.workspace, null to learn the size, and asks whether there is a mask.
 BwdWorkspace bwd_workspace(const BwdParams& params);
 
-// Under a mask keys and values are the copies in the workspace.
+// What is read: as it is given, and, where there is a mask, with the copies of keys and values in the workspace.
+BwdTensors bwd_tensors(const BwdParams& params);
 BwdTensors bwd_tensors(const BwdParams& params, const BwdWorkspace& workspace);
 
 // Instantiated in cuda/instantiations, one file per element type and head_dim.

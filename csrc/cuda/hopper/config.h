@@ -1,9 +1,14 @@
 // Tile sizes of the Hopper kernels and the shared memory of a block, by head_dim.
 #pragma once
 
+#include <cuda_fp16.h>
+
 #include <cstddef>
 #include <cstdint>
 #include <iterator>
+#include <type_traits>
+
+#include "params.h"
 
 namespace mixed_attention::cuda::hopper {
 
@@ -42,12 +47,26 @@ auto with_fwd_head_dim(int64_t head_dim, const Visit& visit) {
   return with_head_dim_of<kFwdHeadDims>(head_dim, visit);
 }
 
+// Heads of fp32, each of whose numbers is two of fp16, are served by 64 and 128.
+inline constexpr int kMinPartsHeadDim = 40;  // narrower ones would be multiplied by too many zeros
+inline constexpr int kMaxPartsHeadDim = 128;
+
+// Calls visit.operator()<kHeadDim, kParts>() with the kernel's head_dim and the factors that a number is made up of.
+template <typename Visit>
+auto with_fwd_tuning(DType dtype, int64_t head_dim, const Visit& visit) {
+  if (dtype == DType::kFloat32) {
+    return head_dim <= 64 ? visit.template operator()<64, 2>() : visit.template operator()<128, 2>();
+  }
+  return with_fwd_head_dim(head_dim, [&]<int kHeadDim>() { return visit.template operator()<kHeadDim, 1>(); });
+}
+
 // Columns of the slabs that a tile is stored in: as wide as a swizzle allows, but none of them half empty, which the
 // products would take for work.
 constexpr int slab_columns(int head_dim) { return head_dim % kSlabColumns == 0 ? kSlabColumns : kSlabColumns / 2; }
 
-// Registers a thread: the sum over all warpgroups may not exceed what the launch gives, 65536 a block.
-template <int kHeadDim>
+// Registers a thread: the sum over all warpgroups may not exceed what the launch gives, 65536 a block. kParts: factors
+// that a number is made up of, 2 for fp32.
+template <int kHeadDim, int kParts = 1>
 struct FwdTuning;
 
 // The exponential unit takes twice as long as the tensor cores: more weights by polynomial.
@@ -93,45 +112,88 @@ struct FwdTuning<256> {
   static constexpr int kPolynomialEvery = 0, kQueryBuffers = 1;
 };
 
+// Numbers of two parts. Scores, weights, output and what a tile adds to it take 192 registers, which leaves two
+// warpgroups; as products take three times as long as those of one part, they hide the softmax all the same.
+template <>
+struct FwdTuning<64, 2> {
+  static constexpr int kConsumers = 2, kBlockN = 128, kStages = 2, kProducerRegisters = 40, kConsumerRegisters = 232;
+  static constexpr int kPolynomialEvery = 0, kQueryBuffers = 2;
+};
+
+// The output and what a tile adds to it take twice the registers: half as many keys.
+// Spills: hopper_attention_fwd_kernel in hopper_fwd_fp32_d128 for sm_90a, 120 bytes: numbers of barriers and the like,
+// five words read in the loop over tiles, where the addresses of 36 products want registers as well.
+template <>
+struct FwdTuning<128, 2> {
+  static constexpr int kConsumers = 2, kBlockN = 64, kStages = 2, kProducerRegisters = 40, kConsumerRegisters = 232;
+  static constexpr int kPolynomialEvery = 0, kQueryBuffers = 1;
+};
+
+// Factors that an element of the inputs is made up of: half_parts.h.
+template <typename Element>
+inline constexpr int kPartsOf = std::is_same_v<Element, float> ? 2 : 1;
+
 // kIsMasked: by a key padding mask.
 template <typename Element_, int kHeadDim_, bool kIsMasked_>
-struct FwdConfig : FwdTuning<kHeadDim_> {
+struct FwdConfig : FwdTuning<kHeadDim_, kPartsOf<Element_>> {
   using Element = Element_;
-  using Tuning = FwdTuning<kHeadDim_>;
+  static constexpr int kParts = kPartsOf<Element>;
+  using Factor = std::conditional_t<kParts == 2, __half, Element>;  // what is multiplied
+  using Tuning = FwdTuning<kHeadDim_, kParts>;
   static constexpr int kHeadDim = kHeadDim_;
   static constexpr bool kIsMasked = kIsMasked_;
   // A masked key's weight by polynomial would not quite be zero, and masking leaves no time for polynomials anyway.
   static constexpr int kPolynomialEvery = kIsMasked ? 0 : Tuning::kPolynomialEvery;
   static constexpr int kSlabColumns = slab_columns(kHeadDim);
   static constexpr int kSlabs = kHeadDim / kSlabColumns;
-  static constexpr int kRowBytes = kSlabColumns * sizeof(Element);
+  static constexpr int kRowBytes = kSlabColumns * sizeof(Factor);
   static constexpr int kBlockM = Tuning::kConsumers * kWarpgroupRows;
   static constexpr int kThreads = (1 + Tuning::kConsumers) * kWarpgroup;
 
-  static constexpr int kSlabBytesM = kBlockM * kSlabColumns * sizeof(Element);
-  static constexpr int kSlabBytesN = Tuning::kBlockN * kSlabColumns * sizeof(Element);
-  static constexpr int kTileBytesM = kSlabs * kSlabBytesM;
-  static constexpr int kTileBytesN = kSlabs * kSlabBytesN;
+  static constexpr int kSlabBytesM = kBlockM * kSlabColumns * sizeof(Factor);
+  static constexpr int kSlabBytesN = Tuning::kBlockN * kSlabColumns * sizeof(Factor);
+  static constexpr int kPartBytesM = kSlabs * kSlabBytesM;
+  static constexpr int kPartBytesN = kSlabs * kSlabBytesN;
+  static constexpr int kTileBytesM = kParts * kPartBytesM;
+  static constexpr int kTileBytesN = kParts * kPartBytesN;
 
-  static_assert(sizeof(Element) == 2 && kHeadDim % kSlabColumns == 0);
+  static_assert(sizeof(Factor) == 2 && kHeadDim % kSlabColumns == 0 && (kParts == 1 || !kIsMasked));
   static_assert(Tuning::kProducerRegisters + Tuning::kConsumers * Tuning::kConsumerRegisters <=
                 65536 / kThreads / 8 * 8 * (1 + Tuning::kConsumers));
 };
 
-// Tiles are slabs of (rows, kSlabColumns) elements, one after the other, as the copy engine's swizzle writes them.
+// The units of a tile's keys, by which its scores are multiplied, and those of its values, as shares of the largest, by
+// which its weights are.
+template <int kBlockN>
+struct TileUnits {
+  alignas(16) float k[kBlockN], v[kBlockN];
+  float largest_v;
+};
+
+template <typename Config>
+struct UnitsRing {
+  TileUnits<Config::kBlockN> tiles[Config::kStages];
+  uint64_t full[Config::kStages], empty[Config::kStages];
+};
+
+struct NoUnits {};
+
+// Tiles are slabs of (rows, kSlabColumns) factors, one after the other, as the copy engine's swizzle writes them; one
+// part follows the other.
 template <typename Config>
 struct FwdSharedStorage {
-  using Element = typename Config::Element;
+  using Factor = typename Config::Factor;
 
-  alignas(1024) Element q[Config::kQueryBuffers][Config::kBlockM * Config::kHeadDim];
-  alignas(1024) Element k[Config::kStages][Config::kBlockN * Config::kHeadDim];
-  alignas(1024) Element v[Config::kStages][Config::kBlockN * Config::kHeadDim];
+  alignas(1024) Factor q[Config::kQueryBuffers][Config::kParts * Config::kBlockM * Config::kHeadDim];
+  alignas(1024) Factor k[Config::kStages][Config::kParts * Config::kBlockN * Config::kHeadDim];
+  alignas(1024) Factor v[Config::kStages][Config::kParts * Config::kBlockN * Config::kHeadDim];
 
   uint64_t q_full[Config::kQueryBuffers], q_empty[Config::kQueryBuffers];
   uint64_t k_full[Config::kStages], k_empty[Config::kStages];
   uint64_t v_full[Config::kStages], v_empty[Config::kStages];
 
   alignas(16) uint32_t key_bits[Config::kStages][kKeyBitWords];  // of k's tiles; only under a mask
+  std::conditional_t<Config::kParts == 2, UnitsRing<Config>, NoUnits> units;
 };
 
 }  // namespace mixed_attention::cuda::hopper

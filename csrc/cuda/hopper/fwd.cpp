@@ -17,6 +17,11 @@ namespace {
 // A row is copied, and leaves, in pieces of 16 bytes.
 constexpr int64_t kHeadDimStep = 8;
 
+// Whether the copy engine can read a tensor, or its parts.
+bool can_load(const TensorView& tensor) {
+  return tensor.dtype == DType::kFloat32 ? can_map_parts(tensor) : can_map(tensor);
+}
+
 }  // namespace
 
 FwdTensors fwd_tensors(const FwdParams& params) {
@@ -29,10 +34,13 @@ FwdTensors fwd_tensors(const FwdParams& params) {
 
 std::string refusal_fwd(const Problem& problem) {
   if (compute_capability(problem.device) != 90) return "the device is not of compute capability 9.0";
-  if (problem.dtype != DType::kBFloat16 && problem.dtype != DType::kFloat16) return "the dtype is not 16 bits wide";
-  if (problem.head_dim > kMaxFwdHeadDim || problem.head_dim % kHeadDimStep != 0) {
+  if (problem.dtype == DType::kFloat64) return "the dtype is fp64";
+  const bool is_fp32 = problem.dtype == DType::kFloat32;
+  const int64_t least = is_fp32 ? kMinPartsHeadDim : kHeadDimStep;
+  const int64_t most = is_fp32 ? kMaxPartsHeadDim : kMaxFwdHeadDim;
+  if (problem.head_dim < least || problem.head_dim > most || problem.head_dim % kHeadDimStep != 0) {
     return "head_dim is " + std::to_string(problem.head_dim) + ", not a multiple of " + std::to_string(kHeadDimStep) +
-           " up to " + std::to_string(kMaxFwdHeadDim);
+           " from " + std::to_string(least) + " to " + std::to_string(most);
   }
   if (problem.head_dim_v != problem.head_dim) return "v is of another width than q and k";
   return "";
@@ -40,23 +48,31 @@ std::string refusal_fwd(const Problem& problem) {
 
 bool can_fwd(const FwdParams& params) {
   const FwdTensors tensors = fwd_tensors(params);
+  const bool is_fp32 = params.dtype == DType::kFloat32;
   // The maximum of the scores is the maximum of the exponents only under a positive scale.
-  return params.softmax_scale > 0 && params.dropout_p == 0 && can_map(tensors.q) && can_map(tensors.k) &&
-         can_map(tensors.v) && can_store(params.out, params.out_strides) && fits_work_table(params);
+  return params.softmax_scale > 0 && params.dropout_p == 0 && (!is_fp32 || params.key_padding_mask == nullptr) &&
+         can_load(tensors.q) && can_load(tensors.k) && can_load(tensors.v) &&
+         can_store(params.out, params.out_strides, is_fp32 ? 4 : 2) && fits_work_table(params);
 }
 
 FwdPlan plan_fwd(const FwdParams& params) {
-  return with_fwd_head_dim(params.head_dim, [&]<int kHeadDim>() {
-    using Tuning = FwdTuning<kHeadDim>;
+  return with_fwd_tuning(params.dtype, params.head_dim, [&]<int kHeadDim, int kParts>() {
+    using Tuning = FwdTuning<kHeadDim, kParts>;
     constexpr int kBlockM = Tuning::kConsumers * kWarpgroupRows;
     Scratch scratch(params.workspace);
-    FwdPlan plan{make_work_table(params, kBlockM, Tuning::kBlockN), nullptr, nullptr, {}, 0};
+    FwdPlan plan{make_work_table(params, kBlockM, Tuning::kBlockN)};
     split_items(plan.table, num_multiprocessors(params.device));
     if (const int64_t num_parts = plan.table.splits.num_items(); num_parts > 0) {
       plan.partial_out = scratch.take<float>(num_parts * kBlockM * params.head_dim);
       plan.partial_lse = scratch.take<float>(num_parts * kBlockM);
     }
     if (params.key_padding_mask != nullptr) plan.masked_keys = plan_masked_keys(params, scratch, false);
+    if (kParts == 2) {
+      const FwdTensors tensors = fwd_tensors(params);
+      plan.q_parts = take_half_parts(tensors.q, scratch);
+      plan.k_parts = take_half_parts(tensors.k, scratch);
+      plan.v_parts = take_half_parts(tensors.v, scratch);
+    }
     plan.workspace_size = scratch.bytes();
     return plan;
   });
@@ -66,9 +82,13 @@ size_t fwd_workspace_size(const FwdParams& params) { return plan_fwd(params).wor
 
 void run_fwd(const FwdParams& params) {
   const FwdPlan plan = plan_fwd(params);
-  with_fwd_head_dim(params.head_dim, [&]<int kHeadDim>() {
-    params.dtype == DType::kBFloat16 ? launch_fwd<__nv_bfloat16, kHeadDim>(params, plan)
-                                     : launch_fwd<__half, kHeadDim>(params, plan);
+  with_fwd_tuning(params.dtype, params.head_dim, [&]<int kHeadDim, int kParts>() {
+    if constexpr (kParts == 2) {
+      launch_fwd<float, kHeadDim>(params, plan);
+    } else {
+      params.dtype == DType::kBFloat16 ? launch_fwd<__nv_bfloat16, kHeadDim>(params, plan)
+                                       : launch_fwd<__half, kHeadDim>(params, plan);
+    }
   });
 }
 

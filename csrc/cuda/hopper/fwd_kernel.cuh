@@ -11,20 +11,22 @@
 // their products in turn, so that the softmax of one lies under the products of the others.
 //
 // Who signals whom: *_full is completed by the copy engine (one arrival of the producer and the bytes; under a mask
-// k_full also by one of the thread that brings its bits), *_empty by one arrival of every consumer warp. Items without
-// keys come last and take part in no barrier.
+// k_full also by one of the thread that brings its bits), units.full by one of the warp that brings the units of fp32
+// tiles (half_parts.h), *_empty by one arrival of every consumer warp. Items without keys come last and take part in no
+// barrier.
 #pragma once
 
 #include <cstdint>
 
 #include "cuda/hopper/config.h"
 #include "cuda/hopper/fwd_params.h"
+#include "cuda/hopper/fwd_products.cuh"
 #include "cuda/hopper/key_bits.cuh"
 #include "cuda/hopper/load_tile.cuh"
-#include "cuda/hopper/products.cuh"
 #include "cuda/hopper/ring.cuh"
 #include "cuda/hopper/softmax.cuh"
 #include "cuda/hopper/store_output.cuh"
+#include "cuda/hopper/tile_units.cuh"
 #include "cuda/hopper/work_items.cuh"
 #include "cuda/ptx/elect.cuh"
 #include "cuda/ptx/mbarrier.cuh"
@@ -50,6 +52,7 @@ __device__ inline void init_barriers(FwdSharedStorage<Config>& shared) {
   init_ring(shared.q_full, shared.q_empty, kConsumerWarps);
   init_ring(shared.k_full, shared.k_empty, kConsumerWarps, Config::kIsMasked ? 2 : 1);
   init_ring(shared.v_full, shared.v_empty, kConsumerWarps);
+  if constexpr (Config::kParts == 2) init_ring(shared.units.full, shared.units.empty, kConsumerWarps);
   ptx::mbarrier_fence_init();
 }
 
@@ -62,19 +65,25 @@ __device__ inline void produce(const FwdKernelParams& params, FwdSharedStorage<C
     const TileShare share = items.share();
     const ItemRows queries = items.rows();
 
-    const auto load_key_tile = [&](typename Config::Element* buffer, const CUtensorMap& map, ptx::Mbarrier& full,
-                                   KeyTile tile, int batch_step) {
+    const auto load_key_tile = [&](typename Config::Factor* buffer, const CUtensorMap& map, ptx::Mbarrier& full,
+                                   KeyTile tile, int batch_step, int part_step) {
       ptx::mbarrier_arrive_expect(full, Config::kTileBytesN);
-      load_clipped_rows<Config::kBlockN, Config::kHeadDim>(buffer, map, full, tile.row_begin, tile.num_rows,
-                                                           queries.head, queries.batch * batch_step);
+#pragma unroll
+      for (int part = 0; part < Config::kParts; ++part) {
+        load_clipped_rows<Config::kBlockN, Config::kHeadDim>(buffer + part * Config::kBlockN * Config::kHeadDim, map,
+                                                             full, tile.row_begin, tile.num_rows, queries.head,
+                                                             queries.batch * batch_step + part * part_step);
+      }
     };
     const auto load_k = [&](KeyTile tile, Ring use) {
       ptx::mbarrier_wait(shared.k_empty[use.stage()], use.empty_parity());
-      load_key_tile(shared.k[use.stage()], params.k, shared.k_full[use.stage()], tile, params.k_batch_step);
+      load_key_tile(shared.k[use.stage()], params.k, shared.k_full[use.stage()], tile, params.k_batch_step,
+                    params.units.k_copies);
     };
     const auto load_v = [&](KeyTile tile, Ring use) {
       ptx::mbarrier_wait(shared.v_empty[use.stage()], use.empty_parity());
-      load_key_tile(shared.v[use.stage()], params.v, shared.v_full[use.stage()], tile, params.v_batch_step);
+      load_key_tile(shared.v[use.stage()], params.v, shared.v_full[use.stage()], tile, params.v_batch_step,
+                    params.units.v_copies);
     };
 
     // In the order in which the consumers need them: keys run one tile ahead of values.
@@ -83,8 +92,12 @@ __device__ inline void produce(const FwdKernelParams& params, FwdSharedStorage<C
     load_k(tile, Ring{num_loaded});
     ptx::mbarrier_wait(shared.q_empty[q.stage()], q.empty_parity());
     ptx::mbarrier_arrive_expect(shared.q_full[q.stage()], Config::kTileBytesM);
-    load_rows<Config::kBlockM, Config::kHeadDim>(shared.q[q.stage()], params.q, shared.q_full[q.stage()],
-                                                 queries.row_begin, queries.head, queries.batch * params.q_batch_step);
+#pragma unroll
+    for (int part = 0; part < Config::kParts; ++part) {
+      load_rows<Config::kBlockM, Config::kHeadDim>(shared.q[q.stage()] + part * Config::kBlockM * Config::kHeadDim,
+                                                   params.q, shared.q_full[q.stage()], queries.row_begin, queries.head,
+                                                   queries.batch * params.q_batch_step + part * params.units.q_copies);
+    }
     for (int i = share.begin + 1; i < share.end; ++i) {
       const KeyTile next = keys.next();
       load_k(next, Ring{num_loaded + 1});
@@ -113,6 +126,29 @@ __device__ inline void produce_key_bits(const FwdKernelParams& params, FwdShared
   }
 }
 
+// The units of the key tiles of fp32 inputs come by a warp of their own, too.
+template <typename Config>
+__device__ inline void produce_units(const FwdKernelParams& params, FwdSharedStorage<Config>& shared) {
+  RingUse<Config::kStages> use{0};
+  for (ItemWalk<Config::kBlockM> items(params.table); items.next_with_keys();) {
+    const TileShare share = items.share();
+    const ItemRows queries = items.rows();
+    const auto units_of_head = [&](const float* units, int batch_step) {
+      return units + (queries.batch * batch_step * params.table.num_heads + queries.head) * params.units.seqlen_k;
+    };
+    const float* k_units = units_of_head(params.units.k, params.k_batch_step);
+    const float* v_units = units_of_head(params.units.v, params.v_batch_step);
+    KeyTileIterator<Config::kBlockN> keys(params.table, items.tiles(), share.begin);
+    for (int i = share.begin; i < share.end; ++i, ++use.count) {
+      const TileUnitsLoad<Config::kBlockN> load(k_units, v_units, keys.next());
+      ptx::mbarrier_wait(shared.units.empty[use.stage()], use.empty_parity());
+      load.store(shared.units.tiles[use.stage()]);
+      __syncwarp();
+      if (threadIdx.x % 32 == 0) ptx::mbarrier_arrive(shared.units.full[use.stage()]);
+    }
+  }
+}
+
 template <int kCount>
 __device__ inline void scale_rows(float (&o)[kCount], const float (&factor)[2]) {
 #pragma unroll
@@ -122,15 +158,10 @@ __device__ inline void scale_rows(float (&o)[kCount], const float (&factor)[2]) 
 template <typename Config>
 __device__ inline void consume(const FwdKernelParams& params, FwdSharedStorage<Config>& shared, int consumer) {
   using Element = typename Config::Element;
-  using Operand = ptx::SlabOperand<Config::kRowBytes>;
   using Ring = RingUse<Config::kStages>;
   const int lane = threadIdx.x % 32;
   const int warp = __shfl_sync(0xffffffff, threadIdx.x / 32 % 4, 0);
   const int first_row = consumer * kWarpgroupRows + warp * kWarpRows;  // of this warp in the tile
-
-  const Operand q_ring = Operand::make(shared.q).advance(consumer * kWarpgroupRows * Config::kRowBytes);
-  const Operand k_ring = Operand::make(shared.k);
-  const Operand v_ring = Operand::make(shared.v, Config::kSlabBytesN);
 
   // Named barrier 1 + i: it is consumer i's turn to issue. Consumer 0's first turn comes from the last one.
   const int own_turn = 1 + consumer;
@@ -144,21 +175,18 @@ __device__ inline void consume(const FwdKernelParams& params, FwdSharedStorage<C
   bool has_rows = true;  // whether it has some for this warpgroup, which goes along in any case
   RingUse<Config::kQueryBuffers> q_use{0};
   Ring k_use{0};  // v is always the use before
-  float s[Config::kBlockN / 2];
-  uint32_t p[Config::kBlockN / 4];
-  float o[Config::kHeadDim / 2];
+  FwdProducts<Config> products(params, shared, consumer);
+  auto& s = products.s;
+  auto& o = products.o;
   OnlineSoftmax softmax;
 
   const auto release = [&](ptx::Mbarrier& empty) {
     if (lane == 0) ptx::mbarrier_arrive(empty);
   };
-  const auto issue_s = [&] {
-    issue_row_products<Element, Config::kHeadDim, Config::kSlabBytesM, Config::kSlabBytesN>(
-        s, q_ring.advance(q_use.stage() * Config::kTileBytesM), k_ring.advance(k_use.stage() * Config::kTileBytesN));
-  };
+  const auto issue_s = [&] { products.issue_s(q_use.stage(), k_use.stage()); };
   const auto issue_o = [&](Ring v_use) {
     ptx::mbarrier_wait(shared.v_full[v_use.stage()], v_use.full_parity());
-    issue_column_products<Element>(o, p, v_ring.advance(v_use.stage() * Config::kTileBytesN));
+    products.issue_o(v_use.stage());
   };
   // Both products of a step: the scores of one tile, and what the one before adds to the output.
   const auto issue_both = [&](Ring v_use) {
@@ -169,15 +197,16 @@ __device__ inline void consume(const FwdKernelParams& params, FwdSharedStorage<C
     ptx::named_barrier_arrive(next_turn, 2 * kWarpgroup);
     ptx::wgmma_wait<1>(s);
   };
-  // What is no key, in a tile that has not been released yet.
-  const auto mask = [&](int tile) {
+  // Scores of a tile that has not been released yet; what is no key gets -inf.
+  const auto finish_s = [&](int tile) {
+    products.finish_s(shared, k_use);
     if constexpr (Config::kIsMasked) {
       mask_keys(s, shared.key_bits[k_use.stage()]);
     } else if (tile < share.num_partial) {
       mask_columns(s, params.table.ranges[items.tiles().first_range + tile].tail);
     }
   };
-  const auto weigh = [&] { softmax.weigh<Config::kPolynomialEvery>(s, params.softmax_scale_log2); };
+  const auto weigh = [&] { softmax.weigh<Config::kPolynomialEvery>(s, products.scale_log2); };
   // NOTE: the answer depends on all exponentials. Without a barrier at this place ptxas moves most of them behind the
   // wait for the product that they should run under.
   const auto overflows = [&] {
@@ -195,17 +224,18 @@ __device__ inline void consume(const FwdKernelParams& params, FwdSharedStorage<C
   bool has_keys = items.next_with_keys();
   if (has_keys) {
     begin_item();
+    products.start_item(params, items.rows(), first_row);
     ptx::mbarrier_wait(shared.q_full[0], 0);
     ptx::mbarrier_wait(shared.k_full[0], 0);
     issue_s();
     ptx::wgmma_wait<0>(s);
-    mask(share.begin);
+    finish_s(share.begin);
     release(shared.k_empty[0]);
-    softmax.start(s, params.softmax_scale_log2);
+    softmax.start<Element>(s, products.scale_log2);
     weigh();
     softmax.settle<Element>();
     softmax.add_tile();
-    round_operand<Element>(p, s);
+    products.take_weights(shared, k_use);
   }
   while (has_keys) {
     clear(o);
@@ -214,25 +244,25 @@ __device__ inline void consume(const FwdKernelParams& params, FwdSharedStorage<C
       ++k_use.count;
       issue_both(v_use);
       if (has_rows) {
-        mask(tile);
+        finish_s(tile);
         weigh();
       }
       const bool is_overflow = overflows();
-      ptx::wgmma_wait<0>(o, s);
+      products.wait();
       release(shared.v_empty[v_use.stage()]);
       if (is_overflow) {
         float factor[2];
         issue_s();
         ptx::wgmma_wait<0>(s);
-        mask(tile);
-        softmax.raise<Element>(s, params.softmax_scale_log2, factor);
+        finish_s(tile);
+        softmax.raise<Element>(s, products.scale_log2, factor);
         weigh();
         softmax.settle<Element>();
         scale_rows(o, factor);
       }
       release(shared.k_empty[k_use.stage()]);
       softmax.add_tile();
-      round_operand<Element>(p, s);
+      products.take_weights(shared, k_use);
     }
     release(shared.q_empty[q_use.stage()]);
 
@@ -243,21 +273,22 @@ __device__ inline void consume(const FwdKernelParams& params, FwdSharedStorage<C
     ++q_use.count;
     has_keys = items.next_with_keys();
     if (has_keys) {
+      products.start_item(params, items.rows(), first_row);
       ptx::mbarrier_wait(shared.q_full[q_use.stage()], q_use.full_parity());
       issue_both(v_use);
       begin_item();
-      mask(share.begin);
+      finish_s(share.begin);
       release(shared.k_empty[k_use.stage()]);
-      softmax.start(s, params.softmax_scale_log2);
+      softmax.start<Element>(s, products.scale_log2);
       weigh();
       overflows();
-      ptx::wgmma_wait<0>(o, s);
+      products.wait();
       softmax.settle<Element>();
       softmax.add_tile();
-      round_operand<Element>(p, s);
+      products.take_weights(shared, k_use);
     } else {
       issue_o(v_use);
-      ptx::wgmma_wait<0>(o);
+      products.wait();
     }
     release(shared.v_empty[v_use.stage()]);
     store_item<Config>(params, finished, first_row, o, total);
@@ -288,6 +319,8 @@ __global__ void __launch_bounds__(Config::kThreads, 1)
     const int warp = threadIdx.x / 32;
     if (warp == 0 && ptx::elect_one()) {
       produce(params, shared);
+    } else if constexpr (Config::kParts == 2) {
+      if (warp == 1) produce_units(params, shared);
     } else if (Config::kIsMasked && warp == 1 && ptx::elect_one()) {
       produce_key_bits(params, shared);
     }

@@ -15,14 +15,19 @@ namespace mixed_attention::cuda::hopper {
 
 template <typename Config>
 FwdKernelParams make_fwd_kernel_params(const FwdParams& params, const FwdPlan& plan) {
-  const FwdTensors tensors = fwd_tensors(params);
-  const TensorView v = Config::kIsMasked ? masked_view(params, plan.masked_keys, plan.masked_keys.values) : tensors.v;
+  FwdTensors tensors = fwd_tensors(params);
+  if constexpr (Config::kIsMasked) tensors.v = masked_view(params, plan.masked_keys, plan.masked_keys.values);
+  const int v_batch_step = tensors.v.strides.batch == 0 ? 0 : 1;
+  if constexpr (Config::kParts == 2) {
+    tensors = {parts_view(tensors.q, plan.q_parts), parts_view(tensors.k, plan.k_parts),
+               parts_view(tensors.v, plan.v_parts)};
+  }
   return {make_tile_map(tensors.q, Config::kBlockM, Config::kSlabColumns),
           make_clipped_tile_map(tensors.k, Config::kBlockN, Config::kSlabColumns),
-          make_clipped_tile_map(v, Config::kBlockN, Config::kSlabColumns),
+          make_clipped_tile_map(tensors.v, Config::kBlockN, Config::kSlabColumns),
           params.q_strides.batch == 0 ? 0 : 1,
           params.k_strides.batch == 0 ? 0 : 1,
-          v.strides.batch == 0 ? 0 : 1,
+          v_batch_step,
           params.out,
           static_cast<float*>(params.lse),
           params.out_strides,
@@ -34,6 +39,8 @@ FwdKernelParams make_fwd_kernel_params(const FwdParams& params, const FwdPlan& p
           plan.masked_keys.visible_step(),
           static_cast<float>(params.softmax_scale),
           static_cast<float>(params.softmax_scale * std::numbers::log2e),
+          {plan.q_parts.units, plan.k_parts.units, plan.v_parts.units, plan.q_parts.copies, plan.k_parts.copies,
+           plan.v_parts.copies, params.seqlen_k},
           plan.table};
 }
 
@@ -60,7 +67,7 @@ struct RowsOfParts {
 
 template <typename Element, int kHeadDim>
 void launch_combine(const FwdParams& params, const FwdPlan& plan) {
-  constexpr int kBlockM = FwdTuning<kHeadDim>::kConsumers * kWarpgroupRows, kRowsOfBlock = 8;
+  constexpr int kBlockM = FwdTuning<kHeadDim, kPartsOf<Element>>::kConsumers * kWarpgroupRows, kRowsOfBlock = 8;
   static_assert(kBlockM % kRowsOfBlock == 0 && sizeof(FwdParams) + sizeof(RowsOfParts<kBlockM>) <= 4000);
   const RowsOfParts<kBlockM> rows{plan.table};
   const int num_blocks = plan.table.splits.num_whole * (kBlockM / kRowsOfBlock);
@@ -86,7 +93,12 @@ void launch_tiles(const FwdParams& params, const FwdPlan& plan) {
 template <typename Element, int kHeadDim>
 void launch_fwd(const FwdParams& params, const FwdPlan& plan) {
   if (plan.table.num_items == 0) return;
-  if (params.key_padding_mask != nullptr) {
+  if constexpr (kPartsOf<Element> == 2) {
+    const FwdTensors tensors = fwd_tensors(params);
+    const HalfPartsTask tasks[] = {{tensors.q, plan.q_parts}, {tensors.k, plan.k_parts}, {tensors.v, plan.v_parts}};
+    launch_half_parts(tasks, params.stream);
+    launch_tiles<FwdConfig<Element, kHeadDim, false>>(params, plan);
+  } else if (params.key_padding_mask != nullptr) {
     launch_mask(params, plan.masked_keys);
     launch_tiles<FwdConfig<Element, kHeadDim, true>>(params, plan);
   } else {

@@ -1,6 +1,7 @@
 // What the instantiations of the forward launcher have in common with its dispatch.
 #pragma once
 
+#include "cuda/hopper/half_parts.h"
 #include "cuda/hopper/mask.h"
 #include "cuda/hopper/tensor_map.h"
 #include "cuda/hopper/work_table.h"
@@ -20,10 +21,11 @@ struct FwdPlan {
   WorkTable table;
   // What the parts of items come to: (parts, kBlockM, head_dim), normalised, and (parts, kBlockM), natural; null where
   // there are none.
-  float* partial_out;
-  float* partial_lse;
-  MaskedKeys masked_keys;  // none without a mask
-  size_t workspace_size;
+  float* partial_out = nullptr;
+  float* partial_lse = nullptr;
+  MaskedKeys masked_keys{};                   // none without a mask
+  HalfParts q_parts{}, k_parts{}, v_parts{};  // of fp32 inputs, none of others
+  size_t workspace_size = 0;
 };
 
 // Of the pointers it reads params.workspace, null for a plan of the same sizes, and asks whether there is a mask.

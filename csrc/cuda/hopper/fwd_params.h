@@ -10,6 +10,13 @@
 
 namespace mixed_attention::cuda::hopper {
 
+// The units of inputs of two parts, and by how many sequences their low parts stand behind the high ones; half_parts.h.
+struct FwdUnits {
+  const float *q, *k, *v;
+  int q_copies, k_copies, v_copies;
+  int64_t seqlen_k;
+};
+
 struct FwdKernelParams {
   CUtensorMap q, k, v;  // tensor_map.h
   // 1, or 0 where one sequence serves the whole batch.
@@ -24,6 +31,7 @@ struct FwdKernelParams {
   const uint32_t* visible;  // mask.h; null without a mask
   int visible_step;         // words from one sequence to the next
   float softmax_scale, softmax_scale_log2;
+  FwdUnits units;  // none of 16-bit inputs
   WorkTable table;
 };
 

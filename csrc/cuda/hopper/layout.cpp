@@ -22,8 +22,8 @@ Layout layout(const AttentionParams& params, const Segments& segments, int tile_
 }  // namespace
 
 Layout layout_fwd(const FwdParams& params) {
-  Layout result = with_fwd_head_dim(params.head_dim, [&]<int kHeadDim>() {
-    using Tuning = FwdTuning<kHeadDim>;
+  Layout result = with_fwd_tuning(params.dtype, params.head_dim, [&]<int kHeadDim, int kParts>() {
+    using Tuning = FwdTuning<kHeadDim, kParts>;
     return layout(params, params.schedule->query_segments, Tuning::kConsumers * kWarpgroupRows, Tuning::kBlockN);
   });
   if (fits_work_table(params)) {

@@ -1,4 +1,4 @@
-// Matrix products of a warpgroup over tiles in shared memory: each call issues one batch and returns at once.
+// Matrix products of a warpgroup over tiles in shared memory: issue_* issues one batch and returns at once.
 #pragma once
 
 #include <cstdint>
@@ -9,31 +9,46 @@
 
 namespace mixed_attention::cuda::hopper {
 
-// d = a bᵀ, summed over the kWidth columns of both: 64 rows at a, as many rows at b as d has columns.
+// d (+)= a bᵀ, summed over the kWidth columns of both: 64 rows at a, as many rows at b as d has columns. Within a
+// batch.
 template <typename Element, int kWidth, int kSlabBytesA, int kSlabBytesB, int kCount, int kRowBytes>
-__device__ inline void issue_row_products(float (&d)[kCount], ptx::SlabOperand<kRowBytes> a,
-                                          ptx::SlabOperand<kRowBytes> b) {
-  ptx::wgmma_fence();
+__device__ inline void add_row_products(float (&d)[kCount], ptx::SlabOperand<kRowBytes> a,
+                                        ptx::SlabOperand<kRowBytes> b, bool overwrites) {
 #pragma unroll
   for (int step = 0; step < kWidth / 16; ++step) {
     const int slab = step * kColumnStepBytes / kRowBytes;
     const int within = step * kColumnStepBytes % kRowBytes;
     ptx::Wgmma<Element, 2 * kCount>::ss(d, a.advance(slab * kSlabBytesA + within).descriptor(),
-                                        b.advance(slab * kSlabBytesB + within).descriptor(), step > 0);
+                                        b.advance(slab * kSlabBytesB + within).descriptor(), step > 0 || !overwrites);
   }
+}
+
+// d (+)= a b, summed over the columns of a, which lies in registers, and the rows of b. Within a batch.
+template <typename Element, int kCount, int kWords, int kRowBytes>
+__device__ inline void add_column_products(float (&d)[kCount], const uint32_t (&a)[kWords],
+                                           ptx::SlabOperand<kRowBytes> b, bool overwrites) {
+#pragma unroll
+  for (int step = 0; step < kWords / 4; ++step) {
+    ptx::Wgmma<Element, 2 * kCount>::rs(d, a[4 * step], a[4 * step + 1], a[4 * step + 2], a[4 * step + 3],
+                                        b.advance(step * 16 * kRowBytes).descriptor(), step > 0 || !overwrites);
+  }
+}
+
+// d = a bᵀ.
+template <typename Element, int kWidth, int kSlabBytesA, int kSlabBytesB, int kCount, int kRowBytes>
+__device__ inline void issue_row_products(float (&d)[kCount], ptx::SlabOperand<kRowBytes> a,
+                                          ptx::SlabOperand<kRowBytes> b) {
+  ptx::wgmma_fence();
+  add_row_products<Element, kWidth, kSlabBytesA, kSlabBytesB>(d, a, b, true);
   ptx::wgmma_commit();
 }
 
-// d += a b, summed over the columns of a, which lies in registers, and the rows of b.
+// d += a b.
 template <typename Element, int kCount, int kWords, int kRowBytes>
 __device__ inline void issue_column_products(float (&d)[kCount], const uint32_t (&a)[kWords],
                                              ptx::SlabOperand<kRowBytes> b) {
   ptx::wgmma_fence();
-#pragma unroll
-  for (int step = 0; step < kWords / 4; ++step) {
-    ptx::Wgmma<Element, 2 * kCount>::rs(d, a[4 * step], a[4 * step + 1], a[4 * step + 2], a[4 * step + 3],
-                                        b.advance(step * 16 * kRowBytes).descriptor());
-  }
+  add_column_products<Element>(d, a, b, false);
   ptx::wgmma_commit();
 }
 

@@ -43,6 +43,15 @@ template <typename Element>
 constexpr float kWeightLimit = 0x1p32f;
 template <>
 constexpr float kWeightLimit<__half> = 0x1p15f;
+template <>
+constexpr float kWeightLimit<float> = 0x1p15f;  // which is multiplied as two of fp16
+
+// The logarithm of the weight that a reference itself gets. Two parts of fp16 hold 22 bits of weights down to 2^-3 and
+// an absolute 2^-25 below that, so that those of fp32 begin higher.
+template <typename Element>
+constexpr float kReferenceWeightLog2 = 0;
+template <>
+constexpr float kReferenceWeightLog2<float> = 8;
 
 // What a row's maximum counts as where it has no finite score yet: the first one overflows.
 constexpr float kNoReference = -1e30f;
@@ -54,25 +63,25 @@ __device__ constexpr bool is_polynomial(int i) {
   return false;
 }
 
-// Of the two rows of a thread. The sums are those of its own columns until finish().
+// Of the two rows of a thread, which may have a scale each. The sums are those of its own columns until finish().
 struct OnlineSoftmax {
   float offset[2];  // a weight is 2^(scale_log2 * score - offset)
   float row_sum[2];
   float tile_sum[2];
 
   // Takes the references from an item's first scores.
-  template <int kCount>
-  __device__ void start(const float (&scores)[kCount], float scale_log2) {
-    find_references(offset, scores, scale_log2);
+  template <typename Element, int kCount>
+  __device__ void start(const float (&scores)[kCount], const float (&scale_log2)[2]) {
+    find_references<Element>(offset, scores, scale_log2);
     row_sum[0] = row_sum[1] = 0;
   }
 
   // Gives rows whose weights overflowed the reference of the tile that made them, and takes what was added up before to
   // it: rows of o by the factors. Each row decides by itself, so that none depends on its neighbours.
   template <typename Element, int kCount>
-  __device__ void raise(const float (&scores)[kCount], float scale_log2, float (&factor)[2]) {
+  __device__ void raise(const float (&scores)[kCount], const float (&scale_log2)[2], float (&factor)[2]) {
     float reference[2];
-    find_references(reference, scores, scale_log2);
+    find_references<Element>(reference, scores, scale_log2);
 #pragma unroll
     for (int row = 0; row < 2; ++row) {
       const bool grows = quad_max(tile_sum[row]) > kWeightLimit<Element>;
@@ -84,13 +93,13 @@ struct OnlineSoftmax {
 
   // Turns scores into weights.
   template <int kPolynomialEvery, int kCount>
-  __device__ void weigh(float (&scores)[kCount], float scale_log2) {
-    const PolynomialExp2 polynomial[2] = {{scale_log2, offset[0]}, {scale_log2, offset[1]}};
+  __device__ void weigh(float (&scores)[kCount], const float (&scale_log2)[2]) {
+    const PolynomialExp2 polynomial[2] = {{scale_log2[0], offset[0]}, {scale_log2[1], offset[1]}};
 #pragma unroll
     for (int i = 0; i < kCount; ++i) {
       const int row = row_of(i);
       scores[i] = is_polynomial<kPolynomialEvery>(i) ? polynomial[row](scores[i])
-                                                     : ptx::exp2(fmaf(scores[i], scale_log2, -offset[row]));
+                                                     : ptx::exp2(fmaf(scores[i], scale_log2[row], -offset[row]));
     }
     tile_sum[0] = scores[0];
     tile_sum[1] = scores[2];
@@ -128,13 +137,16 @@ struct OnlineSoftmax {
   }
 
  private:
-  template <int kCount>
-  __device__ static void find_references(float (&reference)[2], const float (&scores)[kCount], float scale_log2) {
+  template <typename Element, int kCount>
+  __device__ static void find_references(float (&reference)[2], const float (&scores)[kCount],
+                                         const float (&scale_log2)[2]) {
     float tile_max[2] = {scores[0], scores[2]};
 #pragma unroll
     for (int i = 0; i < kCount; ++i) tile_max[row_of(i)] = fmaxf(tile_max[row_of(i)], scores[i]);
 #pragma unroll
-    for (int row = 0; row < 2; ++row) reference[row] = fmaxf(quad_max(tile_max[row]) * scale_log2, kNoReference);
+    for (int row = 0; row < 2; ++row) {
+      reference[row] = fmaxf(quad_max(tile_max[row]) * scale_log2[row], kNoReference) - kReferenceWeightLog2<Element>;
+    }
   }
 };
 

@@ -84,10 +84,10 @@ bool can_map(const TensorView& tensor) {
          (strides.batch == 0 || can_map_stride(tensor.batch_size, strides.batch));
 }
 
-bool can_store(const void* data, const Strides& strides) {
-  constexpr int64_t kChunk = kAlignment / kElementBytes;
-  return reinterpret_cast<uintptr_t>(data) % kAlignment == 0 && strides.batch % kChunk == 0 &&
-         strides.row % kChunk == 0 && strides.head % kChunk == 0;
+bool can_store(const void* data, const Strides& strides, int64_t element_bytes) {
+  const int64_t chunk = kAlignment / element_bytes;
+  return reinterpret_cast<uintptr_t>(data) % kAlignment == 0 && strides.batch % chunk == 0 &&
+         strides.row % chunk == 0 && strides.head % chunk == 0;
 }
 
 CUtensorMap make_tile_map(const TensorView& tensor, int block_rows, int columns) {

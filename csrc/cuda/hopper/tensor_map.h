@@ -19,7 +19,7 @@ struct TensorView {
 bool can_map(const TensorView& tensor);
 
 // Whether rows can leave in 16-byte stores.
-bool can_store(const void* data, const Strides& strides);
+bool can_store(const void* data, const Strides& strides, int64_t element_bytes = 2);
 
 // Tiles of (block_rows, columns) at (column, row, head, batch), with the swizzle of that width: 64 or 32 columns. Rows
 // past the end of the tensor and columns past head_dim read as zeros.

@@ -57,10 +57,10 @@ struct SlabOperand {
 using Operand = SlabOperand<128>;
 
 // One step of 16 along the summed dimension.
-//   ss: a and b from shared memory, both with the summed dimension along their rows; accumulate 0 overwrites d.
+//   ss: a and b from shared memory, both with the summed dimension along their rows.
 //   rs: a from registers; b's summed dimension runs down its columns (the instruction transposes it).
 //   tt: a and b from shared memory, both with the summed dimension down their columns; a is one slab wide.
-// Those in shared memory are given by their descriptors.
+// Those in shared memory are given by their descriptors; accumulate 0 overwrites d.
 template <typename Element, int kN>
 struct Wgmma;
 
@@ -97,66 +97,74 @@ struct Wgmma;
 #define WGMMA_ACCUMULATORS_128(d) \
   WGMMA_ACCUMULATORS_96(d), WGMMA_8(d, 96), WGMMA_8(d, 104), WGMMA_8(d, 112), WGMMA_8(d, 120)
 
-// p0 to p4: the numbers of the operands after the accumulators.
-#define WGMMA_DEFINE(N, Element, type, count, p0, p1, p2, p3, p4)                                                  \
-  template <>                                                                                                      \
-  struct Wgmma<Element, N> {                                                                                       \
-    __device__ static void ss(float (&d)[count], uint64_t a, uint64_t b, int accumulate) {                         \
-      asm volatile(                                                                                                \
-          "{\n"                                                                                                    \
-          ".reg .pred p;\n"                                                                                        \
-          "setp.ne.b32 p, %" p2                                                                                    \
-          ", 0;\n"                                                                                                 \
-          "wgmma.mma_async.sync.aligned.m64n" #N "k16.f32." type "." type " {" WGMMA_REGISTERS_##count             \
-          "}, %" p0 ", %" p1                                                                                       \
-          ", p, 1, 1, 0, 0;\n"                                                                                     \
-          "}\n"                                                                                                    \
-          : WGMMA_ACCUMULATORS_##count(d)                                                                          \
-          : "l"(a), "l"(b), "r"(accumulate));                                                                      \
-    }                                                                                                              \
-    __device__ static void rs(float (&d)[count], uint32_t a0, uint32_t a1, uint32_t a2, uint32_t a3, uint64_t b) { \
-      asm volatile("wgmma.mma_async.sync.aligned.m64n" #N "k16.f32." type "." type " {" WGMMA_REGISTERS_##count    \
-                   "}, {%" p0 ", %" p1 ", %" p2 ", %" p3 "}, %" p4 ", 1, 1, 1, 1;\n"                               \
-                   : WGMMA_ACCUMULATORS_##count(d)                                                                 \
-                   : "r"(a0), "r"(a1), "r"(a2), "r"(a3), "l"(b));                                                  \
-    }                                                                                                              \
-    __device__ static void tt(float (&d)[count], uint64_t a, uint64_t b, int accumulate) {                         \
-      asm volatile(                                                                                                \
-          "{\n"                                                                                                    \
-          ".reg .pred p;\n"                                                                                        \
-          "setp.ne.b32 p, %" p2                                                                                    \
-          ", 0;\n"                                                                                                 \
-          "wgmma.mma_async.sync.aligned.m64n" #N "k16.f32." type "." type " {" WGMMA_REGISTERS_##count             \
-          "}, %" p0 ", %" p1                                                                                       \
-          ", p, 1, 1, 1, 1;\n"                                                                                     \
-          "}\n"                                                                                                    \
-          : WGMMA_ACCUMULATORS_##count(d)                                                                          \
-          : "l"(a), "l"(b), "r"(accumulate));                                                                      \
-    }                                                                                                              \
+// p0 to p5: the numbers of the operands after the accumulators.
+#define WGMMA_DEFINE(N, Element, type, count, p0, p1, p2, p3, p4, p5)                                            \
+  template <>                                                                                                    \
+  struct Wgmma<Element, N> {                                                                                     \
+    __device__ static void ss(float (&d)[count], uint64_t a, uint64_t b, int accumulate) {                       \
+      asm volatile(                                                                                              \
+          "{\n"                                                                                                  \
+          ".reg .pred p;\n"                                                                                      \
+          "setp.ne.b32 p, %" p2                                                                                  \
+          ", 0;\n"                                                                                               \
+          "wgmma.mma_async.sync.aligned.m64n" #N "k16.f32." type "." type " {" WGMMA_REGISTERS_##count           \
+          "}, %" p0 ", %" p1                                                                                     \
+          ", p, 1, 1, 0, 0;\n"                                                                                   \
+          "}\n"                                                                                                  \
+          : WGMMA_ACCUMULATORS_##count(d)                                                                        \
+          : "l"(a), "l"(b), "r"(accumulate));                                                                    \
+    }                                                                                                            \
+    __device__ static void rs(float (&d)[count], uint32_t a0, uint32_t a1, uint32_t a2, uint32_t a3, uint64_t b, \
+                              int accumulate) {                                                                  \
+      asm volatile(                                                                                              \
+          "{\n"                                                                                                  \
+          ".reg .pred p;\n"                                                                                      \
+          "setp.ne.b32 p, %" p5                                                                                  \
+          ", 0;\n"                                                                                               \
+          "wgmma.mma_async.sync.aligned.m64n" #N "k16.f32." type "." type " {" WGMMA_REGISTERS_##count           \
+          "}, {%" p0 ", %" p1 ", %" p2 ", %" p3 "}, %" p4                                                        \
+          ", p, 1, 1, 1;\n"                                                                                      \
+          "}\n"                                                                                                  \
+          : WGMMA_ACCUMULATORS_##count(d)                                                                        \
+          : "r"(a0), "r"(a1), "r"(a2), "r"(a3), "l"(b), "r"(accumulate));                                        \
+    }                                                                                                            \
+    __device__ static void tt(float (&d)[count], uint64_t a, uint64_t b, int accumulate) {                       \
+      asm volatile(                                                                                              \
+          "{\n"                                                                                                  \
+          ".reg .pred p;\n"                                                                                      \
+          "setp.ne.b32 p, %" p2                                                                                  \
+          ", 0;\n"                                                                                               \
+          "wgmma.mma_async.sync.aligned.m64n" #N "k16.f32." type "." type " {" WGMMA_REGISTERS_##count           \
+          "}, %" p0 ", %" p1                                                                                     \
+          ", p, 1, 1, 1, 1;\n"                                                                                   \
+          "}\n"                                                                                                  \
+          : WGMMA_ACCUMULATORS_##count(d)                                                                        \
+          : "l"(a), "l"(b), "r"(accumulate));                                                                    \
+    }                                                                                                            \
   };
 
-WGMMA_DEFINE(32, __nv_bfloat16, "bf16", 16, "16", "17", "18", "19", "20")
-WGMMA_DEFINE(32, __half, "f16", 16, "16", "17", "18", "19", "20")
-WGMMA_DEFINE(64, __nv_bfloat16, "bf16", 32, "32", "33", "34", "35", "36")
-WGMMA_DEFINE(64, __half, "f16", 32, "32", "33", "34", "35", "36")
-WGMMA_DEFINE(80, __nv_bfloat16, "bf16", 40, "40", "41", "42", "43", "44")
-WGMMA_DEFINE(80, __half, "f16", 40, "40", "41", "42", "43", "44")
-WGMMA_DEFINE(96, __nv_bfloat16, "bf16", 48, "48", "49", "50", "51", "52")
-WGMMA_DEFINE(96, __half, "f16", 48, "48", "49", "50", "51", "52")
-WGMMA_DEFINE(112, __nv_bfloat16, "bf16", 56, "56", "57", "58", "59", "60")
-WGMMA_DEFINE(112, __half, "f16", 56, "56", "57", "58", "59", "60")
-WGMMA_DEFINE(128, __nv_bfloat16, "bf16", 64, "64", "65", "66", "67", "68")
-WGMMA_DEFINE(128, __half, "f16", 64, "64", "65", "66", "67", "68")
-WGMMA_DEFINE(144, __nv_bfloat16, "bf16", 72, "72", "73", "74", "75", "76")
-WGMMA_DEFINE(144, __half, "f16", 72, "72", "73", "74", "75", "76")
-WGMMA_DEFINE(160, __nv_bfloat16, "bf16", 80, "80", "81", "82", "83", "84")
-WGMMA_DEFINE(160, __half, "f16", 80, "80", "81", "82", "83", "84")
-WGMMA_DEFINE(176, __nv_bfloat16, "bf16", 88, "88", "89", "90", "91", "92")
-WGMMA_DEFINE(176, __half, "f16", 88, "88", "89", "90", "91", "92")
-WGMMA_DEFINE(192, __nv_bfloat16, "bf16", 96, "96", "97", "98", "99", "100")
-WGMMA_DEFINE(192, __half, "f16", 96, "96", "97", "98", "99", "100")
-WGMMA_DEFINE(256, __nv_bfloat16, "bf16", 128, "128", "129", "130", "131", "132")
-WGMMA_DEFINE(256, __half, "f16", 128, "128", "129", "130", "131", "132")
+WGMMA_DEFINE(32, __nv_bfloat16, "bf16", 16, "16", "17", "18", "19", "20", "21")
+WGMMA_DEFINE(32, __half, "f16", 16, "16", "17", "18", "19", "20", "21")
+WGMMA_DEFINE(64, __nv_bfloat16, "bf16", 32, "32", "33", "34", "35", "36", "37")
+WGMMA_DEFINE(64, __half, "f16", 32, "32", "33", "34", "35", "36", "37")
+WGMMA_DEFINE(80, __nv_bfloat16, "bf16", 40, "40", "41", "42", "43", "44", "45")
+WGMMA_DEFINE(80, __half, "f16", 40, "40", "41", "42", "43", "44", "45")
+WGMMA_DEFINE(96, __nv_bfloat16, "bf16", 48, "48", "49", "50", "51", "52", "53")
+WGMMA_DEFINE(96, __half, "f16", 48, "48", "49", "50", "51", "52", "53")
+WGMMA_DEFINE(112, __nv_bfloat16, "bf16", 56, "56", "57", "58", "59", "60", "61")
+WGMMA_DEFINE(112, __half, "f16", 56, "56", "57", "58", "59", "60", "61")
+WGMMA_DEFINE(128, __nv_bfloat16, "bf16", 64, "64", "65", "66", "67", "68", "69")
+WGMMA_DEFINE(128, __half, "f16", 64, "64", "65", "66", "67", "68", "69")
+WGMMA_DEFINE(144, __nv_bfloat16, "bf16", 72, "72", "73", "74", "75", "76", "77")
+WGMMA_DEFINE(144, __half, "f16", 72, "72", "73", "74", "75", "76", "77")
+WGMMA_DEFINE(160, __nv_bfloat16, "bf16", 80, "80", "81", "82", "83", "84", "85")
+WGMMA_DEFINE(160, __half, "f16", 80, "80", "81", "82", "83", "84", "85")
+WGMMA_DEFINE(176, __nv_bfloat16, "bf16", 88, "88", "89", "90", "91", "92", "93")
+WGMMA_DEFINE(176, __half, "f16", 88, "88", "89", "90", "91", "92", "93")
+WGMMA_DEFINE(192, __nv_bfloat16, "bf16", 96, "96", "97", "98", "99", "100", "101")
+WGMMA_DEFINE(192, __half, "f16", 96, "96", "97", "98", "99", "100", "101")
+WGMMA_DEFINE(256, __nv_bfloat16, "bf16", 128, "128", "129", "130", "131", "132", "133")
+WGMMA_DEFINE(256, __half, "f16", 128, "128", "129", "130", "131", "132", "133")
 
 #undef WGMMA_DEFINE
 #undef WGMMA_ACCUMULATORS_128

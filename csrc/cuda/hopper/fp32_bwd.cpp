@@ -1,0 +1,39 @@
+#include "cuda/hopper/bwd_launch.h"
+#include "cuda/hopper/fp32_bwd_launch.h"
+#include "cuda/hopper/key_work_table.h"
+#include "cuda/hopper/work_table.h"
+#include "cuda/scratch.h"
+
+namespace mixed_attention::cuda::hopper {
+
+Fp32BwdWorkspace fp32_bwd_workspace(const BwdParams& params) {
+  const BwdTensors tensors = bwd_tensors(params);
+  Scratch scratch(params.workspace);
+  Fp32BwdWorkspace workspace{};
+  workspace.q = take_half_parts(tensors.q, scratch);
+  workspace.k = take_half_parts(tensors.k, scratch);
+  workspace.v = take_half_parts(tensors.v, scratch);
+  workspace.dout = take_half_parts(tensors.dout, scratch);
+  const int64_t num_sequences = params.batch_size * params.num_heads;
+  const int64_t num_tiles = num_sequences * num_query_tiles(make_query_runs(*params.schedule));
+  workspace.q_numbers = scratch.take<QueryNumbers>(num_tiles);
+  workspace.dout_numbers = scratch.take<DoutNumbers>(num_tiles);
+  workspace.delta = scratch.take<float>(num_sequences * params.seqlen_q);
+  workspace.size = scratch.bytes();
+  return workspace;
+}
+
+bool can_fp32_bwd(const BwdParams& params) {
+  const BwdTensors tensors = bwd_tensors(params);
+  // Keys past a range's end get the score -inf, whose weight is zero only under a positive scale.
+  return params.softmax_scale > 0 && params.dropout_p == 0 && params.key_padding_mask == nullptr &&
+         can_map_parts(tensors.q) && can_map_parts(tensors.k) && can_map_parts(tensors.v) &&
+         can_map_parts(tensors.dout) && can_store(params.out, params.out_strides, sizeof(float)) &&
+         can_store(params.dout, params.dout_strides, sizeof(float)) &&
+         can_store(params.dq, params.dq_strides, sizeof(float)) &&
+         can_store(params.dk, params.dk_strides, sizeof(float)) &&
+         can_store(params.dv, params.dv_strides, sizeof(float)) && fits_work_table(params) &&
+         fits_key_work_table(params);
+}
+
+}  // namespace mixed_attention::cuda::hopper

@@ -1,0 +1,84 @@
+// Tile sizes of the Hopper backward for fp32 and the shared memory of its blocks. Heads have kMinPartsHeadDim to 64
+// columns and are filled up to 64 with zeros by the copy engine.
+#pragma once
+
+#include <cuda_fp16.h>
+
+#include <cstdint>
+
+#include "cuda/hopper/bwd_config.h"
+#include "cuda/hopper/config.h"
+
+namespace mixed_attention::cuda::hopper {
+
+inline constexpr int kFp32BwdHeadDim = 64;
+
+// What the kernel for dk and dv needs to know of a tile of queries beside the tile itself.
+struct QueryNumbers {
+  float lse_log2[kQueryTileRows];  // +inf where there is no key, and where there is no query: no weights
+  float units[kQueryTileRows];     // of the parts of q
+};
+
+// The same of its output gradients. So that those of all rows can be added up by one product, they are given one unit:
+// a row's own is unit * factors[row].
+struct DoutNumbers {
+  float delta[kQueryTileRows];    // row sum of out * dout, less dlse
+  float factors[kQueryTileRows];  // 2^15 at most
+  float unit;
+  float padding[3];  // the copy engine moves 16 bytes at a time
+};
+
+// Of a tile of rows both parts.
+constexpr int half_part_bytes(int rows) { return rows * kRowBytes; }
+constexpr int half_tile_bytes(int rows) { return 2 * half_part_bytes(rows); }
+
+// Two warpgroups of 64 key rows. Every input is there twice, once for each part; that leaves room for four tiles of
+// queries and of output gradients each.
+struct Fp32DkDvConfig {
+  static constexpr int kSplits = 1;
+  static constexpr int kConsumers = 2, kStages = 4;
+  static constexpr int kBlockM = kQueryTileRows, kBlockN = kConsumers * kWarpgroupRows;
+  static constexpr int kThreads = (1 + kConsumers) * kWarpgroup;
+  static constexpr int kProducerRegisters = 24, kConsumerRegisters = 240;
+};
+
+struct Fp32DkDvSharedStorage {
+  using Config = Fp32DkDvConfig;
+
+  alignas(1024) __half k[2][Config::kBlockN * kSlabColumns];
+  alignas(1024) __half v[2][Config::kBlockN * kSlabColumns];
+  alignas(1024) __half q[Config::kStages][2][Config::kBlockM * kSlabColumns];
+  alignas(1024) __half dout[Config::kStages][2][Config::kBlockM * kSlabColumns];
+  alignas(128) QueryNumbers q_numbers[Config::kStages];
+  alignas(128) DoutNumbers dout_numbers[Config::kStages];
+
+  uint64_t kv_full, kv_empty;
+  uint64_t q_full[Config::kStages], q_empty[Config::kStages];
+  uint64_t dout_full[Config::kStages], dout_empty[Config::kStages];
+};
+
+// Two warpgroups of 64 query rows.
+struct Fp32DqConfig {
+  static constexpr int kSplits = 1;
+  static constexpr int kConsumers = 2, kStages = 4;
+  static constexpr int kBlockM = kConsumers * kWarpgroupRows, kBlockN = 64;
+  static constexpr int kThreads = (1 + kConsumers) * kWarpgroup;
+  static constexpr int kProducerRegisters = 40, kConsumerRegisters = 232;
+};
+
+struct Fp32DqSharedStorage {
+  using Config = Fp32DqConfig;
+
+  alignas(1024) __half q[2][Config::kBlockM * kSlabColumns];
+  alignas(1024) __half dout[2][Config::kBlockM * kSlabColumns];
+  alignas(1024) __half k[Config::kStages][2][Config::kBlockN * kSlabColumns];
+  alignas(1024) __half v[Config::kStages][2][Config::kBlockN * kSlabColumns];
+  alignas(128) float k_units[Config::kStages][Config::kBlockN];
+  alignas(128) float v_units[Config::kStages][Config::kBlockN];
+
+  uint64_t q_full, q_empty;                                    // and dout
+  uint64_t k_full[Config::kStages], k_empty[Config::kStages];  // and the units of both
+  uint64_t v_full[Config::kStages], v_empty[Config::kStages];
+};
+
+}  // namespace mixed_attention::cuda::hopper

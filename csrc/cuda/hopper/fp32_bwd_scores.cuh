@@ -1,0 +1,28 @@
+// Weights and gradients of scores from products of parts: units of both factors, one of rows and one of columns, turn a
+// product into the number that it stands for.
+#pragma once
+
+#include "cuda/ptx/math.cuh"
+
+namespace mixed_attention::cuda::hopper {
+
+// p = exp2(s * units * scaled_units - lse_log2); the latter units have the scale in them. The others are powers of two,
+// so that all is rounded once.
+template <int kCount, typename Units, typename ScaledUnits, typename Lse>
+__device__ inline void weigh(float (&s)[kCount], const Units& units, const ScaledUnits& scaled_units,
+                             const Lse& lse_log2) {
+#pragma unroll
+  for (int i = 0; i < kCount; ++i) s[i] = ptx::exp2(fmaf(s[i] * units[i], scaled_units[i], -lse_log2[i]));
+}
+
+// Turns dp into ds * weights, ds = p (dp * units * other_units - delta).
+template <int kCount, typename Units, typename OtherUnits, typename Delta, typename Weights>
+__device__ inline void differentiate(float (&dp)[kCount], const float (&p)[kCount], const Units& units,
+                                     const OtherUnits& other_units, const Delta& delta, const Weights& weights) {
+#pragma unroll
+  for (int i = 0; i < kCount; ++i) {
+    dp[i] = p[i] * weights[i] * fmaf(dp[i] * units[i], other_units[i], -delta[i]);
+  }
+}
+
+}  // namespace mixed_attention::cuda::hopper

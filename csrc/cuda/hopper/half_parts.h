@@ -1,0 +1,55 @@
+// fp32 tensors as pairs of fp16 ones, whose products tensor cores take at full rate.
+#pragma once
+
+#include <span>
+
+#include "cuda/hopper/tensor_map.h"
+#include "cuda/scratch.h"
+
+namespace mixed_attention::cuda::hopper {
+
+// A number is unit * (high + low) to 22 bits: high is the fp16 number next to it, low the one next to what is missing.
+// The unit is a power of two, one for each row of a head, by which the row's largest finite number comes to lie between
+// 2^14 and 2^15; numbers below 2^-18 of it are exact to 2^-40 of it. So no row depends on another, whatever that holds.
+// What is not finite has no finite parts' sum.
+struct HalfParts {
+  void* parts;   // (2, copies, seqlen, num_heads, head_dim) in fp16: all of high, then all of low
+  float* units;  // (copies, num_heads, seqlen)
+  int copies;    // one for each sequence, or one for all
+};
+
+// How many sequences of a tensor differ.
+inline int num_copies(const TensorView& tensor) {
+  return tensor.strides.batch == 0 ? 1 : static_cast<int>(tensor.batch_size);
+}
+
+// Both parts as one tensor: low stands behind high, as sequences of its own.
+inline TensorView parts_view(const TensorView& tensor, const HalfParts& parts) {
+  const int64_t row = tensor.num_heads * tensor.head_dim;
+  const Strides strides{tensor.seqlen * row, row, tensor.head_dim};
+  return {parts.parts, DType::kFloat16, 2 * parts.copies, tensor.seqlen, tensor.num_heads, tensor.head_dim, strides};
+}
+
+// Room for the parts of a tensor.
+inline HalfParts take_half_parts(const TensorView& tensor, Scratch& scratch) {
+  const int copies = num_copies(tensor);
+  const int64_t num_rows = copies * tensor.num_heads * tensor.seqlen;
+  return {scratch.take<uint16_t>(2 * num_rows * tensor.head_dim), scratch.take<float>(num_rows), copies};
+}
+
+// Whether the copy engine can read a tensor's parts.
+inline bool can_map_parts(const TensorView& tensor) {
+  return can_map(parts_view(tensor, {nullptr, nullptr, num_copies(tensor)}));
+}
+
+struct HalfPartsTask {
+  TensorView source;  // fp32; head_dim a multiple of 8 up to 256
+  HalfParts target;
+};
+
+inline constexpr int kMaxHalfPartsTasks = 8;
+
+// Enqueues one kernel that makes the parts of all, which have the same head_dim; stream: cudaStream_t.
+void launch_half_parts(std::span<const HalfPartsTask> tasks, void* stream);
+
+}  // namespace mixed_attention::cuda::hopper

@@ -1,0 +1,90 @@
+// Matrix products of fp32 factors in two fp16 parts each: a_low b_high + a_high b_low + a_high b_high, in this order,
+// as what is cut off grows with the sum.
+//
+// A tile of 64 columns in shared memory is one slab of its high parts with one of its low parts behind it.
+#pragma once
+
+#include <cuda_fp16.h>
+
+#include <cstdint>
+
+#include "cuda/hopper/accumulator_numbers.cuh"
+#include "cuda/hopper/config.h"
+#include "cuda/hopper/half_pair.cuh"
+#include "cuda/hopper/products.cuh"
+#include "cuda/ptx/wgmma.cuh"
+
+namespace mixed_attention::cuda::hopper {
+
+// An operand in registers; the words of each part lie as those of a 16-bit one.
+template <int kWords>
+struct HalfOperand {
+  uint32_t high[kWords], low[kWords];
+};
+
+// d = a bᵀ.
+template <int kPartBytesA, int kPartBytesB, int kCount>
+__device__ inline void issue_half_row_products(float (&d)[kCount], ptx::Operand a, ptx::Operand b) {
+  const auto add = [&](ptx::Operand part_a, ptx::Operand part_b, bool overwrites) {
+    add_row_products<__half, kSlabColumns, kPartBytesA, kPartBytesB>(d, part_a, part_b, overwrites);
+  };
+  ptx::wgmma_fence();
+  add(a.advance(kPartBytesA), b, true);
+  add(a, b.advance(kPartBytesB), false);
+  add(a, b, false);
+  ptx::wgmma_commit();
+}
+
+// d = a b, a from registers.
+template <int kPartBytes, int kCount, int kWords>
+__device__ inline void issue_half_column_products(float (&d)[kCount], const HalfOperand<kWords>& a, ptx::Operand b) {
+  ptx::wgmma_fence();
+  add_column_products<__half>(d, a.low, b, true);
+  add_column_products<__half>(d, a.high, b.advance(kPartBytes), false);
+  add_column_products<__half>(d, a.high, b, false);
+  ptx::wgmma_commit();
+}
+
+// Splits a result into the operand of the next product; nothing moves between threads. It is multiplied by the factors
+// of rows or of columns before, which take it to below 2^16.
+template <int kCount, typename Factors>
+__device__ inline void split_operand(HalfOperand<kCount / 2>& operand, const float (&result)[kCount],
+                                     const Factors& factors) {
+#pragma unroll
+  for (int i = 0; i < kCount; i += 2) {
+    const HalfPair pair = HalfPair::split(result[i] * factors[i], result[i + 1] * factors[i + 1]);
+    operand.high[i / 2] = pair.high;
+    operand.low[i / 2] = pair.low;
+  }
+}
+
+// The powers of two that take the largest entry of a row to between 2^14 and 2^15, and what undoes them.
+struct RowLift {
+  RowNumbers factor, inverse;
+
+  template <int kCount>
+  __device__ static RowLift of(const float (&x)[kCount]) {
+    float largest[2] = {};
+#pragma unroll
+    for (int i = 0; i < kCount; ++i) largest[row_of(i)] = fmaxf(largest[row_of(i)], fabsf(x[i]));
+    RowLift lift;
+#pragma unroll
+    for (int row = 0; row < 2; ++row) {
+      constexpr uint32_t kExponents = 0x7f800000, kOne = 1u << 23;
+      // For rows of next to nothing the largest factor that is normal, and so is its inverse.
+      const uint32_t exponent = max(__float_as_uint(quad_max(largest[row])) & kExponents, 15 * kOne);
+      lift.factor.of_row[row] = __uint_as_float((2 * 127 + 14) * kOne - exponent);
+      lift.inverse.of_row[row] = __uint_as_float(exponent - 14 * kOne);
+    }
+    return lift;
+  }
+};
+
+// sum += factors * term
+template <int kCount>
+__device__ inline void add_rows(float (&sum)[kCount], const float (&term)[kCount], const RowNumbers& factors) {
+#pragma unroll
+  for (int i = 0; i < kCount; ++i) sum[i] = fmaf(term[i], factors[i], sum[i]);
+}
+
+}  // namespace mixed_attention::cuda::hopper
