@@ -9,7 +9,7 @@ namespace mixed_attention::cpu::MIXED_ATTENTION_ISA {
 
 template <class Element>
 constexpr AttentionKernels kernels() {
-  return {fwd<Element>, delta<Element>, bwd<Element>, rope<Element>};
+  return {kRowBlock<Factor<Element>>, fwd<Element>, delta<Element>, bwd<Element>, rope<Element>};
 }
 
 // In the order of DType.
