@@ -78,8 +78,8 @@ class BwdTile {
     const KeyRows<Element> k{at(p_.k, p_.k_strides, 0), p_.k_strides.row, keys_, count_};
     const KeyRows<Element> v{at(p_.v, p_.v_strides, 0), p_.v_strides.row, keys_, count_};
     pack_rows<Element>(depth_of<F>(count_) * kTerms<F>, p_.head_dim, Acc(1), k, k_, width_);
-    pack_columns<Element>(count_, p_.head_dim, k, k_transposed_, kBwdBlockN);
-    pack_columns<Element>(count_, p_.head_dim_v, v, v_transposed_, kBwdBlockN);
+    pack_columns<Element>(count_, p_.head_dim, k, k_transposed_, columns_, kBwdBlockN);
+    pack_columns<Element>(count_, p_.head_dim_v, v, v_transposed_, columns_, kBwdBlockN);
     dk_.clear();
     dv_.clear();
   }

@@ -211,7 +211,7 @@ inline void pack_row(const Element* row, int64_t size, SumOf<F> sign, F* out, in
 // Depth along the rows, which become columns: out[d][i] = factor d of row i, zero from count to columns and behind the
 // last factor.
 template <class Element, class F, class RowAt>
-inline void pack_columns(int64_t count, int64_t size, RowAt row_at, F* out, int64_t columns) {
+inline void pack_columns(int64_t count, int64_t size, RowAt row_at, F* out, int64_t columns, int64_t stride) {
   constexpr int kLane = kLanes<SumOf<F>>;
   const int64_t square_rows = count / kLane * kLane, square_factors = size / kTerms<F> / kLane * kLane;
   for (int64_t i = 0; i < square_rows; i += kLane) {
@@ -221,13 +221,13 @@ inline void pack_columns(int64_t count, int64_t size, RowAt row_at, F* out, int6
       FactorVec<F> square[kLane];
       for (int j = 0; j < kLane; ++j) square[j] = make_factors<F>(rows[j] + d * kTerms<F>);
       transpose(square);
-      for (int j = 0; j < kLane; ++j) store_factors(out + (d + j) * columns + i, square[j]);
+      for (int j = 0; j < kLane; ++j) store_factors(out + (d + j) * stride + i, square[j]);
     }
   }
   for (int64_t i = 0; i < columns; ++i) {
     const Element* row = i < count ? row_at(i) : nullptr;
     for (int64_t d = i < square_rows ? square_factors : 0; d < depth_of<F>(size); ++d) {
-      F& factor = out[d * columns + i];
+      F& factor = out[d * stride + i];
       factor = F{};
       if (row && (d + 1) * kTerms<F> <= size) make_factor(row + d * kTerms<F>, SumOf<F>(1), factor);
       if constexpr (kTerms<F> == 2) {

@@ -91,14 +91,18 @@ class FwdTile {
         static_cast<const Element*>(p_.k) + task_.batch * p_.k_strides.batch + task_.head * p_.k_strides.head;
     const Element* v =
         static_cast<const Element*>(p_.v) + task_.batch * p_.v_strides.batch + task_.head * p_.v_strides.head;
-    pack_columns<Element>(count, p_.head_dim, KeyRows{k, p_.k_strides.row, keys_, count}, k_transposed_, kFwdBlockN);
+    pack_columns<Element>(count, p_.head_dim, KeyRows{k, p_.k_strides.row, keys_, count}, k_transposed_,
+                          columns_of(count), kFwdBlockN);
     pack_rows<Element>(depth_of<F>(count) * kTerms<F>, p_.head_dim_v, Acc(1),
                        KeyRows{v, p_.v_strides.row, keys_, count}, v_, width_v_);
   }
 
+  // Of so many keys.
+  static int64_t columns_of(int64_t count) { return round_up(count, 2 * kLane); }
+
   // kRows rows from `first` on against the keys of the tile.
   void attend(int64_t first, int64_t count) {
-    const int64_t columns = round_up(count, 2 * kLane);
+    const int64_t columns = columns_of(count);
     gemm<Update::kSet>(kRows, columns, depth_, Operand<F>{q_ + first * depth_, depth_, 1}, k_transposed_, kFwdBlockN,
                        s_, kFwdBlockN);
     for (int64_t i = 0; i < kRows; ++i) {
