@@ -7,8 +7,8 @@ python=$(realpath --no-symlinks "$2")
 # leaks cannot be told apart.
 export LD_PRELOAD="$(gcc -print-file-name=libasan.so) $(gcc -print-file-name=libubsan.so)"
 export ASAN_OPTIONS=detect_leaks=0:detect_odr_violation=0 UBSAN_OPTIONS=print_stacktrace=1
-export PYTHONPATH="$package"
-# `python -m pytest` would put the current folder, and with it the package that is built for use, before that path.
+export PYTHONPATH="$package:$PWD"  # bench lies here, and so would the package that is built for use
+# `python -m pytest` would put the current folder before that path.
 run_tests() {
   "$python" "$(dirname "$python")/pytest" -q -p no:cacheprovider -o pythonpath= "$@"
 }
