@@ -126,10 +126,10 @@ def _first_of(function: Callable[..., object], q: Tensor, k: Tensor, v: Tensor) 
     return out[0] if isinstance(out, tuple) else out
 
 
-def _flex_peer() -> Peer:
+def _flex_peer(passes: tuple[str, ...] = (FORWARD, BACKWARD)) -> Peer:
     from bench.flex import FlexAttention
 
-    return Peer(FlexAttention())
+    return Peer(FlexAttention(), passes=passes)
 
 
 PEERS: dict[str, Callable[[], Peer]] = {
@@ -146,6 +146,7 @@ PEERS: dict[str, Callable[[], Peer]] = {
 CPU_PEERS: dict[str, Callable[[], Peer]] = {
     "ours": PEERS["ours"],
     "sdpa": lambda: Peer(PerPattern(_sdpa), is_torch=True),
+    "flex": lambda: _flex_peer((FORWARD,)),  # torch has no backward of it for CPUs
 }
 
 

@@ -53,6 +53,11 @@ Tensor multiply(const Tensor& a, const Tensor& b, at::ScalarType dtype, bool dif
   return at::mm(a, b).to(dtype);
 }
 
+// The sum of all rows in another dtype. CPUs would first convert them all, which takes as long as a product.
+Tensor sum_rows(const Tensor& rows, at::ScalarType dtype) {
+  return rows.is_cuda() ? rows.sum(0, false, dtype) : rows.sum(0).to(dtype);
+}
+
 // NOTE: the tokens as they were multiplied are an output where they had to be cast, so that what is saved for the
 // backward is connected to the graph, and a second derivative finds the way from it to the input.
 struct Project : torch::autograd::Function<Project> {
@@ -131,7 +136,7 @@ struct Project : torch::autograd::Function<Project> {
         result[1 + part] = multiply(rows.t(), seen, original.scalar_type(), differentiable);
       }
       if (num_biases > 0 && ctx->needs_input_grad(1 + num_parts + part)) {
-        result[1 + num_parts + part] = rows.sum(0, false, static_cast<at::ScalarType>(bias_dtype));
+        result[1 + num_parts + part] = sum_rows(rows, static_cast<at::ScalarType>(bias_dtype));
       }
     }
     result[0] = dx;

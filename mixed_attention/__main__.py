@@ -39,9 +39,9 @@ def _cpu() -> Iterator[str]:
         return
     chosen = ops.cpu_instruction_set()
     yield f"CPU              {chosen} kernels, {torch.get_num_threads()} threads"
-    better = ("AVX512_BF16", "AVX512", "AVX2")
+    better = ("AMX", "AVX512_BF16", "AVX512", "AVX2")
     for name in better[: better.index(chosen)] if chosen in better else better:
-        yield f"  {name:14s} not used: this processor does not offer it"
+        yield f"  {name:14s} not used: this machine does not offer it"
     yield from _serves(torch.device("cpu"))
 
 

@@ -51,7 +51,7 @@ def describe_build() -> str:
 
 
 def cpu_instruction_set() -> str:
-    """Instruction set of the CPU kernels here: ``"AVX512_BF16"``, ``"AVX512"``, ``"AVX2"`` or ``"portable"``."""
+    """Instruction set of the CPU kernels: ``"AMX"``, ``"AVX512_BF16"``, ``"AVX512"``, ``"AVX2"`` or ``"portable"``."""
     _require_compiled()
     return _C.cpu_instruction_set()
 

@@ -96,10 +96,7 @@ def oracle(
     projected = torch.nn.functional.linear(x, weight, bias)
     q, k, v = (t.unflatten(-1, (core.num_heads, -1)).transpose(1, 2) for t in projected.chunk(3, -1))
     if freqs is not None:
-        q, k = (
-            torch.view_as_real(torch.view_as_complex(t.unflatten(-1, (-1, 2))) * freqs[:, None]).flatten(-2)
-            for t in (q, k)
-        )
+        q, k = (_rotate(t, freqs) for t in (q, k))
     weights = counts.expand(x.shape[0], 1, -1, -1)
     if key_padding_mask is not None:
         weights = weights * key_padding_mask[:, None, None, :]
@@ -108,6 +105,12 @@ def oracle(
     total = p.sum(-1, keepdim=True)
     out = p / torch.where(total > 0, total, 1) @ v
     return core.proj(out.transpose(1, 2).flatten(2))
+
+
+def _rotate(x: Tensor, freqs: Tensor) -> Tensor:
+    """Heads ``(B, H, N, D)`` times frequencies, in fp32 at least."""
+    pairs = x.to(torch.promote_types(x.dtype, torch.float32)).unflatten(-1, (-1, 2))
+    return torch.view_as_real(torch.view_as_complex(pairs.contiguous()) * freqs[:, None]).flatten(-2).to(x.dtype)
 
 
 def gradients(out: Tensor, wanted: Sequence[Tensor], *, retain_graph: bool = False) -> tuple[Tensor, ...]:

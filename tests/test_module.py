@@ -75,17 +75,30 @@ def test_tuple_frequencies_are_the_complex_ones_of_permuted_heads():
 
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16, torch.float32], ids=str)
+@pytest.mark.parametrize("scene", [SELF, JOINT], ids=["self", "joint"])
 @pytest.mark.parametrize("parallel", [True, False], ids=["fused kernels", "reference"])
-def test_error_in_low_precision_is_that_of_the_framework(dtype, parallel):
-    layer, x = make_layer(parallel=parallel), make_x(JOINT)
-    exact = oracle(layer, x, JOINT.counts())
-    low, x_low = copy.deepcopy(layer).to(dtype), x.detach().to(dtype)
-    theirs = oracle(low, x_low, JOINT.counts().to(dtype))
-    ours = low(x_low, JOINT.specs, JOINT.patterns)
-    assert ours.dtype == dtype
-    # Twice the framework's error, plus one rounding of the result.
-    bound = 2 * (theirs.double() - exact).abs().max() + torch.finfo(dtype).eps * exact.abs().max()
-    assert (ours.double() - exact).abs().max() <= bound
+@pytest.mark.parametrize("learns_freqs", [True, False], ids=["gradient of freqs", "constant freqs"])
+def test_errors_in_low_precision_are_those_of_the_framework(dtype, scene, parallel, learns_freqs):
+    """Of the output and of all gradients: twice the framework's error, plus one rounding of the result."""
+    low = make_layer(use_rope=True, parallel=parallel).to(dtype)
+    x, freqs = make_x(scene, dtype=dtype), make_freqs(scene.num_tokens).to(torch.complex64).requires_grad_(learns_freqs)
+    direction = torch.randn(x.shape, generator=torch.Generator().manual_seed(0)).to(dtype)
+
+    def results(out, layer, x, freqs):
+        named = {"x": x, **dict(layer.named_parameters()), **({"freqs": freqs} if learns_freqs else {})}
+        return {"out": out, **dict(zip(named, torch.autograd.grad(out, list(named.values()), direction.to(out))))}
+
+    wide = (
+        copy.deepcopy(low).double(),
+        *(t.detach().to(w).requires_grad_(t.requires_grad) for t, w in ((x, torch.float64), (freqs, torch.complex128))),
+    )
+    exact = results(oracle(wide[0], wide[1], scene.counts(), wide[2]), *wide)
+    theirs = results(oracle(low, x, scene.counts().to(dtype), freqs), low, x, freqs)
+    ours = results(low(x, scene.specs, scene.patterns, freqs=freqs), low, x, freqs)
+    for name, value in exact.items():
+        assert ours[name].dtype == theirs[name].dtype
+        error, yardstick = ((each[name].to(value) - value).abs().max() for each in (ours, theirs))
+        assert error <= 2 * yardstick + torch.finfo(dtype).eps * value.abs().max(), name
 
 
 def test_dot_product_attention_is_one_group_that_attends_to_itself():

@@ -287,6 +287,27 @@ def test_swap_keeps_what_a_model_computes(layout):
     assert ma.noether.swap(model) == 0
 
 
+@pytest.mark.parametrize("layout", LAYOUTS)
+def test_swapped_models_learn_along_the_same_curve(layout):
+    torch.manual_seed(0)
+    model = Model(layout).double()
+    swapped = copy.deepcopy(model)
+    ma.noether.swap(swapped)
+    x, geometry, wanted = make_x(CROSS).detach(), torch.randn(2, 9, 5).double(), torch.randn(2, CROSS.num_tokens, DIM)
+    curves = []
+    for each in (model, swapped):
+        optimizer, losses = torch.optim.Adam(each.parameters(), lr=1e-2), []
+        for _ in range(10):
+            optimizer.zero_grad()
+            loss = F.mse_loss(each(x, geometry), wanted.double())
+            loss.backward()
+            optimizer.step()
+            losses.append(loss.item())
+        curves.append(losses)
+    assert curves[0][-1] < 0.9 * curves[0][0]
+    torch.testing.assert_close(*map(torch.tensor, curves), rtol=1e-9, atol=0)  # roundings, carried along by ten steps
+
+
 def test_swap_keeps_mode_rope_dropout_and_branches():
     package, projections, *_ = LAYOUTS["newest"]
     core = upstream("MixedAttention", package)(UpstreamMixed)(projections)

@@ -10,7 +10,9 @@ from hypothesis import strategies as st
 
 # Every size around a tile is as likely as an empty group or any small one.
 SIZES = st.one_of(
-    st.integers(0, 40), st.sampled_from([0, 1]), st.sampled_from([15, 16, 17, 31, 32, 33, 63, 64, 65, 127, 128, 129])
+    st.integers(0, 40),
+    st.sampled_from([0, 1]),
+    st.sampled_from([15, 16, 17, 31, 32, 33, 63, 64, 65, 95, 96, 97, 127, 128, 129, 191, 192, 193]),
 )
 WIDTHS = st.one_of(st.integers(1, 160), st.sampled_from([1, 8, 16, 32, 48, 64, 96, 128]))
 

@@ -59,7 +59,7 @@ def _run_with(instruction_set):
     return subprocess.run([sys.executable, "-c", SCRIPT], env=environment, capture_output=True, text=True)
 
 
-@pytest.mark.parametrize("instruction_set", ["AVX512_BF16", "AVX512", "AVX2", "portable"])
+@pytest.mark.parametrize("instruction_set", ["AMX", "AVX512_BF16", "AVX512", "AVX2", "portable"])
 def test_instruction_sets(instruction_set):
     done = _run_with(instruction_set)
     if "expected one of" in done.stderr:

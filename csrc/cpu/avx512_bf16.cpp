@@ -22,6 +22,7 @@
 #define MIXED_ATTENTION_VECTOR_BYTES 64
 #define MIXED_ATTENTION_VECTOR_REGISTERS 32
 #define MIXED_ATTENTION_BFLOAT16_PAIRS 1
+#define MIXED_ATTENTION_TILES 0
 #include "cpu/simd/table.h"
 
 namespace mixed_attention::cpu {

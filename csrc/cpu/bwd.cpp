@@ -116,8 +116,8 @@ void run_bwd(const BwdParams& params) {
   shared.progress = progress.data();
 
   const int64_t num_tiles = static_cast<int64_t>(plan.tiles.size()), num_tasks = batch_heads * num_tiles;
-  for_each_task(params.parallel_for, num_workers(params, num_tasks, operations), num_tasks, bwd_scratch_size(params),
-                [&](int64_t index, void* scratch) {
+  for_each_task(params.parallel_for, num_workers(params, num_tasks, operations), num_tasks,
+                bwd_scratch_size(params, kernels), [&](int64_t index, void* scratch) {
                   const BwdPlan::Tile& tile = plan.tiles[index % num_tiles];
                   const int64_t batch_head = index / num_tiles;
                   const BwdTask task{batch_head / params.num_heads, batch_head % params.num_heads, tile.keys,

@@ -50,7 +50,7 @@ void run_fwd(const FwdParams& params) {
   }
   const int64_t num_tasks = static_cast<int64_t>(tasks.size());
   for_each_task(params.parallel_for, num_workers(params, num_tasks, operations), num_tasks,
-                fwd_scratch_size(params, rows),
+                fwd_scratch_size(params, kernels, rows),
                 [&](int64_t index, void* scratch) { kernels.fwd(params, tasks[index], scratch); });
 }
 

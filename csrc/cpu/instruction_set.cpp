@@ -11,7 +11,7 @@ namespace {
 const InstructionSet& choose() {
   const char* wanted = std::getenv("MIXED_ATTENTION_CPU");
   std::string available;
-  for (const InstructionSet* candidate : {&kAvx512Bf16, &kAvx512, &kAvx2, &kPortable}) {
+  for (const InstructionSet* candidate : {&kAmx, &kAvx512Bf16, &kAvx512, &kAvx2, &kPortable}) {
     if (!candidate->is_available()) continue;
     if (!wanted || std::string(wanted) == candidate->name) return *candidate;
     available += std::string(available.empty() ? "" : ", ") + candidate->name;

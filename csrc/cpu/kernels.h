@@ -10,8 +10,6 @@
 
 namespace mixed_attention::cpu {
 
-// Rows of a register block of the matrix products; row counts of tiles are rounded up to it.
-inline constexpr int64_t kRowBlock = 6;
 // Columns of packed tiles are rounded up to the widest vector: 16 fp32.
 inline constexpr int64_t kColumnBlock = 16;
 
@@ -61,6 +59,8 @@ struct BwdShared {
 
 // A kernel for one element type; scratch is 64-byte aligned, of the size that the scratch functions say.
 struct AttentionKernels {
+  int64_t row_block;    // rows of a register block of the matrix products; row counts of tiles are rounded up to it
+  int64_t factor_size;  // bytes of an element as the products read it
   void (*fwd)(const FwdParams&, const FwdTask&, void* scratch);
   void (*delta)(const BwdParams&, int64_t batch, int64_t head, Range rows, void* delta);
   void (*bwd)(const BwdParams&, const BwdShared&, const BwdTask&, void* scratch);
@@ -73,7 +73,7 @@ struct InstructionSet {
   AttentionKernels kernels[4];  // by DType
 };
 
-extern const InstructionSet kAvx512Bf16, kAvx512, kAvx2, kPortable;
+extern const InstructionSet kAmx, kAvx512Bf16, kAvx512, kAvx2, kPortable;
 
 // The instruction set of this process: the best that the machine has, or the one that MIXED_ATTENTION_CPU names.
 const InstructionSet& selected_instruction_set();
@@ -82,18 +82,19 @@ inline int64_t accumulator_size(DType dtype) { return dtype == DType::kFloat64 ?
 
 // Bytes of scratch that one worker needs. The layouts are in simd/fwd_kernel.h and simd/bwd_kernel.h.
 // The forward's for tasks of up to so many rows: what a call of few tokens allocates is time it takes.
-inline int64_t fwd_scratch_size(const AttentionParams& p, int64_t rows) {
-  const int64_t d = p.head_dim, dv = round_up(p.head_dim_v, kColumnBlock);
-  const int64_t elements = round_up(rows, kRowBlock) * (d + dv + 1 + kColumnBlock) + kFwdBlockN * (d + dv) +
-                           2 * kRowBlock * (kFwdBlockN + 1);
-  return elements * accumulator_size(p.dtype) + kFwdBlockN * 32 + 1024;
+inline int64_t fwd_scratch_size(const AttentionParams& p, const AttentionKernels& kernels, int64_t rows) {
+  const int64_t d = round_up(p.head_dim, 2 * kColumnBlock), dv = round_up(p.head_dim_v, kColumnBlock);
+  const int64_t block = kernels.row_block, padded_rows = round_up(rows, block);
+  const int64_t factors = padded_rows * d + kFwdBlockN * (d + dv + block);
+  const int64_t sums = padded_rows * (dv + 1 + kColumnBlock) + kFwdBlockN * (block + 1);
+  return factors * kernels.factor_size + sums * accumulator_size(p.dtype) + kFwdBlockN * 32 + 1024;
 }
 
-inline int64_t bwd_scratch_size(const AttentionParams& p) {
+inline int64_t bwd_scratch_size(const AttentionParams& p, const AttentionKernels& kernels) {
   const int64_t d = round_up(p.head_dim, kColumnBlock), dv = round_up(p.head_dim_v, kColumnBlock);
   const int64_t keys = kBwdBlockN * (2 * d + dv + d + dv);
   const int64_t queries = kBwdBlockM * (2 * (d + dv) + d + 2 + 2 * kBwdBlockN);
-  const int64_t strips = 3 * kRowBlock * 4 * kColumnBlock;
+  const int64_t strips = 3 * kernels.row_block * 4 * kColumnBlock;
   return (keys + queries + strips) * accumulator_size(p.dtype) + kBwdBlockN * 32 + 2048;
 }
 

@@ -9,7 +9,8 @@ void run_fwd(const FwdParams& params);
 void run_bwd(const BwdParams& params);
 void run_rope(const RopeParams& params);
 
-// Name of the instruction set that the kernels use on this machine: "AVX512_BF16", "AVX512", "AVX2" or "portable".
+// Name of the instruction set that the kernels use on this machine: "AMX", "AVX512_BF16", "AVX512", "AVX2" or
+// "portable".
 const char* instruction_set();
 
 }  // namespace mixed_attention::cpu

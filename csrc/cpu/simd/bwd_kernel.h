@@ -7,63 +7,10 @@
 #pragma once
 
 #include "cpu/simd/fwd_kernel.h"
+#include "cpu/simd/key_sums.h"
+#include "cpu/simd/weight_tile.h"
 
 namespace mixed_attention::cpu::MIXED_ATTENTION_ISA {
-
-// Weights of rows and columns (kBwdBlockM, kBwdBlockN) that products read along either axis. Where a factor has two
-// terms these are two tiles, as neighbours along one axis are none along the other.
-template <class F, bool kReadAlongRows>
-class WeightTile {
-  using V = Vec<SumOf<F>>;
-  static constexpr bool kHasPairs = kTerms<F> == 2;
-
- public:
-  explicit WeightTile(Scratch& scratch) {
-    across_rows_ = scratch.take<F>(num_factors<F>(kBwdBlockM * kBwdBlockN));
-    if constexpr (kHasPairs && kReadAlongRows) along_rows_ = scratch.take<F>(num_factors<F>(kBwdBlockM * kBwdBlockN));
-  }
-
-  // Vectors at two neighbouring rows and two neighbouring vectors of columns; row and column are even.
-  void put(int64_t row, int64_t column, const V (&values)[2][2]) {
-    constexpr int kLane = kLanes<SumOf<F>>;
-    for (int i = 0; i < 2; ++i) {
-      if constexpr (kHasPairs) {
-        store_zipped(across_rows_ + row / 2 * kBwdBlockN + column + i * kLane, values[0][i], values[1][i]);
-        if constexpr (kReadAlongRows) {
-          store_two(along_rows_ + ((row + i) * kBwdBlockN + column) / 2, values[i][0], values[i][1]);
-        }
-      } else {
-        store_two(across_rows_ + (row + i) * kBwdBlockN + column, values[i][0], values[i][1]);
-      }
-    }
-  }
-
-  void clear_columns(int64_t begin, int64_t end, int64_t rows) {
-    for (int64_t row = 0; row < num_factors<F>(rows) && begin < end; ++row) {
-      for (int64_t i = begin; i < end; ++i) across_rows_[row * kBwdBlockN + i] = F{};
-    }
-    if constexpr (kHasPairs && kReadAlongRows) {
-      for (int64_t row = 0; row < rows && begin % 2; ++row) {
-        along_rows_[(row * kBwdBlockN + begin) / 2].bits &= 0xFFFF;
-      }
-    }
-  }
-
-  // (columns, rows), the depth being the rows.
-  Operand<F> transposed() const { return {across_rows_, 1, kBwdBlockN}; }
-  // (rows, columns), the depth being the columns.
-  Operand<F> along_rows() const {
-    if constexpr (kHasPairs) {
-      return {along_rows_, kBwdBlockN / 2, 1};
-    } else {
-      return {across_rows_, kBwdBlockN, 1};
-    }
-  }
-
- private:
-  F* across_rows_;  // [kBwdBlockM / kTerms][kBwdBlockN]
-  F* along_rows_;   // [kBwdBlockM][kBwdBlockN / kTerms]
-};
 
 template <class Element>
 class BwdTile {
@@ -71,7 +18,8 @@ class BwdTile {
   using Acc = Accumulator<Element>;
   using V = Vec<Acc>;
   static constexpr int kLane = kLanes<Acc>;
-  static constexpr int64_t kStrip = kBlockVectors * kLane;  // columns of scores that are made at a time
+  // Rows and columns of scores that are made at a time.
+  static constexpr int64_t kRows = kRowBlock<F>, kStrip = kBlockVectors * kLane;
 
  public:
   BwdTile(const BwdParams& p, const BwdShared& shared, const BwdTask& task, void* memory)
@@ -87,9 +35,8 @@ class BwdTile {
       locate_keys(visit);
       int* progress = shared_.progress + batch_head_ * shared_.tiles_per_head + visit.first_tile;
       for (int64_t begin = visit.queries.begin; begin < visit.queries.end; begin += kBwdBlockM, ++progress) {
-        const int64_t end = begin + kBwdBlockM;
-        const Range rows{begin, end < visit.queries.end ? end : visit.queries.end};
-        if (count_ > 0) attend(rows);
+        const Range rows = part(visit.queries, begin, kBwdBlockM);
+        if (count_ > 0) attend(rows, part(visit.queries, begin + kBwdBlockM, kBwdBlockM));
         if (visit.rank > 0) shared_.wait_until(progress, visit.rank);
         add_dq(rows, visit);
         __atomic_store_n(progress, visit.rank + 1, __ATOMIC_RELEASE);
@@ -104,40 +51,37 @@ class BwdTile {
         shared_(shared),
         task_(task),
         batch_head_(task.batch * p.num_heads + task.head),
-        depth_(num_factors<F>(p.head_dim)),
-        depth_v_(num_factors<F>(p.head_dim_v)),
+        depth_(depth_of<F>(p.head_dim)),
+        depth_v_(depth_of<F>(p.head_dim_v)),
         width_(round_up(p.head_dim, kLane)),
-        width_v_(round_up(p.head_dim_v, kLane)),
         scale_log2_(scale_log2<Acc>(p.softmax_scale)),
         dropout_(p),
         p_tile_(scratch),
-        ds_tile_(scratch) {
+        ds_tile_(scratch),
+        dk_(p.head_dim, scratch),
+        dv_(p.head_dim_v, scratch) {
     k_ = scratch.take<F>(num_factors<F>(kBwdBlockN) * width_);
     k_transposed_ = scratch.take<F>(depth_ * kBwdBlockN);
     v_transposed_ = scratch.take<F>(depth_v_ * kBwdBlockN);
-    dk_ = scratch.take<Acc>(kBwdBlockN * width_);
-    dv_ = scratch.take<Acc>(kBwdBlockN * width_v_);
     q_ = scratch.take<F>(kBwdBlockM * depth_);
-    q_across_ = scratch.take<F>(num_factors<F>(kBwdBlockM) * width_);
     dout_ = scratch.take<F>(kBwdBlockM * depth_v_);
-    dout_across_ = scratch.take<F>(num_factors<F>(kBwdBlockM) * width_v_);
     dq_ = scratch.take<Acc>(kBwdBlockM * width_);
     lse_log2_ = scratch.take<Acc>(kBwdBlockM);
     delta_ = scratch.take<Acc>(kBwdBlockM);
-    s_ = scratch.take<Acc>(kRowBlock * kStrip);
-    dp_ = scratch.take<Acc>(kRowBlock * kStrip);
-    kept_ = scratch.take<Acc>(kRowBlock * kStrip);
+    s_ = scratch.take<Acc>(kRows * kStrip);
+    dp_ = scratch.take<Acc>(kRows * kStrip);
+    kept_ = scratch.take<Acc>(kRows * kStrip);
     keys_ = scratch.take<Key>(kBwdBlockN);
   }
 
   void load_keys() {
     const KeyRows<Element> k{at(p_.k, p_.k_strides, 0), p_.k_strides.row, keys_, count_};
     const KeyRows<Element> v{at(p_.v, p_.v_strides, 0), p_.v_strides.row, keys_, count_};
-    pack_rows<Element>(count_, p_.head_dim, Acc(1), k, k_, width_);
-    pack_columns<Element>(count_, p_.head_dim, k, k_transposed_, kBwdBlockN);
-    pack_columns<Element>(count_, p_.head_dim_v, v, v_transposed_, kBwdBlockN);
-    for (int64_t i = 0; i < kBwdBlockN * width_; ++i) dk_[i] = 0;
-    for (int64_t i = 0; i < kBwdBlockN * width_v_; ++i) dv_[i] = 0;
+    pack_rows<Element>(depth_of<F>(count_) * kTerms<F>, p_.head_dim, Acc(1), k, k_, width_);
+    pack_columns<Element>(count_, p_.head_dim, k, k_transposed_, columns_, kBwdBlockN);
+    pack_columns<Element>(count_, p_.head_dim_v, v, v_transposed_, columns_, kBwdBlockN);
+    dk_.clear();
+    dv_.clear();
   }
 
   // Where the keys lie in the list of the segment that reads them: dropout draws by that.
@@ -149,15 +93,19 @@ class BwdTile {
   }
 
   // Adds the rows' part to dk and dv, and leaves the keys' part of dq in dq_.
-  void attend(Range rows) {
-    const int64_t num_rows = rows.end - rows.begin, padded_rows = round_up(num_rows, kRowBlock);
+  void attend(Range rows, Range next_rows) {
+    const int64_t num_rows = rows.end - rows.begin, padded_rows = round_up(num_rows, kRows);
     load_queries(rows, padded_rows);
     for (int64_t column = 0; column < columns_; column += kStrip) {
       const int64_t width = columns_ - column < kStrip ? columns_ - column : kStrip;
-      for (int64_t row = 0; row < padded_rows; row += kRowBlock) {
-        gemm<Update::kSet>(kRowBlock, width, depth_, Operand<F>{q_ + row * depth_, depth_, 1}, k_transposed_ + column,
+      for (int64_t row = 0; row < padded_rows; row += kRows) {
+        if (column == 0) {
+          prefetch_dq(part(rows, rows.begin + row, kRows));
+          prefetch_queries(part(next_rows, next_rows.begin + row, kRows));
+        }
+        gemm<Update::kSet>(kRows, width, depth_, Operand<F>{q_ + row * depth_, depth_, 1}, k_transposed_ + column,
                            kBwdBlockN, s_, kStrip);
-        gemm<Update::kSet>(kRowBlock, width, depth_v_, Operand<F>{dout_ + row * depth_v_, depth_v_, 1},
+        gemm<Update::kSet>(kRows, width, depth_v_, Operand<F>{dout_ + row * depth_v_, depth_v_, 1},
                            v_transposed_ + column, kBwdBlockN, dp_, kStrip);
         if (p_.dropout_p > 0) {
           draw_dropout(rows.begin + row, column, width);
@@ -167,13 +115,11 @@ class BwdTile {
         }
       }
     }
-    const int64_t key_rows = round_up(count_, kRowBlock);
-    p_tile_.clear_columns(count_, key_rows, padded_rows);
-    ds_tile_.clear_columns(count_, key_rows, padded_rows);
-    const int64_t row_depth = num_factors<F>(num_rows);
-    gemm<Update::kAdd>(key_rows, width_v_, row_depth, p_tile_.transposed(), dout_across_, width_v_, dv_, width_v_);
-    gemm<Update::kAdd>(key_rows, width_, row_depth, ds_tile_.transposed(), q_across_, width_, dk_, width_);
-    gemm<Update::kSet>(padded_rows, width_, num_factors<F>(count_), ds_tile_.along_rows(), k_, width_, dq_, width_);
+    p_tile_.clear_columns(count_, padded_rows);
+    ds_tile_.clear_columns(count_, padded_rows);
+    dv_.add(p_tile_, num_rows, count_);
+    dk_.add(ds_tile_, num_rows, count_);
+    gemm<Update::kSet>(padded_rows, width_, depth_of<F>(count_), ds_tile_.along_rows(), k_, width_, dq_, width_);
   }
 
   void load_queries(Range rows, int64_t padded_rows) {
@@ -188,8 +134,8 @@ class BwdTile {
       pack_row(q(row), p_.head_dim, sign, q_ + row * depth_, depth_);
       pack_row(dout(row), p_.head_dim_v, Acc(1), dout_ + row * depth_v_, depth_v_);
     }
-    pack_rows<Element>(padded_rows, p_.head_dim, sign, q, q_across_, width_);
-    pack_rows<Element>(padded_rows, p_.head_dim_v, Acc(1), dout, dout_across_, width_v_);
+    dk_.pack(padded_rows, sign, q);
+    dv_.pack(padded_rows, Acc(1), dout);
     const int64_t first = batch_head_ * p_.seqlen_q + rows.begin;
     for (int64_t row = 0; row < padded_rows; ++row) {
       const bool is_row = row < rows.end - rows.begin;
@@ -199,19 +145,39 @@ class BwdTile {
       delta_[row] = is_row ? static_cast<const Acc*>(shared_.delta)[first + row] : Acc(0);
     }
   }
+
+  // Up to so many of the rows, none behind the last.
+  static Range part(Range rows, int64_t begin, int64_t count) {
+    return {begin, begin + count < rows.end ? begin + count : rows.end};
+  }
+
+  // NOTE: other keys' tasks have gone over the same rows, more than L2 holds. Asked for a tile ahead and a few at a
+  // time they come while products run: with AMX, where these take little time, a fifth of it went into waiting for
+  // rows.
+  void prefetch_queries(Range rows) const {
+    for (int64_t row = rows.begin; row < rows.end; ++row) {
+      prefetch_row(at(p_.q, p_.q_strides, row), p_.head_dim);
+      prefetch_row(at(p_.dout, p_.dout_strides, row), p_.head_dim_v);
+    }
+  }
+
+  void prefetch_dq(Range rows) const {
+    for (int64_t row = rows.begin; row < rows.end; ++row) prefetch_row(dq_sums(row), p_.head_dim);
+  }
+
   void draw_dropout(int64_t query_row, int64_t column, int64_t width) {
     const int64_t count = count_ - column < width ? count_ - column : width;
-    for (int64_t i = 0; i < kRowBlock; ++i) {
+    for (int64_t i = 0; i < kRows; ++i) {
       Acc* kept = kept_ + i * kStrip;
       dropout_.weights(query_row + i, batch_head_, keys_ + column, count, kept);
       for (int64_t j = count; j < width; ++j) kept[j] = 0;
     }
   }
 
-  // Scores and dp of kRowBlock rows and the columns of a strip -> p (times dropout's factors, as dv needs it) and ds.
+  // Scores and dp of kRows rows and the columns of a strip -> p (times dropout's factors, as dv needs it) and ds.
   template <bool kDropout>
   void differentiate(int64_t first_row, int64_t first_column, int64_t width) {
-    for (int64_t row = 0; row < kRowBlock; row += 2) {
+    for (int64_t row = 0; row < kRows; row += 2) {
       for (int64_t column = 0; column < width; column += 2 * kLane) {
         V p[2][2], ds[2][2];
         for (int i = 0; i < 2; ++i) {
@@ -236,12 +202,10 @@ class BwdTile {
   }
 
   void add_dq(Range rows, const Visit& visit) {
-    const Strides strides = shared_.dq_acc_strides;
-    Acc* sums = static_cast<Acc*>(shared_.dq_acc) + task_.batch * strides.batch + task_.head * strides.head;
     const Acc scale = static_cast<Acc>(p_.softmax_scale);
     for (int64_t row = rows.begin; row < rows.end; ++row) {
       const Acc* part = dq_ + (row - rows.begin) * width_;
-      Acc* sum = sums + row * strides.row;
+      Acc* sum = dq_sums(row);
       if (visit.rank == 0) {
         for (int64_t i = 0; i < p_.head_dim; ++i) sum[i] = 0;
       }
@@ -254,19 +218,26 @@ class BwdTile {
     }
   }
 
+  Acc* dq_sums(int64_t row) const {
+    const Strides strides = shared_.dq_acc_strides;
+    return static_cast<Acc*>(shared_.dq_acc) + task_.batch * strides.batch + task_.head * strides.head +
+           row * strides.row;
+  }
+
   void store_keys() {
     // dk was summed over q with the sign of the softmax scale.
-    store_gradient(dk_, width_, p_.head_dim, static_cast<Acc>(std::abs(p_.softmax_scale)), at(p_.dk, p_.dk_strides, 0),
+    store_gradient(dk_, p_.head_dim, static_cast<Acc>(std::abs(p_.softmax_scale)), at(p_.dk, p_.dk_strides, 0),
                    p_.dk_strides.row);
-    store_gradient(dv_, width_v_, p_.head_dim_v, Acc(1), at(p_.dv, p_.dv_strides, 0), p_.dv_strides.row);
+    store_gradient(dv_, p_.head_dim_v, Acc(1), at(p_.dv, p_.dv_strides, 0), p_.dv_strides.row);
   }
 
   // Rows of gathered keys back to their places, exact zeros for those that the mask left out.
-  void store_gradient(const Acc* grad, int64_t width, int64_t size, Acc scale, Element* out, int64_t row_stride) {
+  void store_gradient(const KeySums<Element>& sums, int64_t size, Acc scale, Element* out, int64_t row_stride) {
+    sums.write(count_, scale, [&](int64_t i) { return out + keys_[i].row * row_stride; });
     int64_t i = 0;
     for (int64_t row = task_.keys.begin; row < task_.keys.end; ++row) {
       if (i < count_ && keys_[i].row == row) {
-        store_row(grad + i++ * width, size, scale, out + row * row_stride);
+        ++i;
       } else {
         for (int64_t d = 0; d < size; ++d) from_accumulator(Acc(0), out[row * row_stride + d]);
       }
@@ -282,32 +253,30 @@ class BwdTile {
   const BwdParams& p_;
   const BwdShared& shared_;
   const BwdTask& task_;
-  const int64_t batch_head_, depth_, depth_v_, width_, width_v_;
+  const int64_t batch_head_, depth_, depth_v_, width_;
   const Acc scale_log2_;
   const Dropout dropout_;
   WeightTile<F, false> p_tile_;
   WeightTile<F, true> ds_tile_;
+  KeySums<Element> dk_, dv_;
   int64_t count_ = 0, columns_ = 0;
   F* k_;             // [keys / kTerms][width]
   F* k_transposed_;  // [depth][kBwdBlockN]
   F* v_transposed_;  // [depth_v][kBwdBlockN]
-  Acc* dk_;          // [keys][width]
-  Acc* dv_;          // [keys][width_v]
   F* q_;             // [rows][depth], with the sign of the softmax scale
-  F* q_across_;      // [rows / kTerms][width], likewise
   F* dout_;          // [rows][depth_v]
-  F* dout_across_;   // [rows / kTerms][width_v]
   Acc* dq_;          // [rows][width], this task's part
   Acc* lse_log2_;    // [rows]
   Acc* delta_;       // [rows]
-  Acc* s_;           // [kRowBlock][kStrip], scores
-  Acc* dp_;          // [kRowBlock][kStrip]
-  Acc* kept_;        // [kRowBlock][kStrip], dropout's factors
+  Acc* s_;           // [kRows][kStrip], scores
+  Acc* dp_;          // [kRows][kStrip]
+  Acc* kept_;        // [kRows][kStrip], dropout's factors
   Key* keys_;        // [keys]
 };
 
 template <class Element>
 void bwd(const BwdParams& params, const BwdShared& shared, const BwdTask& task, void* scratch) {
+  [[maybe_unused]] const TileRegistersFor<Factor<Element>> registers;
   BwdTile<Element>(params, shared, task, scratch).run();
 }
 

@@ -43,12 +43,14 @@ inline void from_accumulator(float x, BFloat16& result) {
   result.bits = x != x ? 0x7FC0 : static_cast<uint16_t>((bits + 0x7FFF + (bits >> 16 & 1)) >> 16);
 }
 
-// out[i] = scale * in[i]
-template <class Element, class Acc>
-inline void load_row(const Element* in, int64_t size, Acc scale, Acc* out) {
-  for (int64_t i = 0; i < size; ++i) out[i] = scale * to_accumulator(in[i]);
+// Asks for a row that is wanted soon.
+template <class T>
+inline void prefetch_row(const T* row, int64_t size) {
+  constexpr int64_t kLine = 64 / sizeof(T);
+  for (int64_t i = 0; i < size; i += kLine) __builtin_prefetch(row + i, 0, 2);
 }
 
+// out[i] = scale * in[i]
 template <class Element, class Acc>
 inline void store_row(const Acc* in, int64_t size, Acc scale, Element* out) {
   for (int64_t i = 0; i < size; ++i) from_accumulator(scale * in[i], out[i]);

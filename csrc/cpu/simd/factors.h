@@ -13,6 +13,7 @@ struct FactorTraits {
   using Sum = F;
   using Lane = F;
   static constexpr int kTerms = 1;
+  static constexpr bool kIsTiled = false;
 };
 template <class F>
 using SumOf = typename FactorTraits<F>::Sum;
@@ -20,11 +21,25 @@ template <class F>
 using FactorVec = Vec<typename FactorTraits<F>::Lane>;
 template <class F>
 inline constexpr int kTerms = FactorTraits<F>::kTerms;
+// Whether products run in tile registers, which are filled from memory: A with its depth along the rows, B across them.
+template <class F>
+inline constexpr bool kIsTiled = FactorTraits<F>::kIsTiled;
+
+// Rows of a product, and factors along its depth, are rounded up to these.
+template <class F>
+inline constexpr int64_t kRowBlock = kIsTiled<F> ? 32 : 6;
+template <class F>
+inline constexpr int64_t kDepthBlock = kIsTiled<F> ? 16 : 1;
 
 // How many factors hold so many terms; behind the last term is zero.
 template <class F>
 constexpr int64_t num_factors(int64_t terms) {
   return (terms + kTerms<F> - 1) / kTerms<F>;
+}
+// The same in whole blocks: the depth of a product, behind the last term zero.
+template <class F>
+constexpr int64_t depth_of(int64_t terms) {
+  return round_up(num_factors<F>(terms), kDepthBlock<F>);
 }
 
 template <class Element>
@@ -86,6 +101,7 @@ struct FactorTraits<BFloat16Pair> {
   using Sum = float;
   using Lane = uint32_t;
   static constexpr int kTerms = 2;
+  static constexpr bool kIsTiled = MIXED_ATTENTION_TILES;
 };
 template <>
 struct FactorOf<BFloat16> {
@@ -148,6 +164,35 @@ inline void store_zipped(BFloat16Pair* p, Vec<float> first, Vec<float> second) {
 template <class Element>
 using Factor = typename FactorOf<Element>::type;
 
+#if MIXED_ATTENTION_TILES
+// Depth across the rows, which become columns: out[d][i / 2] pairs rows i and i + 1, and is zero from size to channels,
+// and where there is no row.
+template <class RowAt>
+inline void pack_rows_as_columns(int64_t count, int64_t size, float sign, RowAt row_at, BFloat16Pair* out,
+                                 int64_t channels, int64_t stride) {
+  constexpr int kSquare = kLanes<float>;
+  const uint32_t flip = sign < 0 ? 0x80008000u : 0u;
+  for (int64_t i = 0; i < count; i += 2 * kSquare) {
+    const BFloat16* rows[2 * kSquare];
+    for (int j = 0; j < 2 * kSquare; ++j) rows[j] = row_at(i + j);
+    for (int64_t d = 0; d < channels; d += kSquare) {
+      const int64_t width = size - d;
+      const auto mask = static_cast<__mmask16>(width < kSquare ? (1 << width) - 1 : 0xFFFF);
+      const auto widened = [&](const BFloat16* row) {
+        const __m256i bits = _mm256_maskz_loadu_epi16(row ? mask : __mmask16{0}, row + (row ? d : 0));
+        return (Vec<uint32_t>)_mm512_maskz_cvtepu16_epi32(0xFFFF, bits);  // masked as in vec.h, exp2
+      };
+      Vec<uint32_t> square[kSquare];
+      for (int j = 0; j < kSquare; ++j) {
+        square[j] = (widened(rows[2 * j]) | widened(rows[2 * j + 1]) << 16) ^ flip;
+      }
+      transpose(square);
+      for (int j = 0; j < kSquare; ++j) store_factors(out + (d + j) * stride + i / 2, square[j]);
+    }
+  }
+}
+#endif
+
 // Depth along the row: its factors, zero behind them up to width; all zero without a row.
 template <class Element, class F>
 inline void pack_row(const Element* row, int64_t size, SumOf<F> sign, F* out, int64_t width) {
@@ -163,9 +208,10 @@ inline void pack_row(const Element* row, int64_t size, SumOf<F> sign, F* out, in
   }
 }
 
-// Depth along the rows, which become columns: out[d][i] = factor d of row i, zero from count to columns.
+// Depth along the rows, which become columns: out[d][i] = factor d of row i, zero from count to columns and behind the
+// last factor.
 template <class Element, class F, class RowAt>
-inline void pack_columns(int64_t count, int64_t size, RowAt row_at, F* out, int64_t columns) {
+inline void pack_columns(int64_t count, int64_t size, RowAt row_at, F* out, int64_t columns, int64_t stride) {
   constexpr int kLane = kLanes<SumOf<F>>;
   const int64_t square_rows = count / kLane * kLane, square_factors = size / kTerms<F> / kLane * kLane;
   for (int64_t i = 0; i < square_rows; i += kLane) {
@@ -175,13 +221,13 @@ inline void pack_columns(int64_t count, int64_t size, RowAt row_at, F* out, int6
       FactorVec<F> square[kLane];
       for (int j = 0; j < kLane; ++j) square[j] = make_factors<F>(rows[j] + d * kTerms<F>);
       transpose(square);
-      for (int j = 0; j < kLane; ++j) store_factors(out + (d + j) * columns + i, square[j]);
+      for (int j = 0; j < kLane; ++j) store_factors(out + (d + j) * stride + i, square[j]);
     }
   }
   for (int64_t i = 0; i < columns; ++i) {
     const Element* row = i < count ? row_at(i) : nullptr;
-    for (int64_t d = i < square_rows ? square_factors : 0; d < num_factors<F>(size); ++d) {
-      F& factor = out[d * columns + i];
+    for (int64_t d = i < square_rows ? square_factors : 0; d < depth_of<F>(size); ++d) {
+      F& factor = out[d * stride + i];
       factor = F{};
       if (row && (d + 1) * kTerms<F> <= size) make_factor(row + d * kTerms<F>, SumOf<F>(1), factor);
       if constexpr (kTerms<F> == 2) {

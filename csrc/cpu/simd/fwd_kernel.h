@@ -35,6 +35,7 @@ class FwdTile {
   using Acc = Accumulator<Element>;
   using V = Vec<Acc>;
   static constexpr int kLane = kLanes<Acc>;
+  static constexpr int64_t kRows = kRowBlock<F>;  // whose scores are made at a time
   // How far above the base a score may come before the base is raised to it: weights up to 2^8 are as exact as up to 1,
   // and after its first tile a row hardly ever has to rescale.
   static constexpr Acc kHeadroom = 8;
@@ -44,8 +45,8 @@ class FwdTile {
       : p_(p),
         task_(task),
         rows_(task.rows.end - task.rows.begin),
-        padded_rows_(round_up(rows_, kRowBlock)),
-        depth_(num_factors<F>(p.head_dim)),
+        padded_rows_(round_up(rows_, kRows)),
+        depth_(depth_of<F>(p.head_dim)),
         width_v_(round_up(p.head_dim_v, kLane)),
         scale_log2_(scale_log2<Acc>(p.softmax_scale)),
         dropout_(p) {
@@ -56,7 +57,7 @@ class FwdTile {
     sum_ = scratch.take<Acc>(padded_rows_ * kLane);
     k_transposed_ = scratch.take<F>(depth_ * kFwdBlockN);
     v_ = scratch.take<F>(num_factors<F>(kFwdBlockN) * width_v_);
-    s_ = scratch.take<Acc>(kRowBlock * kFwdBlockN);
+    s_ = scratch.take<Acc>(kRows * kFwdBlockN);
     p_tile_ = weights_of(s_, scratch);
     kept_ = scratch.take<Acc>(kFwdBlockN);
     keys_ = scratch.take<Key>(kFwdBlockN);
@@ -67,7 +68,7 @@ class FwdTile {
     KeyCursor cursor(task_.keys, task_.num_key_ranges, mask_of(p_, task_.batch));
     while (const int64_t count = cursor.next(keys_, kFwdBlockN)) {
       load_keys(count);
-      for (int64_t row = 0; row < padded_rows_; row += kRowBlock) attend(row, count);
+      for (int64_t row = 0; row < padded_rows_; row += kRows) attend(row, count);
     }
     store_rows();
   }
@@ -90,22 +91,27 @@ class FwdTile {
         static_cast<const Element*>(p_.k) + task_.batch * p_.k_strides.batch + task_.head * p_.k_strides.head;
     const Element* v =
         static_cast<const Element*>(p_.v) + task_.batch * p_.v_strides.batch + task_.head * p_.v_strides.head;
-    pack_columns<Element>(count, p_.head_dim, KeyRows{k, p_.k_strides.row, keys_, count}, k_transposed_, kFwdBlockN);
-    pack_rows<Element>(count, p_.head_dim_v, Acc(1), KeyRows{v, p_.v_strides.row, keys_, count}, v_, width_v_);
+    pack_columns<Element>(count, p_.head_dim, KeyRows{k, p_.k_strides.row, keys_, count}, k_transposed_,
+                          columns_of(count), kFwdBlockN);
+    pack_rows<Element>(depth_of<F>(count) * kTerms<F>, p_.head_dim_v, Acc(1),
+                       KeyRows{v, p_.v_strides.row, keys_, count}, v_, width_v_);
   }
 
-  // kRowBlock rows from `first` on against the keys of the tile.
+  // Of so many keys.
+  static int64_t columns_of(int64_t count) { return round_up(count, 2 * kLane); }
+
+  // kRows rows from `first` on against the keys of the tile.
   void attend(int64_t first, int64_t count) {
-    const int64_t columns = round_up(count, 2 * kLane);
-    gemm<Update::kSet>(kRowBlock, columns, depth_, Operand<F>{q_ + first * depth_, depth_, 1}, k_transposed_,
-                       kFwdBlockN, s_, kFwdBlockN);
-    for (int64_t i = 0; i < kRowBlock; ++i) {
+    const int64_t columns = columns_of(count);
+    gemm<Update::kSet>(kRows, columns, depth_, Operand<F>{q_ + first * depth_, depth_, 1}, k_transposed_, kFwdBlockN,
+                       s_, kFwdBlockN);
+    for (int64_t i = 0; i < kRows; ++i) {
       Acc* s = s_ + i * kFwdBlockN;
       F* p = p_tile_ + i * kFwdBlockN / kTerms<F>;
       p_.dropout_p > 0 ? softmax<true>(first + i, s, count, columns, p)
                        : softmax<false>(first + i, s, count, columns, p);
     }
-    gemm<Update::kAdd>(kRowBlock, width_v_, num_factors<F>(count), Operand<F>{p_tile_, kFwdBlockN / kTerms<F>, 1}, v_,
+    gemm<Update::kAdd>(kRows, width_v_, depth_of<F>(count), Operand<F>{p_tile_, kFwdBlockN / kTerms<F>, 1}, v_,
                        width_v_, out_ + first * width_v_, width_v_);
   }
 
@@ -114,7 +120,7 @@ class FwdTile {
     if constexpr (std::is_same_v<F, Acc>) {
       return s;
     } else {
-      return scratch.take<F>(num_factors<F>(kRowBlock * kFwdBlockN));
+      return scratch.take<F>(num_factors<F>(kRows * kFwdBlockN));
     }
   }
 
@@ -178,14 +184,15 @@ class FwdTile {
   Acc* sum_;         // [rows][lanes]
   F* k_transposed_;  // [depth][kFwdBlockN]
   F* v_;             // [kFwdBlockN / kTerms][width_v]
-  Acc* s_;           // [kRowBlock][kFwdBlockN], scores, then weights
-  F* p_tile_;        // [kRowBlock][kFwdBlockN / kTerms], weights
+  Acc* s_;           // [kRows][kFwdBlockN], scores, then weights
+  F* p_tile_;        // [kRows][kFwdBlockN / kTerms], weights
   Acc* kept_;        // [kFwdBlockN], dropout's factors
   Key* keys_;        // [kFwdBlockN]
 };
 
 template <class Element>
 void fwd(const FwdParams& params, const FwdTask& task, void* scratch) {
+  [[maybe_unused]] const TileRegistersFor<Factor<Element>> registers;
   FwdTile<Element>(params, task, scratch).run();
 }
 

@@ -9,7 +9,8 @@ namespace mixed_attention::cpu::MIXED_ATTENTION_ISA {
 
 template <class Element>
 constexpr AttentionKernels kernels() {
-  return {fwd<Element>, delta<Element>, bwd<Element>, rope<Element>};
+  using F = Factor<Element>;
+  return {kRowBlock<F>, sizeof(F) / kTerms<F>, fwd<Element>, delta<Element>, bwd<Element>, rope<Element>};
 }
 
 // In the order of DType.

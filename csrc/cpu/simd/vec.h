@@ -1,8 +1,8 @@
 // The vector width of the instruction set that this file is compiled for. Everything above is written once.
 //
-// Included by avx512_bf16.cpp, avx512.cpp, avx2.cpp and portable.cpp, which define MIXED_ATTENTION_ISA (the namespace),
-// MIXED_ATTENTION_VECTOR_BYTES, MIXED_ATTENTION_VECTOR_REGISTERS and, where there are products of bfloat16 pairs,
-// MIXED_ATTENTION_BFLOAT16_PAIRS.
+// Included by amx.cpp, avx512_bf16.cpp, avx512.cpp, avx2.cpp and portable.cpp, which define MIXED_ATTENTION_ISA (the
+// namespace), MIXED_ATTENTION_VECTOR_BYTES, MIXED_ATTENTION_VECTOR_REGISTERS and, where there are products of bfloat16
+// pairs, MIXED_ATTENTION_BFLOAT16_PAIRS, and MIXED_ATTENTION_TILES: whether these run in tile registers.
 #pragma once
 
 #include <cstdint>
