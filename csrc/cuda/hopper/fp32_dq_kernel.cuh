@@ -84,7 +84,7 @@ __device__ inline void produce(const Fp32DqKernelParams& params, Fp32DqSharedSto
   }
 }
 
-// Units of keys past the end of a tile are zeros.
+// Past the end of a tile the units of keys are one, as scores there become -inf, and those of values zero.
 __device__ inline void produce_units(const Fp32DqKernelParams& params, Fp32DqSharedStorage& shared) {
   constexpr int kBlockN = Fp32DqConfig::kBlockN;
   const int lane = threadIdx.x % 32;
@@ -104,7 +104,7 @@ __device__ inline void produce_units(const Fp32DqKernelParams& params, Fp32DqSha
 #pragma unroll
       for (int column = lane; column < kBlockN; column += 32) {
         const bool exists = column < tile.num_rows;
-        shared.k_units[stage][column] = exists ? k_units[tile.row_begin + column] : 0;
+        shared.k_units[stage][column] = exists ? k_units[tile.row_begin + column] : 1;
         shared.v_units[stage][column] = exists ? v_units[tile.row_begin + column] : 0;
       }
       __syncwarp();
