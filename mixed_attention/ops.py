@@ -206,6 +206,7 @@ def attention(
         dtype = torch.get_autocast_dtype(q.device.type)
         q, k, v = (t.to(dtype) if t.dtype == torch.float32 else t for t in (q, k, v))
     seed = draw_seed(q.device) if dropout_p > 0 else None
+    path: Callable[..., tuple[Tensor, Tensor]]
     if torch.compiler.is_compiling():
         path = torch.ops.mixed_attention.forward
     else:

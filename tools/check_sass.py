@@ -5,18 +5,29 @@ does so unless the source holds it back. Of each kernel's exponentials, those th
 must be one for every score of a thread at least; where none is, there may be one tile's at most, as before a loop, and
 another one's in the forward, which weighs a tile again where weights overflowed.
 
-Usage: check_sass.py object...   (needs cuobjdump and nvdisasm on the PATH)
+Usage: check_sass.py object...   (needs cuobjdump and nvdisasm: CUDA's, or of the wheels that requirements.txt names)
 """
 
+import os
 import re
 import subprocess
 import sys
+import sysconfig
+from pathlib import Path
 
 FUNCTION = re.compile(r"Function : (\S+)")
 SCORES = re.compile(r"HGMMA\.64x(\d+)x16\S* \S+ \S+ RZ, !UPT")
 WAIT_FOR_ALL = re.compile(r"WARPGROUP\.DEPBAR\.LE gsb0, 0x0\b")
 RESCALING = 2  # exponentials beside those of the scores
 FORWARD = "hopper_attention_fwd_kernel"
+
+
+def disassemble(path: str) -> str:
+    """The listing of an object's functions."""
+    of_wheels = [str(folder) for folder in Path(sysconfig.get_path("purelib"), "nvidia").glob("cu*/bin")]
+    environment = os.environ | {"PATH": os.pathsep.join([os.environ["PATH"], *of_wheels])}  # one calls the other
+    command = ["cuobjdump", "-sass", path]
+    return subprocess.run(command, check=True, capture_output=True, text=True, env=environment).stdout
 
 
 def count_exponentials(sass: str) -> tuple[int, int, int]:
@@ -42,8 +53,7 @@ def count_exponentials(sass: str) -> tuple[int, int, int]:
 def main(objects: list[str]) -> int:
     failures = checked = 0
     for path in objects:
-        listing = subprocess.run(["cuobjdump", "-sass", path], check=True, capture_output=True, text=True).stdout
-        _, *parts = FUNCTION.split(listing)
+        _, *parts = FUNCTION.split(disassemble(path))
         for name, sass in zip(parts[::2], parts[1::2], strict=True):
             if "HGMMA" not in sass:
                 continue
