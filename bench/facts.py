@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 import platform
 import shlex
 import subprocess
@@ -28,19 +29,18 @@ def of_run(module: str, device: torch.device, commit: str | None) -> dict[str, A
     Args:
         module: What was started, ``python -m module``.
         device: Where it runs.
-        commit: What is measured; by default what git says.
+        commit: What is measured, without changes, where git cannot tell; by default what git says.
     """
     return {
         "date": date.today().isoformat(),
         "commit": commit or _output("git", "rev-parse", "HEAD") or "unknown",
-        "uncommitted_changes": bool(
-            _output("git", "status", "--porcelain", "--untracked-files=no", "--", ":!bench/results")
-        ),
+        "uncommitted_changes": commit is None
+        and bool(_output("git", "status", "--porcelain", "--untracked-files=no", "--", ":!bench/results")),
         "device": torch.cuda.get_device_name(device) if device.type == "cuda" else _cpu_name(),
         "threads": torch.get_num_threads(),
         "cpu_instruction_set": ma.ops.cpu_instruction_set(),
         "versions": dict(_versions(device)),
-        "command": f"python -m {module} {shlex.join(_without_places(sys.argv[1:]))}",
+        "command": f"{_family()}python -m {module} {shlex.join(_without_places(sys.argv[1:]))}",
         "rows": [],
     }
 
@@ -58,6 +58,12 @@ def _without_places(arguments: list[str]) -> list[str]:
     """The command without the options that say where things lie and not what is measured."""
     places = [i for i, argument in enumerate(arguments) if argument in ("--out", "--plot", "--commit")]
     return [argument for i, argument in enumerate(arguments) if i not in places and i - 1 not in places]
+
+
+def _family() -> str:
+    """The variable that leaves kernels out, where it is set."""
+    family = os.environ.get("MIXED_ATTENTION_GPU")
+    return f"MIXED_ATTENTION_GPU={family} " if family else ""
 
 
 def _output(*command: str) -> str:
