@@ -59,8 +59,8 @@ __device__ inline void issue_transposed_products(float (&d)[kCount], ptx::SlabOp
   ptx::wgmma_fence();
 #pragma unroll
   for (int step = 0; step < kDepth / 16; ++step) {
-    ptx::Wgmma<Element, 2 * kCount>::tt(d, a.advance(step * 16 * kRowBytesA).descriptor(),
-                                        b.advance(step * 16 * kRowBytesB).descriptor(), step > 0);
+    ptx::Wgmma<Element, 2 * kCount>::template ss<true>(d, a.advance(step * 16 * kRowBytesA).descriptor(),
+                                                       b.advance(step * 16 * kRowBytesB).descriptor(), step > 0);
   }
   ptx::wgmma_commit();
 }

@@ -57,9 +57,9 @@ struct SlabOperand {
 using Operand = SlabOperand<128>;
 
 // One step of 16 along the summed dimension.
-//   ss: a and b from shared memory, both with the summed dimension along their rows.
-//   rs: a from registers; b's summed dimension runs down its columns (the instruction transposes it).
-//   tt: a and b from shared memory, both with the summed dimension down their columns; a is one slab wide.
+//   ss: a and b from shared memory, both with the summed dimension along their rows, or, where the instruction
+//     transposes them, down their columns; a is then one slab wide.
+//   rs: a from registers; b's summed dimension runs down its columns.
 // Those in shared memory are given by their descriptors; accumulate 0 overwrites d.
 template <typename Element, int kN>
 struct Wgmma;
@@ -101,6 +101,7 @@ struct Wgmma;
 #define WGMMA_DEFINE(N, Element, type, count, p0, p1, p2, p3, p4, p5)                                            \
   template <>                                                                                                    \
   struct Wgmma<Element, N> {                                                                                     \
+    template <bool kTransposes = false>                                                                          \
     __device__ static void ss(float (&d)[count], uint64_t a, uint64_t b, int accumulate) {                       \
       asm volatile(                                                                                              \
           "{\n"                                                                                                  \
@@ -108,11 +109,11 @@ struct Wgmma;
           "setp.ne.b32 p, %" p2                                                                                  \
           ", 0;\n"                                                                                               \
           "wgmma.mma_async.sync.aligned.m64n" #N "k16.f32." type "." type " {" WGMMA_REGISTERS_##count           \
-          "}, %" p0 ", %" p1                                                                                     \
-          ", p, 1, 1, 0, 0;\n"                                                                                   \
+          "}, %" p0 ", %" p1 ", p, 1, 1, %" p3 ", %" p3                                                          \
+          ";\n"                                                                                                  \
           "}\n"                                                                                                  \
           : WGMMA_ACCUMULATORS_##count(d)                                                                        \
-          : "l"(a), "l"(b), "r"(accumulate));                                                                    \
+          : "l"(a), "l"(b), "r"(accumulate), "n"(int{kTransposes}));                                             \
     }                                                                                                            \
     __device__ static void rs(float (&d)[count], uint32_t a0, uint32_t a1, uint32_t a2, uint32_t a3, uint64_t b, \
                               int accumulate) {                                                                  \
@@ -128,19 +129,6 @@ struct Wgmma;
           : WGMMA_ACCUMULATORS_##count(d)                                                                        \
           : "r"(a0), "r"(a1), "r"(a2), "r"(a3), "l"(b), "r"(accumulate));                                        \
     }                                                                                                            \
-    __device__ static void tt(float (&d)[count], uint64_t a, uint64_t b, int accumulate) {                       \
-      asm volatile(                                                                                              \
-          "{\n"                                                                                                  \
-          ".reg .pred p;\n"                                                                                      \
-          "setp.ne.b32 p, %" p2                                                                                  \
-          ", 0;\n"                                                                                               \
-          "wgmma.mma_async.sync.aligned.m64n" #N "k16.f32." type "." type " {" WGMMA_REGISTERS_##count           \
-          "}, %" p0 ", %" p1                                                                                     \
-          ", p, 1, 1, 1, 1;\n"                                                                                   \
-          "}\n"                                                                                                  \
-          : WGMMA_ACCUMULATORS_##count(d)                                                                        \
-          : "l"(a), "l"(b), "r"(accumulate));                                                                    \
-    }                                                                                                            \
   };
 
 WGMMA_DEFINE(32, __nv_bfloat16, "bf16", 16, "16", "17", "18", "19", "20", "21")
@@ -155,12 +143,6 @@ WGMMA_DEFINE(112, __nv_bfloat16, "bf16", 56, "56", "57", "58", "59", "60", "61")
 WGMMA_DEFINE(112, __half, "f16", 56, "56", "57", "58", "59", "60", "61")
 WGMMA_DEFINE(128, __nv_bfloat16, "bf16", 64, "64", "65", "66", "67", "68", "69")
 WGMMA_DEFINE(128, __half, "f16", 64, "64", "65", "66", "67", "68", "69")
-WGMMA_DEFINE(144, __nv_bfloat16, "bf16", 72, "72", "73", "74", "75", "76", "77")
-WGMMA_DEFINE(144, __half, "f16", 72, "72", "73", "74", "75", "76", "77")
-WGMMA_DEFINE(160, __nv_bfloat16, "bf16", 80, "80", "81", "82", "83", "84", "85")
-WGMMA_DEFINE(160, __half, "f16", 80, "80", "81", "82", "83", "84", "85")
-WGMMA_DEFINE(176, __nv_bfloat16, "bf16", 88, "88", "89", "90", "91", "92", "93")
-WGMMA_DEFINE(176, __half, "f16", 88, "88", "89", "90", "91", "92", "93")
 WGMMA_DEFINE(192, __nv_bfloat16, "bf16", 96, "96", "97", "98", "99", "100", "101")
 WGMMA_DEFINE(192, __half, "f16", 96, "96", "97", "98", "99", "100", "101")
 WGMMA_DEFINE(256, __nv_bfloat16, "bf16", 128, "128", "129", "130", "131", "132", "133")
