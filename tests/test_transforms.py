@@ -117,3 +117,49 @@ def test_dropout_has_second_derivatives_of_the_same_mask():
         return ma.attention(q, k, v, PLAN, dropout_p=0.4)
 
     assert gradgradcheck(drop, (q, k, v))
+
+
+def gradient_of_queries(make):
+    """What the backward of an eager graph makes of a gradient, a linear map."""
+    x = torch.randn(1, 6, 2, dtype=torch.float64, requires_grad=True)
+    out = make(x)
+    return lambda dout: torch.autograd.grad(out, x, dout, retain_graph=True)[0]
+
+
+def by_operator(x):
+    _, k, v = inputs()
+    return attend(x.unflatten(2, (1, 2)), k, v).flatten(2)
+
+
+def by_layer(x):
+    specs = [ma.TokenSpec("a", 4), ma.TokenSpec("b", 2)]
+    patterns = [ma.AttentionPattern(["a"], ["a", "b"]), ma.AttentionPattern(["b"], ["b"])]
+    return ma.MixedAttention(ma.MixedAttentionConfig(dim=2, num_heads=1, use_rope=False)).double()(x, specs, patterns)
+
+
+TRANSFORMS_OF_LINEAR_MAPS = {
+    "jvp": lambda f, x, t: torch.func.jvp(f, (x,), (t,))[1],
+    "jacrev": lambda f, x, t: torch.func.jacrev(f)(x).flatten(3).matmul(t.flatten()),
+    "vmap": lambda f, x, t: torch.vmap(f)(torch.stack([t, x]))[0],
+}
+
+
+@pytest.mark.parametrize("make", [by_operator, by_layer])
+@pytest.mark.parametrize("transform", TRANSFORMS_OF_LINEAR_MAPS.values(), ids=TRANSFORMS_OF_LINEAR_MAPS)
+def test_transforms_of_an_eager_backward_are_right_or_raise(transform, make):
+    backward = gradient_of_queries(make)
+    x, t = torch.randn(2, 1, 6, 2, dtype=torch.float64)
+    try:
+        got = transform(backward, x, t)
+    except (RuntimeError, NotImplementedError):
+        return
+    torch.testing.assert_close(got, backward(t))
+
+
+@pytest.mark.parametrize("make", [by_operator, by_layer])
+def test_forward_mode_through_an_eager_backward(make):
+    backward = gradient_of_queries(make)
+    x, t = torch.randn(2, 1, 6, 2, dtype=torch.float64)
+    with forward_ad.dual_level():
+        tangent = forward_ad.unpack_dual(backward(forward_ad.make_dual(x, t))).tangent
+    torch.testing.assert_close(tangent, backward(t))
