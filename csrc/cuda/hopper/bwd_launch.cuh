@@ -17,8 +17,6 @@
 
 namespace mixed_attention::cuda::hopper {
 
-inline int batch_step(const Strides& strides) { return strides.batch == 0 ? 0 : 1; }
-
 // One persistent block a multiprocessor, fewer where there are fewer items. The blocks of a cluster share an item.
 template <typename Config, typename SharedStorage, typename KernelParams>
 void launch_persistent(void (*kernel)(KernelParams), const char* name, const KernelParams& kernel_params,

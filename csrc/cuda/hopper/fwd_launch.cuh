@@ -17,7 +17,7 @@ template <typename Config>
 FwdKernelParams make_fwd_kernel_params(const FwdParams& params, const FwdPlan& plan) {
   FwdTensors tensors = fwd_tensors(params);
   if constexpr (Config::kIsMasked) tensors.v = masked_view(params, plan.masked_keys, plan.masked_keys.values);
-  const int v_batch_step = tensors.v.strides.batch == 0 ? 0 : 1;
+  const int v_batch_step = batch_step(tensors.v.strides);
   if constexpr (Config::kParts == 2) {
     tensors = {parts_view(tensors.q, plan.q_parts), parts_view(tensors.k, plan.k_parts),
                parts_view(tensors.v, plan.v_parts)};
@@ -25,8 +25,8 @@ FwdKernelParams make_fwd_kernel_params(const FwdParams& params, const FwdPlan& p
   return {make_tile_map(tensors.q, Config::kBlockM, Config::kSlabColumns),
           make_clipped_tile_map(tensors.k, Config::kBlockN, Config::kSlabColumns),
           make_clipped_tile_map(tensors.v, Config::kBlockN, Config::kSlabColumns),
-          params.q_strides.batch == 0 ? 0 : 1,
-          params.k_strides.batch == 0 ? 0 : 1,
+          batch_step(params.q_strides),
+          batch_step(params.k_strides),
           v_batch_step,
           params.out,
           static_cast<float*>(params.lse),

@@ -7,13 +7,16 @@
 
 namespace mixed_attention::cuda::hopper {
 
-// A (batch_size, seqlen, num_heads, head_dim) tensor of 16-bit elements.
+// A (batch_size, seqlen, num_heads, head_dim) tensor. Maps are of 16-bit elements alone.
 struct TensorView {
   const void* data;
   DType dtype;
   int64_t batch_size, seqlen, num_heads, head_dim;
   Strides strides;
 };
+
+// How far the coordinate of a map moves from one sequence to the next: not at all where one serves all.
+inline int batch_step(const Strides& strides) { return strides.batch == 0 ? 0 : 1; }
 
 // Whether the copy engine can read a tensor: 16-byte alignment, sizes within its limits, no row that stands for many.
 bool can_map(const TensorView& tensor);
