@@ -26,8 +26,7 @@ constexpr bool transposes_dq(int head_dim) { return head_dim % kWarpgroupRows ==
 // Query rows of one step of the kernel for dk and dv; the statistics of the queries are stored by such tiles.
 inline constexpr int kQueryTileRows = 64;
 
-// Two warpgroups of 64 key rows. A tile of queries waits in its buffer for three steps, one of output gradients for
-// one.
+// A tile of queries waits in its buffer for three steps, one of output gradients for one.
 template <int kHeadDim>
 struct DkDvTuning;
 
@@ -51,21 +50,14 @@ struct DkDvTuning<128> {
   static constexpr int kStagesQ = 4, kStagesDout = 3;
 };
 
-// With kAddsDq a third warpgroup computes what the key tile adds to dq. The queries of a key tile are split over the
-// kSplits blocks of a cluster. kIsMasked: by a key padding mask.
-template <typename Element_, int kHeadDim_, bool kIsMasked_, bool kAddsDq_, int kSplits_ = 1>
-struct DkDvConfig : DkDvTuning<kHeadDim_> {
+// Of the kernels that own tiles of keys: two warpgroups of 64 of them. kIsMasked: by a key padding mask.
+template <typename Element_, int kHeadDim_, bool kIsMasked_>
+struct KeyOwnerConfig {
   using Element = Element_;
   static constexpr int kHeadDim = kHeadDim_;
-  static constexpr bool kIsMasked = kIsMasked_, kAddsDq = kAddsDq_;
-  static constexpr int kSplits = kSplits_;
+  static constexpr bool kIsMasked = kIsMasked_;
   static constexpr int kConsumers = 2;
   static constexpr int kBlockM = kQueryTileRows, kBlockN = kConsumers * kWarpgroupRows;
-  static constexpr int kThreads = (1 + kConsumers + kAddsDq) * kWarpgroup;
-  static constexpr int kProducerRegisters = kSplits > 1 ? 48 : 24, kDqRegisters = 96;
-  static constexpr int kConsumerRegisters = !kAddsDq ? 240 : kSplits > 1 ? 184 : 192;
-  // The operands of the products for dk and dv take turns in the same registers where these are few.
-  static constexpr bool kSharesOperand = kHeadDim > 64 || kSplits > 1 || kIsMasked;
 
   static constexpr int kSlabColumns = slab_columns(kHeadDim), kRowBytes = kSlabColumns * sizeof(Element);
   static constexpr int kSlabBytesM = kBlockM * kSlabColumns * sizeof(Element);
@@ -78,6 +70,20 @@ struct DkDvConfig : DkDvTuning<kHeadDim_> {
   static constexpr int kDqTileFloats = kBlockM * kHeadDim;
 
   static_assert(sizeof(Element) == 2 && kHeadDim % kSlabColumns == 0 && kBlockM * sizeof(Element) == hopper::kRowBytes);
+};
+
+// With kAddsDq a third warpgroup computes what the key tile adds to dq. The queries of a key tile are split over the
+// kSplits blocks of a cluster.
+template <typename Element, int kHeadDim, bool kIsMasked, bool kAddsDq_, int kSplits_ = 1>
+struct DkDvConfig : KeyOwnerConfig<Element, kHeadDim, kIsMasked>, DkDvTuning<kHeadDim> {
+  static constexpr bool kAddsDq = kAddsDq_;
+  static constexpr int kSplits = kSplits_;
+  static constexpr int kThreads = (1 + DkDvConfig::kConsumers + kAddsDq) * kWarpgroup;
+  static constexpr int kProducerRegisters = kSplits > 1 ? 48 : 24, kDqRegisters = 96;
+  static constexpr int kConsumerRegisters = !kAddsDq ? 240 : kSplits > 1 ? 184 : 192;
+  // The operands of the products for dk and dv take turns in the same registers where these are few.
+  static constexpr bool kSharesOperand = kHeadDim > 64 || kSplits > 1 || kIsMasked;
+
   static_assert(kSplits == 1 || kSplits == 2);
 };
 
@@ -123,31 +129,18 @@ struct DkDvSharedStorage {
   uint64_t peer_full, peer_empty;  // of the other block's sums
 };
 
-// The kernel that computes all gradients of wide heads: two warpgroups of 64 key rows, each with half of the columns of
-// dq. A tile of queries, and one of output gradients, waits in its buffer for one step.
-template <typename Element_, int kHeadDim_, bool kIsMasked_>
-struct DqDkDvConfig {
-  using Element = Element_;
-  static constexpr int kHeadDim = kHeadDim_, kSplits = 1;
-  static constexpr bool kIsMasked = kIsMasked_;
+// The kernel that computes all gradients of wide heads: each warpgroup half of the columns of dq. A tile of queries,
+// and one of output gradients, waits in its buffer for one step.
+template <typename Element, int kHeadDim, bool kIsMasked>
+struct DqDkDvConfig : KeyOwnerConfig<Element, kHeadDim, kIsMasked> {
+  static constexpr int kSplits = 1;
   static constexpr int kStagesQ = 3, kStagesDout = 2, kStagesDs = 3;
-  static constexpr int kConsumers = 2;
-  static constexpr int kBlockM = kQueryTileRows, kBlockN = kConsumers * kWarpgroupRows;
-  static constexpr int kThreads = (1 + kConsumers) * kWarpgroup;
+  static constexpr int kThreads = (1 + DqDkDvConfig::kConsumers) * kWarpgroup;
   static constexpr int kProducerRegisters = 24, kConsumerRegisters = 240;
+  static constexpr int kDqPartFloats = DqDkDvConfig::kDqTileFloats / DqDkDvConfig::kConsumers;
 
-  static constexpr int kSlabColumns = slab_columns(kHeadDim), kRowBytes = kSlabColumns * sizeof(Element);
-  static constexpr int kSlabBytesM = kBlockM * kSlabColumns * sizeof(Element);
-  static constexpr int kSlabBytesN = kBlockN * kSlabColumns * sizeof(Element);
-  static constexpr int kTileBytesM = kHeadDim / kSlabColumns * kSlabBytesM;
-  static constexpr int kTileBytesN = kHeadDim / kSlabColumns * kSlabBytesN;
-  static constexpr int kStatsBytes = kBlockM * sizeof(float);
-
-  static constexpr int kScoreBytes = kBlockN * kBlockM * sizeof(Element);
-  static constexpr int kDqTileFloats = kBlockM * kHeadDim;
-  static constexpr int kDqPartFloats = kDqTileFloats / kConsumers;
-
-  static_assert(sizeof(Element) == 2 && kHeadDim == kConsumers * kSlabColumns && kSlabColumns == kWarpgroupRows);
+  static_assert(kHeadDim == DqDkDvConfig::kConsumers * DqDkDvConfig::kSlabColumns &&
+                DqDkDvConfig::kSlabColumns == kWarpgroupRows);
 };
 
 template <typename Config>
