@@ -81,8 +81,10 @@ struct DkDvConfig : KeyOwnerConfig<Element, kHeadDim, kIsMasked>, DkDvTuning<kHe
   static constexpr int kThreads = (1 + DkDvConfig::kConsumers + kAddsDq) * kWarpgroup;
   static constexpr int kProducerRegisters = kSplits > 1 ? 48 : 24, kDqRegisters = 96;
   static constexpr int kConsumerRegisters = !kAddsDq ? 240 : kSplits > 1 ? 184 : 192;
+  // What the registers hold beside: a consumer's own values, or these and its keys.
+  static constexpr int kKeptInputs = kHeadDim > 64 || kSplits > 1 ? 0 : kHeadDim == 64 && kAddsDq ? 1 : 2;
   // The operands of the products for dk and dv take turns in the same registers where these are few.
-  static constexpr bool kSharesOperand = kHeadDim > 64 || kSplits > 1 || kIsMasked;
+  static constexpr bool kSharesOperand = kHeadDim > 64 || kSplits > 1 || kIsMasked || kKeptInputs == 1;
 
   static_assert(kSplits == 1 || kSplits == 2);
 };

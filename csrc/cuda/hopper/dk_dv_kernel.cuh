@@ -6,7 +6,8 @@
 // values and then, tile by tile, the queries that read them, with their output gradients and statistics. Each consumer
 // owns 64 of the key rows and goes through the transposed scores, in which keys are rows: s = k qᵀ, p = exp2(s - lse),
 // dv += p dout, dp = v doutᵀ, ds = p (dp - delta), dk += ds q. As rows of s are rows of dk and dv, p and ds are
-// operands of their products as they come out, and everything but the tiles stays in registers.
+// operands of their products as they come out, and everything but the tiles stays in registers; so do its own rows of
+// keys and values where there is room for them.
 //
 // In the step for tile t, dk += ds q of tile t - 1 and dp of t run under the exponentials of t, dv += p dout of t under
 // the gradients of its scores, and s of tile t + 1 is issued as soon as the registers of s are free. At the end of a
@@ -25,6 +26,7 @@
 #include "cuda/hopper/own_keys.cuh"
 #include "cuda/hopper/products.cuh"
 #include "cuda/hopper/query_producer.cuh"
+#include "cuda/hopper/register_operand.cuh"
 #include "cuda/hopper/ring.cuh"
 #include "cuda/hopper/split_sums.cuh"
 #include "cuda/hopper/store_rows.cuh"
@@ -55,6 +57,36 @@ __device__ inline void sync_blocks() {
   }
 }
 
+// A consumer's own keys or values as an operand: in registers, or where they lie.
+template <typename Config, bool kKept>
+class OwnRows {
+ public:
+  using Element = typename Config::Element;
+  using Operand = ptx::SlabOperand<Config::kRowBytes>;
+
+  __device__ OwnRows(const Element* tile, int consumer)
+      : tile_(tile), shared_(Operand::make(tile).advance(consumer * kWarpgroupRows * Config::kRowBytes)) {}
+
+  // As soon as the tile of an item is there; first_row: of this warp in it.
+  __device__ void load(int first_row) {
+    if constexpr (kKept) load_row_operand<Config::kRowBytes, Config::kSlabBytesN>(kept_, tile_, first_row);
+  }
+
+  // Their products with queries or output gradients: s or dp.
+  __device__ void issue_transposed_scores(float (&result)[Config::kBlockM / 2], Operand queries) const {
+    if constexpr (kKept) {
+      issue_row_products<Element, Config::kSlabBytesM>(result, kept_, queries);
+    } else {
+      issue_row_products<Element, Config::kHeadDim, Config::kSlabBytesN, Config::kSlabBytesM>(result, shared_, queries);
+    }
+  }
+
+ private:
+  const Element* tile_;
+  Operand shared_;
+  uint32_t kept_[kKept ? Config::kHeadDim / 4 : 1];
+};
+
 template <typename Config>
 __device__ inline void consume(const DkDvKernelParams& params, DkDvSharedStorage<Config>& shared, int consumer) {
   using Element = typename Config::Element;
@@ -66,16 +98,13 @@ __device__ inline void consume(const DkDvKernelParams& params, DkDvSharedStorage
   const int warp = __shfl_sync(0xffffffff, threadIdx.x / 32 % 4, 0);
   const int first_row = consumer * kWarpgroupRows + warp * kWarpRows;  // of this warp in the tile
 
-  const Operand k = Operand::make(shared.k).advance(consumer * kWarpgroupRows * Config::kRowBytes);
-  const Operand v = Operand::make(shared.v).advance(consumer * kWarpgroupRows * Config::kRowBytes);
+  OwnRows<Config, (Config::kKeptInputs > 1)> k(shared.k, consumer);
+  OwnRows<Config, (Config::kKeptInputs > 0)> v(shared.v, consumer);
   const Operand q_ring = Operand::make(shared.q, Config::kSlabBytesM);
   const Operand dout_ring = Operand::make(shared.dout, Config::kSlabBytesM);
   Element* staging = shared.staging[consumer * kWarpgroup / 32 + warp];
 
   const auto tile_of = [](Operand ring, int stage) { return ring.advance(stage * Config::kTileBytesM); };
-  const auto issue_transposed_scores = [&](float (&result)[kBlockM / 2], Operand keys, Operand queries) {
-    issue_row_products<Element, kHeadDim, Config::kSlabBytesN, Config::kSlabBytesM>(result, keys, queries);
-  };
   const auto release = [&](ptx::Mbarrier& empty) {
     if (lane == 0) ptx::mbarrier_arrive(empty);
   };
@@ -96,9 +125,11 @@ __device__ inline void consume(const DkDvKernelParams& params, DkDvSharedStorage
       uint32_t p_operand[kBlockM / 4], ds_operand[kBlockM / 4] = {};
       ptx::mbarrier_wait(shared.kv_full, kv_parity);
       kv_parity ^= 1;
+      k.load(first_row);
+      v.load(first_row);
       const QRing first{num_used};
       ptx::mbarrier_wait(shared.q_full[first.stage()], first.full_parity());
-      issue_transposed_scores(s, k, tile_of(q_ring, first.stage()));
+      k.issue_transposed_scores(s, tile_of(q_ring, first.stage()));
       ptx::wgmma_wait<0>(s);
 
       // The first step adds zeros to dk, the last one's scores of a next tile are not used: a product that is issued
@@ -110,7 +141,7 @@ __device__ inline void consume(const DkDvKernelParams& params, DkDvSharedStorage
 
         issue_column_products<Element>(dk, ds_operand, tile_of(q_ring, previous.stage()));
         ptx::mbarrier_wait(shared.dout_full[dout.stage()], dout.full_parity());
-        issue_transposed_scores(dp, v, dout_tile);
+        v.issue_transposed_scores(dp, dout_tile);
 
         weigh_columns(s, params.softmax_scale_log2, shared.lse_log2[q.stage()]);
         if constexpr (Config::kSharesOperand) ptx::wgmma_wait<1>(dk);
@@ -121,7 +152,7 @@ __device__ inline void consume(const DkDvKernelParams& params, DkDvSharedStorage
 
         differentiate_columns(dp, s, shared.delta[dout.stage()]);
         ptx::mbarrier_wait(shared.q_full[next.stage()], next.full_parity());
-        issue_transposed_scores(s, k, tile_of(q_ring, next.stage()));
+        k.issue_transposed_scores(s, tile_of(q_ring, next.stage()));
         if constexpr (Config::kSharesOperand) ptx::wgmma_wait<1>(dv);
         round_operand<Element>(ds_operand, dp);
         if constexpr (Config::kAddsDq) hand_over(shared.dq_exchange, num_used, ds_operand, first_row, own_keys);

@@ -13,34 +13,16 @@
 #include "cuda/hopper/ds_exchange.cuh"
 #include "cuda/hopper/products.cuh"
 #include "cuda/hopper/query_tiles.cuh"
+#include "cuda/hopper/register_operand.cuh"
 #include "cuda/hopper/ring.cuh"
 #include "cuda/hopper/split_sums.cuh"
 #include "cuda/ptx/bulk_reduce.cuh"
-#include "cuda/ptx/ldmatrix.cuh"
 #include "cuda/ptx/mbarrier.cuh"
 #include "cuda/ptx/wgmma.cuh"
 
 namespace mixed_attention::cuda::hopper {
 
 constexpr int kDqBarrier = 1;  // named barrier of this warpgroup
-
-// This warp's rows of kᵀ as operand of all products of an item.
-template <typename Config>
-__device__ inline void load_transposed_keys(uint32_t (&operand)[Config::kBlockN / 4],
-                                            const typename Config::Element* keys) {
-  const int lane = threadIdx.x % 32;
-  const int warp = threadIdx.x / 32 % 4;
-  const int row = lane % 8 + lane / 16 * 8;
-  const int chunk = 2 * warp + lane / 8 % 2;
-  const auto* source = reinterpret_cast<const unsigned char*>(keys) + row * kRowBytes + (chunk ^ (row % 8)) * 16;
-#pragma unroll
-  for (int step = 0; step < Config::kBlockN / 16; ++step) {
-    uint32_t words[4];
-    ptx::ldmatrix_x4_trans(words, source + step * kRowStepBytes);
-#pragma unroll
-    for (int i = 0; i < 4; ++i) operand[4 * step + i] = words[i];
-  }
-}
 
 template <typename Config>
 __device__ inline void add_dq(const DkDvKernelParams& params, DkDvSharedStorage<Config>& shared) {
@@ -66,7 +48,7 @@ __device__ inline void add_dq(const DkDvKernelParams& params, DkDvSharedStorage<
     ptx::mbarrier_wait(shared.kv_full, kv_parity);
     kv_parity ^= 1;
     if constexpr (kTransposes) {
-      load_transposed_keys<Config>(keys, shared.k);
+      load_column_operand(keys, shared.k);
       __syncwarp();
       release(shared.kv_empty);
     }

@@ -43,6 +43,22 @@ __device__ inline void issue_row_products(float (&d)[kCount], ptx::SlabOperand<k
   ptx::wgmma_commit();
 }
 
+// The same with a in registers.
+template <typename Element, int kSlabBytesB, int kCount, int kWords, int kRowBytes>
+__device__ inline void issue_row_products(float (&d)[kCount], const uint32_t (&a)[kWords],
+                                          ptx::SlabOperand<kRowBytes> b) {
+  ptx::wgmma_fence();
+#pragma unroll
+  for (int step = 0; step < kWords / 4; ++step) {
+    const int slab = step * kColumnStepBytes / kRowBytes;
+    const int within = step * kColumnStepBytes % kRowBytes;
+    ptx::Wgmma<Element, 2 * kCount>::template rs<true>(d, a[4 * step], a[4 * step + 1], a[4 * step + 2],
+                                                       a[4 * step + 3],
+                                                       b.advance(slab * kSlabBytesB + within).descriptor(), step > 0);
+  }
+  ptx::wgmma_commit();
+}
+
 // d += a b.
 template <typename Element, int kCount, int kWords, int kRowBytes>
 __device__ inline void issue_column_products(float (&d)[kCount], const uint32_t (&a)[kWords],

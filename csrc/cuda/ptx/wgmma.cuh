@@ -59,7 +59,7 @@ using Operand = SlabOperand<128>;
 // One step of 16 along the summed dimension.
 //   ss: a and b from shared memory, both with the summed dimension along their rows, or, where the instruction
 //     transposes them, down their columns; a is then one slab wide.
-//   rs: a from registers; b's summed dimension runs down its columns.
+//   rs: a from registers; b's summed dimension runs down its columns, or along its rows.
 // Those in shared memory are given by their descriptors; accumulate 0 overwrites d.
 template <typename Element, int kN>
 struct Wgmma;
@@ -98,7 +98,7 @@ struct Wgmma;
   WGMMA_ACCUMULATORS_96(d), WGMMA_8(d, 96), WGMMA_8(d, 104), WGMMA_8(d, 112), WGMMA_8(d, 120)
 
 // p0 to p5: the numbers of the operands after the accumulators.
-#define WGMMA_DEFINE(N, Element, type, count, p0, p1, p2, p3, p4, p5)                                            \
+#define WGMMA_DEFINE(N, Element, type, count, p0, p1, p2, p3, p4, p5, p6)                                        \
   template <>                                                                                                    \
   struct Wgmma<Element, N> {                                                                                     \
     template <bool kTransposes = false>                                                                          \
@@ -115,6 +115,7 @@ struct Wgmma;
           : WGMMA_ACCUMULATORS_##count(d)                                                                        \
           : "l"(a), "l"(b), "r"(accumulate), "n"(int{kTransposes}));                                             \
     }                                                                                                            \
+    template <bool kAlongRows = false>                                                                           \
     __device__ static void rs(float (&d)[count], uint32_t a0, uint32_t a1, uint32_t a2, uint32_t a3, uint64_t b, \
                               int accumulate) {                                                                  \
       asm volatile(                                                                                              \
@@ -123,30 +124,30 @@ struct Wgmma;
           "setp.ne.b32 p, %" p5                                                                                  \
           ", 0;\n"                                                                                               \
           "wgmma.mma_async.sync.aligned.m64n" #N "k16.f32." type "." type " {" WGMMA_REGISTERS_##count           \
-          "}, {%" p0 ", %" p1 ", %" p2 ", %" p3 "}, %" p4                                                        \
-          ", p, 1, 1, 1;\n"                                                                                      \
+          "}, {%" p0 ", %" p1 ", %" p2 ", %" p3 "}, %" p4 ", p, 1, 1, %" p6                                      \
+          ";\n"                                                                                                  \
           "}\n"                                                                                                  \
           : WGMMA_ACCUMULATORS_##count(d)                                                                        \
-          : "r"(a0), "r"(a1), "r"(a2), "r"(a3), "l"(b), "r"(accumulate));                                        \
+          : "r"(a0), "r"(a1), "r"(a2), "r"(a3), "l"(b), "r"(accumulate), "n"(int{!kAlongRows}));                 \
     }                                                                                                            \
   };
 
-WGMMA_DEFINE(32, __nv_bfloat16, "bf16", 16, "16", "17", "18", "19", "20", "21")
-WGMMA_DEFINE(32, __half, "f16", 16, "16", "17", "18", "19", "20", "21")
-WGMMA_DEFINE(64, __nv_bfloat16, "bf16", 32, "32", "33", "34", "35", "36", "37")
-WGMMA_DEFINE(64, __half, "f16", 32, "32", "33", "34", "35", "36", "37")
-WGMMA_DEFINE(80, __nv_bfloat16, "bf16", 40, "40", "41", "42", "43", "44", "45")
-WGMMA_DEFINE(80, __half, "f16", 40, "40", "41", "42", "43", "44", "45")
-WGMMA_DEFINE(96, __nv_bfloat16, "bf16", 48, "48", "49", "50", "51", "52", "53")
-WGMMA_DEFINE(96, __half, "f16", 48, "48", "49", "50", "51", "52", "53")
-WGMMA_DEFINE(112, __nv_bfloat16, "bf16", 56, "56", "57", "58", "59", "60", "61")
-WGMMA_DEFINE(112, __half, "f16", 56, "56", "57", "58", "59", "60", "61")
-WGMMA_DEFINE(128, __nv_bfloat16, "bf16", 64, "64", "65", "66", "67", "68", "69")
-WGMMA_DEFINE(128, __half, "f16", 64, "64", "65", "66", "67", "68", "69")
-WGMMA_DEFINE(192, __nv_bfloat16, "bf16", 96, "96", "97", "98", "99", "100", "101")
-WGMMA_DEFINE(192, __half, "f16", 96, "96", "97", "98", "99", "100", "101")
-WGMMA_DEFINE(256, __nv_bfloat16, "bf16", 128, "128", "129", "130", "131", "132", "133")
-WGMMA_DEFINE(256, __half, "f16", 128, "128", "129", "130", "131", "132", "133")
+WGMMA_DEFINE(32, __nv_bfloat16, "bf16", 16, "16", "17", "18", "19", "20", "21", "22")
+WGMMA_DEFINE(32, __half, "f16", 16, "16", "17", "18", "19", "20", "21", "22")
+WGMMA_DEFINE(64, __nv_bfloat16, "bf16", 32, "32", "33", "34", "35", "36", "37", "38")
+WGMMA_DEFINE(64, __half, "f16", 32, "32", "33", "34", "35", "36", "37", "38")
+WGMMA_DEFINE(80, __nv_bfloat16, "bf16", 40, "40", "41", "42", "43", "44", "45", "46")
+WGMMA_DEFINE(80, __half, "f16", 40, "40", "41", "42", "43", "44", "45", "46")
+WGMMA_DEFINE(96, __nv_bfloat16, "bf16", 48, "48", "49", "50", "51", "52", "53", "54")
+WGMMA_DEFINE(96, __half, "f16", 48, "48", "49", "50", "51", "52", "53", "54")
+WGMMA_DEFINE(112, __nv_bfloat16, "bf16", 56, "56", "57", "58", "59", "60", "61", "62")
+WGMMA_DEFINE(112, __half, "f16", 56, "56", "57", "58", "59", "60", "61", "62")
+WGMMA_DEFINE(128, __nv_bfloat16, "bf16", 64, "64", "65", "66", "67", "68", "69", "70")
+WGMMA_DEFINE(128, __half, "f16", 64, "64", "65", "66", "67", "68", "69", "70")
+WGMMA_DEFINE(192, __nv_bfloat16, "bf16", 96, "96", "97", "98", "99", "100", "101", "102")
+WGMMA_DEFINE(192, __half, "f16", 96, "96", "97", "98", "99", "100", "101", "102")
+WGMMA_DEFINE(256, __nv_bfloat16, "bf16", 128, "128", "129", "130", "131", "132", "133", "134")
+WGMMA_DEFINE(256, __half, "f16", 128, "128", "129", "130", "131", "132", "133", "134")
 
 #undef WGMMA_DEFINE
 #undef WGMMA_ACCUMULATORS_128
