@@ -16,13 +16,14 @@ from torch import Tensor, nn
 import mixed_attention as ma
 from bench import check
 from bench.cases import Case
-from bench.operator import CALLS_A_SAMPLE, Inputs, make_inputs
+from bench.operator import Inputs, make_inputs
 from bench.rows import Row, absent_row, dtype_of, in_precision, timing_row
 from bench.timing import Calls, graphed, take_turns
 from mixed_attention import packed
 from mixed_attention.projection import linear
 
 FORWARD, TRAINING = "forward", "forward + backward"
+CALLS_A_SAMPLE = 16  # in a model a layer follows another: a GPU waits for the host before the first alone
 
 
 class OurLayer(nn.Module):
@@ -204,7 +205,7 @@ class What:
 
 def measure(case: Case, device: torch.device, precision: str, what: What) -> Iterator[Row]:
     """Forward, and forward with backward, of all layers, and of the attention that is in ours."""
-    dtype = dtype_of(precision)
+    dtype, is_gpu = dtype_of(precision), device.type == "cuda"
     step, alone = make_step(case, device, dtype), AttentionAlone(make_inputs(case, device, dtype), case.plan)
     modules = make_layers(case, device, what.wanted, compiled=what.compiled)
     expected = check.layer_reference(modules["ours"].layer, step.x, case.plan, step.freqs, step.dout)
@@ -224,12 +225,13 @@ def measure(case: Case, device: torch.device, precision: str, what: What) -> Ite
             }
             peaks = {key: peak_bytes(each, device) for key, each in calls.items()}
             calls["ours, attention alone", "eager"] = attend
-            if what.graphs and device.type == "cuda":
+            captured = [n for n in ("ours", "ours, without the skip") if n in modules and what.graphs and is_gpu]
+            for name in captured:
                 try:
-                    calls["ours", "graph"] = graphed(partial(_on_own_leaves, step, modules["ours"], passed))
+                    calls[name, "graph"] = graphed(partial(_on_own_leaves, step, modules[name], passed))
                 except Exception as error:  # whatever a capture raises
-                    yield absent_row(case.name, "ours", precision, error, **{"pass": passed, "mode": "graph"})
-            count = CALLS_A_SAMPLE if device.type == "cuda" else 1
+                    yield absent_row(case.name, name, precision, error, **{"pass": passed, "mode": "graph"})
+            count = CALLS_A_SAMPLE if is_gpu else 1
             samples = {key: Calls(partial(_repeat, each, count), count) for key, each in calls.items()}
             flops = case.flops(backward=passed == TRAINING)
             for (name, mode), timing in take_turns(samples, device, what.rounds).items():

@@ -35,9 +35,7 @@ struct Attend : torch::autograd::Function<Attend> {
                                const AttentionCall& call) {
     const auto [out, lse] = run_forward(q, k, v, key_padding_mask, dropout_seed, call);
     ctx->save_for_backward({q, k, v, out, lse, key_padding_mask.value_or(Tensor()), dropout_seed.value_or(Tensor())});
-    ctx->saved_data["segments"] = call.segments;
-    ctx->saved_data["softmax_scale"] = call.softmax_scale;
-    ctx->saved_data["dropout_p"] = call.dropout_p;
+    ctx->saved_data["call"] = Kept<AttentionCall>::make(call);
     ctx->set_materialize_grads(false);
     return {out, lse};
   }
@@ -46,8 +44,7 @@ struct Attend : torch::autograd::Function<Attend> {
     const variable_list saved = ctx->get_saved_variables();
     const Tensor &q = saved[0], &k = saved[1], &v = saved[2], &out = saved[3], &lse = saved[4];
     const std::optional<Tensor> mask = optional_tensor(saved[5]), seed = optional_tensor(saved[6]);
-    const AttentionCall call{ctx->saved_data["segments"].toIntVector(), ctx->saved_data["softmax_scale"].toDouble(),
-                             ctx->saved_data["dropout_p"].toDouble()};
+    const AttentionCall& call = Kept<AttentionCall>::of(ctx->saved_data["call"]);
     variable_list result(6);
     if (needs_composite(grads)) {
       const std::vector<bool> needs_grad{ctx->needs_input_grad(0), ctx->needs_input_grad(1), ctx->needs_input_grad(2)};

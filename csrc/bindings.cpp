@@ -102,9 +102,12 @@ PYBIND11_MODULE(TORCH_EXTENSION_NAME, m) {
          double dropout_p) { mixed_attention::check_forward(q, k, v, segments, key_padding_mask, dropout_p); },
       py::arg("q"), py::arg("k"), py::arg("v"), py::arg("segments"), py::arg("key_padding_mask"), py::arg("dropout_p"),
       "Throws what the forward operator would throw, without computing.");
-  m.def("project", &mixed_attention::project, py::arg("x"), py::arg("weights"), py::arg("biases"),
-        py::arg("token_ranges"), py::arg("dtype"), py::call_guard<py::gil_scoped_release>(),
-        "Products of tokens with weights, as one step of the graph.");
+  py::class_<mixed_attention::ProjectedPart>(m, "ProjectedPart", "Rows of a weight, and the tokens that they see.")
+      .def(py::init<int64_t, int64_t, std::optional<mixed_attention::Ranges>>(), py::arg("row_begin"),
+           py::arg("row_end"), py::arg("tokens"));
+  m.def("project", &mixed_attention::project, py::arg("x"), py::arg("weight"), py::arg("bias"), py::arg("parts"),
+        py::arg("dtype"), py::call_guard<py::gil_scoped_release>(),
+        "Products of tokens with parts of a weight, as one step of the graph.");
   py::class_<mixed_attention::AttentionCall>(m, "AttentionCall", "What an attention computes.")
       .def_readonly("segments", &mixed_attention::AttentionCall::segments)
       .def_readonly("softmax_scale", &mixed_attention::AttentionCall::softmax_scale)
@@ -129,13 +132,18 @@ PYBIND11_MODULE(TORCH_EXTENSION_NAME, m) {
   py::class_<mixed_attention::PackedCall, mixed_attention::AttentionCall>(
       m, "PackedCall", "What an attention over packed buffers computes.")
       .def(py::init([](std::vector<std::vector<int64_t>> shapes, std::vector<int64_t> rotated,
-                       std::vector<int64_t> segments, double softmax_scale, double dropout_p) {
-             return mixed_attention::PackedCall{
-                 {std::move(segments), softmax_scale, dropout_p}, std::move(shapes), std::move(rotated)};
+                       std::vector<std::optional<mixed_attention::Ranges>> tokens, std::vector<int64_t> segments,
+                       double softmax_scale, double dropout_p) {
+             return mixed_attention::PackedCall{{std::move(segments), softmax_scale, dropout_p},
+                                                std::move(shapes),
+                                                std::move(rotated),
+                                                std::move(tokens)};
            }),
-           py::arg("shapes"), py::arg("rotated"), py::arg("segments"), py::arg("softmax_scale"), py::arg("dropout_p"))
+           py::arg("shapes"), py::arg("rotated"), py::arg("tokens"), py::arg("segments"), py::arg("softmax_scale"),
+           py::arg("dropout_p"))
       .def_readonly("shapes", &mixed_attention::PackedCall::shapes)
-      .def_readonly("rotated", &mixed_attention::PackedCall::rotated);
+      .def_readonly("rotated", &mixed_attention::PackedCall::rotated)
+      .def_readonly("tokens", &mixed_attention::PackedCall::tokens);
   m.def("attend_in_place", &mixed_attention::attend_in_place, py::arg("buffers"), py::arg("freqs"),
         py::arg("key_padding_mask"), py::arg("dropout_seed"), py::arg("call"), py::call_guard<py::gil_scoped_release>(),
         "Rotates packed buffers where they lie and attends.");

@@ -1,5 +1,6 @@
 #include "layer.h"
 
+#include <ATen/DimVector.h>
 #include <ATen/Functions.h>
 #include <ATen/TensorOperators.h>
 #include <ATen/core/LegacyTypeDispatch.h>
@@ -62,36 +63,79 @@ Tensor sum_rows(const Tensor& rows, at::ScalarType dtype, bool differentiable) {
   return at::mm(at::ones({1, rows.size(0)}, rows.options()), rows, dtype).squeeze(0);
 }
 
+// Tensors in another dtype, those that have it as they are. The others take one launch together where they can.
+variable_list cast_all(const variable_list& tensors, at::ScalarType dtype) {
+  variable_list result = tensors, from, to;
+  for (Tensor& each : result) {
+    if (each.scalar_type() == dtype) continue;
+    from.push_back(each);
+    each = at::empty_like(each, each.options().dtype(dtype));
+    to.push_back(each);
+  }
+  if (!from.empty()) at::_foreach_copy_(to, from);
+  return result;
+}
+
+// The tokens, cast, and what comes of them.
+struct Projected {
+  Tensor tokens, weight;
+  variable_list products;
+};
+
+Projected run_project(const Tensor& x, const Tensor& weight, const std::optional<Tensor>& bias,
+                      const std::vector<ProjectedPart>& parts, at::ScalarType dtype) {
+  variable_list given{x, weight};
+  if (bias) given.push_back(*bias);
+  const variable_list cast = cast_all(given, dtype);
+  Projected result{cast[0], cast[1], {}};
+  for (const ProjectedPart& part : parts) {
+    const Tensor seen = take(result.tokens, part.tokens);
+    const Tensor columns = result.weight.slice(0, part.row_begin, part.row_end).t();
+    result.products.push_back(
+        three_dims(bias ? at::addmm(cast[2].slice(0, part.row_begin, part.row_end), two_dims(seen), columns)
+                        : at::mm(two_dims(seen), columns),
+                   seen));
+  }
+  return result;
+}
+
+// One gradient out of those of neighbouring rows, with zeros where there is none.
+Tensor join_rows(const variable_list& grads, const std::vector<ProjectedPart>& parts, const Tensor& like) {
+  if (grads.size() == 1 && grads[0].defined() && grads[0].size(0) == like.size(0)) return grads[0];
+  variable_list pieces;
+  const auto skip = [&](int64_t from, int64_t to) {
+    if (from == to) return;
+    at::DimVector shape(like.sizes());
+    shape[0] = to - from;
+    pieces.push_back(at::zeros(shape, like.options()));
+  };
+  int64_t place = 0;
+  for (size_t part = 0; part < parts.size(); ++part) {
+    if (!grads[part].defined()) continue;
+    skip(place, parts[part].row_begin);
+    pieces.push_back(grads[part]);
+    place = parts[part].row_end;
+  }
+  skip(place, like.size(0));
+  return at::cat(pieces);
+}
+
 // NOTE: the tokens as they were multiplied are an output where they had to be cast, so that what is saved for the
 // backward is connected to the graph, and a second derivative finds the way from it to the input.
 struct Project : torch::autograd::Function<Project> {
-  static variable_list forward(AutogradContext* ctx, const Tensor& x, at::TensorList weights, at::TensorList biases,
-                               const std::vector<std::optional<Ranges>>& token_ranges, at::ScalarType dtype) {
+  static variable_list forward(AutogradContext* ctx, const Tensor& x, const Tensor& weight,
+                               const std::optional<Tensor>& bias, const std::vector<ProjectedPart>& parts,
+                               at::ScalarType dtype) {
     const at::AutoDispatchBelowADInplaceOrView guard;
-    const Tensor tokens = x.to(dtype);
+    Projected projected = run_project(x, weight, bias, parts, dtype);
     const bool is_cast = x.scalar_type() != dtype;
-    variable_list results, saved{tokens};
-    if (is_cast) results.push_back(tokens);
-    for (size_t part = 0; part < weights.size(); ++part) {
-      const Tensor seen = take(tokens, token_ranges[part]), rows = two_dims(seen);
-      const Tensor weight = weights[part].to(dtype);
-      results.push_back(three_dims(
-          biases.empty() ? at::mm(rows, weight.t()) : at::addmm(biases[part].to(dtype), rows, weight.t()), seen));
-      saved.push_back(weight);
-    }
-    saved.insert(saved.end(), weights.begin(), weights.end());
-    ctx->save_for_backward(saved);
-    ctx->saved_data["x_dtype"] = static_cast<int64_t>(x.scalar_type());
-    ctx->saved_data["bias_dtype"] = biases.empty() ? -1 : static_cast<int64_t>(biases[0].scalar_type());
-    std::vector<int64_t> flat;
-    for (const auto& ranges : token_ranges) {
-      flat.push_back(ranges ? static_cast<int64_t>(ranges->size()) : -1);
-      for (const auto& [start, end] : ranges.value_or(Ranges{})) flat.insert(flat.end(), {start, end});
-    }
-    ctx->saved_data["token_ranges"] = flat;
+    ctx->save_for_backward({projected.tokens, projected.weight, weight, bias.value_or(Tensor())});
+    ctx->saved_data["parts"] = Kept<std::vector<ProjectedPart>>::make(parts);
+    ctx->saved_data["x_dtype"] = x.scalar_type();
     ctx->set_materialize_grads(false);
-    if (is_cast && !x.requires_grad()) ctx->mark_non_differentiable({tokens});
-    return results;
+    if (is_cast && !x.requires_grad()) ctx->mark_non_differentiable({projected.tokens});
+    if (is_cast) projected.products.push_back(projected.tokens);
+    return projected.products;
   }
 
   static variable_list backward(AutogradContext* ctx, variable_list grads) {
@@ -100,51 +144,52 @@ struct Project : torch::autograd::Function<Project> {
     std::optional<at::AutoDispatchBelowADInplaceOrView> guard;
     if (!differentiable) guard.emplace();
     const variable_list saved = ctx->get_saved_variables();
-    const size_t num_parts = (saved.size() - 1) / 2;
-    const Tensor& tokens = saved[0];
-    const auto x_dtype = static_cast<at::ScalarType>(ctx->saved_data["x_dtype"].toInt());
-    const int64_t bias_dtype = ctx->saved_data["bias_dtype"].toInt();
-    const bool is_cast = grads.size() > num_parts;
-    Tensor dx = is_cast && grads[0].defined() ? grads[0].to(x_dtype) : Tensor();
-    const size_t num_biases = bias_dtype < 0 ? 0 : num_parts;
-    variable_list result(1 + num_parts + num_biases + 2);
-    std::vector<int64_t> flat = ctx->saved_data["token_ranges"].toIntVector();
-    for (size_t part = 0, at = 0; part < num_parts; ++part) {
-      std::optional<Ranges> ranges;
-      if (const int64_t count = flat[at++]; count >= 0) {
-        ranges.emplace();
-        for (int64_t i = 0; i < count; ++i, at += 2) ranges->emplace_back(flat[at], flat[at + 1]);
-      }
-      const Tensor& grad = grads[is_cast + part];
-      if (!grad.defined()) continue;
-      const Tensor& original = saved[1 + num_parts + part];
-      const Tensor weight = differentiable ? original.to(tokens.scalar_type()) : saved[1 + part];
-      const Tensor rows = two_dims(grad);
+    const Tensor &tokens = saved[0], &original = saved[2], &bias = saved[3];
+    const Tensor weight = differentiable ? original.to(tokens.scalar_type()) : saved[1];
+    const auto& parts = Kept<std::vector<ProjectedPart>>::of(ctx->saved_data["parts"]);
+    const auto x_dtype = ctx->saved_data["x_dtype"].toScalarType();
+    const bool is_cast = grads.size() > parts.size();
+    Tensor dx = is_cast && grads.back().defined() ? grads.back().to(x_dtype) : Tensor();
+    variable_list dweights(parts.size()), dbiases(parts.size());
+    bool has_grad = false;
+    for (size_t i = 0; i < parts.size(); ++i) {
+      if (!grads[i].defined()) continue;
+      has_grad = true;
+      const Tensor rows = two_dims(grads[i]);
       if (ctx->needs_input_grad(0)) {
-        const Tensor through = three_dims(multiply(rows, weight, x_dtype, differentiable), grad);
-        if (!dx.defined() || differentiable) {
-          const Tensor whole = ranges ? put_back(through, *ranges, tokens) : through;
-          dx = dx.defined() ? dx + whole : whole;
-        } else if (ranges) {
-          int64_t taken = 0;
-          for (const auto& [start, end] : *ranges) {
-            dx.slice(1, start, end).add_(through.slice(1, taken, taken + end - start));
-            taken += end - start;
-          }
-        } else {
-          dx.add_(through);
-        }
+        const Tensor columns = weight.slice(0, parts[i].row_begin, parts[i].row_end);
+        const Tensor through = three_dims(multiply(rows, columns, x_dtype, differentiable), grads[i]);
+        dx = add_to_tokens(dx, through, parts[i].tokens, tokens, differentiable);
       }
-      if (ctx->needs_input_grad(1 + part)) {
-        const Tensor seen = two_dims(take(tokens, ranges));
-        result[1 + part] = multiply(rows.t(), seen, original.scalar_type(), differentiable);
+      if (ctx->needs_input_grad(1)) {
+        const Tensor seen = two_dims(take(tokens, parts[i].tokens));
+        dweights[i] = multiply(rows.t(), seen, original.scalar_type(), differentiable);
       }
-      if (num_biases > 0 && ctx->needs_input_grad(1 + num_parts + part)) {
-        result[1 + num_parts + part] = sum_rows(rows, static_cast<at::ScalarType>(bias_dtype), differentiable);
+      if (bias.defined() && ctx->needs_input_grad(2)) {
+        dbiases[i] = sum_rows(rows, bias.scalar_type(), differentiable);
       }
     }
+    variable_list result(5);
     result[0] = dx;
+    if (has_grad && ctx->needs_input_grad(1)) result[1] = join_rows(dweights, parts, original);
+    if (has_grad && bias.defined() && ctx->needs_input_grad(2)) result[2] = join_rows(dbiases, parts, bias);
     return result;
+  }
+
+ private:
+  // The gradient of the tokens `like`, given that of some.
+  static Tensor add_to_tokens(const Tensor& sum, const Tensor& rows, const std::optional<Ranges>& ranges,
+                              const Tensor& like, bool differentiable) {
+    if (!sum.defined() || differentiable) {
+      const Tensor whole = ranges ? put_back(rows, *ranges, like) : rows;
+      return sum.defined() ? sum + whole : whole;
+    }
+    int64_t taken = 0;
+    for (const auto& [start, end] : ranges.value_or(Ranges{{0, like.size(1)}})) {
+      sum.slice(1, start, end).add_(rows.slice(1, taken, taken + end - start));
+      taken += end - start;
+    }
+    return sum;
   }
 };
 
@@ -157,14 +202,24 @@ std::vector<Tensor> slots(at::TensorList buffers, const std::vector<std::vector<
   return found;
 }
 
+// Of frequencies for more tokens than there are, those that the ranges take.
 void rotate_in_place(const Tensor& buffer, const std::vector<int64_t>& shape, int64_t rotated, const Tensor& freqs,
-                     bool conjugate) {
+                     const std::optional<Ranges>& tokens, bool conjugate) {
   static const auto op =
       c10::Dispatcher::singleton().findSchemaOrThrow("mixed_attention::rope_out", "").typed<decltype(rope_out)>();
   const int64_t num_heads = shape[3], head_dim = shape[4], row = shape[2] * num_heads * head_dim;
   const Tensor heads =
       buffer.as_strided({shape[0], shape[1], rotated * num_heads, head_dim}, {shape[1] * row, row, head_dim, 1});
-  op.call(heads, freqs, conjugate, heads);
+  if (!tokens) {
+    op.call(heads, freqs, conjugate, heads);
+    return;
+  }
+  int64_t place = 0;
+  for (const auto& [start, end] : *tokens) {
+    const Tensor run = heads.slice(1, place, place + end - start);
+    op.call(run, freqs.slice(1, start, end), conjugate, run);
+    place += end - start;
+  }
 }
 
 OptionalTensors optional_tensors(variable_list::const_iterator begin, size_t count) {
@@ -180,6 +235,32 @@ BackwardComposite& backward_composite() {
   return composite;
 }
 
+// Rotates the buffers where they lie. Returns the output and the log-sum-exp.
+std::pair<Tensor, Tensor> run_attend_in_place(at::TensorList buffers, const OptionalTensors& freqs,
+                                              const std::optional<Tensor>& key_padding_mask,
+                                              const std::optional<Tensor>& dropout_seed, const PackedCall& call) {
+  static const auto op = c10::Dispatcher::singleton()
+                             .findSchemaOrThrow("mixed_attention::forward", "")
+                             .typed<decltype(mixed_attention::forward)>();
+  for (size_t part = 0; part < buffers.size(); ++part) {
+    if (!freqs[part]) continue;
+    rotate_in_place(buffers[part], call.shapes[part], call.rotated[part], *freqs[part], call.tokens[part], false);
+  }
+  const std::vector<Tensor> qkv = slots(buffers, call.shapes);
+  const auto [heads, lse] = op.call(qkv[0], qkv[1], qkv[2], call.segments, call.softmax_scale, key_padding_mask,
+                                    call.dropout_p, dropout_seed);
+  return {heads.flatten(2), lse};
+}
+
+// Those that have frequencies.
+variable_list rotated_buffers(at::TensorList buffers, const OptionalTensors& freqs) {
+  variable_list rotated;
+  for (size_t part = 0; part < buffers.size(); ++part) {
+    if (freqs[part]) rotated.push_back(buffers[part]);
+  }
+  return rotated;
+}
+
 // NOTE: what is saved are the rotated buffers, as outputs: so a second derivative finds the way through this node's own
 // rotation, and a KV cache that is taken from them stays attached.
 struct AttendInPlace : torch::autograd::Function<AttendInPlace> {
@@ -187,32 +268,15 @@ struct AttendInPlace : torch::autograd::Function<AttendInPlace> {
                                const std::optional<Tensor>& key_padding_mask, const std::optional<Tensor>& dropout_seed,
                                const PackedCall& call) {
     const at::AutoDispatchBelowADInplaceOrView guard;
-    variable_list rotated;
-    for (size_t part = 0; part < buffers.size(); ++part) {
-      if (!freqs[part]) continue;
-      rotate_in_place(buffers[part], call.shapes[part], call.rotated[part], *freqs[part], false);
-      rotated.push_back(buffers[part]);
-    }
-    static const auto op = c10::Dispatcher::singleton()
-                               .findSchemaOrThrow("mixed_attention::forward", "")
-                               .typed<decltype(mixed_attention::forward)>();
-    const std::vector<Tensor> qkv = slots(buffers, call.shapes);
-    auto [heads, lse] = op.call(qkv[0], qkv[1], qkv[2], call.segments, call.softmax_scale, key_padding_mask,
-                                call.dropout_p, dropout_seed);
-    const Tensor out = heads.flatten(2);
+    const auto [out, lse] = run_attend_in_place(buffers, freqs, key_padding_mask, dropout_seed, call);
+    const variable_list rotated = rotated_buffers(buffers, freqs);
     ctx->mark_dirty(rotated);
     ctx->set_materialize_grads(false);
     variable_list saved{out, lse, key_padding_mask.value_or(Tensor()), dropout_seed.value_or(Tensor())};
     saved.insert(saved.end(), buffers.begin(), buffers.end());
     for (const std::optional<Tensor>& each : freqs) saved.push_back(each.value_or(Tensor()));
     ctx->save_for_backward(saved);
-    for (size_t part = 0; part < buffers.size(); ++part) {
-      ctx->saved_data["shape" + std::to_string(part)] = call.shapes[part];
-    }
-    ctx->saved_data["rotated"] = call.rotated;
-    ctx->saved_data["segments"] = call.segments;
-    ctx->saved_data["softmax_scale"] = call.softmax_scale;
-    ctx->saved_data["dropout_p"] = call.dropout_p;
+    ctx->saved_data["call"] = Kept<PackedCall>::make(call);
     variable_list results{out};
     results.insert(results.end(), rotated.begin(), rotated.end());
     return results;
@@ -225,13 +289,7 @@ struct AttendInPlace : torch::autograd::Function<AttendInPlace> {
     const variable_list buffers(saved.begin() + 4, saved.begin() + 4 + num_parts);
     const variable_list freqs(saved.begin() + 4 + num_parts, saved.end());
     const std::optional<Tensor> mask = optional_tensor(saved[2]), seed = optional_tensor(saved[3]);
-    PackedCall call{{ctx->saved_data["segments"].toIntVector(), ctx->saved_data["softmax_scale"].toDouble(),
-                     ctx->saved_data["dropout_p"].toDouble()},
-                    {},
-                    ctx->saved_data["rotated"].toIntVector()};
-    for (size_t part = 0; part < num_parts; ++part) {
-      call.shapes.push_back(ctx->saved_data["shape" + std::to_string(part)].toIntVector());
-    }
+    const PackedCall& call = Kept<PackedCall>::of(ctx->saved_data["call"]);
     const Tensor dout = grads[0].defined() ? grads[0] : at::zeros_like(saved[0]);
     OptionalTensors drotated;  // of every buffer, also those that are no outputs because nothing rotates them
     size_t next = 1;
@@ -257,7 +315,7 @@ struct AttendInPlace : torch::autograd::Function<AttendInPlace> {
     for (size_t part = 0; part < num_parts; ++part) {
       if (drotated[part]) dbuffers[part].add_(*drotated[part]);
       if (freqs[part].defined()) {
-        rotate_in_place(dbuffers[part], call.shapes[part], call.rotated[part], freqs[part], true);
+        rotate_in_place(dbuffers[part], call.shapes[part], call.rotated[part], freqs[part], call.tokens[part], true);
       }
       result[part] = dbuffers[part];
     }
@@ -267,11 +325,15 @@ struct AttendInPlace : torch::autograd::Function<AttendInPlace> {
 
 }  // namespace
 
-std::vector<Tensor> project(const Tensor& x, const std::vector<Tensor>& weights, const std::vector<Tensor>& biases,
-                            const std::vector<std::optional<Ranges>>& token_ranges, at::ScalarType dtype) {
+std::vector<Tensor> project(const Tensor& x, const Tensor& weight, const std::optional<Tensor>& bias,
+                            const std::vector<ProjectedPart>& parts, at::ScalarType dtype) {
   const c10::impl::ExcludeDispatchKeyGuard no_autocast(c10::autocast_dispatch_keyset);
-  variable_list results = Project::apply(x, at::TensorList(weights), at::TensorList(biases), token_ranges, dtype);
-  if (results.size() > weights.size()) results.erase(results.begin());  // the cast tokens
+  if (!c10::GradMode::is_enabled()) {
+    const at::AutoDispatchBelowADInplaceOrView guard;
+    return run_project(x, weight, bias, parts, dtype).products;
+  }
+  variable_list results = Project::apply(x, weight, bias, parts, dtype);
+  results.resize(parts.size());  // without the cast tokens
   return results;
 }
 
@@ -279,6 +341,12 @@ std::vector<Tensor> attend_in_place(const std::vector<Tensor>& buffers, const Op
                                     const std::optional<Tensor>& key_padding_mask,
                                     const std::optional<Tensor>& dropout_seed, const PackedCall& call) {
   const c10::impl::ExcludeDispatchKeyGuard no_autocast(c10::autocast_dispatch_keyset);
+  if (!c10::GradMode::is_enabled()) {
+    const at::AutoDispatchBelowADInplaceOrView guard;
+    variable_list results = rotated_buffers(buffers, freqs);
+    results.insert(results.begin(), run_attend_in_place(buffers, freqs, key_padding_mask, dropout_seed, call).first);
+    return results;
+  }
   return AttendInPlace::apply(at::TensorList(buffers), freqs, key_padding_mask, dropout_seed, call);
 }
 

@@ -12,12 +12,12 @@ def cuda_layout(
 def check_forward(
     q: Tensor, k: Tensor, v: Tensor, segments: Sequence[int], key_padding_mask: Tensor | None, dropout_p: float
 ) -> None: ...
+
+class ProjectedPart:
+    def __init__(self, row_begin: int, row_end: int, tokens: Sequence[tuple[int, int]] | None) -> None: ...
+
 def project(
-    x: Tensor,
-    weights: Sequence[Tensor],
-    biases: Sequence[Tensor],
-    token_ranges: Sequence[Sequence[tuple[int, int]] | None],
-    dtype: dtype,
+    x: Tensor, weight: Tensor, bias: Tensor | None, parts: Sequence[ProjectedPart], dtype: dtype
 ) -> list[Tensor]: ...
 
 class AttentionCall:
@@ -45,6 +45,7 @@ class PackedCall(AttentionCall):
         self,
         shapes: Sequence[Sequence[int]],
         rotated: Sequence[int],
+        tokens: Sequence[Sequence[tuple[int, int]] | None],
         segments: Sequence[int],
         softmax_scale: float,
         dropout_p: float,
@@ -53,6 +54,8 @@ class PackedCall(AttentionCall):
     def shapes(self) -> list[list[int]]: ...
     @property
     def rotated(self) -> list[int]: ...
+    @property
+    def tokens(self) -> list[list[tuple[int, int]] | None]: ...
 
 def attend_in_place(
     buffers: Sequence[Tensor],

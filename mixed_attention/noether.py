@@ -208,7 +208,7 @@ class UntiedMixedAttention(MixedAttention):
         sizes = self._domain_sizes(plan.groups)
         buffer = self._per_domain(x, sizes, (self.q, self.k, self.v))
         out, _ = packed.attend(
-            [self._pack(buffer, (x.shape[0], x.shape[1]), "qkv", freqs)],
+            [self._pack(buffer, x, "qkv", None, freqs)],
             plan,
             key_padding_mask=key_padding_mask,
             dropout_p=self._dropout_p,

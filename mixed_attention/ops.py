@@ -285,28 +285,30 @@ def run_forward(*arguments) -> tuple[Tensor, Tensor]:
 
 def project(
     x: Tensor,
-    weights: Sequence[Tensor],
-    biases: Sequence[Tensor],
-    token_ranges: Sequence[Sequence[tuple[int, int]] | None],
+    weight: Tensor,
+    bias: Tensor | None,
+    parts: Sequence[tuple[int, int, Sequence[tuple[int, int]] | None]],
     dtype: torch.dtype,
 ) -> list[Tensor]:
-    """Products of tokens with weights, in plain eager mode: one step of the graph, and little host time.
+    """Products of tokens with parts of a weight, in plain eager mode: one step of the graph, and little host time.
 
     Args:
         x: Tokens ``(B, N, C)``.
-        weights: ``(rows, C)`` each.
-        biases: ``(rows,)`` each, one for every weight; or none at all.
-        token_ranges: For each weight the half-open ranges of tokens that it sees, None for all.
+        weight: ``(rows, C)``.
+        bias: ``(rows,)``.
+        parts: For each its first row and the one behind its last, and the half-open ranges of tokens that it sees,
+            None for all.
         dtype: What everything is cast to. Gradients have the dtypes of what was given.
 
     Returns:
-        For each weight a new tensor ``(B, tokens seen, rows)``.
+        For each part a new tensor ``(B, tokens seen, its rows)``.
     """
-    return _C.project(x, weights, biases, token_ranges, dtype)
+    return _C.project(x, weight, bias, [_C.ProjectedPart(*part) for part in parts], dtype)
 
 
 def packed_call(*arguments):
-    """What :func:`attend_in_place` computes: shapes of the buffers, rotated slots of each, segments, scale, dropout."""
+    """What :func:`attend_in_place` computes: shapes of the buffers, how many slots of each are rotated, the ranges of
+    tokens that they have, None for all; segments, scale, dropout."""
     return _C.PackedCall(*arguments)
 
 

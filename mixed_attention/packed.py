@@ -16,6 +16,7 @@ from torch import Tensor
 
 from mixed_attention import ops, reference
 from mixed_attention.plan import AttentionPlan
+from mixed_attention.projection import Runs, take, taken_ranges
 from mixed_attention.rope import apply_rope
 
 Freqs = Tensor | tuple[Tensor, ...]
@@ -32,13 +33,15 @@ class Packed:
             nobody else reads, because it is overwritten.
         shape: ``(B, N, slots, H, D)``.
         rotated: How many of the first slots ``freqs`` rotates; 0 without ``freqs``.
-        freqs: Frequencies of the N tokens, as :func:`mixed_attention.apply_rope` takes them.
+        freqs: Frequencies of tokens, as :func:`mixed_attention.apply_rope` takes them.
+        runs: Which of these tokens are the N, None if all.
     """
 
     buffer: Tensor
     shape: tuple[int, int, int, int, int]
     rotated: int = 0
     freqs: Freqs | None = None
+    runs: Runs | None = None
 
     @classmethod
     def of(cls, slot: Tensor) -> Packed:
@@ -84,10 +87,12 @@ def rotated_slots(part: Packed, *, parallel: bool = True) -> list[Tensor]:
     if part.freqs is None:
         return list(packed.unbind(2))
     heads = packed[:, :, : part.rotated].flatten(2, 3)
-    if parallel or isinstance(part.freqs, tuple):
-        heads = apply_rope(heads, part.freqs)
+    if isinstance(part.freqs, tuple):
+        heads = apply_rope(heads, tuple(take(angles, part.runs) for angles in part.freqs))
+    elif parallel:
+        heads = apply_rope(heads, take(part.freqs, part.runs))
     else:
-        heads = ops.rotate_composite(heads, ops.real_freqs(part.freqs, heads.dtype), False)
+        heads = ops.rotate_composite(heads, ops.real_freqs(take(part.freqs, part.runs), heads.dtype), False)
     return [*heads.unflatten(2, (part.rotated, -1)).unbind(2), *packed[:, :, part.rotated :].unbind(2)]
 
 
@@ -113,7 +118,9 @@ def _attend_in_place(
     shapes = [part.shape for part in parts]
     pairs = [ops.real_freqs(p.freqs, p.buffer.dtype) if isinstance(p.freqs, Tensor) else None for p in parts]
     seed = ops.draw_seed(parts[0].buffer.device) if dropout_p > 0 else None
-    call = ops.packed_call(shapes, [p.rotated for p in parts], plan.flat(), shapes[0][-1] ** -0.5, dropout_p)
+    tokens = [None if p.runs is None else taken_ranges(p.runs) for p in parts]
+    rotated_slots = [p.rotated for p in parts]
+    call = ops.packed_call(shapes, rotated_slots, tokens, plan.flat(), shapes[0][-1] ** -0.5, dropout_p)
     out, *rotated = ops.attend_in_place([p.buffer for p in parts], pairs, key_padding_mask, seed, call)
     remaining = iter(rotated)
     buffers = [p.buffer if pair is None else next(remaining) for p, pair in zip(parts, pairs)]
@@ -138,17 +145,19 @@ def _backward_composite(buffers, pairs, key_padding_mask, seed, call, dout, drot
         dout = dout.reshape(out.shape)
         found = iter(torch.autograd.grad(out, wanted, dout, create_graph=True, materialize_grads=True))
         grads = [next(found) if buffer.requires_grad else None for buffer in buffers]
-        parts = zip(grads, drotated, pairs, call.shapes, call.rotated)
+        parts = zip(grads, drotated, pairs, call.tokens, call.shapes, call.rotated)
         return [_rotate_back(*part) for part in parts]
 
 
-def _rotate_back(grad, more, pairs, shape, rotated):
+def _rotate_back(grad, more, pairs, tokens, shape, rotated):
     if grad is None or pairs is None:  # what was not rotated is no output of this node, and nothing more comes in
         return grad
     # NOTE: reshape and split alone, because is_grads_batched has batching rules for no other views.
     batch_size, seqlen, slots, num_heads, head_dim = shape
     grad_shape = grad.shape
     flat = (grad if more is None else grad + more).reshape(batch_size, seqlen, slots * num_heads, head_dim)
+    if tokens is not None:
+        pairs = torch.cat([pairs[:, start:end] for start, end in tokens], 1)
     heads, rest = flat.split([rotated * num_heads, (slots - rotated) * num_heads], 2)
     return torch.cat((ops.rotate_composite(heads, pairs, True), rest), 2).reshape(grad_shape)
 

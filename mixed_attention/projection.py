@@ -1,4 +1,4 @@
-"""Linear maps from tokens to the slots of packed buffers, whatever the parameter layout.
+"""Linear maps from tokens to the slots of packed buffers.
 
 Private to the layers. In plain eager mode one step of the graph stands for the cast of tokens and weights under
 autocast, the choice of tokens, and the products. Everywhere else the same is composed of framework operators.
@@ -7,6 +7,8 @@ autocast, the choice of tokens, and the products. Everywhere else the same is co
 from __future__ import annotations
 
 from collections.abc import Sequence
+from itertools import pairwise
+from typing import NamedTuple
 
 import torch
 import torch.nn.functional as F
@@ -16,6 +18,15 @@ from mixed_attention import ops
 
 Runs = tuple[tuple[int, bool], ...]
 """Neighbouring tokens: how many, and whether they are taken; they add up to the sequence."""
+
+
+class Part(NamedTuple):
+    """Neighbouring rows of a weight, and the tokens that they see, None for all."""
+
+    begin: int
+    end: int
+    runs: Runs | None = None
+
 
 _AUTOCAST_FROM = (torch.float32, torch.bfloat16, torch.float16)
 
@@ -38,32 +49,41 @@ def linear(x: Tensor, layer: nn.Module) -> Tensor:
     """What ``layer(x)`` is, ``(B, N, C) -> (B, N, C')``."""
     if not is_plain(layer):
         return layer(x)
-    (out,) = _project_in_one_step(x, [layer.weight], [layer.bias], [None]) or [layer(x)]  # type: ignore[list-item]
-    return out
+    products = _project_in_one_step(x, layer.weight, layer.bias, [Part(0, len(layer.weight))])  # type: ignore[arg-type]
+    return layer(x) if products is None else products[0]
 
 
-def project(
-    x: Tensor, weights: Sequence[Tensor], biases: Sequence[Tensor | None], runs: Sequence[Runs | None]
-) -> list[Tensor]:
-    """Products of tokens with some weights.
+def project(x: Tensor, weight: Tensor, bias: Tensor | None, parts: Sequence[Part]) -> list[Tensor]:
+    """Products of tokens with parts of a weight.
 
     Args:
         x: Tokens ``(B, N, C)``.
-        weights: ``(rows, C)`` each.
-        biases: ``(rows,)`` for each.
-        runs: The tokens that each weight sees, None for all.
+        weight: ``(rows, C)``.
+        bias: ``(rows,)``.
+        parts: Neighbouring rows each, in ascending order, and what they see.
 
     Returns:
-        For each weight a fresh tensor that may be overwritten, and viewed as ``(B, n, rows)``.
+        For each part a fresh tensor that may be overwritten, and viewed as ``(B, n, its rows)``.
     """
-    products = _project_in_one_step(x, weights, biases, runs)
+    products = _project_in_one_step(x, weight, bias, parts)
     if products is not None:
         return products
-    if torch.is_autocast_enabled(x.device.type) and x.dtype == torch.float32 and len(weights) > 1:
+    if torch.is_autocast_enabled(x.device.type) and x.dtype == torch.float32 and len(parts) > 1:
         x = x.to(torch.get_autocast_dtype(x.device.type))  # once for all
     # NOTE: rank 2 in, so that the product is no view and can be overwritten without a copy of its gradient.
-    seen = (take(x, each).flatten(0, 1) for each in runs)
-    return [F.linear(tokens, weight, bias) for tokens, weight, bias in zip(seen, weights, biases)]
+    seen = (take(x, part.runs).flatten(0, 1) for part in parts)
+    biases = [None] * len(parts) if bias is None else _split(bias, parts)
+    return [F.linear(*each) for each in zip(seen, _split(weight, parts), biases)]
+
+
+def _split(parameter: Tensor, parts: Sequence[Part]) -> list[Tensor]:
+    """The rows of each part."""
+    if (parts[0].begin, parts[0].end) == (0, len(parameter)):
+        return [parameter]
+    # NOTE: one split, because its derivative is one concatenation; slices would each make a gradient of full size.
+    cuts = sorted({0, len(parameter), *(part.begin for part in parts), *(part.end for part in parts)})
+    pieces = dict(zip(cuts, parameter.split([end - begin for begin, end in pairwise(cuts)])))
+    return [pieces[part.begin] for part in parts]
 
 
 def take(x: Tensor, runs: Runs | None) -> Tensor:
@@ -78,20 +98,18 @@ def take(x: Tensor, runs: Runs | None) -> Tensor:
     return kept[0] if len(kept) == 1 else torch.cat(kept, 1)
 
 
-def _project_in_one_step(
-    x: Tensor, weights: Sequence[Tensor], biases: Sequence[Tensor | None], runs: Sequence[Runs | None]
-) -> list[Tensor] | None:
-    """:func:`project` in plain eager mode that records a graph, ``(B, n, rows)`` each; None elsewhere."""
-    if torch.compiler.is_compiling() or not torch.is_grad_enabled():  # autocast keeps its casts of weights for later
+def _project_in_one_step(x: Tensor, weight: Tensor, bias: Tensor | None, parts: Sequence[Part]) -> list[Tensor] | None:
+    """:func:`project` in plain eager mode, ``(B, n, rows)`` each; None elsewhere."""
+    if torch.compiler.is_compiling():
         return None
-    given = [bias for bias in biases if bias is not None]
-    tensors = x, *weights, *given
+    tensors = (x, weight) if bias is None else (x, weight, bias)
     dtype = _dtype_of_product(tensors)
-    if dtype is None or len(given) not in (0, len(biases)) or not ops.is_compiled() or ops.needs_composite(*tensors):
+    if dtype is None or not ops.is_compiled() or ops.needs_composite(*tensors):
         return None
-    if x.ndim != 3 or x.shape[-1] != weights[0].shape[-1]:
+    if x.ndim != 3 or x.shape[-1] != weight.shape[-1]:
         return None
-    return ops.project(x, weights, given, [None if each is None else _ranges(each) for each in runs], dtype)
+    wanted = [(p.begin, p.end, None if p.runs is None else taken_ranges(p.runs)) for p in parts]
+    return ops.project(x, weight, bias, wanted, dtype)
 
 
 def _dtype_of_product(tensors: Sequence[Tensor]) -> torch.dtype | None:
@@ -106,7 +124,7 @@ def _dtype_of_product(tensors: Sequence[Tensor]) -> torch.dtype | None:
     return torch.get_autocast_dtype(first.device.type) if by_autocast else first.dtype
 
 
-def _ranges(runs: Runs) -> list[tuple[int, int]]:
+def taken_ranges(runs: Runs) -> list[tuple[int, int]]:
     """The tokens taken, as half-open ranges."""
     ranges, end = [], 0
     for size, is_taken in runs:
