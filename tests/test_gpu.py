@@ -274,6 +274,9 @@ def captured(function: Callable[[], tuple[Tensor, ...]]) -> tuple[Callable[[], N
     graph = torch.cuda.CUDAGraph()
     with torch.cuda.graph(graph, stream=stream):
         outputs = function()
+    # NOTE: before it captures, torch fills the seed and offset that the graph reads, on the stream of the capture; a
+    # replay fills them anew, on its own stream. Where the GPU is busy with others, the first fill may come last.
+    torch.cuda.current_stream().wait_stream(stream)
     return graph.replay, outputs
 
 
