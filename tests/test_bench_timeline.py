@@ -37,9 +37,10 @@ NAMES = {
     "rotation": [
         "void mixed_attention::cuda::(anonymous namespace)::rope_kernel<__half, 4, true>(RopeParams)",
         "void at::native::elementwise_kernel<128, 2, MulFunctor<c10::complex<float>>>(int)",
+        "void at::native::vectorized_elementwise_kernel<2, at::native::conj_kernel_cuda(at::TensorIteratorBase&)>(int)",
     ],
     "matrix products": [
-        "nvjet_hsh_128x256_64x4_2x1_v_bz_coopA_NNT",
+        "nvjet_sm90_hsh_192x128_64x5_1x2_h_bz_coopB_bias_TNT",
         "sm90_xmma_gemm_f32f32_tf32f32_f32_tn_n_tilesize128x128x32_cublas",
         "void cutlass::Kernel2<cutlass_80_tensorop_f16_s16816gemm_relu_f16>(Params)",
         "void cublasLt::splitKreduce_kernel<32, 16, int, float, __half>(Params)",
@@ -51,7 +52,7 @@ NAMES = {
         "Memset (Device)",
         "Memcpy DtoD (Device -> Device)",
     ],
-    "other": ["void radius_kernel<float>(float*)"],
+    "other": ["_radius_kernel"],
 }
 
 
