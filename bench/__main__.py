@@ -26,7 +26,7 @@ def _arguments() -> argparse.Namespace:
     parser.add_argument("--dtype", nargs="+", choices=PRECISIONS, help="tf32 is float32 that torch may round to TF32")
     parser.add_argument("--case", nargs="+", help="names of cases; default all of the device's suite")
     parser.add_argument("--peers", nargs="+", help="who is measured beside ours; default all")
-    parser.add_argument("--passes", nargs="+", choices=PASSES, default=list(PASSES), help="of the operator")
+    parser.add_argument("--passes", nargs="*", choices=PASSES, default=list(PASSES), help="of the operator, or none")
     parser.add_argument("--rounds", type=int, default=9, help="how often each takes its turn")
     parser.add_argument("--repeats", type=int, default=10000, help="how often a call must give the same bits")
     parser.add_argument("--quick", action="store_true", help="the operator alone, few cases, peers and rounds")
