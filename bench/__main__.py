@@ -9,25 +9,26 @@ from pathlib import Path
 
 import torch
 
-from bench import facts, layer, memory, operator, overhead, report
+from bench import facts, layer, memory, operator, overhead, repeats, report, timeline
 from bench.cases import QUICK, Case, suite
 from bench.peers import BACKWARD, FORWARD, peers
 from bench.rows import PRECISIONS, Row, dtype_of
 
 OURS = ("ours", "ours, deterministic")
-WHAT = ("operator", "layer", "overhead", "memory")
+WHAT = ("operator", "layer", "overhead", "memory", "repeats", "timeline")
 PASSES = {"fwd": FORWARD, "bwd": BACKWARD}
 
 
 def _arguments() -> argparse.Namespace:
     parser = argparse.ArgumentParser(prog="python -m bench", description=__doc__)
-    parser.add_argument("--what", nargs="+", choices=WHAT, help="default: all but memory, which takes minutes on a CPU")
+    parser.add_argument("--what", nargs="+", choices=WHAT, help=f"default: {', '.join(WHAT[:3])}")
     parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
     parser.add_argument("--dtype", nargs="+", choices=PRECISIONS, help="tf32 is float32 that torch may round to TF32")
     parser.add_argument("--case", nargs="+", help="names of cases; default all of the device's suite")
     parser.add_argument("--peers", nargs="+", help="who is measured beside ours; default all")
-    parser.add_argument("--passes", nargs="+", choices=PASSES, default=list(PASSES), help="of the operator")
+    parser.add_argument("--passes", nargs="*", choices=PASSES, default=list(PASSES), help="of the operator, or none")
     parser.add_argument("--rounds", type=int, default=9, help="how often each takes its turn")
+    parser.add_argument("--repeats", type=int, default=10000, help="how often a call must give the same bits")
     parser.add_argument("--quick", action="store_true", help="the operator alone, few cases, peers and rounds")
     parser.add_argument("--no-graphs", action="store_true", help="nothing replayed from CUDA graphs")
     parser.add_argument("--no-errors", action="store_true", help="nothing compared with fp64")
@@ -43,6 +44,8 @@ def _arguments() -> argparse.Namespace:
         args.peers = args.peers or ["cudnn", "fa2"]
         args.rounds = min(args.rounds, 5)
     args.what = args.what or list(WHAT[:3])
+    if "timeline" in args.what and args.device == "cpu":
+        parser.error("--what timeline needs a GPU")
     args.dtype = args.dtype or (["float32", "bfloat16"] if args.device == "cpu" else ["bfloat16"])
     return args
 
@@ -63,10 +66,14 @@ def _measure(args: argparse.Namespace, cases: tuple[Case, ...], device: torch.de
                 yield from operator.measure(case, device, precision, wanted, what)
             if "layer" in args.what:
                 yield from layer.measure(case, device, precision, layers)
+            if "timeline" in args.what and (args.case or case.name in timeline.CASES):
+                yield from timeline.measure(case, device, precision, args.peers, args.rounds)
             if "memory" in args.what and device.type == "cuda":
                 yield operator.gpu_memory(case, device, precision, everybody["ours"]())
     if "overhead" in args.what:
         yield from overhead.measure(device, args.rounds)
+    if "repeats" in args.what:
+        yield from repeats.measure(device, args.repeats)
     if "memory" in args.what and device.type == "cpu":
         for precision in args.dtype:
             for num_tokens in (16384, 32768, 65536):
@@ -74,7 +81,7 @@ def _measure(args: argparse.Namespace, cases: tuple[Case, ...], device: torch.de
 
 
 def main() -> int:
-    """Runs the command line; 1 if ours was absent from something."""
+    """Runs the command line; 1 if ours was absent from something, or not equal to itself where it promises to be."""
     args = _arguments()
     device = torch.device(args.device)
     torch.manual_seed(0)
@@ -88,7 +95,11 @@ def main() -> int:
         facts.save(result, device, args.out or facts.RESULTS / f"{result['date']}-{args.device}.json")
     if args.plot:
         report.plot(result, args.plot)
-    return int(any(row["kind"] == "absent" and row["who"] in OURS for row in result["rows"]))
+    return int(any(_is_a_failure(row) for row in result["rows"]))
+
+
+def _is_a_failure(row: Row) -> bool:
+    return (row["kind"] == "absent" and row["who"] in OURS) or (row.get("promised", False) and row["unequal"] > 0)
 
 
 if __name__ == "__main__":

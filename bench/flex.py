@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
+from contextlib import AbstractContextManager
+
 import torch
+import torch._functorch.config
 from torch import Tensor
 from torch.nn.attention.flex_attention import BlockMask, flex_attention
 
@@ -24,6 +27,11 @@ class FlexAttention:
             self._plan, self._mask = plan, block_mask(plan, q.device)
             self._attend = torch.compile(flex_attention, dynamic=False)
         return (self._attend(*(t.transpose(1, 2) for t in (q, k, v)), block_mask=self._mask).transpose(1, 2),)
+
+
+def for_many_backwards() -> AbstractContextManager[object]:
+    """Around calls whose graph is kept: otherwise the compiled backward takes the log-sum-exp's memory for its own."""
+    return torch._functorch.config.patch(donated_buffer=False)
 
 
 def block_mask(plan: ma.AttentionPlan, device: torch.device) -> BlockMask:

@@ -20,7 +20,7 @@ import torch
 from torch import Tensor, nn
 
 import mixed_attention as ma
-from bench import facts, report
+from bench import facts, report, timeline
 from bench.check import relative_error
 from bench.layer import peak_bytes
 from bench.rows import PRECISIONS, Row, dtype_of, timing_row
@@ -240,6 +240,9 @@ def measure(args: argparse.Namespace) -> Iterator[Row]:
         timings = take_turns({name: Calls(each) for name, each in calls.items()}, device, args.rounds)
         for name, timing in timings.items():
             yield timing_row("model", case, name, timing, dtype=precision, **peaks[name])
+    if args.timeline:
+        steps = {name: partial(step.training, each) for name, each in models.items()}
+        yield from timeline.rows("AB-UPT", steps, device, precision, args.rounds)
 
 
 def parse() -> argparse.Namespace:
@@ -255,9 +258,13 @@ def parse() -> argparse.Namespace:
     parser.add_argument("--queries", type=int, default=2**20, help="points of the volume to evaluate")
     parser.add_argument("--chunk", type=int, default=2**17, help="of them at a time")
     parser.add_argument("--rounds", type=int, default=5)
+    parser.add_argument("--timeline", action="store_true", help="also where the GPU's time of a training step goes")
     parser.add_argument("--commit", help="what is measured; default what git says")
     parser.add_argument("--out", type=Path, help="JSON file; default bench/results/DATE-noether-DEVICE.json")
-    return parser.parse_args()
+    args = parser.parse_args()
+    if args.timeline and args.device == "cpu":
+        parser.error("--timeline needs a GPU")
+    return args
 
 
 def main() -> int:

@@ -127,9 +127,9 @@ def _first_of(function: Callable[..., object], q: Tensor, k: Tensor, v: Tensor) 
 
 
 def _flex_peer(passes: tuple[str, ...] = (FORWARD, BACKWARD)) -> Peer:
-    from bench.flex import FlexAttention
+    from bench.flex import FlexAttention, for_many_backwards
 
-    return Peer(FlexAttention(), passes=passes)
+    return Peer(FlexAttention(), for_many_backwards, passes=passes)
 
 
 PEERS: dict[str, Callable[[], Peer]] = {

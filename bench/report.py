@@ -34,6 +34,10 @@ def line(row: Row) -> str:
         return f"{what}{row['losses'][0]:.5f} to {row['losses'][-1]:.5f}, {row['distance']:.2e} from fp32"
     if row["kind"] == "memory":
         return f"{what}{row['extra_bytes'] / 2**20:10.1f} MiB"
+    if row["kind"] == "repeats":
+        return f"{what}{_unequal(row)}"
+    if row["kind"] == "timeline":
+        return what + "  ".join(f"{name} {time:.3f}" for name, time in row["buckets"].items())
     rate = f"{row['gflops_per_second']:12.1f} GFLOP/s" if "gflops_per_second" in row else ""
     host = f"{row['host_microseconds']:8.0f} us of host" if "host_microseconds" in row else ""
     return f"{what}{row['milliseconds']['median']:10.4f} ms{rate}{host}"
@@ -72,10 +76,28 @@ def _sections(rows: Sequence[Row]) -> Iterator[str]:
     ):
         for key, group in _grouped(_of(rows, kind, has=_FIELDS[kind]), "dtype", "pass"):
             yield f"### {title}, {TITLES[key[0]]}, {key[1]}\n\n{_table(group, cell, *columns)}"
+    yield from _kernel_sections(rows)
     yield from _model_sections(rows)
     absent = {f"- {row['who']}, {row['dtype']} {row.get('pass', '')}: {row['reason']}" for row in _of(rows, "absent")}
     if absent:
         yield "### Not measured\n\n" + "\n".join(sorted(absent)) + "\n"
+
+
+def _kernel_sections(rows: Sequence[Row]) -> Iterator[str]:
+    """Of kernels: whether they repeat their bits, and how they share the time of a training step."""
+    for (dtype,), group in _grouped(_of(rows, "repeats"), "dtype"):
+        table = _table([{**row, "who": row["who"].replace("ours", row["pass"])} for row in group], _unequal)
+        yield f"### Repetitions with other bits than the first, {TITLES[dtype]}, and how far off\n\n{table}"
+    for (dtype,), group in _grouped(_of(rows, "timeline"), "dtype"):
+        table = _table([*_shares(group)], _text)
+        yield f"### The GPU's time of a training step, {TITLES[dtype]}, milliseconds\n\n{table}"
+
+
+def _shares(rows: Sequence[Row]) -> Iterator[Row]:
+    """One line for everybody, one column for what the time goes to."""
+    for row in rows:
+        for name, time in {**row["buckets"], "in all": _median(row)}.items():
+            yield {"case": f"{row['case']}, {row['who']}", "who": name, "text": f"{time:.3f}"}
 
 
 def _model_sections(rows: Sequence[Row]) -> Iterator[str]:
@@ -84,7 +106,7 @@ def _model_sections(rows: Sequence[Row]) -> Iterator[str]:
         parts = ({**row, "case": name, "relative": e["relative"]} for row in group for name, e in row["errors"].items())
         yield f"### AB-UPT, {TITLES[dtype]}, relative difference from noether in fp32\n\n{_table([*parts], _relative)}"
     for (dtype,), group in _grouped(_of(rows, "losses"), "dtype"):
-        yield f"### AB-UPT, {TITLES[dtype]}, losses of a training\n\n{_table([*_points(group)], _point)}"
+        yield f"### AB-UPT, {TITLES[dtype]}, losses of a training\n\n{_table([*_points(group)], _text)}"
     for (dtype,), group in _grouped(_of(rows, "model"), "dtype"):
         table = _table(group, _milliseconds, ("ours is faster", _faster))
         yield f"### AB-UPT, {TITLES[dtype]}, milliseconds\n\n{table}"
@@ -196,8 +218,13 @@ def _relative(row: Row) -> str:
     return f"{row['relative']:.1e}"
 
 
-def _point(row: Row) -> str:
+def _text(row: Row) -> str:
     return row["text"]
+
+
+def _unequal(row: Row) -> str:
+    """How many repetitions differ, and by how much of the largest entry."""
+    return f"{row['unequal']} of {row['repeats']}" + (f", {row['largest_difference']:.1e}" if row["unequal"] else "")
 
 
 def _peak(row: Row) -> str:

@@ -78,3 +78,27 @@ def test_the_model():
     ]
     for each in rows:
         assert each["who"] in report.line(each)
+
+
+def test_repetitions():
+    facts = {"repeats": 100, "pass": "backward"}
+    rows = [
+        row("repeats", "ours", unequal=7, largest_difference=1.3e-3, **facts),
+        row("repeats", "ours, deterministic", unequal=0, largest_difference=0.0, **facts),
+    ]
+    head, _, cells = lines_of(rows, "Repetitions with other bits than the first, fp16")
+    assert head == ["case", "backward", "backward, deterministic"]
+    assert cells == ["some case", "7 of 100, 1.3e-03", "0 of 100"]
+    assert "7 of 100" in report.line(rows[0])
+
+
+def test_the_time_of_a_training_step():
+    buckets = {"rotation": 1.5, "idle": 0.25}
+    rows = [row("timeline", who, time, buckets=buckets) for who, time in (("ours", 10), ("noether", 11))]
+    head, _, *cells = lines_of(rows, "The GPU's time of a training step, fp16, milliseconds")
+    assert head == ["case", "rotation", "idle", "in all"]
+    assert cells == [
+        ["some case, ours", "1.500", "0.250", "10.000"],
+        ["some case, noether", "1.500", "0.250", "11.000"],
+    ]
+    assert "rotation 1.500" in report.line(rows[0])
