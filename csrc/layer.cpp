@@ -7,6 +7,9 @@
 #include <ATen/core/dispatch/Dispatcher.h>
 #include <c10/core/impl/LocalDispatchKeySet.h>
 #include <torch/csrc/autograd/custom_function.h>
+#include <torch/csrc/autograd/graph_task.h>
+
+#include <algorithm>
 
 #include "ops.h"
 
@@ -262,7 +265,8 @@ variable_list rotated_buffers(at::TensorList buffers, const OptionalTensors& fre
 }
 
 // NOTE: what is saved are the rotated buffers, as outputs: so a second derivative finds the way through this node's own
-// rotation, and a KV cache that is taken from them stays attached.
+// rotation, and a KV cache that is taken from them stays attached. Where nobody needs them after the backward, their
+// gradients take their place.
 struct AttendInPlace : torch::autograd::Function<AttendInPlace> {
   static variable_list forward(AutogradContext* ctx, at::TensorList buffers, const OptionalTensors& freqs,
                                const std::optional<Tensor>& key_padding_mask, const std::optional<Tensor>& dropout_seed,
@@ -302,16 +306,24 @@ struct AttendInPlace : torch::autograd::Function<AttendInPlace> {
       return result;
     }
     const at::AutoDispatchBelowADInplaceOrView guard;
+    const int64_t num_heads = call.shapes[0][3], head_dim = call.shapes[0][4];
+    const Tensor dheads = dout.unflatten(2, {num_heads, head_dim}),
+                 heads = saved[0].unflatten(2, {num_heads, head_dim});
+    const bool may_overwrite = is_last_use() && std::all_of(buffers.begin(), buffers.end(), is_held_by_node_alone);
+    const std::vector<Tensor> qkv = slots(buffers, call.shapes);
     variable_list dbuffers;
-    for (const Tensor& buffer : buffers) dbuffers.push_back(at::empty_like(buffer));
-    const std::vector<Tensor> qkv = slots(buffers, call.shapes), dqkv = slots(dbuffers, call.shapes);
-    static const auto op = c10::Dispatcher::singleton()
-                               .findSchemaOrThrow("mixed_attention::backward_out", "")
-                               .typed<decltype(backward_out)>();
-    const int64_t num_heads = qkv[0].size(2), head_dim = qkv[0].size(3);
-    op.call(dout.unflatten(2, {num_heads, head_dim}), std::nullopt, qkv[0], qkv[1], qkv[2],
-            saved[0].unflatten(2, {num_heads, head_dim}), saved[1], call.segments, call.softmax_scale, mask,
-            call.dropout_p, seed, dqkv[0], dqkv[1], dqkv[2]);
+    if (may_overwrite && backward_in_place(dheads, std::nullopt, qkv[0], qkv[1], qkv[2], heads, saved[1], call.segments,
+                                           call.softmax_scale, mask, call.dropout_p, seed)) {
+      for (const Tensor& buffer : buffers) dbuffers.push_back(buffer.detach());
+    } else {
+      for (const Tensor& buffer : buffers) dbuffers.push_back(at::empty_like(buffer));
+      static const auto op = c10::Dispatcher::singleton()
+                                 .findSchemaOrThrow("mixed_attention::backward_out", "")
+                                 .typed<decltype(backward_out)>();
+      const std::vector<Tensor> dqkv = slots(dbuffers, call.shapes);
+      op.call(dheads, std::nullopt, qkv[0], qkv[1], qkv[2], heads, saved[1], call.segments, call.softmax_scale, mask,
+              call.dropout_p, seed, dqkv[0], dqkv[1], dqkv[2]);
+    }
     for (size_t part = 0; part < num_parts; ++part) {
       if (drotated[part]) dbuffers[part].add_(*drotated[part]);
       if (freqs[part].defined()) {
@@ -321,6 +333,14 @@ struct AttendInPlace : torch::autograd::Function<AttendInPlace> {
     }
     return result;
   }
+
+ private:
+  // Whether this is the last time that a backward goes through the graph.
+  static bool is_last_use() { return !torch::autograd::get_current_graph_task_keep_graph(); }
+
+  // Of a saved output: whether, beside what is saved and what came of it, nobody sees its memory; a recorded cache,
+  // say. NOTE: hooks on saved tensors bring along tensors of their own, and another number.
+  static bool is_held_by_node_alone(const Tensor& unpacked) { return unpacked.storage().use_count() == 2; }
 };
 
 }  // namespace

@@ -222,10 +222,20 @@ std::tuple<Tensor, Tensor> forward(const Tensor& q, const Tensor& k, const Tenso
   return {out, lse};
 }
 
-void backward_out(const Tensor& dout, const OptionalTensor& dlse, const Tensor& q, const Tensor& k, const Tensor& v,
+namespace {
+
+bool can_overwrite_inputs(const BwdParams& params, const Tensor& q) {
+#ifdef MIXED_ATTENTION_WITH_CUDA
+  if (q.is_cuda()) return cuda::can_overwrite_inputs(params);
+#endif
+  return false;
+}
+
+// Whether it ran: where the gradients are the inputs themselves, only if kernels can do that.
+bool run_backward(const Tensor& dout, const OptionalTensor& dlse, const Tensor& q, const Tensor& k, const Tensor& v,
                   const Tensor& out, const Tensor& lse, at::IntArrayRef segments, double softmax_scale,
                   const OptionalTensor& key_padding_mask, double dropout_p, const OptionalTensor& dropout_seed,
-                  const Tensor& dq, const Tensor& dk, const Tensor& dv) {
+                  const Tensor& dq, const Tensor& dk, const Tensor& dv, bool is_in_place) {
   const Call call = prepare(q, k, v, segments, key_padding_mask, dropout_p, dropout_seed);
   const at::DimVector out_shape{q.size(0), q.size(1), q.size(2), v.size(3)};
   const at::DimVector lse_shape{q.size(0), q.size(2), q.size(1)};
@@ -264,7 +274,27 @@ void backward_out(const Tensor& dout, const OptionalTensor& dlse, const Tensor& 
   params.dk_strides = strides(dk);
   params.dv_strides = strides(dv);
   params.deterministic = at::globalContext().deterministicAlgorithms();
+  if (is_in_place && !can_overwrite_inputs(params, q)) return false;
   run_bwd(params, q);
+  return true;
+}
+
+}  // namespace
+
+void backward_out(const Tensor& dout, const OptionalTensor& dlse, const Tensor& q, const Tensor& k, const Tensor& v,
+                  const Tensor& out, const Tensor& lse, at::IntArrayRef segments, double softmax_scale,
+                  const OptionalTensor& key_padding_mask, double dropout_p, const OptionalTensor& dropout_seed,
+                  const Tensor& dq, const Tensor& dk, const Tensor& dv) {
+  run_backward(dout, dlse, q, k, v, out, lse, segments, softmax_scale, key_padding_mask, dropout_p, dropout_seed, dq,
+               dk, dv, false);
+}
+
+bool backward_in_place(const Tensor& dout, const OptionalTensor& dlse, const Tensor& q, const Tensor& k,
+                       const Tensor& v, const Tensor& out, const Tensor& lse, at::IntArrayRef segments,
+                       double softmax_scale, const OptionalTensor& key_padding_mask, double dropout_p,
+                       const OptionalTensor& dropout_seed) {
+  return run_backward(dout, dlse, q, k, v, out, lse, segments, softmax_scale, key_padding_mask, dropout_p, dropout_seed,
+                      q, k, v, true);
 }
 
 std::tuple<Tensor, Tensor, Tensor> backward(const Tensor& dout, const OptionalTensor& dlse, const Tensor& q,

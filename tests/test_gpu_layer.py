@@ -281,3 +281,82 @@ def test_perceiver(dtype, device):
     layer64, tokens64 = copy.deepcopy(layer).double(), [t.detach().double().requires_grad_() for t in tokens]
     exact = [(out := attend(layer64, *tokens64)).detach(), *gradients(out, [*tokens64, *layer64.parameters()])]
     assert_as_exact_as_torch(ours, theirs, exact)
+
+
+# Gradients over what was saved.
+
+LARGE = Scene(dict(zip(GROUPS, (2050, 1500, 1800, 2100))), SELF.attends)
+
+
+def make_training_call(device: torch.device, cls: type[nn.Module] = ma.MixedAttention, **config):
+    layer = make_layer(cls, dtype=torch.bfloat16, use_rope=True, **REAL_SHAPE, **config).to(device)
+    x = make_tokens(LARGE, 192, torch.bfloat16, device)
+    freqs = make_freqs(LARGE.num_tokens, head_dim=64).to(device, torch.complex64)
+    return layer, x, lambda **more: layer(x, LARGE.specs, LARGE.patterns, freqs=freqs, **more)
+
+
+def test_gradients_take_the_place_of_what_nobody_needs_any_more(device):
+    layer, x, call = make_training_call(device)
+
+    def peak(*, retain_graph: bool) -> int:
+        out = call()
+        torch.cuda.reset_peak_memory_stats(device)
+        gradients(out, [x, *layer.parameters()], retain_graph=retain_graph)
+        return torch.cuda.max_memory_allocated(device)
+
+    queries, keys = LARGE.num_tokens, LARGE.sizes[GROUPS[0]] + LARGE.sizes[GROUPS[2]]
+    packed_bytes = 2 * 192 * x.element_size() * (queries + 2 * keys)
+    peak(retain_graph=True)  # the first call of a process allocates more
+    assert peak(retain_graph=True) - peak(retain_graph=False) > 0.9 * packed_bytes
+
+
+def test_a_graph_that_is_kept_is_not_overwritten(device):
+    layer, x, call = make_training_call(device)
+    wanted, out = [x, *layer.parameters()], call()
+    first, second, last = (gradients(out, wanted, retain_graph=keeps) for keeps in (True, True, False))
+    for expected, *others in zip(first, second, last):
+        for got in others:  # dq is added up in any order
+            assert (got - expected).abs().max() <= 2 * torch.finfo(got.dtype).eps * expected.abs().max()
+
+
+def test_a_recorded_cache_is_not_overwritten(device):
+    layer, x, call = make_training_call(device, ma.noether.MixedAttention)
+    out, cache = call()
+    entries = [entry[name] for entry in cache.values() for name in ("k", "v")]
+    expected = [entry.detach().clone() for entry in entries]
+    gradients(out, [x, *layer.parameters()])
+    assert all(torch.equal(*pair) for pair in zip(entries, expected))
+
+
+def test_what_a_hook_on_saved_tensors_holds_is_not_overwritten(device):
+    layer, x, call = make_training_call(device)
+    held: list[tuple[Tensor, Tensor]] = []
+
+    def pack(saved: Tensor) -> Tensor:
+        held.append((saved, saved.clone()))
+        return saved
+
+    with torch.autograd.graph.saved_tensors_hooks(pack, lambda packed: packed):
+        out = call()
+    gradients(out, [x, *layer.parameters()])
+    assert all(torch.equal(*pair) for pair in held)
+
+
+def test_a_captured_backward_may_be_replayed_again(device):
+    layer, x, call = make_training_call(device)
+    wanted, dout, stream = [x, *layer.parameters()], torch.randn_like(x), torch.cuda.Stream()
+    stream.wait_stream(torch.cuda.current_stream())
+    with torch.cuda.stream(stream):
+        torch.autograd.grad(call(), wanted, dout)
+    forward, backward = torch.cuda.CUDAGraph(), torch.cuda.CUDAGraph()
+    with torch.cuda.graph(forward, stream=stream):
+        out = call()
+    with torch.cuda.graph(backward, pool=forward.pool(), stream=stream):
+        grads = torch.autograd.grad(out, wanted, dout)
+    torch.cuda.current_stream().wait_stream(stream)
+    forward.replay()
+    backward.replay()
+    first = [grad.clone() for grad in grads]
+    backward.replay()
+    for got, expected in zip(grads, first):
+        assert (got - expected).abs().max() <= 2 * torch.finfo(got.dtype).eps * expected.abs().max()

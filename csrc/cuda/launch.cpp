@@ -4,6 +4,7 @@
 #include <cstdlib>
 #include <string_view>
 
+#include "cuda/device.h"
 #include "cuda/hopper/launch.h"
 #include "cuda/portable/launch.h"
 
@@ -54,6 +55,10 @@ size_t fwd_workspace_size(const FwdParams& params) {
 
 size_t bwd_workspace_size(const BwdParams& params) {
   return hopper_serves(params) ? hopper::bwd_workspace_size(params) : portable::bwd_workspace_size(params);
+}
+
+bool can_overwrite_inputs(const BwdParams& params) {
+  return !is_capturing(params.stream) && hopper_serves(params) && hopper::can_overwrite_inputs(params);
 }
 
 void run_fwd(const FwdParams& params) {

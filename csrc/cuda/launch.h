@@ -41,6 +41,9 @@ Layout layout_bwd(const BwdParams& params);
 size_t fwd_workspace_size(const FwdParams& params);
 size_t bwd_workspace_size(const BwdParams& params);
 
+// Whether run_bwd may be given the inputs as gradients. Not in a capture: its backward may be replayed again.
+bool can_overwrite_inputs(const BwdParams& params);
+
 // These enqueue on params.stream and return; they never synchronise and never allocate.
 void run_fwd(const FwdParams& params);
 void run_bwd(const BwdParams& params);

@@ -93,6 +93,10 @@ bool can_bwd(const BwdParams& params) {
          can_store(params.dv, params.dv_strides) && fits_work_table(params) && fits_key_work_table(params);
 }
 
+// With all gradients in one kernel, keys and values are read by those alone who overwrite them, after their last use;
+// gradients of queries leave in a kernel behind it.
+bool can_overwrite_inputs(const BwdParams& params) { return adds_dq(params); }
+
 size_t bwd_workspace_size(const BwdParams& params) {
   return params.dtype == DType::kFloat32 ? fp32_bwd_workspace(params).size : bwd_workspace(params).size;
 }

@@ -23,6 +23,9 @@ Layout layout_bwd(const BwdParams& params);
 size_t fwd_workspace_size(const FwdParams& params);
 size_t bwd_workspace_size(const BwdParams& params);
 
+// Whether gradients may be written where the inputs lie.
+bool can_overwrite_inputs(const BwdParams& params);
+
 // These enqueue on params.stream and return.
 void run_fwd(const FwdParams& params);
 void run_bwd(const BwdParams& params);
