@@ -141,8 +141,8 @@ struct FwdPartsTuning<128, 2> {
   static constexpr int kPolynomialEvery = 0, kQueryBuffers = 1;
 };
 
-// One part. What a tile adds to the output has registers of its own here as well, as it is in units of the tile's own;
-// beside that of 16 bits it leaves two warpgroups.
+// Numbers of one part. What a tile adds to the output is in units of the tile's own, and so in registers of its own:
+// 160 with scores, weights and output, which leaves two warpgroups.
 template <>
 struct FwdPartsTuning<64, 1> {
   static constexpr int kConsumers = 2, kBlockN = 128, kStages = 4, kProducerRegisters = 40, kConsumerRegisters = 232;

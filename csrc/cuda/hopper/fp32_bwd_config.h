@@ -33,7 +33,7 @@ struct DoutNumbers {
 template <int kParts, int kRows>
 using HalfTile = __half[kParts][kRows * kSlabColumns];
 
-// Two warpgroups of 64 key rows. Every input is there once for each part; that of two leaves room for four tiles of
+// Two warpgroups of 64 key rows. Every input is there once for each part, of which two leave room for four tiles of
 // queries and of output gradients each.
 template <int kParts_>
 struct Fp32DkDvConfig {
