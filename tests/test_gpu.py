@@ -225,6 +225,13 @@ def test_small_problems(mask, head_dim, dtype, device):
 
 
 @pytest.mark.sanitizer
+@pytest.mark.parametrize("head_dim", [64, 128, 20])
+def test_small_problems_in_tf32(head_dim, device):
+    with products_of("high"):
+        check(Case((70, 0, 33), "a>c bc>ac", 2, head_dim=head_dim, layout="strided"), device)
+
+
+@pytest.mark.sanitizer
 @each_dtype
 def test_small_problems_of_split_keys(dtype, device):
     check(Case((3, 2100), "ab>ab", head_dim=64, cached="b", dtype=dtype), device)
