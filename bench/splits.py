@@ -83,6 +83,7 @@ ARITHMETICS = {
     "3 products of TF32": Arithmetic(_tf32, TWO_PARTS, depth=8),
     "3 products of bf16": Arithmetic(Tensor.bfloat16, TWO_PARTS, depth=16),
     "6 products of bf16": Arithmetic(Tensor.bfloat16, THREE_PARTS, depth=16),
+    "fp16, scaled": Arithmetic(Tensor.half, ((0, 0),), depth=16, scaled=True),
     "3 products of fp16, scaled": Arithmetic(Tensor.half, TWO_PARTS, depth=16, scaled=True),
 }
 

@@ -55,6 +55,12 @@ void parallel_for(int num_workers, void (*task)(int worker, void* context), void
   });
 }
 
+// What torch's own matrix products of fp32 on GPUs go by.
+bool allows_tf32() {
+  return at::globalContext().float32Precision(at::Float32Backend::CUDA, at::Float32Op::MATMUL) ==
+         at::Float32Precision::TF32;
+}
+
 // Fields that depend on where the call runs.
 template <class Params>
 void fill_device(Params& params, const Tensor& tensor) {
@@ -65,10 +71,7 @@ void fill_device(Params& params, const Tensor& tensor) {
     const c10::impl::VirtualGuardImpl device(tensor.device().type());
     params.device = tensor.device().index();
     params.stream = device.getStream(tensor.device()).native_handle();
-    if constexpr (std::is_base_of_v<AttentionParams, Params>) {
-      params.allow_tf32 = at::globalContext().float32Precision(at::Float32Backend::CUDA, at::Float32Op::MATMUL) ==
-                          at::Float32Precision::TF32;
-    }
+    if constexpr (std::is_base_of_v<AttentionParams, Params>) params.allow_tf32 = allows_tf32();
   }
 }
 
@@ -382,6 +385,7 @@ std::tuple<int, int, int, int64_t, int, int64_t> cuda_layout(at::ScalarType dtyp
   params.head_dim_v = head_dim_v;
   params.schedule = &schedule;
   params.device = device;
+  params.allow_tf32 = allows_tf32();
   const cuda::Layout layout =
       backward ? cuda::layout_bwd(params) : cuda::layout_fwd({static_cast<const AttentionParams&>(params)});
   return {layout.tile_rows, layout.block_rows, layout.num_splits,

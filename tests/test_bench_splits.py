@@ -8,6 +8,7 @@ from bench.splits import ARITHMETICS, BLOCK
 # Of a product: what its left-out partial products and the rests of its factors come to at most.
 LEFT_OUT = {
     "TF32": 2 * 2**-11.0,
+    "fp16, scaled": 2 * 2**-11.0,
     "3 products of TF32": 3 * 2**-22.0,
     "3 products of bf16": 3 * 2**-16.0,
     "6 products of bf16": 5 * 2**-24.0,

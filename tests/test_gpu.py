@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
+from contextlib import contextmanager
 from dataclasses import fields, replace
 
 import pytest
@@ -26,6 +28,19 @@ CASES = {"abupt": LARGE_CASES["abupt"], "wide": LARGE_CASES["wide"], "masked": L
 
 def each_dtype(function: Callable) -> Callable:
     return pytest.mark.parametrize("dtype", DTYPES.values(), ids=DTYPES)(function)
+
+
+@contextmanager
+def products_of(precision: str) -> Iterator[None]:
+    """Lets fp32 be multiplied as TF32 (``"high"``), or not (``"highest"``)."""
+    torch.set_float32_matmul_precision(precision)
+    try:
+        yield
+    finally:
+        torch.set_float32_matmul_precision("highest")
+
+
+each_precision = pytest.mark.parametrize("precision", ["highest", "high"])
 
 
 def assert_equal_bits(got: Results, expected: Results) -> None:
@@ -129,12 +144,13 @@ def test_heavy_tails(case, dtype, device):
     check(case.with_(dtype=dtype, heavy_tails=True), device)
 
 
+@each_precision
 @pytest.mark.parametrize("head_dim", [40, 64])
-def test_a_query_that_matters_little_beside_others_loses_nothing(head_dim, device):
+def test_a_query_that_matters_little_beside_others_loses_nothing(head_dim, precision, device):
     """Gradients of a query in fp32 scale with those that come in for it, bit by bit, whatever comes in for others."""
     inputs = make_inputs(Case((300, 77), "ab>ab", num_heads=2, head_dim=head_dim, dlse=False), device)
     factors = torch.tensor([2.0 ** (row % 121 - 60) for row in range(377)], device=device)[None, :, None, None]
-    with deterministic():
+    with products_of(precision), deterministic():
         expected = run(inputs)
         got = run(replace(inputs, dout=inputs.dout * factors))
     assert_equal(got.dq, expected.dq * factors, "dq")
@@ -159,11 +175,45 @@ def test_keys_beside_a_single_one_of_small_logits(head_dim, device):
 
 @pytest.mark.parametrize("case", CASES.values(), ids=CASES)
 def test_tf32_where_torch_allows_it(case, device):
-    torch.set_float32_matmul_precision("high")
-    try:
+    with products_of("high"):
         check(case, device)
-    finally:
-        torch.set_float32_matmul_precision("highest")
+        check(case.with_(heavy_tails=True), device)
+
+
+@pytest.mark.parametrize("head_dim", [32, 40, 64, 96, 128])
+@pytest.mark.parametrize("ahead", [0, 3], ids=["own keys", "keys ahead"])
+def test_tf32_of_sizes_around_every_tile(ahead, head_dim, device):
+    sizes = (*EDGES, 95, 97)
+    attends = " ".join(f"{name}>{NAMES[(i + ahead) % len(sizes)]}" for i, name in enumerate(NAMES[: len(sizes)]))
+    with products_of("high"):
+        check(Case(sizes, attends, batch_size=2, num_heads=2, head_dim=head_dim, shared="v"), device)
+
+
+@pytest.mark.parametrize("case", SPLITS.values(), ids=SPLITS)
+def test_tf32_of_parts_of_keys(case, device):
+    with products_of("high"):
+        for head_dim in (64, 128):
+            check(case.with_(head_dim=head_dim), device)
+
+
+@each_precision
+@pytest.mark.parametrize("heavy_tails", [False, True], ids=["normal", "heavy tails"])
+@pytest.mark.parametrize("head_dim", [40, 64, 128])
+def test_rows_of_very_different_magnitudes(head_dim, heavy_tails, precision, device):
+    """Tokens from e^-20 to e^20 times as large as others, under a scale that keeps their scores in the range of exp."""
+    scale = math.exp(-20) / head_dim**0.5
+    inputs = make_inputs(Case((300, 77), "ab>ab", 2, 2, head_dim, softmax_scale=scale, heavy_tails=heavy_tails), device)
+    generator = torch.Generator().manual_seed(0)
+
+    def spread(tensor: Tensor, largest: float = 20) -> Tensor:
+        exponents = -20 + (20 + largest) * torch.rand((*tensor.shape[:-1], 1), generator=generator)
+        return tensor.detach() * exponents.exp().to(device)
+
+    q, k, v = spread(inputs.q), spread(inputs.k, largest=0), spread(inputs.v)
+    spread_inputs = replace(inputs, q=q, k=k, v=v, dout=spread(inputs.dout))
+    with products_of(precision):
+        leaves = with_own_leaves(spread_inputs)
+        judge(run(leaves), leaves)
 
 
 @pytest.mark.sanitizer
@@ -199,6 +249,13 @@ def test_every_kind_of_kernel(case, device):
     check(case, device)
     with deterministic():
         check(case, device)
+
+
+@pytest.mark.sanitizer
+@pytest.mark.parametrize("head_dim", [64, 128, 20])
+def test_small_problems_in_tf32(head_dim, device):
+    with products_of("high"):
+        check(Case((70, 0, 33), "a>c bc>ac", 2, head_dim=head_dim, layout="strided"), device)
 
 
 @pytest.mark.sanitizer

@@ -8,7 +8,8 @@
 
 namespace mixed_attention::cuda {
 
-// What decides which kernel serves a call.
+// What decides which family of kernels serves a call. Whether fp32 may be rounded to TF32 does not: every family that
+// serves fp32 has kernels for either, and chooses by AttentionParams::allow_tf32.
 struct Problem {
   DType dtype;
   int64_t head_dim, head_dim_v;
@@ -33,7 +34,8 @@ struct Layout {
   int64_t num_split_tiles;    // whose walk is cut, all or some
 };
 
-// By query for the forward, by key for the backward. Of the params only shapes, dtype, schedule and device are read.
+// By query for the forward, by key for the backward. Of the params only shapes, dtype, schedule, device and
+// allow_tf32 are read.
 Layout layout_fwd(const FwdParams& params);
 Layout layout_bwd(const BwdParams& params);
 

@@ -1,6 +1,7 @@
 // Tile sizes of the Hopper kernels and the shared memory of a block, by head_dim.
 #pragma once
 
+#include <cuda_bf16.h>
 #include <cuda_fp16.h>
 
 #include <cstddef>
@@ -42,31 +43,38 @@ auto with_head_dim_of(int64_t head_dim, const Visit& visit) {
   return visit.template operator()<kHeadDim>();
 }
 
-template <typename Visit>
-auto with_fwd_head_dim(int64_t head_dim, const Visit& visit) {
-  return with_head_dim_of<kFwdHeadDims>(head_dim, visit);
-}
-
-// Heads of fp32, each of whose numbers is two of fp16, are served by 64 and 128.
+// The same of fp32, whose numbers are multiplied as ones of fp16, their parts.
+inline constexpr int kPartsHeadDims[] = {64, 128};
 inline constexpr int kMinPartsHeadDim = 40;  // narrower ones would be multiplied by too many zeros
 inline constexpr int kMaxPartsHeadDim = 128;
 
-// Calls visit.operator()<kHeadDim, kParts>() with the kernel's head_dim and the factors that a number is made up of.
+// Calls visit.operator()<kParts>() with the parts of an fp32 number. One of them has the 11 significant bits of TF32.
 template <typename Visit>
-auto with_fwd_tuning(DType dtype, int64_t head_dim, const Visit& visit) {
-  if (dtype == DType::kFloat32) {
-    return head_dim <= 64 ? visit.template operator()<64, 2>() : visit.template operator()<128, 2>();
+auto with_parts(const AttentionParams& params, const Visit& visit) {
+  return params.allow_tf32 ? visit.template operator()<1>() : visit.template operator()<2>();
+}
+
+// Calls visit.operator()<Element, kHeadDim, kParts>() with those of the kernel that serves a call; numbers of 16 bits
+// are a single part.
+template <typename Visit>
+auto with_fwd_kernel(const FwdParams& params, const Visit& visit) {
+  if (params.dtype == DType::kFloat32) {
+    return with_head_dim_of<kPartsHeadDims>(params.head_dim, [&]<int kHeadDim>() {
+      return with_parts(params, [&]<int kParts>() { return visit.template operator()<float, kHeadDim, kParts>(); });
+    });
   }
-  return with_fwd_head_dim(head_dim, [&]<int kHeadDim>() { return visit.template operator()<kHeadDim, 1>(); });
+  return with_head_dim_of<kFwdHeadDims>(params.head_dim, [&]<int kHeadDim>() {
+    return params.dtype == DType::kBFloat16 ? visit.template operator()<__nv_bfloat16, kHeadDim, 1>()
+                                            : visit.template operator()<__half, kHeadDim, 1>();
+  });
 }
 
 // Columns of the slabs that a tile is stored in: as wide as a swizzle allows, but none of them half empty, which the
 // products would take for work.
 constexpr int slab_columns(int head_dim) { return head_dim % kSlabColumns == 0 ? kSlabColumns : kSlabColumns / 2; }
 
-// Registers a thread: the sum over all warpgroups may not exceed what the launch gives, 65536 a block. kParts: factors
-// that a number is made up of, 2 for fp32.
-template <int kHeadDim, int kParts = 1>
+// Registers a thread: the sum over all warpgroups may not exceed what the launch gives, 65536 a block.
+template <int kHeadDim>
 struct FwdTuning;
 
 // The exponential unit takes twice as long as the tensor cores: more weights by polynomial.
@@ -112,10 +120,14 @@ struct FwdTuning<256> {
   static constexpr int kPolynomialEvery = 0, kQueryBuffers = 1;
 };
 
+// The same of fp32.
+template <int kHeadDim, int kParts>
+struct FwdPartsTuning;
+
 // Numbers of two parts. Scores, weights, output and what a tile adds to it take 192 registers, which leaves two
 // warpgroups; as products take three times as long as those of one part, they hide the softmax all the same.
 template <>
-struct FwdTuning<64, 2> {
+struct FwdPartsTuning<64, 2> {
   static constexpr int kConsumers = 2, kBlockN = 128, kStages = 2, kProducerRegisters = 40, kConsumerRegisters = 232;
   static constexpr int kPolynomialEvery = 0, kQueryBuffers = 2;
 };
@@ -124,23 +136,42 @@ struct FwdTuning<64, 2> {
 // Spills: hopper_attention_fwd_kernel in hopper_fwd_fp32_d128 for sm_90a, 120 bytes: numbers of barriers and the like,
 // five words read in the loop over tiles, where the addresses of 36 products want registers as well.
 template <>
-struct FwdTuning<128, 2> {
+struct FwdPartsTuning<128, 2> {
   static constexpr int kConsumers = 2, kBlockN = 64, kStages = 2, kProducerRegisters = 40, kConsumerRegisters = 232;
   static constexpr int kPolynomialEvery = 0, kQueryBuffers = 1;
 };
 
-// Factors that an element of the inputs is made up of: half_parts.h.
+// Numbers of one part. What a tile adds to the output is in units of the tile's own, and so in registers of its own:
+// 160 with scores, weights and output, which leaves two warpgroups.
+template <>
+struct FwdPartsTuning<64, 1> {
+  static constexpr int kConsumers = 2, kBlockN = 128, kStages = 4, kProducerRegisters = 40, kConsumerRegisters = 232;
+  static constexpr int kPolynomialEvery = 0, kQueryBuffers = 2;
+};
+
+// Scores, weights, output and what a tile adds to it take 200 registers.
+template <>
+struct FwdPartsTuning<128, 1> {
+  static constexpr int kConsumers = 2, kBlockN = 96, kStages = 3, kProducerRegisters = 40, kConsumerRegisters = 232;
+  static constexpr int kPolynomialEvery = 0, kQueryBuffers = 2;
+};
+
+// Whether the numbers of a row have a unit: half_parts.h.
 template <typename Element>
-inline constexpr int kPartsOf = std::is_same_v<Element, float> ? 2 : 1;
+inline constexpr bool kHasUnits = std::is_same_v<Element, float>;
+
+template <typename Element, int kHeadDim, int kParts>
+using FwdTuningOf = std::conditional_t<kHasUnits<Element>, FwdPartsTuning<kHeadDim, kParts>, FwdTuning<kHeadDim>>;
 
 // kIsMasked: by a key padding mask.
-template <typename Element_, int kHeadDim_, bool kIsMasked_>
-struct FwdConfig : FwdTuning<kHeadDim_, kPartsOf<Element_>> {
+template <typename Element_, int kHeadDim_, int kParts_, bool kIsMasked_>
+struct FwdConfig : FwdTuningOf<Element_, kHeadDim_, kParts_> {
   using Element = Element_;
-  static constexpr int kParts = kPartsOf<Element>;
-  using Factor = std::conditional_t<kParts == 2, __half, Element>;  // what is multiplied
-  using Tuning = FwdTuning<kHeadDim_, kParts>;
+  static constexpr bool kHasUnits = hopper::kHasUnits<Element>;
+  using Factor = std::conditional_t<kHasUnits, __half, Element>;  // what is multiplied
+  using Tuning = FwdTuningOf<Element, kHeadDim_, kParts_>;
   static constexpr int kHeadDim = kHeadDim_;
+  static constexpr int kParts = kParts_;
   static constexpr bool kIsMasked = kIsMasked_;
   // A masked key's weight by polynomial would not quite be zero, and masking leaves no time for polynomials anyway.
   static constexpr int kPolynomialEvery = kIsMasked ? 0 : Tuning::kPolynomialEvery;
@@ -157,7 +188,7 @@ struct FwdConfig : FwdTuning<kHeadDim_, kPartsOf<Element_>> {
   static constexpr int kTileBytesM = kParts * kPartBytesM;
   static constexpr int kTileBytesN = kParts * kPartBytesN;
 
-  static_assert(sizeof(Factor) == 2 && kHeadDim % kSlabColumns == 0 && (kParts == 1 || !kIsMasked));
+  static_assert(sizeof(Factor) == 2 && kHeadDim % kSlabColumns == 0 && (kHasUnits ? !kIsMasked : kParts == 1));
   static_assert(Tuning::kProducerRegisters + Tuning::kConsumers * Tuning::kConsumerRegisters <=
                 65536 / kThreads / 8 * 8 * (1 + Tuning::kConsumers));
 };
@@ -193,7 +224,7 @@ struct FwdSharedStorage {
   uint64_t v_full[Config::kStages], v_empty[Config::kStages];
 
   alignas(16) uint32_t key_bits[Config::kStages][kKeyBitWords];  // of k's tiles; only under a mask
-  std::conditional_t<Config::kParts == 2, UnitsRing<Config>, NoUnits> units;
+  std::conditional_t<Config::kHasUnits, UnitsRing<Config>, NoUnits> units;
 };
 
 }  // namespace mixed_attention::cuda::hopper

@@ -10,10 +10,11 @@ Fp32BwdWorkspace fp32_bwd_workspace(const BwdParams& params) {
   const BwdTensors tensors = bwd_tensors(params);
   Scratch scratch(params.workspace);
   Fp32BwdWorkspace workspace{};
-  workspace.q = take_half_parts(tensors.q, scratch);
-  workspace.k = take_half_parts(tensors.k, scratch);
-  workspace.v = take_half_parts(tensors.v, scratch);
-  workspace.dout = take_half_parts(tensors.dout, scratch);
+  const int num_parts = with_parts(params, []<int kParts>() { return kParts; });
+  workspace.q = take_half_parts(tensors.q, num_parts, scratch);
+  workspace.k = take_half_parts(tensors.k, num_parts, scratch);
+  workspace.v = take_half_parts(tensors.v, num_parts, scratch);
+  workspace.dout = take_half_parts(tensors.dout, num_parts, scratch);
   const int64_t num_sequences = params.batch_size * params.num_heads;
   const int64_t num_tiles = num_sequences * num_query_tiles(make_query_runs(*params.schedule));
   workspace.q_numbers = scratch.take<QueryNumbers>(num_tiles);

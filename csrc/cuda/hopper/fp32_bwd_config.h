@@ -1,5 +1,6 @@
-// Tile sizes of the Hopper backward for fp32 and the shared memory of its blocks. Heads have kMinPartsHeadDim to 64
-// columns and are filled up to 64 with zeros by the copy engine.
+// Tile sizes of the Hopper backward for fp32, whose numbers are multiplied in kParts parts (half_parts.h), and the
+// shared memory of its blocks. Heads have kMinPartsHeadDim to 64 columns and are filled up to 64 with zeros by the copy
+// engine.
 #pragma once
 
 #include <cuda_fp16.h>
@@ -28,27 +29,28 @@ struct DoutNumbers {
   float padding[3];  // the copy engine moves 16 bytes at a time
 };
 
-// Of a tile of rows both parts.
-constexpr int half_part_bytes(int rows) { return rows * kRowBytes; }
-constexpr int half_tile_bytes(int rows) { return 2 * half_part_bytes(rows); }
+// The parts of a tile of rows.
+template <int kParts, int kRows>
+using HalfTile = __half[kParts][kRows * kSlabColumns];
 
-// Two warpgroups of 64 key rows. Every input is there twice, once for each part; that leaves room for four tiles of
+// Two warpgroups of 64 key rows. Every input is there once for each part, of which two leave room for four tiles of
 // queries and of output gradients each.
+template <int kParts_>
 struct Fp32DkDvConfig {
+  static constexpr int kParts = kParts_;
   static constexpr int kSplits = 1;
   static constexpr int kConsumers = 2, kStages = 4;
   static constexpr int kBlockM = kQueryTileRows, kBlockN = kConsumers * kWarpgroupRows;
+  static constexpr int kPartBytesM = kBlockM * kRowBytes, kTileBytesM = kParts * kPartBytesM;
+  static constexpr int kPartBytesN = kBlockN * kRowBytes, kTileBytesN = kParts * kPartBytesN;
   static constexpr int kThreads = (1 + kConsumers) * kWarpgroup;
   static constexpr int kProducerRegisters = 24, kConsumerRegisters = 240;
 };
 
+template <typename Config>
 struct Fp32DkDvSharedStorage {
-  using Config = Fp32DkDvConfig;
-
-  alignas(1024) __half k[2][Config::kBlockN * kSlabColumns];
-  alignas(1024) __half v[2][Config::kBlockN * kSlabColumns];
-  alignas(1024) __half q[Config::kStages][2][Config::kBlockM * kSlabColumns];
-  alignas(1024) __half dout[Config::kStages][2][Config::kBlockM * kSlabColumns];
+  alignas(1024) HalfTile<Config::kParts, Config::kBlockN> k, v;
+  alignas(1024) HalfTile<Config::kParts, Config::kBlockM> q[Config::kStages], dout[Config::kStages];
   alignas(128) QueryNumbers q_numbers[Config::kStages];
   alignas(128) DoutNumbers dout_numbers[Config::kStages];
 
@@ -58,21 +60,22 @@ struct Fp32DkDvSharedStorage {
 };
 
 // Two warpgroups of 64 query rows.
+template <int kParts_>
 struct Fp32DqConfig {
+  static constexpr int kParts = kParts_;
   static constexpr int kSplits = 1;
   static constexpr int kConsumers = 2, kStages = 4;
   static constexpr int kBlockM = kConsumers * kWarpgroupRows, kBlockN = 64;
+  static constexpr int kPartBytesM = kBlockM * kRowBytes, kTileBytesM = kParts * kPartBytesM;
+  static constexpr int kPartBytesN = kBlockN * kRowBytes, kTileBytesN = kParts * kPartBytesN;
   static constexpr int kThreads = (1 + kConsumers) * kWarpgroup;
   static constexpr int kProducerRegisters = 40, kConsumerRegisters = 232;
 };
 
+template <typename Config>
 struct Fp32DqSharedStorage {
-  using Config = Fp32DqConfig;
-
-  alignas(1024) __half q[2][Config::kBlockM * kSlabColumns];
-  alignas(1024) __half dout[2][Config::kBlockM * kSlabColumns];
-  alignas(1024) __half k[Config::kStages][2][Config::kBlockN * kSlabColumns];
-  alignas(1024) __half v[Config::kStages][2][Config::kBlockN * kSlabColumns];
+  alignas(1024) HalfTile<Config::kParts, Config::kBlockM> q, dout;
+  alignas(1024) HalfTile<Config::kParts, Config::kBlockN> k[Config::kStages], v[Config::kStages];
   alignas(128) float k_units[Config::kStages][Config::kBlockN];
   alignas(128) float v_units[Config::kStages][Config::kBlockN];
 

@@ -48,9 +48,10 @@ void launch_stats(const BwdParams& params, const Fp32BwdWorkspace& workspace, co
   check(cudaGetLastError(), "launch of hopper_fp32_bwd_stats_kernel");
 }
 
+template <int kParts>
 void launch_dk_dv(const BwdParams& params, const BwdTensors& tensors, const Fp32BwdWorkspace& workspace,
                   const std::vector<QueryRun>& runs) {
-  using Config = Fp32DkDvConfig;
+  using Config = Fp32DkDvConfig<kParts>;
   const Fp32DkDvKernelParams kernel_params{
       make_clipped_tile_map(parts_view(tensors.q, workspace.q), Config::kBlockM),
       make_clipped_tile_map(parts_view(tensors.dout, workspace.dout), Config::kBlockM),
@@ -72,12 +73,13 @@ void launch_dk_dv(const BwdParams& params, const BwdTensors& tensors, const Fp32
       static_cast<float>(params.softmax_scale),
       static_cast<float>(params.softmax_scale * std::numbers::log2e),
       make_key_work_table(params, runs, Config::kBlockN)};
-  launch_persistent<Config, Fp32DkDvSharedStorage>(hopper_fp32_dk_dv_kernel, "launch of hopper_fp32_dk_dv_kernel",
-                                                   kernel_params, params);
+  launch_persistent<Config, Fp32DkDvSharedStorage<Config>>(hopper_fp32_dk_dv_kernel<Config>,
+                                                           "launch of hopper_fp32_dk_dv_kernel", kernel_params, params);
 }
 
+template <int kParts>
 void launch_dq(const BwdParams& params, const BwdTensors& tensors, const Fp32BwdWorkspace& workspace) {
-  using Config = Fp32DqConfig;
+  using Config = Fp32DqConfig<kParts>;
   const Fp32DqKernelParams kernel_params{make_tile_map(parts_view(tensors.q, workspace.q), Config::kBlockM),
                                          make_tile_map(parts_view(tensors.dout, workspace.dout), Config::kBlockM),
                                          make_clipped_tile_map(parts_view(tensors.k, workspace.k), Config::kBlockN),
@@ -96,8 +98,8 @@ void launch_dq(const BwdParams& params, const BwdTensors& tensors, const Fp32Bwd
                                          static_cast<float>(params.softmax_scale),
                                          static_cast<float>(params.softmax_scale * std::numbers::log2e),
                                          make_work_table(params, Config::kBlockM, Config::kBlockN)};
-  launch_persistent<Config, Fp32DqSharedStorage>(hopper_fp32_dq_kernel, "launch of hopper_fp32_dq_kernel",
-                                                 kernel_params, params);
+  launch_persistent<Config, Fp32DqSharedStorage<Config>>(hopper_fp32_dq_kernel<Config>,
+                                                         "launch of hopper_fp32_dq_kernel", kernel_params, params);
 }
 
 }  // namespace
@@ -108,8 +110,10 @@ void launch_fp32_bwd(const BwdParams& params) {
   const Fp32BwdWorkspace workspace = fp32_bwd_workspace(params);
   launch_parts(params, tensors, workspace);
   launch_stats(params, workspace, runs);
-  launch_dk_dv(params, tensors, workspace, runs);
-  launch_dq(params, tensors, workspace);
+  with_parts(params, [&]<int kParts>() {
+    launch_dk_dv<kParts>(params, tensors, workspace, runs);
+    launch_dq<kParts>(params, tensors, workspace);
+  });
 }
 
 }  // namespace mixed_attention::cuda::hopper

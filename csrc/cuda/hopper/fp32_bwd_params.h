@@ -10,10 +10,10 @@
 
 namespace mixed_attention::cuda::hopper {
 
-// One of the inputs as parts (half_parts.h), apart from its map, which is that of both parts.
+// One of the inputs as parts (half_parts.h), apart from its map, which is that of all parts.
 struct HalfInput {
   const float* units;
-  int low_step;    // by so many sequences the low parts stand behind the high ones
+  int part_step;   // by so many sequences the low parts, if any, stand behind the high ones
   int batch_step;  // 1, or 0 where one sequence serves the whole batch
 };
 

@@ -38,13 +38,15 @@
 
 namespace mixed_attention::cuda::hopper {
 
-using Fp32KeyItems = WorkItems<Fp32DkDvConfig::kBlockN, KeyWorkTable>;
+template <typename Config>
+using Fp32KeyItems = WorkItems<Config::kBlockN, KeyWorkTable>;
 
-__device__ inline void init_barriers(Fp32DkDvSharedStorage& shared) {
-  constexpr int kConsumerWarps = Fp32DkDvConfig::kConsumers * kWarpgroup / 32;
+template <typename Config>
+__device__ inline void init_barriers(Fp32DkDvSharedStorage<Config>& shared) {
+  constexpr int kConsumerWarps = Config::kConsumers * kWarpgroup / 32;
   ptx::mbarrier_init(shared.kv_full, 1);
   ptx::mbarrier_init(shared.kv_empty, kConsumerWarps);
-  for (int stage = 0; stage < Fp32DkDvConfig::kStages; ++stage) {
+  for (int stage = 0; stage < Config::kStages; ++stage) {
     ptx::mbarrier_init(shared.q_full[stage], 1);
     ptx::mbarrier_init(shared.q_empty[stage], kConsumerWarps);
     ptx::mbarrier_init(shared.dout_full[stage], 1);
@@ -53,17 +55,18 @@ __device__ inline void init_barriers(Fp32DkDvSharedStorage& shared) {
   ptx::mbarrier_fence_init();
 }
 
-__device__ inline void produce(const Fp32DkDvKernelParams& params, Fp32DkDvSharedStorage& shared) {
-  constexpr int kBlockM = Fp32DkDvConfig::kBlockM, kBlockN = Fp32DkDvConfig::kBlockN;
-  RingUse<Fp32DkDvConfig::kStages> use{0};  // of query tiles, over all items
+template <typename Config>
+__device__ inline void produce(const Fp32DkDvKernelParams& params, Fp32DkDvSharedStorage<Config>& shared) {
+  constexpr int kBlockM = Config::kBlockM, kBlockN = Config::kBlockN;
+  RingUse<Config::kStages> use{0};  // of query tiles, over all items
   uint32_t kv_parity = 1;
-  for (Fp32KeyItems item(params.table); item.next();) {
+  for (Fp32KeyItems<Config> item(params.table); item.next();) {
     const KeySegmentTiles& segment = item.tiles();
     if (segment.num_tiles == 0) continue;
 
     ptx::mbarrier_wait(shared.kv_empty, kv_parity);
     kv_parity ^= 1;
-    ptx::mbarrier_arrive_expect(shared.kv_full, 2 * half_tile_bytes(kBlockN));
+    ptx::mbarrier_arrive_expect(shared.kv_full, 2 * Config::kTileBytesN);
     const int num_keys = min(kBlockN, segment.row_end - item.row_begin);
     load_clipped_half_rows<kBlockN>(shared.k, params.k_map, params.k, shared.kv_full, item.row_begin, num_keys,
                                     item.head, item.batch);
@@ -78,7 +81,7 @@ __device__ inline void produce(const Fp32DkDvKernelParams& params, Fp32DkDvShare
 
       ptx::Mbarrier& q_full = shared.q_full[stage];
       ptx::mbarrier_wait(shared.q_empty[stage], use.empty_parity());
-      ptx::mbarrier_arrive_expect(q_full, half_tile_bytes(kBlockM) + sizeof(QueryNumbers));
+      ptx::mbarrier_arrive_expect(q_full, Config::kTileBytesM + sizeof(QueryNumbers));
       load_clipped_half_rows<kBlockM>(shared.q[stage], params.q_map, params.q, q_full, tile.row_begin, tile.num_rows,
                                       item.head, item.batch);
       ptx::load_bytes(&shared.q_numbers[stage], params.q_numbers + first_tile + tile.index, q_full,
@@ -86,7 +89,7 @@ __device__ inline void produce(const Fp32DkDvKernelParams& params, Fp32DkDvShare
 
       ptx::Mbarrier& dout_full = shared.dout_full[stage];
       ptx::mbarrier_wait(shared.dout_empty[stage], use.empty_parity());
-      ptx::mbarrier_arrive_expect(dout_full, half_tile_bytes(kBlockM) + sizeof(DoutNumbers));
+      ptx::mbarrier_arrive_expect(dout_full, Config::kTileBytesM + sizeof(DoutNumbers));
       load_clipped_half_rows<kBlockM>(shared.dout[stage], params.dout_map, params.dout, dout_full, tile.row_begin,
                                       tile.num_rows, item.head, item.batch);
       ptx::load_bytes(&shared.dout_numbers[stage], params.dout_numbers + first_tile + tile.index, dout_full,
@@ -95,10 +98,11 @@ __device__ inline void produce(const Fp32DkDvKernelParams& params, Fp32DkDvShare
   }
 }
 
-__device__ inline void consume(const Fp32DkDvKernelParams& params, Fp32DkDvSharedStorage& shared, int consumer) {
-  using Ring = RingUse<Fp32DkDvConfig::kStages>;
-  constexpr int kBlockM = Fp32DkDvConfig::kBlockM, kHeadDim = kFp32BwdHeadDim;
-  constexpr int kPartBytesM = half_part_bytes(kBlockM), kPartBytesN = half_part_bytes(Fp32DkDvConfig::kBlockN);
+template <typename Config>
+__device__ inline void consume(const Fp32DkDvKernelParams& params, Fp32DkDvSharedStorage<Config>& shared,
+                               int consumer) {
+  using Ring = RingUse<Config::kStages>;
+  constexpr int kBlockM = Config::kBlockM, kHeadDim = kFp32BwdHeadDim;
   const int lane = threadIdx.x % 32;
   const int warp = __shfl_sync(0xffffffff, threadIdx.x / 32 % 4, 0);
   const int first_row = consumer * kWarpgroupRows + warp * kWarpRows;  // of this warp in the tile
@@ -108,9 +112,9 @@ __device__ inline void consume(const Fp32DkDvKernelParams& params, Fp32DkDvShare
   const ptx::Operand q_ring = ptx::Operand::make(shared.q);
   const ptx::Operand dout_ring = ptx::Operand::make(shared.dout);
 
-  const auto tile_of = [](ptx::Operand ring, Ring use) { return ring.advance(use.stage() * half_tile_bytes(kBlockM)); };
+  const auto tile_of = [](ptx::Operand ring, Ring use) { return ring.advance(use.stage() * Config::kTileBytesM); };
   const auto issue_transposed_scores = [](float (&result)[kBlockM / 2], ptx::Operand keys, ptx::Operand queries) {
-    issue_half_row_products<kPartBytesN, kPartBytesM>(result, keys, queries);
+    issue_half_row_products<Config::kParts, Config::kPartBytesN, Config::kPartBytesM>(result, keys, queries);
   };
   const auto release = [&](ptx::Mbarrier& empty) {
     if (lane == 0) ptx::mbarrier_arrive(empty);
@@ -118,7 +122,7 @@ __device__ inline void consume(const Fp32DkDvKernelParams& params, Fp32DkDvShare
 
   Ring use{0};  // of query tiles, over all items
   uint32_t kv_parity = 0;
-  for (Fp32KeyItems item(params.table); item.next();) {
+  for (Fp32KeyItems<Config> item(params.table); item.next();) {
     const int num_tiles = item.tiles().num_tiles;
     const int row_begin = item.row_begin + first_row;
     const int num_rows = item.tiles().row_end - row_begin;
@@ -140,7 +144,7 @@ __device__ inline void consume(const Fp32DkDvKernelParams& params, Fp32DkDvShare
       scale_all(k_units.of_row, params.softmax_scale_log2);
 
       float s[kBlockM / 2], dp[kBlockM / 2], sum[kHeadDim / 2] = {};
-      HalfOperand<kBlockM / 4> operand;
+      HalfOperand<Config::kParts, kBlockM / 4> operand;
       RowLift lift{};
       ptx::mbarrier_wait(shared.kv_full, kv_parity);
       kv_parity ^= 1;
@@ -165,7 +169,7 @@ __device__ inline void consume(const Fp32DkDvKernelParams& params, Fp32DkDvShare
         add_rows(dk, sum, lift.inverse);
         weigh(s, q_units, k_units, lse_log2);
         split_operand(operand, s, dout_factors);
-        issue_half_column_products<kPartBytesM>(sum, operand, dout_tile);
+        issue_half_column_products<Config::kPartBytesM>(sum, operand, dout_tile);
         ptx::wgmma_wait<1>(dp);
 
         const float dout_unit = shared.dout_numbers[stage].unit;
@@ -179,7 +183,7 @@ __device__ inline void consume(const Fp32DkDvKernelParams& params, Fp32DkDvShare
 
         lift = RowLift::of(dp);
         split_operand(operand, dp, lift.factor);
-        issue_half_column_products<kPartBytesM>(sum, operand, q_tile);
+        issue_half_column_products<Config::kPartBytesM>(sum, operand, q_tile);
         ptx::wgmma_wait<0>(s, sum);
         release(shared.q_empty[stage]);
         ++use.count;
@@ -199,10 +203,11 @@ __device__ inline void consume(const Fp32DkDvKernelParams& params, Fp32DkDvShare
   }
 }
 
-__global__ void __launch_bounds__(Fp32DkDvConfig::kThreads, 1)
+template <typename Config>
+__global__ void __launch_bounds__(Config::kThreads, 1)
     hopper_fp32_dk_dv_kernel(const __grid_constant__ Fp32DkDvKernelParams params) {
   extern __shared__ __align__(1024) unsigned char memory[];
-  Fp32DkDvSharedStorage& shared = *reinterpret_cast<Fp32DkDvSharedStorage*>(memory);
+  Fp32DkDvSharedStorage<Config>& shared = *reinterpret_cast<Fp32DkDvSharedStorage<Config>*>(memory);
 
   if (threadIdx.x == 0) {
     ptx::prefetch_tensor_map(params.q_map);
@@ -215,10 +220,10 @@ __global__ void __launch_bounds__(Fp32DkDvConfig::kThreads, 1)
 
   const int warpgroup = __shfl_sync(0xffffffff, threadIdx.x / kWarpgroup, 0);
   if (warpgroup == 0) {
-    ptx::release_registers<Fp32DkDvConfig::kProducerRegisters>();
+    ptx::release_registers<Config::kProducerRegisters>();
     if (threadIdx.x / 32 == 0 && ptx::elect_one()) produce(params, shared);
   } else {
-    ptx::acquire_registers<Fp32DkDvConfig::kConsumerRegisters>();
+    ptx::acquire_registers<Config::kConsumerRegisters>();
     consume(params, shared, warpgroup - 1);
   }
 }

@@ -38,13 +38,15 @@
 
 namespace mixed_attention::cuda::hopper {
 
-using Fp32QueryItems = WorkItems<Fp32DqConfig::kBlockM>;
+template <typename Config>
+using Fp32QueryItems = WorkItems<Config::kBlockM>;
 
-__device__ inline void init_barriers(Fp32DqSharedStorage& shared) {
-  constexpr int kConsumerWarps = Fp32DqConfig::kConsumers * kWarpgroup / 32;
+template <typename Config>
+__device__ inline void init_barriers(Fp32DqSharedStorage<Config>& shared) {
+  constexpr int kConsumerWarps = Config::kConsumers * kWarpgroup / 32;
   ptx::mbarrier_init(shared.q_full, 1);
   ptx::mbarrier_init(shared.q_empty, kConsumerWarps);
-  for (int stage = 0; stage < Fp32DqConfig::kStages; ++stage) {
+  for (int stage = 0; stage < Config::kStages; ++stage) {
     ptx::mbarrier_init(shared.k_full[stage], 2);
     ptx::mbarrier_init(shared.k_empty[stage], kConsumerWarps);
     ptx::mbarrier_init(shared.v_full[stage], 1);
@@ -53,17 +55,18 @@ __device__ inline void init_barriers(Fp32DqSharedStorage& shared) {
   ptx::mbarrier_fence_init();
 }
 
-__device__ inline void produce(const Fp32DqKernelParams& params, Fp32DqSharedStorage& shared) {
-  constexpr int kBlockM = Fp32DqConfig::kBlockM, kBlockN = Fp32DqConfig::kBlockN;
-  RingUse<Fp32DqConfig::kStages> use{0};  // of key tiles, over all items
+template <typename Config>
+__device__ inline void produce(const Fp32DqKernelParams& params, Fp32DqSharedStorage<Config>& shared) {
+  constexpr int kBlockM = Config::kBlockM, kBlockN = Config::kBlockN;
+  RingUse<Config::kStages> use{0};  // of key tiles, over all items
   uint32_t q_parity = 1;
-  for (Fp32QueryItems item(params.table); item.next();) {
+  for (Fp32QueryItems<Config> item(params.table); item.next();) {
     const int num_tiles = item.tiles().num_tiles;
     if (num_tiles == 0) continue;
 
     ptx::mbarrier_wait(shared.q_empty, q_parity);
     q_parity ^= 1;
-    ptx::mbarrier_arrive_expect(shared.q_full, 2 * half_tile_bytes(kBlockM));
+    ptx::mbarrier_arrive_expect(shared.q_full, 2 * Config::kTileBytesM);
     load_half_rows<kBlockM>(shared.q, params.q_map, params.q, shared.q_full, item.row_begin, item.head, item.batch);
     load_half_rows<kBlockM>(shared.dout, params.dout_map, params.dout, shared.q_full, item.row_begin, item.head,
                             item.batch);
@@ -71,10 +74,10 @@ __device__ inline void produce(const Fp32DqKernelParams& params, Fp32DqSharedSto
     KeyTileIterator<kBlockN> keys(params.table, item.tiles());
     for (int i = 0; i < num_tiles; ++i, ++use.count) {
       const KeyTile tile = keys.next();
-      const auto load = [&](__half(&buffer)[2][kBlockN* kSlabColumns], const CUtensorMap& map, const HalfInput& input,
+      const auto load = [&](HalfTile<Config::kParts, kBlockN>& buffer, const CUtensorMap& map, const HalfInput& input,
                             ptx::Mbarrier& full, ptx::Mbarrier& empty) {
         ptx::mbarrier_wait(empty, use.empty_parity());
-        ptx::mbarrier_arrive_expect(full, half_tile_bytes(kBlockN));
+        ptx::mbarrier_arrive_expect(full, Config::kTileBytesN);
         load_clipped_half_rows<kBlockN>(buffer, map, input, full, tile.row_begin, tile.num_rows, item.head, item.batch);
       };
       const int stage = use.stage();
@@ -85,11 +88,12 @@ __device__ inline void produce(const Fp32DqKernelParams& params, Fp32DqSharedSto
 }
 
 // Past the end of a tile the units of keys are one, as scores there become -inf, and those of values zero.
-__device__ inline void produce_units(const Fp32DqKernelParams& params, Fp32DqSharedStorage& shared) {
-  constexpr int kBlockN = Fp32DqConfig::kBlockN;
+template <typename Config>
+__device__ inline void produce_units(const Fp32DqKernelParams& params, Fp32DqSharedStorage<Config>& shared) {
+  constexpr int kBlockN = Config::kBlockN;
   const int lane = threadIdx.x % 32;
-  RingUse<Fp32DqConfig::kStages> use{0};  // of key tiles, over all items
-  for (Fp32QueryItems item(params.table); item.next();) {
+  RingUse<Config::kStages> use{0};  // of key tiles, over all items
+  for (Fp32QueryItems<Config> item(params.table); item.next();) {
     const int num_tiles = item.tiles().num_tiles;
     const auto units_of = [&](const HalfInput& input) {
       return units_of_head(input, params.table.num_heads, params.seqlen_k, item.head, item.batch);
@@ -113,10 +117,10 @@ __device__ inline void produce_units(const Fp32DqKernelParams& params, Fp32DqSha
   }
 }
 
-__device__ inline void consume(const Fp32DqKernelParams& params, Fp32DqSharedStorage& shared, int consumer) {
-  using Ring = RingUse<Fp32DqConfig::kStages>;
-  constexpr int kBlockN = Fp32DqConfig::kBlockN, kHeadDim = kFp32BwdHeadDim;
-  constexpr int kPartBytesM = half_part_bytes(Fp32DqConfig::kBlockM), kPartBytesN = half_part_bytes(kBlockN);
+template <typename Config>
+__device__ inline void consume(const Fp32DqKernelParams& params, Fp32DqSharedStorage<Config>& shared, int consumer) {
+  using Ring = RingUse<Config::kStages>;
+  constexpr int kBlockN = Config::kBlockN, kHeadDim = kFp32BwdHeadDim;
   const int lane = threadIdx.x % 32;
   const int warp = __shfl_sync(0xffffffff, threadIdx.x / 32 % 4, 0);
   const int first_row = consumer * kWarpgroupRows + warp * kWarpRows;  // of this warp in the tile
@@ -126,9 +130,9 @@ __device__ inline void consume(const Fp32DqKernelParams& params, Fp32DqSharedSto
   const ptx::Operand k_ring = ptx::Operand::make(shared.k);
   const ptx::Operand v_ring = ptx::Operand::make(shared.v);
 
-  const auto tile_of = [](ptx::Operand ring, Ring use) { return ring.advance(use.stage() * half_tile_bytes(kBlockN)); };
+  const auto tile_of = [](ptx::Operand ring, Ring use) { return ring.advance(use.stage() * Config::kTileBytesN); };
   const auto issue_scores = [](float (&result)[kBlockN / 2], ptx::Operand queries, ptx::Operand keys) {
-    issue_half_row_products<kPartBytesM, kPartBytesN>(result, queries, keys);
+    issue_half_row_products<Config::kParts, Config::kPartBytesM, Config::kPartBytesN>(result, queries, keys);
   };
   const auto release = [&](ptx::Mbarrier& empty) {
     if (lane == 0) ptx::mbarrier_arrive(empty);
@@ -136,7 +140,7 @@ __device__ inline void consume(const Fp32DqKernelParams& params, Fp32DqSharedSto
 
   Ring use{0};  // of key tiles, over all items
   uint32_t q_parity = 0;
-  for (Fp32QueryItems item(params.table); item.next();) {
+  for (Fp32QueryItems<Config> item(params.table); item.next();) {
     const int num_tiles = item.tiles().num_tiles;
     const int row_begin = item.row_begin + first_row;
     const int num_rows = item.tiles().row_end - row_begin;
@@ -160,7 +164,7 @@ __device__ inline void consume(const Fp32DqKernelParams& params, Fp32DqSharedSto
       }
 
       float s[kBlockN / 2], dp[kBlockN / 2], sum[kHeadDim / 2] = {};
-      HalfOperand<kBlockN / 4> operand;
+      HalfOperand<Config::kParts, kBlockN / 4> operand;
       RowLift lift{};
       ptx::mbarrier_wait(shared.q_full, q_parity);
       q_parity ^= 1;
@@ -191,7 +195,7 @@ __device__ inline void consume(const Fp32DqKernelParams& params, Fp32DqSharedSto
         issue_scores(s, q, tile_of(k_ring, next));
         lift = RowLift::of(dp);
         split_operand(operand, dp, lift.factor);
-        issue_half_column_products<kPartBytesN>(sum, operand, tile_of(k_ring, use));
+        issue_half_column_products<Config::kPartBytesN>(sum, operand, tile_of(k_ring, use));
         ptx::wgmma_wait<0>(s, sum);
         release(shared.k_empty[stage]);
         ++use.count;
@@ -208,10 +212,11 @@ __device__ inline void consume(const Fp32DqKernelParams& params, Fp32DqSharedSto
   }
 }
 
-__global__ void __launch_bounds__(Fp32DqConfig::kThreads, 1)
+template <typename Config>
+__global__ void __launch_bounds__(Config::kThreads, 1)
     hopper_fp32_dq_kernel(const __grid_constant__ Fp32DqKernelParams params) {
   extern __shared__ __align__(1024) unsigned char memory[];
-  Fp32DqSharedStorage& shared = *reinterpret_cast<Fp32DqSharedStorage*>(memory);
+  Fp32DqSharedStorage<Config>& shared = *reinterpret_cast<Fp32DqSharedStorage<Config>*>(memory);
 
   if (threadIdx.x == 0) {
     ptx::prefetch_tensor_map(params.q_map);
@@ -224,7 +229,7 @@ __global__ void __launch_bounds__(Fp32DqConfig::kThreads, 1)
 
   const int warpgroup = __shfl_sync(0xffffffff, threadIdx.x / kWarpgroup, 0);
   if (warpgroup == 0) {
-    ptx::release_registers<Fp32DqConfig::kProducerRegisters>();
+    ptx::release_registers<Config::kProducerRegisters>();
     const int warp = threadIdx.x / 32;
     if (warp == 0 && ptx::elect_one()) {
       produce(params, shared);
@@ -232,7 +237,7 @@ __global__ void __launch_bounds__(Fp32DqConfig::kThreads, 1)
       produce_units(params, shared);
     }
   } else {
-    ptx::acquire_registers<Fp32DqConfig::kConsumerRegisters>();
+    ptx::acquire_registers<Config::kConsumerRegisters>();
     consume(params, shared, warpgroup - 1);
   }
 }

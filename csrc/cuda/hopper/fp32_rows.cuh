@@ -12,23 +12,27 @@
 
 namespace mixed_attention::cuda::hopper {
 
-// As load_rows, of both parts.
-template <int kRows>
-__device__ inline void load_half_rows(__half (&tile)[2][kRows * kSlabColumns], const CUtensorMap& map,
-                                      const HalfInput& input, ptx::Mbarrier& full, int row_begin, int head, int batch) {
-  const int copy = batch * input.batch_step;
-  load_rows<kRows, kSlabColumns>(tile[0], map, full, row_begin, head, copy);
-  load_rows<kRows, kSlabColumns>(tile[1], map, full, row_begin, head, input.low_step + copy);
+// As load_rows, of all parts.
+template <int kRows, int kParts>
+__device__ inline void load_half_rows(HalfTile<kParts, kRows>& tile, const CUtensorMap& map, const HalfInput& input,
+                                      ptx::Mbarrier& full, int row_begin, int head, int batch) {
+#pragma unroll
+  for (int part = 0; part < kParts; ++part) {
+    load_rows<kRows, kSlabColumns>(tile[part], map, full, row_begin, head,
+                                   batch * input.batch_step + part * input.part_step);
+  }
 }
 
-// As load_clipped_rows, of both parts.
-template <int kRows>
-__device__ inline void load_clipped_half_rows(__half (&tile)[2][kRows * kSlabColumns], const CUtensorMap& map,
+// As load_clipped_rows, of all parts.
+template <int kRows, int kParts>
+__device__ inline void load_clipped_half_rows(HalfTile<kParts, kRows>& tile, const CUtensorMap& map,
                                               const HalfInput& input, ptx::Mbarrier& full, int row_begin, int num_rows,
                                               int head, int batch) {
-  const int copy = batch * input.batch_step;
-  load_clipped_rows<kRows, kSlabColumns>(tile[0], map, full, row_begin, num_rows, head, copy);
-  load_clipped_rows<kRows, kSlabColumns>(tile[1], map, full, row_begin, num_rows, head, input.low_step + copy);
+#pragma unroll
+  for (int part = 0; part < kParts; ++part) {
+    load_clipped_rows<kRows, kSlabColumns>(tile[part], map, full, row_begin, num_rows, head,
+                                           batch * input.batch_step + part * input.part_step);
+  }
 }
 
 // The units of a head's rows, from row 0 on.

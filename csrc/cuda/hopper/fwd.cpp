@@ -1,6 +1,3 @@
-#include <cuda_bf16.h>
-#include <cuda_fp16.h>
-
 #include <string>
 
 #include "cuda/device.h"
@@ -56,8 +53,8 @@ bool can_fwd(const FwdParams& params) {
 }
 
 FwdPlan plan_fwd(const FwdParams& params) {
-  return with_fwd_tuning(params.dtype, params.head_dim, [&]<int kHeadDim, int kParts>() {
-    using Tuning = FwdTuning<kHeadDim, kParts>;
+  return with_fwd_kernel(params, [&]<typename Element, int kHeadDim, int kParts>() {
+    using Tuning = FwdTuningOf<Element, kHeadDim, kParts>;
     constexpr int kBlockM = Tuning::kConsumers * kWarpgroupRows;
     Scratch scratch(params.workspace);
     FwdPlan plan{make_work_table(params, kBlockM, Tuning::kBlockN)};
@@ -67,11 +64,11 @@ FwdPlan plan_fwd(const FwdParams& params) {
       plan.partial_lse = scratch.take<float>(num_parts * kBlockM);
     }
     if (params.key_padding_mask != nullptr) plan.masked_keys = plan_masked_keys(params, scratch, false);
-    if (kParts == 2) {
+    if (kHasUnits<Element>) {
       const FwdTensors tensors = fwd_tensors(params);
-      plan.q_parts = take_half_parts(tensors.q, scratch);
-      plan.k_parts = take_half_parts(tensors.k, scratch);
-      plan.v_parts = take_half_parts(tensors.v, scratch);
+      plan.q_parts = take_half_parts(tensors.q, kParts, scratch);
+      plan.k_parts = take_half_parts(tensors.k, kParts, scratch);
+      plan.v_parts = take_half_parts(tensors.v, kParts, scratch);
     }
     plan.workspace_size = scratch.bytes();
     return plan;
@@ -82,13 +79,8 @@ size_t fwd_workspace_size(const FwdParams& params) { return plan_fwd(params).wor
 
 void run_fwd(const FwdParams& params) {
   const FwdPlan plan = plan_fwd(params);
-  with_fwd_tuning(params.dtype, params.head_dim, [&]<int kHeadDim, int kParts>() {
-    if constexpr (kParts == 2) {
-      launch_fwd<float, kHeadDim>(params, plan);
-    } else {
-      params.dtype == DType::kBFloat16 ? launch_fwd<__nv_bfloat16, kHeadDim>(params, plan)
-                                       : launch_fwd<__half, kHeadDim>(params, plan);
-    }
+  with_fwd_kernel(params, [&]<typename Element, int kHeadDim, int kParts>() {
+    launch_fwd<Element, kHeadDim, kParts>(params, plan);
   });
 }
 

@@ -52,7 +52,7 @@ __device__ inline void init_barriers(FwdSharedStorage<Config>& shared) {
   init_ring(shared.q_full, shared.q_empty, kConsumerWarps);
   init_ring(shared.k_full, shared.k_empty, kConsumerWarps, Config::kIsMasked ? 2 : 1);
   init_ring(shared.v_full, shared.v_empty, kConsumerWarps);
-  if constexpr (Config::kParts == 2) init_ring(shared.units.full, shared.units.empty, kConsumerWarps);
+  if constexpr (Config::kHasUnits) init_ring(shared.units.full, shared.units.empty, kConsumerWarps);
   ptx::mbarrier_fence_init();
 }
 
@@ -319,7 +319,7 @@ __global__ void __launch_bounds__(Config::kThreads, 1)
     const int warp = threadIdx.x / 32;
     if (warp == 0 && ptx::elect_one()) {
       produce(params, shared);
-    } else if constexpr (Config::kParts == 2) {
+    } else if constexpr (Config::kHasUnits) {
       if (warp == 1) produce_units(params, shared);
     } else if (Config::kIsMasked && warp == 1 && ptx::elect_one()) {
       produce_key_bits(params, shared);

@@ -18,7 +18,7 @@ FwdKernelParams make_fwd_kernel_params(const FwdParams& params, const FwdPlan& p
   FwdTensors tensors = fwd_tensors(params);
   if constexpr (Config::kIsMasked) tensors.v = masked_view(params, plan.masked_keys, plan.masked_keys.values);
   const int v_batch_step = batch_step(tensors.v.strides);
-  if constexpr (Config::kParts == 2) {
+  if constexpr (Config::kHasUnits) {
     tensors = {parts_view(tensors.q, plan.q_parts), parts_view(tensors.k, plan.k_parts),
                parts_view(tensors.v, plan.v_parts)};
   }
@@ -65,9 +65,9 @@ struct RowsOfParts {
   }
 };
 
-template <typename Element, int kHeadDim>
+template <typename Element, int kBlockM>
 void launch_combine(const FwdParams& params, const FwdPlan& plan) {
-  constexpr int kBlockM = FwdTuning<kHeadDim, kPartsOf<Element>>::kConsumers * kWarpgroupRows, kRowsOfBlock = 8;
+  constexpr int kRowsOfBlock = 8;
   static_assert(kBlockM % kRowsOfBlock == 0 && sizeof(FwdParams) + sizeof(RowsOfParts<kBlockM>) <= 4000);
   const RowsOfParts<kBlockM> rows{plan.table};
   const int num_blocks = plan.table.splits.num_whole * (kBlockM / kRowsOfBlock);
@@ -90,21 +90,22 @@ void launch_tiles(const FwdParams& params, const FwdPlan& plan) {
   check(cudaGetLastError(), "launch of hopper_attention_fwd_kernel");
 }
 
-template <typename Element, int kHeadDim>
+template <typename Element, int kHeadDim, int kParts>
 void launch_fwd(const FwdParams& params, const FwdPlan& plan) {
+  using Config = FwdConfig<Element, kHeadDim, kParts, false>;
   if (plan.table.num_items == 0) return;
-  if constexpr (kPartsOf<Element> == 2) {
+  if constexpr (Config::kHasUnits) {
     const FwdTensors tensors = fwd_tensors(params);
     const HalfPartsTask tasks[] = {{tensors.q, plan.q_parts}, {tensors.k, plan.k_parts}, {tensors.v, plan.v_parts}};
     launch_half_parts(tasks, params.stream);
-    launch_tiles<FwdConfig<Element, kHeadDim, false>>(params, plan);
+    launch_tiles<Config>(params, plan);
   } else if (params.key_padding_mask != nullptr) {
     launch_mask(params, plan.masked_keys);
-    launch_tiles<FwdConfig<Element, kHeadDim, true>>(params, plan);
+    launch_tiles<FwdConfig<Element, kHeadDim, kParts, true>>(params, plan);
   } else {
-    launch_tiles<FwdConfig<Element, kHeadDim, false>>(params, plan);
+    launch_tiles<Config>(params, plan);
   }
-  if (plan.partial_out != nullptr) launch_combine<Element, kHeadDim>(params, plan);
+  if (plan.partial_out != nullptr) launch_combine<Element, Config::kBlockM>(params, plan);
 }
 
 }  // namespace mixed_attention::cuda::hopper

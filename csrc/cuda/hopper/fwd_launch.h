@@ -31,8 +31,8 @@ struct FwdPlan {
 // Of the pointers it reads params.workspace, null for a plan of the same sizes, and asks whether there is a mask.
 FwdPlan plan_fwd(const FwdParams& params);
 
-// Instantiated in cuda/instantiations, one file per element type and head_dim.
-template <typename Element, int kHeadDim>
+// Instantiated in cuda/instantiations, one file per element type, head_dim and number of parts.
+template <typename Element, int kHeadDim, int kParts = 1>
 void launch_fwd(const FwdParams& params, const FwdPlan& plan);
 
 }  // namespace mixed_attention::cuda::hopper

@@ -10,7 +10,7 @@
 
 namespace mixed_attention::cuda::hopper {
 
-// The units of inputs of two parts, and by how many sequences their low parts stand behind the high ones; half_parts.h.
+// The units of fp32 inputs, and by how many sequences the parts of each stand behind one another; half_parts.h.
 struct FwdUnits {
   const float *q, *k, *v;
   int q_copies, k_copies, v_copies;

@@ -1,12 +1,12 @@
 // What a consumer of the forward multiplies and what comes of it, in registers: scores s, weights p, output o. Numbers
-// of 16 bits are factors themselves; those of fp32 are made up of two (half_parts.h).
+// of 16 bits are factors themselves; those of fp32 are made up of fp16 ones in units of their row (half_parts.h).
 #pragma once
 
 #include <cstdint>
 
 #include "cuda/hopper/config.h"
 #include "cuda/hopper/fwd_params.h"
-#include "cuda/hopper/half_pair.cuh"
+#include "cuda/hopper/half_products.cuh"
 #include "cuda/hopper/products.cuh"
 #include "cuda/hopper/ring.cuh"
 #include "cuda/hopper/softmax.cuh"
@@ -69,10 +69,10 @@ struct FwdProducts {
   __device__ void take_weights(FwdSharedStorage<Config>&, Ring) { round_operand<Element>(p, s); }
 };
 
-// Of fp32. Of the four products of two numbers' parts the smallest is left out, and the small ones come first. Tensor
-// cores cut sums off: those of a tile begin anew and are added up outside, where additions round.
+// Of fp32. What a tile adds to the output is a sum of its own, in units of the tile's largest value, and is added up
+// outside the tensor cores; these cut sums off, additions round.
 template <typename Config>
-  requires(Config::kParts == 2)
+  requires(Config::kHasUnits)
 struct FwdProducts<Config> {
   using Factor = typename Config::Factor;
   using Ring = RingUse<Config::kStages>;
@@ -80,7 +80,7 @@ struct FwdProducts<Config> {
   FwdOperands<Config> operands;
   float scale_log2[2];  // of the thread's two rows, with the units of q
   float s[Config::kBlockN / 2];
-  uint32_t p_high[Config::kBlockN / 4], p_low[Config::kBlockN / 4];
+  HalfOperand<Config::kParts, Config::kBlockN / 4> p;
   float o[Config::kHeadDim / 2], tile_o[Config::kHeadDim / 2];
   float v_unit;  // of the tile whose weights p are
 
@@ -99,25 +99,18 @@ struct FwdProducts<Config> {
   }
 
   __device__ void issue_s(int q_stage, int k_stage) {
-    const auto q = operands.q(q_stage), q_low = q.advance(Config::kPartBytesM);
-    const auto k = operands.k(k_stage), k_low = k.advance(Config::kPartBytesN);
-    const auto add = [&](auto a, auto b, bool is_first) {
-      add_row_products<Factor, Config::kHeadDim, Config::kSlabBytesM, Config::kSlabBytesN>(s, a, b, is_first);
-    };
-    ptx::wgmma_fence();
-    add(q_low, k, true);
-    add(q, k_low, false);
-    add(q, k, false);
-    ptx::wgmma_commit();
+    const auto q = operands.q(q_stage), k = operands.k(k_stage);
+    issue_part_products<Config::kParts>([&](int q_part, int k_part, bool overwrites) {
+      add_row_products<Factor, Config::kHeadDim, Config::kSlabBytesM, Config::kSlabBytesN>(
+          s, q.advance(q_part * Config::kPartBytesM), k.advance(k_part * Config::kPartBytesN), overwrites);
+    });
   }
 
   __device__ void issue_o(int v_stage) {
-    const auto v = operands.v(v_stage), v_low = v.advance(Config::kPartBytesN);
-    ptx::wgmma_fence();
-    add_column_products<Factor>(tile_o, p_low, v, true);
-    add_column_products<Factor>(tile_o, p_high, v_low, false);
-    add_column_products<Factor>(tile_o, p_high, v, false);
-    ptx::wgmma_commit();
+    const auto v = operands.v(v_stage);
+    issue_part_products<Config::kParts>([&](int p_part, int v_part, bool overwrites) {
+      add_column_products<Factor>(tile_o, p.parts[p_part], v.advance(v_part * Config::kPartBytesN), overwrites);
+    });
   }
 
   __device__ void finish_s(FwdSharedStorage<Config>& shared, Ring use) {
@@ -135,27 +128,18 @@ struct FwdProducts<Config> {
   __device__ void take_weights(FwdSharedStorage<Config>& shared, Ring use) {
     const TileUnits<Config::kBlockN>& units = shared.units.tiles[use.stage()];
     scale_columns(units.v);
-    v_unit = units.largest_v;
 #pragma unroll
-    for (int i = 0; i < Config::kBlockN / 4; ++i) {
-      const HalfPair pair = HalfPair::split(s[2 * i], s[2 * i + 1]);
-      p_high[i] = pair.high;
-      p_low[i] = pair.low;
-    }
+    for (int i = 0; i < Config::kBlockN / 4; ++i) p.set(i, s[2 * i], s[2 * i + 1]);
+    v_unit = units.largest_v;
     __syncwarp();
     if (threadIdx.x % 32 == 0) ptx::mbarrier_arrive(shared.units.empty[use.stage()]);
   }
 
  private:
   __device__ void scale_columns(const float (&factors)[Config::kBlockN]) {
+    const ColumnNumbers numbers(factors);
 #pragma unroll
-    for (int i = 0; i < Config::kBlockN / 2; i += 4) {
-      const float2 pair = *reinterpret_cast<const float2*>(factors + 2 * i + threadIdx.x % 4 * 2);
-      s[i] *= pair.x;
-      s[i + 1] *= pair.y;
-      s[i + 2] *= pair.x;
-      s[i + 3] *= pair.y;
-    }
+    for (int i = 0; i < Config::kBlockN / 2; ++i) s[i] *= numbers[i];
   }
 };
 

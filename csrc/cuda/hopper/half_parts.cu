@@ -62,14 +62,18 @@ __global__ void __launch_bounds__(kThreads) hopper_half_parts_kernel(const __gri
 
     const int exponent = unit_exponent(largest);
     const float inverse = power_of_two(-exponent);
-    HalfPair pairs[kChunk / 2];
+    HalfPair<2> pairs[kChunk / 2];
 #pragma unroll
-    for (int i = 0; i < kChunk / 2; ++i) pairs[i] = HalfPair::split(x[2 * i] * inverse, x[2 * i + 1] * inverse);
+    for (int i = 0; i < kChunk / 2; ++i) pairs[i] = HalfPair<2>::split(x[2 * i] * inverse, x[2 * i + 1] * inverse);
     const int64_t part_size = target.copies * source.seqlen * source.num_heads * source.head_dim;
-    __half* high = static_cast<__half*>(target.parts) +
-                   ((copy * source.seqlen + row) * source.num_heads + head) * source.head_dim + column;
-    *reinterpret_cast<uint4*>(high) = uint4{pairs[0].high, pairs[1].high, pairs[2].high, pairs[3].high};
-    *reinterpret_cast<uint4*>(high + part_size) = uint4{pairs[0].low, pairs[1].low, pairs[2].low, pairs[3].low};
+    __half* chunk = static_cast<__half*>(target.parts) +
+                    ((copy * source.seqlen + row) * source.num_heads + head) * source.head_dim + column;
+#pragma unroll
+    for (int part = 0; part < 2; ++part) {
+      if (part == target.num_parts) break;
+      *reinterpret_cast<uint4*>(chunk + part * part_size) =
+          uint4{pairs[0].parts[part], pairs[1].parts[part], pairs[2].parts[part], pairs[3].parts[part]};
+    }
     if (column == 0) {
       target.units[(copy * source.num_heads + head) * source.seqlen + row] = power_of_two(exponent);
     }

@@ -1,7 +1,7 @@
-// Matrix products of fp32 factors in two fp16 parts each: a_low b_high + a_high b_low + a_high b_high, in this order,
-// as what is cut off grows with the sum.
+// Matrix products of fp32 factors in fp16 parts. Of one part each they are products of that; of two parts each
+// a_low b_high + a_high b_low + a_high b_high, in this order, as what is cut off grows with the sum.
 //
-// A tile of 64 columns in shared memory is one slab of its high parts with one of its low parts behind it.
+// A tile of 64 columns in shared memory is one slab of its high parts with one of its low parts, if any, behind it.
 #pragma once
 
 #include <cuda_fp16.h>
@@ -16,45 +16,58 @@
 
 namespace mixed_attention::cuda::hopper {
 
-// An operand in registers; the words of each part lie as those of a 16-bit one.
-template <int kWords>
+// An operand in registers; the words of each part, high ones first, lie as those of a 16-bit one.
+template <int kParts, int kWords>
 struct HalfOperand {
-  uint32_t high[kWords], low[kWords];
+  uint32_t parts[kParts][kWords];
+
+  // Two numbers, the word's lower half first.
+  __device__ void set(int word, float low, float high) {
+    const auto pair = HalfPair<kParts>::split(low, high);
+#pragma unroll
+    for (int part = 0; part < kParts; ++part) parts[part][word] = pair.parts[part];
+  }
 };
 
-// d = a bᵀ.
-template <int kPartBytesA, int kPartBytesB, int kCount>
-__device__ inline void issue_half_row_products(float (&d)[kCount], ptx::Operand a, ptx::Operand b) {
-  const auto add = [&](ptx::Operand part_a, ptx::Operand part_b, bool overwrites) {
-    add_row_products<__half, kSlabColumns, kPartBytesA, kPartBytesB>(d, part_a, part_b, overwrites);
-  };
+// Issues one batch, a product of two factors: calls add(part of a, part of b, whether it is the first) for each of its
+// parts' products, in their order.
+template <int kParts, typename Add>
+__device__ inline void issue_part_products(const Add& add) {
   ptx::wgmma_fence();
-  add(a.advance(kPartBytesA), b, true);
-  add(a, b.advance(kPartBytesB), false);
-  add(a, b, false);
+  if constexpr (kParts == 2) {
+    add(1, 0, true);
+    add(0, 1, false);
+  }
+  add(0, 0, kParts == 1);
   ptx::wgmma_commit();
 }
 
+// d = a bᵀ.
+template <int kParts, int kPartBytesA, int kPartBytesB, int kCount>
+__device__ inline void issue_half_row_products(float (&d)[kCount], ptx::Operand a, ptx::Operand b) {
+  issue_part_products<kParts>([&](int part_a, int part_b, bool overwrites) {
+    add_row_products<__half, kSlabColumns, kPartBytesA, kPartBytesB>(d, a.advance(part_a * kPartBytesA),
+                                                                     b.advance(part_b * kPartBytesB), overwrites);
+  });
+}
+
 // d = a b, a from registers.
-template <int kPartBytes, int kCount, int kWords>
-__device__ inline void issue_half_column_products(float (&d)[kCount], const HalfOperand<kWords>& a, ptx::Operand b) {
-  ptx::wgmma_fence();
-  add_column_products<__half>(d, a.low, b, true);
-  add_column_products<__half>(d, a.high, b.advance(kPartBytes), false);
-  add_column_products<__half>(d, a.high, b, false);
-  ptx::wgmma_commit();
+template <int kPartBytes, int kCount, int kParts, int kWords>
+__device__ inline void issue_half_column_products(float (&d)[kCount], const HalfOperand<kParts, kWords>& a,
+                                                  ptx::Operand b) {
+  issue_part_products<kParts>([&](int part_a, int part_b, bool overwrites) {
+    add_column_products<__half>(d, a.parts[part_a], b.advance(part_b * kPartBytes), overwrites);
+  });
 }
 
 // Splits a result into the operand of the next product; nothing moves between threads. It is multiplied by the factors
 // of rows or of columns before, which take it to below 2^16.
-template <int kCount, typename Factors>
-__device__ inline void split_operand(HalfOperand<kCount / 2>& operand, const float (&result)[kCount],
+template <int kParts, int kCount, typename Factors>
+__device__ inline void split_operand(HalfOperand<kParts, kCount / 2>& operand, const float (&result)[kCount],
                                      const Factors& factors) {
 #pragma unroll
   for (int i = 0; i < kCount; i += 2) {
-    const HalfPair pair = HalfPair::split(result[i] * factors[i], result[i + 1] * factors[i + 1]);
-    operand.high[i / 2] = pair.high;
-    operand.low[i / 2] = pair.low;
+    operand.set(i / 2, result[i] * factors[i], result[i + 1] * factors[i + 1]);
   }
 }
 

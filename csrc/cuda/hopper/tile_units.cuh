@@ -9,6 +9,7 @@ namespace mixed_attention::cuda::hopper {
 // A warp's share of them, a few rows in each lane.
 template <int kBlockN>
 struct TileUnitsLoad {
+  static_assert(kBlockN % 32 == 0);
   static constexpr int kRows = kBlockN / 32;
 
   float k[kRows], v[kRows];

@@ -2,6 +2,6 @@
 
 namespace mixed_attention::cuda::hopper {
 
-template void launch_fwd<float, 64>(const FwdParams& params, const FwdPlan& plan);
+template void launch_fwd<float, 64, 2>(const FwdParams& params, const FwdPlan& plan);
 
 }  // namespace mixed_attention::cuda::hopper

@@ -1,0 +1,7 @@
+#include "cuda/hopper/fwd_launch.cuh"
+
+namespace mixed_attention::cuda::hopper {
+
+template void launch_fwd<float, 64, 1>(const FwdParams& params, const FwdPlan& plan);
+
+}  // namespace mixed_attention::cuda::hopper
