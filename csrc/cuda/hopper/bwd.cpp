@@ -26,6 +26,23 @@ int64_t size_by_tiles(const BwdParams& params) {
   return params.batch_size * params.num_heads * num_query_tiles(make_query_runs(*params.schedule)) * kQueryTileRows;
 }
 
+// Beside the sums of one tile, deterministic mode has those of a second one in memory, but not more.
+bool can_take_turns(const BwdParams& params) {
+  const int64_t num_tiles = num_query_tiles(make_query_runs(*params.schedule));
+  return kernel_head_dim(params) <= 64 && num_reader_tiles(*params.schedule) <= 2 * num_tiles;
+}
+
+DqSums take_dq_sums(const BwdParams& params, Scratch& scratch) {
+  const int64_t num_sequences = params.batch_size * params.num_heads;
+  const int64_t num_tiles = params.deterministic ? num_reader_tiles(*params.schedule)
+                                                 : num_query_tiles(make_query_runs(*params.schedule));
+  DqSums sums{};
+  sums.num_tiles = static_cast<int>(num_tiles);
+  sums.sums = scratch.take<float>(num_sequences * num_tiles * kQueryTileRows * kernel_head_dim(params));
+  if (params.deterministic) sums.turns = scratch.take<uint32_t>(num_sequences * num_tiles);
+  return sums;
+}
+
 int64_t num_rows(const BwdParams& params) { return params.batch_size * params.num_heads * params.seqlen_q; }
 
 }  // namespace
@@ -45,7 +62,7 @@ BwdWorkspace bwd_workspace(const BwdParams& params) {
   workspace.lse_log2 = scratch.take<float>(size);
   workspace.delta = scratch.take<float>(size);
   if (adds_dq(params)) {
-    workspace.dq_sums = scratch.take<float>(size * kernel_head_dim(params));
+    workspace.dq_sums = take_dq_sums(params, scratch);
   } else {
     workspace.delta_of_rows = scratch.take<float>(num_rows(params));
   }
@@ -64,7 +81,8 @@ BwdTensors bwd_tensors(const BwdParams& params, const BwdWorkspace& workspace) {
 }
 
 bool adds_dq(const BwdParams& params) {
-  return !params.deterministic && params.dtype != DType::kFloat32 && can_add_dq(kernel_head_dim(params));
+  return params.dtype != DType::kFloat32 && can_add_dq(kernel_head_dim(params)) &&
+         (!params.deterministic || can_take_turns(params));
 }
 
 int num_query_splits(const BwdParams& params, const std::vector<QueryRun>& runs) {

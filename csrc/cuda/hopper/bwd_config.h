@@ -79,7 +79,7 @@ struct DkDvConfig : KeyOwnerConfig<Element, kHeadDim, kIsMasked>, DkDvTuning<kHe
   static constexpr bool kAddsDq = kAddsDq_;
   static constexpr int kSplits = kSplits_;
   static constexpr int kThreads = (1 + DkDvConfig::kConsumers + kAddsDq) * kWarpgroup;
-  static constexpr int kProducerRegisters = kSplits > 1 ? 48 : 24, kDqRegisters = 96;
+  static constexpr int kProducerRegisters = kSplits > 1 ? 48 : kAddsDq ? 32 : 24, kDqRegisters = 96;
   static constexpr int kConsumerRegisters = !kAddsDq ? 240 : kSplits > 1 ? 184 : 192;
   // The operands of the products for dk and dv take turns in the same registers where these are few.
   static constexpr bool kSharesOperand = kHeadDim > 64 || kSplits > 1 || kIsMasked;
@@ -96,15 +96,16 @@ struct DsExchange {
   uint64_t ds_full[kStages], ds_empty[kStages];
 };
 
-// What the third warpgroup reads and writes.
+// What the third warpgroup reads and writes. A query tile's sums wait in their buffer for their turn to be added.
 template <typename Config, bool kAddsDq = Config::kAddsDq>
 struct DqExchange {};
 
 template <typename Config>
 struct DqExchange<Config, true> : DsExchange<Config, 2> {
-  static constexpr int kStagings = 2;
+  static constexpr int kStagings = Config::kSplits > 1 ? 2 : 3;
 
   alignas(128) float staging[kStagings][Config::kDqTileFloats];
+  uint64_t staging_full[kStagings], staging_empty[kStagings];
 };
 
 // Tiles are slabs of (rows, kSlabColumns) elements, one after the other, as the copy engine's swizzle writes them.

@@ -68,6 +68,11 @@ __global__ void __launch_bounds__(BwdStatsShape<Element, kHeadDim>::kThreads)
     for (int i = 0; i < kFloat4s; i += Shape::kThreads) sums[i + threadIdx.x] = make_float4(0, 0, 0, 0);
   }
 
+  for (int64_t i = int64_t{blockIdx.x} * Shape::kThreads + threadIdx.x; i < params.num_dq_turns;
+       i += int64_t{gridDim.x} * Shape::kThreads) {
+    params.dq_turns[i] = 0;
+  }
+
 #pragma unroll
   for (int half = 0; half < 2; ++half) {
     const int row_of_tile = threadIdx.x / Shape::kThreadsPerRow + half * (kQueryTileRows / 2);
