@@ -26,6 +26,9 @@ constexpr bool transposes_dq(int head_dim) { return head_dim % kWarpgroupRows ==
 // Query rows of one step of the kernel for dk and dv; the statistics of the queries are stored by such tiles.
 inline constexpr int kQueryTileRows = 64;
 
+// Key rows of an item of that kernel.
+inline constexpr int kKeyTileRows = 2 * kWarpgroupRows;
+
 // A tile of queries waits in its buffer for three steps, one of output gradients for one.
 template <int kHeadDim>
 struct DkDvTuning;
@@ -50,14 +53,14 @@ struct DkDvTuning<128> {
   static constexpr int kStagesQ = 4, kStagesDout = 3;
 };
 
-// Of the kernels that own tiles of keys: two warpgroups of 64 of them. kIsMasked: by a key padding mask.
+// Of the kernels that own tiles of keys, each warpgroup 64 of them. kIsMasked: by a key padding mask.
 template <typename Element_, int kHeadDim_, bool kIsMasked_>
 struct KeyOwnerConfig {
   using Element = Element_;
   static constexpr int kHeadDim = kHeadDim_;
   static constexpr bool kIsMasked = kIsMasked_;
-  static constexpr int kConsumers = 2;
-  static constexpr int kBlockM = kQueryTileRows, kBlockN = kConsumers * kWarpgroupRows;
+  static constexpr int kConsumers = kKeyTileRows / kWarpgroupRows;
+  static constexpr int kBlockM = kQueryTileRows, kBlockN = kKeyTileRows;
 
   static constexpr int kSlabColumns = slab_columns(kHeadDim), kRowBytes = kSlabColumns * sizeof(Element);
   static constexpr int kSlabBytesM = kBlockM * kSlabColumns * sizeof(Element);

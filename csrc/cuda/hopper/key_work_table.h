@@ -20,10 +20,10 @@ struct QueryRun {
 // A key segment as tiles of kBlockN rows, the last one ragged. Its items are these tiles for every head and batch.
 struct KeySegmentTiles {
   int row_begin, row_end;
-  int first_range; // in KeyWorkTable::ranges, those who read it
-  int num_tiles;   // query tiles; without any the gradients are zero
-  int first_tile;  // those of the segments with lower rows come before
-  int item_end;    // items of this segment and of all before it
+  int first_range;  // in KeyWorkTable::ranges, those who read it
+  int num_tiles;    // query tiles; without any the gradients are zero
+  int first_tile;   // those of the segments with lower rows come before
+  int item_end;     // items of this segment and of all before it
 };
 
 struct KeyWorkTable {
@@ -55,6 +55,7 @@ bool fits_key_work_table(const AttentionParams& params);
 KeyWorkTable make_key_work_table(const AttentionParams& params, const std::vector<QueryRun>& runs, int block_n);
 
 // About how long a launch takes, in steps of a query tile: in each round of num_blocks items all wait for the longest.
-int steps_of_longest_block(const KeyWorkTable& table, int num_blocks, int splits);
+// takes_turns: additions to dq follow one another.
+int steps_of_longest_block(const KeyWorkTable& table, int num_blocks, int splits, bool takes_turns);
 
 }  // namespace mixed_attention::cuda::hopper

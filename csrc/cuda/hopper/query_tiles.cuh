@@ -25,8 +25,7 @@ struct QueryTileIterator {
   int tile;  // of the run
 
   // Starts at the tile of this index among the segment's.
-  __device__ QueryTileIterator(const KeyWorkTable& table, const KeySegmentTiles& segment, int first)
-      : table(table) {
+  __device__ QueryTileIterator(const KeyWorkTable& table, const KeySegmentTiles& segment, int first) : table(table) {
     seek(segment, first);
   }
 
