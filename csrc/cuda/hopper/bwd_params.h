@@ -30,7 +30,7 @@ struct BwdStatsKernelParams {
   QueryStats stats;
   float* delta_of_rows;  // delta once more as (batch_size, num_heads, seqlen_q); or null
   float* dq_sums;        // set to zero; or null
-  uint32_t* dq_turns;    // likewise
+  uint32_t* dq_turns;    // likewise, num_dq_turns of them
   int64_t num_dq_turns;
   int num_runs;
   QueryRun runs[kMaxRuns];

@@ -1,5 +1,5 @@
-// What the backward needs to know of every query: its log-sum-exp in base 2, and delta. Sums of dq begin with zero
-// here.
+// What the backward needs to know of every query: its log-sum-exp in base 2, and delta. Sums of dq, or turns to add to
+// them, begin with zero here.
 #pragma once
 
 #include <cuda_bf16.h>

@@ -15,12 +15,13 @@ namespace mixed_attention::cuda::hopper {
 // at stay in the L2 cache.
 constexpr int kTilesApart = 3;
 
-// The items of a round, key segment and sequence, and which of them an item is.
+// The items of a round, key segment and sequence, and which of them an item is. Tiles are counted within the share of
+// the key segment's query tiles that the block goes through.
 template <typename Config>
 struct RoundOfItems {
   int number, count;
-  int first_turn;  // of all of them, as there were items of the segment and sequence in earlier rounds
-  int arc;         // the tiles at which they start, from the first of `num_tiles`
+  int first_turn;  // of theirs at any tile: those before were of earlier rounds
+  int arc;         // at so many tiles, beginning with the first, they start
 
   __device__ RoundOfItems(const KeyItems<Config>& item, int num_tiles) {
     const KeySegmentTiles& segment = item.tiles();
