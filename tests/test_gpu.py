@@ -24,6 +24,13 @@ FP16, BF16, FP32 = torch.float16, torch.bfloat16, torch.float32
 DTYPES = {"fp16": FP16, "bf16": BF16, "fp32": FP32}
 SPLIT = Case((40, 9000), "ab>ab", head_dim=64, cached="b")  # too few tiles of queries: the keys are split
 CASES = {"abupt": LARGE_CASES["abupt"], "wide": LARGE_CASES["wide"], "masked": LARGE_CASES["masked"], "split": SPLIT}
+# More key tiles than blocks; queries that read two key segments, or one twice; queries that read three.
+MANY_TILES = {
+    "rounds": Case((5000, 4000), "a>a b>b", batch_size=2, num_heads=3, head_dim=64),
+    "narrow": Case((5000, 4000), "a>a b>b", batch_size=2, num_heads=3, head_dim=32, mask="random"),
+    "segments": Case((2000, 1500, 900), "a>ab b>bc c>cc", num_heads=3, head_dim=64),
+    "unions": Case((300, 700, 900, 500), "a>bcd b>acd c>abd d>abc", num_heads=3, head_dim=64),
+}
 
 
 def each_dtype(function: Callable) -> Callable:
@@ -444,7 +451,7 @@ def test_large_tokens_cost_others_no_bit(head_dim, device):
 
 
 @each_dtype
-@pytest.mark.parametrize("case", CASES.values(), ids=CASES)
+@pytest.mark.parametrize("case", [*CASES.values(), *MANY_TILES.values()], ids=[*CASES, *MANY_TILES])
 def test_deterministic_mode_repeats_bit_by_bit_and_is_right(case, dtype, device):
     inputs = make_inputs(case.with_(dtype=dtype), device)
     with deterministic():

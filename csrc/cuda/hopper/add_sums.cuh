@@ -8,20 +8,25 @@
 
 namespace mixed_attention::cuda::hopper {
 
-// Adds this warpgroup's accumulators to the numbers at target(), which lie in their order, so that they leave in 16
-// bytes a thread and a single bulk addition. A warpgroup's kStagings buffers take turns; its first thread alone calls
-// target, and has to wait for the last additions.
-template <int kStagings, int kCount, typename Target>
-__device__ inline void add_sums(float* staging, const float (&sums)[kCount], int barrier, Target target) {
-  const int thread = threadIdx.x % kWarpgroup;
-  if (thread == 0) ptx::bulk_wait_read<kStagings - 1>();
-  ptx::named_barrier_sync(barrier, kWarpgroup);
+// Writes this warpgroup's accumulators in an order in which they leave in 16 bytes a thread and one bulk operation.
+template <int kCount>
+__device__ inline void stage_sums(float* staging, const float (&sums)[kCount]) {
 #pragma unroll
   for (int chunk = 0; chunk < kCount / 4; ++chunk) {
-    reinterpret_cast<float4*>(staging)[chunk * kWarpgroup + thread] =
+    reinterpret_cast<float4*>(staging)[chunk * kWarpgroup + threadIdx.x % kWarpgroup] =
         make_float4(sums[4 * chunk], sums[4 * chunk + 1], sums[4 * chunk + 2], sums[4 * chunk + 3]);
   }
   ptx::fence_async_shared();
+}
+
+// Adds them to the numbers at target(), which lie in this order. The warpgroup's first thread alone calls target, and
+// has to wait for the last addition.
+template <int kCount, typename Target>
+__device__ inline void add_sums(float* staging, const float (&sums)[kCount], int barrier, Target target) {
+  const int thread = threadIdx.x % kWarpgroup;
+  if (thread == 0) ptx::bulk_wait_read<0>();
+  ptx::named_barrier_sync(barrier, kWarpgroup);
+  stage_sums(staging, sums);
   ptx::named_barrier_sync(barrier, kWarpgroup);
   if (thread == 0) {
     ptx::bulk_add(target(), staging, sizeof(float) * kCount * kWarpgroup);

@@ -26,6 +26,29 @@ int64_t size_by_tiles(const BwdParams& params) {
   return params.batch_size * params.num_heads * num_query_tiles(make_query_runs(*params.schedule)) * kQueryTileRows;
 }
 
+// Whether one kernel takes less time than two, with seven products instead of five: where keys are many and queries
+// few, blocks would wait for their turns. Nor may the sums of a query tile, one for each key segment that it reads,
+// take more than twice the memory that they take where they come in any order.
+bool can_take_turns(const BwdParams& params) {
+  const std::vector<QueryRun> runs = make_query_runs(*params.schedule);
+  if (kernel_head_dim(params) > 64 || num_reader_tiles(*params.schedule) > 2 * num_query_tiles(runs)) return false;
+  const KeyWorkTable table = make_key_work_table(params, runs, kKeyTileRows);
+  const int num_blocks = num_multiprocessors(params.device);
+  return 5 * int64_t{steps_of_longest_block(table, num_blocks, 1, true)} <=
+         7 * int64_t{steps_of_longest_block(table, num_blocks, 1, false)};
+}
+
+DqSums take_dq_sums(const BwdParams& params, Scratch& scratch) {
+  const int64_t num_sequences = params.batch_size * params.num_heads;
+  const int64_t num_tiles =
+      params.deterministic ? num_reader_tiles(*params.schedule) : num_query_tiles(make_query_runs(*params.schedule));
+  DqSums sums{};
+  sums.num_tiles = static_cast<int>(num_tiles);
+  sums.sums = scratch.take<float>(num_sequences * num_tiles * kQueryTileRows * kernel_head_dim(params));
+  if (params.deterministic) sums.turns = scratch.take<uint32_t>(num_sequences * num_tiles);
+  return sums;
+}
+
 int64_t num_rows(const BwdParams& params) { return params.batch_size * params.num_heads * params.seqlen_q; }
 
 }  // namespace
@@ -45,7 +68,7 @@ BwdWorkspace bwd_workspace(const BwdParams& params) {
   workspace.lse_log2 = scratch.take<float>(size);
   workspace.delta = scratch.take<float>(size);
   if (adds_dq(params)) {
-    workspace.dq_sums = scratch.take<float>(size * kernel_head_dim(params));
+    workspace.dq_sums = take_dq_sums(params, scratch);
   } else {
     workspace.delta_of_rows = scratch.take<float>(num_rows(params));
   }
@@ -64,14 +87,18 @@ BwdTensors bwd_tensors(const BwdParams& params, const BwdWorkspace& workspace) {
 }
 
 bool adds_dq(const BwdParams& params) {
-  return !params.deterministic && params.dtype != DType::kFloat32 && can_add_dq(kernel_head_dim(params));
+  return params.dtype != DType::kFloat32 && can_add_dq(kernel_head_dim(params)) &&
+         (!params.deterministic || can_take_turns(params));
 }
 
 int num_query_splits(const BwdParams& params, const std::vector<QueryRun>& runs) {
   if (!adds_dq(params) || kernel_head_dim(params) > 64 || params.key_padding_mask != nullptr) return 1;
-  const KeyWorkTable table = make_key_work_table(params, runs, 2 * kWarpgroupRows);
+  const KeyWorkTable table = make_key_work_table(params, runs, kKeyTileRows);
   const int num_blocks = num_multiprocessors(params.device);
-  return steps_of_longest_block(table, num_blocks / 2, 2) < steps_of_longest_block(table, num_blocks, 1) ? 2 : 1;
+  const auto num_steps = [&](int splits) {
+    return steps_of_longest_block(table, num_blocks / splits, splits, params.deterministic);
+  };
+  return num_steps(2) < num_steps(1) ? 2 : 1;
 }
 
 std::string refusal_bwd(const Problem& problem) {

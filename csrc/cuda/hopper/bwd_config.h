@@ -26,6 +26,9 @@ constexpr bool transposes_dq(int head_dim) { return head_dim % kWarpgroupRows ==
 // Query rows of one step of the kernel for dk and dv; the statistics of the queries are stored by such tiles.
 inline constexpr int kQueryTileRows = 64;
 
+// Key rows of an item of that kernel.
+inline constexpr int kKeyTileRows = 2 * kWarpgroupRows;
+
 // A tile of queries waits in its buffer for three steps, one of output gradients for one.
 template <int kHeadDim>
 struct DkDvTuning;
@@ -50,14 +53,14 @@ struct DkDvTuning<128> {
   static constexpr int kStagesQ = 4, kStagesDout = 3;
 };
 
-// Of the kernels that own tiles of keys: two warpgroups of 64 of them. kIsMasked: by a key padding mask.
+// Of the kernels that own tiles of keys, each warpgroup 64 of them. kIsMasked: by a key padding mask.
 template <typename Element_, int kHeadDim_, bool kIsMasked_>
 struct KeyOwnerConfig {
   using Element = Element_;
   static constexpr int kHeadDim = kHeadDim_;
   static constexpr bool kIsMasked = kIsMasked_;
-  static constexpr int kConsumers = 2;
-  static constexpr int kBlockM = kQueryTileRows, kBlockN = kConsumers * kWarpgroupRows;
+  static constexpr int kConsumers = kKeyTileRows / kWarpgroupRows;
+  static constexpr int kBlockM = kQueryTileRows, kBlockN = kKeyTileRows;
 
   static constexpr int kSlabColumns = slab_columns(kHeadDim), kRowBytes = kSlabColumns * sizeof(Element);
   static constexpr int kSlabBytesM = kBlockM * kSlabColumns * sizeof(Element);
@@ -79,7 +82,7 @@ struct DkDvConfig : KeyOwnerConfig<Element, kHeadDim, kIsMasked>, DkDvTuning<kHe
   static constexpr bool kAddsDq = kAddsDq_;
   static constexpr int kSplits = kSplits_;
   static constexpr int kThreads = (1 + DkDvConfig::kConsumers + kAddsDq) * kWarpgroup;
-  static constexpr int kProducerRegisters = kSplits > 1 ? 48 : 24, kDqRegisters = 96;
+  static constexpr int kProducerRegisters = kSplits > 1 ? 48 : kAddsDq ? 32 : 24, kDqRegisters = 96;
   static constexpr int kConsumerRegisters = !kAddsDq ? 240 : kSplits > 1 ? 184 : 192;
   // What the registers hold beside: a consumer's own values, or these and its keys.
   static constexpr int kKeptInputs = kHeadDim > 64 || kSplits > 1 ? 0 : kHeadDim == 64 && kAddsDq ? 1 : 2;
@@ -98,15 +101,16 @@ struct DsExchange {
   uint64_t ds_full[kStages], ds_empty[kStages];
 };
 
-// What the third warpgroup reads and writes.
+// What the third warpgroup reads and writes. A query tile's sums wait in their buffer for their turn to be added.
 template <typename Config, bool kAddsDq = Config::kAddsDq>
 struct DqExchange {};
 
 template <typename Config>
 struct DqExchange<Config, true> : DsExchange<Config, 2> {
-  static constexpr int kStagings = 2;
+  static constexpr int kStagings = Config::kSplits > 1 ? 2 : 3;
 
   alignas(128) float staging[kStagings][Config::kDqTileFloats];
+  uint64_t staging_full[kStagings], staging_empty[kStagings];
 };
 
 // Tiles are slabs of (rows, kSlabColumns) elements, one after the other, as the copy engine's swizzle writes them.

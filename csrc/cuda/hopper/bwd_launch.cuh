@@ -18,33 +18,38 @@
 namespace mixed_attention::cuda::hopper {
 
 // One persistent block a multiprocessor, fewer where there are fewer items. The blocks of a cluster share an item.
+// is_cooperative: blocks wait for one another, and start when all of them can.
 template <typename Config, typename SharedStorage, typename KernelParams>
 void launch_persistent(void (*kernel)(KernelParams), const char* name, const KernelParams& kernel_params,
-                       const BwdParams& params) {
+                       const BwdParams& params, bool is_cooperative = false) {
   if (kernel_params.table.num_items == 0) return;
   constexpr int kSharedBytes = sizeof(SharedStorage);
   static_assert(kSharedBytes <= 227 * 1024);
   check(cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize, kSharedBytes), name);
   const int num_clusters =
       std::min(kernel_params.table.num_items, num_multiprocessors(params.device) / Config::kSplits);
-  cudaLaunchAttribute cluster{};
-  cluster.id = cudaLaunchAttributeClusterDimension;
-  cluster.val.clusterDim = {Config::kSplits, 1, 1};
+  cudaLaunchAttribute attributes[2]{};
+  attributes[0].id = cudaLaunchAttributeCooperative;
+  attributes[0].val.cooperative = is_cooperative;
+  attributes[1].id = cudaLaunchAttributeClusterDimension;
+  attributes[1].val.clusterDim = {Config::kSplits, 1, 1};
   cudaLaunchConfig_t launch{};
   launch.gridDim = num_clusters * Config::kSplits;
   launch.blockDim = Config::kThreads;
   launch.dynamicSmemBytes = kSharedBytes;
   launch.stream = static_cast<cudaStream_t>(params.stream);
-  launch.attrs = &cluster;
-  launch.numAttrs = Config::kSplits > 1 ? 1 : 0;
+  launch.attrs = attributes;
+  launch.numAttrs = Config::kSplits > 1 ? 2 : 1;
   check(cudaLaunchKernelEx(&launch, kernel, kernel_params), name);
 }
 
 template <typename Element, int kHeadDim>
 void launch_stats(const BwdParams& params, const QueryStats& stats, const BwdWorkspace& workspace,
                   const std::vector<QueryRun>& runs) {
-  const int64_t num_blocks = stats.num_tiles * params.num_heads * params.batch_size;
+  const int64_t num_sequences = params.num_heads * params.batch_size;
+  const int64_t num_blocks = stats.num_tiles * num_sequences;
   if (num_blocks == 0) return;
+  const bool takes_turns = workspace.dq_sums.turns != nullptr;
   BwdStatsKernelParams kernel_params{params.out,
                                      params.dout,
                                      params.out_strides,
@@ -56,7 +61,9 @@ void launch_stats(const BwdParams& params, const QueryStats& stats, const BwdWor
                                      params.seqlen_q,
                                      stats,
                                      workspace.delta_of_rows,
-                                     workspace.dq_sums,
+                                     takes_turns ? nullptr : workspace.dq_sums.sums,
+                                     workspace.dq_sums.turns,
+                                     takes_turns ? int64_t{workspace.dq_sums.num_tiles} * num_sequences : 0,
                                      static_cast<int>(runs.size()),
                                      {}};
   std::copy(runs.begin(), runs.end(), kernel_params.runs);
@@ -97,7 +104,7 @@ void launch_dk_dv(const BwdParams& params, const QueryStats& stats, const BwdWor
                   const std::vector<QueryRun>& runs) {
   launch_persistent<Config, DkDvSharedStorage<Config>>(hopper_dk_dv_kernel<Config>, "launch of hopper_dk_dv_kernel",
                                                        make_dk_dv_kernel_params<Config>(params, stats, workspace, runs),
-                                                       params);
+                                                       params, workspace.dq_sums.turns != nullptr);
 }
 
 template <typename Config>
@@ -147,8 +154,22 @@ void launch_dq_sums(const BwdParams& params, const QueryStats& stats, const BwdW
                                    static_cast<int>(params.head_dim),
                                    stats.num_tiles,
                                    static_cast<int>(runs.size()),
+                                   {},
+                                   0,
                                    {}};
   std::copy(runs.begin(), runs.end(), kernel_params.runs);
+  const auto add_run = [&](int first_tile, int num_tiles, int first_sum) {
+    kernel_params.sums_runs[kernel_params.num_sums_runs++] = {first_tile, num_tiles, first_sum};
+  };
+  if (workspace.dq_sums.turns == nullptr) {
+    add_run(0, stats.num_tiles, 0);
+  } else {
+    int first_sum = 0;
+    for (const QueryRun& run : make_reader_runs(*params.schedule, runs)) {
+      add_run(run.first_tile, num_query_tiles(run), first_sum);
+      first_sum += num_query_tiles(run);
+    }
+  }
   hopper_dq_sums_kernel<Element, kHeadDim>
       <<<static_cast<unsigned>(num_blocks), kWarpgroup, 0, static_cast<cudaStream_t>(params.stream)>>>(kernel_params);
   check(cudaGetLastError(), "launch of hopper_dq_sums_kernel");

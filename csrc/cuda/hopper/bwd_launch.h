@@ -1,6 +1,7 @@
 // What the instantiations of the backward launcher have in common with its dispatch.
 #pragma once
 
+#include "cuda/hopper/dq_sums.h"
 #include "cuda/hopper/key_work_table.h"
 #include "cuda/hopper/mask.h"
 #include "cuda/hopper/tensor_map.h"
@@ -17,14 +18,14 @@ struct BwdTensors {
 struct BwdWorkspace {
   float* lse_log2;  // QueryStats
   float* delta;
-  float* delta_of_rows;    // (batch_size, num_heads, seqlen_q), for the kernel that owns dq; else null
-  float* dq_sums;          // (batch_size, num_heads, num_tiles, kQueryTileRows * head_dim), for sums of dq; else null
+  float* delta_of_rows;  // (batch_size, num_heads, seqlen_q), for the kernel that owns dq; else null
+  DqSums dq_sums;
   MaskedKeys masked_keys;  // none without a mask
   size_t size;
 };
 
-// Whether one kernel computes all gradients, with sums of dq in the order in which they come. To measure the other
-// form, this is the place to change.
+// Whether one kernel computes all gradients, and adds up dq as its parts come, or in deterministic mode in turn. To
+// measure the other form, this is the place to change.
 bool adds_dq(const BwdParams& params);
 
 // Over how many blocks the queries of a key tile are split: 2 where two halves end earlier than a whole, else 1. Wide

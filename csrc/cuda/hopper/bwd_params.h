@@ -3,6 +3,7 @@
 
 #include <cuda.h>
 
+#include "cuda/hopper/dq_sums.h"
 #include "cuda/hopper/key_work_table.h"
 #include "cuda/hopper/work_table.h"
 #include "params.h"
@@ -29,6 +30,8 @@ struct BwdStatsKernelParams {
   QueryStats stats;
   float* delta_of_rows;  // delta once more as (batch_size, num_heads, seqlen_q); or null
   float* dq_sums;        // set to zero; or null
+  uint32_t* dq_turns;    // likewise, num_dq_turns of them
+  int64_t num_dq_turns;
   int num_runs;
   QueryRun runs[kMaxRuns];
 };
@@ -42,7 +45,7 @@ struct DkDvKernelParams {
   void* dv;
   Strides dk_strides, dv_strides;
   QueryStats stats;
-  float* dq_sums;  // add_sums.cuh; null where another kernel computes dq
+  DqSums dq_sums;
   int head_dim;
   const uint32_t* visible;  // mask.h; null without a mask
   int visible_step;
@@ -51,13 +54,15 @@ struct DkDvKernelParams {
 };
 
 struct DqSumsKernelParams {
-  const float* dq_sums;
+  DqSums dq_sums;
   void* dq;
   Strides dq_strides;
   float softmax_scale;
   int num_heads, head_dim, num_tiles;
   int num_runs;
   QueryRun runs[BwdStatsKernelParams::kMaxRuns];
+  int num_sums_runs;
+  DqSumsRun sums_runs[KeyWorkTable::kMaxRanges];  // of one tile, all are added
 };
 
 // Of items that are never cut into parts.

@@ -1,5 +1,5 @@
-// What the backward needs to know of every query: its log-sum-exp in base 2, and delta. Sums of dq begin with zero
-// here.
+// What the backward needs to know of every query: its log-sum-exp in base 2, and delta. Sums of dq, or turns to add to
+// them, begin with zero here.
 #pragma once
 
 #include <cuda_bf16.h>
@@ -66,6 +66,11 @@ __global__ void __launch_bounds__(BwdStatsShape<Element, kHeadDim>::kThreads)
     auto* sums = reinterpret_cast<float4*>(params.dq_sums) + int64_t{blockIdx.x} * kFloat4s;
 #pragma unroll
     for (int i = 0; i < kFloat4s; i += Shape::kThreads) sums[i + threadIdx.x] = make_float4(0, 0, 0, 0);
+  }
+
+  for (int64_t i = int64_t{blockIdx.x} * Shape::kThreads + threadIdx.x; i < params.num_dq_turns;
+       i += int64_t{gridDim.x} * Shape::kThreads) {
+    params.dq_turns[i] = 0;
   }
 
 #pragma unroll

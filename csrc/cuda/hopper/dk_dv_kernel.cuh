@@ -1,6 +1,6 @@
 // Gradients of keys and values on Hopper: persistent blocks of one producer and two consumer warpgroups that own what
 // they write. Gradients of queries are another kernel's (dq_kernel.cuh), or those of a third consumer warpgroup
-// (dq_adder.cuh), which adds them up in global memory in whichever order they come.
+// (dq_adder.cuh), which are added up in global memory (dq_sender.cuh).
 //
 // An item of a block is a tile of kBlockN key rows of one head. The producer, a single thread, copies its keys and
 // values and then, tile by tile, the queries that read them, with their output gradients and statistics. Each consumer
@@ -23,6 +23,7 @@
 #include "cuda/hopper/bwd_params.h"
 #include "cuda/hopper/bwd_scores.cuh"
 #include "cuda/hopper/dq_adder.cuh"
+#include "cuda/hopper/dq_sender.cuh"
 #include "cuda/hopper/own_keys.cuh"
 #include "cuda/hopper/products.cuh"
 #include "cuda/hopper/query_producer.cuh"
@@ -41,7 +42,13 @@ template <typename Config>
 __device__ inline void init_barriers(DkDvSharedStorage<Config>& shared) {
   constexpr int kConsumerWarps = Config::kConsumers * kWarpgroup / 32;
   init_input_barriers<Config>(shared, Config::kAddsDq ? kConsumerWarps + kWarpgroup / 32 : kConsumerWarps);
-  if constexpr (Config::kAddsDq) init_barriers(shared.dq_exchange, kWarpgroup / 32);
+  if constexpr (Config::kAddsDq) {
+    init_barriers(shared.dq_exchange, kWarpgroup / 32);
+    for (int stage = 0; stage < DqExchange<Config>::kStagings; ++stage) {
+      ptx::mbarrier_init(shared.dq_exchange.staging_full[stage], kWarpgroup / 32);
+      ptx::mbarrier_init(shared.dq_exchange.staging_empty[stage], 1);
+    }
+  }
   ptx::mbarrier_init(shared.peer_full, kConsumerWarps);
   ptx::mbarrier_init(shared.peer_empty, kConsumerWarps);
   ptx::mbarrier_fence_init();
@@ -209,7 +216,12 @@ __global__ void __launch_bounds__(Config::kThreads, 1)
   const int warpgroup = __shfl_sync(0xffffffff, threadIdx.x / kWarpgroup, 0);
   if (warpgroup == 0) {
     ptx::release_registers<Config::kProducerRegisters>();
-    if (threadIdx.x / 32 == 0 && ptx::elect_one()) produce_queries<Config>(params, shared);
+    const int warp = threadIdx.x / 32;
+    if (warp == 0) {
+      if (ptx::elect_one()) produce_queries<Config>(params, shared);
+    } else if constexpr (Config::kAddsDq) {
+      if (warp <= DqExchange<Config>::kStagings && ptx::elect_one()) send_dq(params, shared, warp - 1);
+    }
   } else if (warpgroup <= Config::kConsumers) {
     ptx::acquire_registers<Config::kConsumerRegisters>();
     consume(params, shared, warpgroup - 1);

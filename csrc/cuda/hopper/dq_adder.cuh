@@ -2,7 +2,7 @@
 //
 // The transposed dqᵀ = kᵀ dsᵀ: kᵀ stays in registers for a whole item, dsᵀ comes from the other warpgroups as they have
 // it. Where the head has no 64 columns to be rows of dqᵀ, dq = ds k with both from shared memory. The sums of a query
-// tile lie in the order of the accumulators; hopper_dq_sums_kernel puts them right.
+// tile leave in the order of the accumulators (dq_sender.cuh); hopper_dq_sums_kernel puts them right.
 #pragma once
 
 #include <cstdint>
@@ -12,27 +12,22 @@
 #include "cuda/hopper/bwd_params.h"
 #include "cuda/hopper/ds_exchange.cuh"
 #include "cuda/hopper/products.cuh"
-#include "cuda/hopper/query_tiles.cuh"
 #include "cuda/hopper/register_operand.cuh"
 #include "cuda/hopper/ring.cuh"
 #include "cuda/hopper/split_sums.cuh"
-#include "cuda/ptx/bulk_reduce.cuh"
 #include "cuda/ptx/mbarrier.cuh"
 #include "cuda/ptx/wgmma.cuh"
 
 namespace mixed_attention::cuda::hopper {
-
-constexpr int kDqBarrier = 1;  // named barrier of this warpgroup
 
 template <typename Config>
 __device__ inline void add_dq(const DkDvKernelParams& params, DkDvSharedStorage<Config>& shared) {
   using Element = typename Config::Element;
   auto& exchange = shared.dq_exchange;
   using Ring = RingUse<DqExchange<Config>::kStages>;
-  constexpr int kStagings = DqExchange<Config>::kStagings;
+  using Stagings = RingUse<DqExchange<Config>::kStagings>;
   constexpr bool kTransposes = transposes_dq(Config::kHeadDim);
-  const int thread = threadIdx.x % kWarpgroup;
-  const int lane = thread % 32;
+  const int lane = threadIdx.x % 32;
   const ptx::Operand ds_ring = ptx::Operand::make(exchange.ds);
   const auto release = [&](ptx::Mbarrier& empty) {
     if (lane == 0) ptx::mbarrier_arrive(empty);
@@ -41,9 +36,8 @@ __device__ inline void add_dq(const DkDvKernelParams& params, DkDvSharedStorage<
   uint32_t num_used = 0;  // query tiles, over all items
   uint32_t kv_parity = 0;
   for (KeyItems<Config> item(params.table); item.next();) {
-    const KeySegmentTiles& segment = item.tiles();
-    const QueryShare<Config> share(segment);
-    if (share.count == 0) continue;
+    const int num_tiles = QueryShare<Config>(item.tiles()).count;
+    if (num_tiles == 0) continue;
     [[maybe_unused]] uint32_t keys[Config::kBlockN / 4];
     ptx::mbarrier_wait(shared.kv_full, kv_parity);
     kv_parity ^= 1;
@@ -53,9 +47,7 @@ __device__ inline void add_dq(const DkDvKernelParams& params, DkDvSharedStorage<
       release(shared.kv_empty);
     }
 
-    const int64_t first_tile = (int64_t{item.batch} * params.table.num_heads + item.head) * params.stats.num_tiles;
-    QueryTileIterator queries(params.table, segment, share.first);
-    for (int i = 0; i < share.count; ++i, ++num_used) {
+    for (int i = 0; i < num_tiles; ++i, ++num_used) {
       const Ring ds{num_used};
       const ptx::Operand ds_tile = ds_ring.advance(ds.stage() * Config::kScoreBytes);
       float dq[Config::kDqTileFloats / kWarpgroup] = {};
@@ -69,12 +61,14 @@ __device__ inline void add_dq(const DkDvKernelParams& params, DkDvSharedStorage<
       ptx::wgmma_wait<0>(dq);
       release(exchange.ds_empty[ds.stage()]);
 
-      add_sums<kStagings>(exchange.staging[num_used % kStagings], dq, kDqBarrier,
-                          [&] { return params.dq_sums + (first_tile + queries.next().index) * Config::kDqTileFloats; });
+      const Stagings staging{num_used};
+      ptx::mbarrier_wait(exchange.staging_empty[staging.stage()], staging.empty_parity());
+      stage_sums(exchange.staging[staging.stage()], dq);
+      __syncwarp();
+      release(exchange.staging_full[staging.stage()]);
     }
     if constexpr (!kTransposes) release(shared.kv_empty);
   }
-  if (thread == 0) ptx::bulk_wait<0>();
 }
 
 }  // namespace mixed_attention::cuda::hopper

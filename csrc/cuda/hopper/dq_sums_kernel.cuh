@@ -1,4 +1,5 @@
-// dq from the sums of the kernel that computes all gradients: out of the order of its accumulators, scaled, rounded.
+// dq from the sums of the kernel that computes all gradients: put together where a tile has several, out of the order
+// of its accumulators, scaled, rounded.
 #pragma once
 
 #include <cstdint>
@@ -10,15 +11,33 @@
 
 namespace mixed_attention::cuda::hopper {
 
+// This thread's sums of a query tile. A thread reads what one of those who added wrote.
+template <int kCount>
+__device__ inline void load_sums(float4 (&sums)[kCount], const DqSumsKernelParams& params, int64_t sequence, int tile) {
+  for (int i = 0; i < params.num_sums_runs; ++i) {
+    const DqSumsRun& run = params.sums_runs[i];
+    const int tile_of_run = tile - run.first_tile;
+    if (tile_of_run < 0 || tile_of_run >= run.num_tiles) continue;
+    const int64_t place = sequence * params.dq_sums.num_tiles + run.first_sum + tile_of_run;
+    const auto* source = reinterpret_cast<const float4*>(params.dq_sums.sums) + place * (kCount * kWarpgroup);
+#pragma unroll
+    for (int chunk = 0; chunk < kCount; ++chunk) {
+      const float4 sum = source[chunk * kWarpgroup + threadIdx.x];
+      sums[chunk] =
+          make_float4(sums[chunk].x + sum.x, sums[chunk].y + sum.y, sums[chunk].z + sum.z, sums[chunk].w + sum.w);
+    }
+  }
+}
+
 // Puts together the rows of dq, (kQueryTileRows, kRowElements), from sums of dqᵀ (kHeadDim, kQueryTileRows).
-template <int kHeadDim, int kRowElements, typename Element>
-__device__ inline void transpose_sums(Element* rows, const float4* sums, float scale) {
+template <int kHeadDim, int kRowElements, int kCount, typename Element>
+__device__ inline void transpose_sums(Element* rows, const float4 (&sums)[kCount], float scale) {
   const int warp = threadIdx.x / 32, lane = threadIdx.x % 32;
 #pragma unroll
   for (int block = 0; block < kHeadDim / kWarpgroupRows; ++block) {
 #pragma unroll
     for (int chunk = 0; chunk < kQueryTileRows / 8; ++chunk) {
-      const float4 sum = sums[(block * (kQueryTileRows / 8) + chunk) * kWarpgroup];
+      const float4 sum = sums[block * (kQueryTileRows / 8) + chunk];
       Element* column =
           rows + (8 * chunk + 2 * (lane % 4)) * kRowElements + block * kWarpgroupRows + 16 * warp + lane / 4;
       column[0] = Element(sum.x * scale);
@@ -30,20 +49,20 @@ __device__ inline void transpose_sums(Element* rows, const float4* sums, float s
 }
 
 // The same from sums of dq (kQueryTileRows, kHeadDim).
-template <int kHeadDim, int kRowElements, typename Element>
-__device__ inline void order_sums(Element* rows, const float4* sums, float scale) {
+template <int kHeadDim, int kRowElements, int kCount, typename Element>
+__device__ inline void order_sums(Element* rows, const float4 (&sums)[kCount], float scale) {
   const int warp = threadIdx.x / 32, lane = threadIdx.x % 32;
 #pragma unroll
   for (int chunk = 0; chunk < kHeadDim / 8; ++chunk) {
-    const float4 sum = sums[chunk * kWarpgroup];
+    const float4 sum = sums[chunk];
     auto* pair = reinterpret_cast<uint32_t*>(rows + (16 * warp + lane / 4) * kRowElements + 8 * chunk + 2 * (lane % 4));
     pair[0] = ptx::pack<Element>(sum.x * scale, sum.y * scale);
     pair[8 * kRowElements / 2] = ptx::pack<Element>(sum.z * scale, sum.w * scale);
   }
 }
 
-// One block to a tile of queries of one head. A thread reads what one of those who added wrote; the rows of dq are put
-// together in shared memory, apart from each other by as many bytes as keep banks from clashing.
+// One block to a tile of queries of one head. The rows of dq are put together in shared memory, apart from each other
+// by as many bytes as keep banks from clashing.
 template <typename Element, int kHeadDim>
 __global__ void __launch_bounds__(kWarpgroup) hopper_dq_sums_kernel(const __grid_constant__ DqSumsKernelParams params) {
   constexpr int kRowElements = kHeadDim + 8;
@@ -52,8 +71,8 @@ __global__ void __launch_bounds__(kWarpgroup) hopper_dq_sums_kernel(const __grid
   const int64_t sequence = blockIdx.x / params.num_tiles;
   const QueryTile tile = query_tile(params.runs, params.num_runs, blockIdx.x % params.num_tiles);
 
-  const auto* sums = reinterpret_cast<const float4*>(params.dq_sums) +
-                     int64_t{blockIdx.x} * (kQueryTileRows * kHeadDim / 4) + threadIdx.x;
+  float4 sums[kQueryTileRows * kHeadDim / 4 / kWarpgroup] = {};
+  load_sums(sums, params, sequence, tile.index);
   if constexpr (transposes_dq(kHeadDim)) {
     transpose_sums<kHeadDim, kRowElements>(rows, sums, params.softmax_scale);
   } else {

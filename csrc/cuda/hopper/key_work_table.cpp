@@ -39,6 +39,22 @@ int num_query_tiles(const std::vector<QueryRun>& runs) {
   return runs.empty() ? 0 : runs.back().first_tile + num_query_tiles(runs.back());
 }
 
+std::vector<QueryRun> make_reader_runs(const Schedule& schedule, const std::vector<QueryRun>& runs) {
+  std::vector<QueryRun> readers;
+  for (const KeySegment& segment : schedule.key_segments) {
+    for (const Reader& reader : segment.readers) readers.push_back(run_of(reader, runs));
+  }
+  return readers;
+}
+
+int64_t num_reader_tiles(const Schedule& schedule) {
+  int64_t num_tiles = 0;
+  for (const KeySegment& segment : schedule.key_segments) {
+    for (const Reader& reader : segment.readers) num_tiles += ceil_div(reader.queries.size(), kQueryTileRows);
+  }
+  return num_tiles;
+}
+
 bool fits_key_work_table(const AttentionParams& params) {
   const std::vector<KeySegment>& segments = params.schedule->key_segments;
   if (segments.size() > KeyWorkTable::kMaxSegments) return false;
@@ -57,7 +73,7 @@ bool fits_key_work_table(const AttentionParams& params) {
 KeyWorkTable make_key_work_table(const AttentionParams& params, const std::vector<QueryRun>& runs, int block_n) {
   KeyWorkTable table{};
   table.num_heads = to_int(params.num_heads);
-  int num_segments = 0, num_ranges = 0;
+  int num_segments = 0, num_ranges = 0, first_tile = 0;
   for (const KeySegment& segment : params.schedule->key_segments) {
     const int first_range = num_ranges;
     int num_tiles = 0;
@@ -66,7 +82,8 @@ KeyWorkTable make_key_work_table(const AttentionParams& params, const std::vecto
       num_tiles += num_query_tiles(run);
     }
     table.segments[num_segments++] = {
-        to_int(segment.rows.begin), to_int(segment.rows.end), first_range, num_ranges - first_range, num_tiles, 0};
+        to_int(segment.rows.begin), to_int(segment.rows.end), first_range, num_tiles, first_tile, 0};
+    first_tile += num_tiles;
   }
   std::stable_sort(table.segments, table.segments + num_segments,
                    [](const KeySegmentTiles& a, const KeySegmentTiles& b) { return a.num_tiles > b.num_tiles; });
@@ -79,14 +96,26 @@ KeyWorkTable make_key_work_table(const AttentionParams& params, const std::vecto
   return table;
 }
 
-int steps_of_longest_block(const KeyWorkTable& table, int num_blocks, int splits) {
+int steps_of_longest_block(const KeyWorkTable& table, int num_blocks, int splits, bool takes_turns) {
   constexpr int kStepsOfItem = 4;  // to begin and to end
   constexpr int kStepsOfExchange = 2;
+  constexpr int kStepsOfTurn = 2;  // until the next block may add
+  const auto steps_of_walk = [&](const KeySegmentTiles& segment) {
+    const int num_tiles = to_int(ceil_div(segment.num_tiles, splits));
+    if (!takes_turns || num_tiles == 0) return num_tiles;
+    const int64_t num_key_tiles = ceil_div(segment.row_end - segment.row_begin, kKeyTileRows);
+    return std::max(num_tiles, kStepsOfTurn * to_int(std::min<int64_t>(num_key_tiles, num_blocks)));
+  };
   int steps = 0;
   const KeySegmentTiles* segment = table.segments;
   for (int item = 0; item < table.num_items; item += num_blocks) {
     while (item >= segment->item_end) ++segment;
-    steps += to_int(ceil_div(segment->num_tiles, splits)) + kStepsOfItem + (splits - 1) * kStepsOfExchange;
+    const int end = std::min(item + num_blocks, table.num_items);
+    int longest = steps_of_walk(*segment);
+    for (const KeySegmentTiles* other = segment; other->item_end < end;) {
+      longest = std::max(longest, steps_of_walk(*++other));
+    }
+    steps += longest + kStepsOfItem + (splits - 1) * kStepsOfExchange;
   }
   return steps;
 }

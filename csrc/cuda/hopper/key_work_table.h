@@ -20,9 +20,10 @@ struct QueryRun {
 // A key segment as tiles of kBlockN rows, the last one ragged. Its items are these tiles for every head and batch.
 struct KeySegmentTiles {
   int row_begin, row_end;
-  int first_range, num_ranges;  // in KeyWorkTable::ranges, those who read it
-  int num_tiles;                // query tiles; without any the gradients are zero
-  int item_end;                 // items of this segment and of all before it
+  int first_range;  // in KeyWorkTable::ranges, those who read it
+  int num_tiles;    // query tiles; without any the gradients are zero
+  int first_tile;   // those of the segments with lower rows come before
+  int item_end;     // items of this segment and of all before it
 };
 
 struct KeyWorkTable {
@@ -42,12 +43,19 @@ int num_query_tiles(const QueryRun& run);
 // How many tiles all runs have together.
 int num_query_tiles(const std::vector<QueryRun>& runs);
 
+// Who reads the key segments, one after the other: the query tiles of KeySegmentTiles::first_tile.
+std::vector<QueryRun> make_reader_runs(const Schedule& schedule, const std::vector<QueryRun>& runs);
+
+// How many tiles they have together.
+int64_t num_reader_tiles(const Schedule& schedule);
+
 // Whether the schedule of a call fits a table.
 bool fits_key_work_table(const AttentionParams& params);
 
 KeyWorkTable make_key_work_table(const AttentionParams& params, const std::vector<QueryRun>& runs, int block_n);
 
 // About how long a launch takes, in steps of a query tile: in each round of num_blocks items all wait for the longest.
-int steps_of_longest_block(const KeyWorkTable& table, int num_blocks, int splits);
+// takes_turns: additions to dq follow one another.
+int steps_of_longest_block(const KeyWorkTable& table, int num_blocks, int splits, bool takes_turns);
 
 }  // namespace mixed_attention::cuda::hopper

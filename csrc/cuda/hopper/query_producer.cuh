@@ -6,7 +6,7 @@
 #include "cuda/hopper/bwd_config.h"
 #include "cuda/hopper/bwd_params.h"
 #include "cuda/hopper/load_tile.cuh"
-#include "cuda/hopper/query_tiles.cuh"
+#include "cuda/hopper/query_walk.cuh"
 #include "cuda/hopper/ring.cuh"
 #include "cuda/hopper/split_sums.cuh"
 #include "cuda/ptx/mbarrier.cuh"
@@ -45,23 +45,21 @@ __device__ inline void produce_queries(const DkDvKernelParams& params, SharedSto
   uint32_t num_loaded = 0;  // query tiles, over all items
   uint32_t kv_parity = 1;
   for (KeyItems<Config> item(params.table); item.next();) {
-    const KeySegmentTiles& segment = item.tiles();
-    const QueryShare<Config> share(segment);
-    if (share.count == 0) continue;
+    if (QueryShare<Config>(item.tiles()).count == 0) continue;
 
     ptx::mbarrier_wait(shared.kv_empty, kv_parity);
     kv_parity ^= 1;
     ptx::mbarrier_arrive_expect(shared.kv_full, 2 * Config::kTileBytesN);
-    const int num_keys = min(kBlockN, segment.row_end - item.row_begin);
+    const int num_keys = min(kBlockN, item.tiles().row_end - item.row_begin);
     load_clipped_rows<kBlockN, kHeadDim>(shared.k, params.k, shared.kv_full, item.row_begin, num_keys, item.head,
                                          item.batch * params.k_batch_step);
     load_clipped_rows<kBlockN, kHeadDim>(shared.v, params.v, shared.kv_full, item.row_begin, num_keys, item.head,
                                          item.batch * params.v_batch_step);
 
     const int64_t first_tile = (int64_t{item.batch} * params.table.num_heads + item.head) * params.stats.num_tiles;
-    QueryTileIterator queries(params.table, segment, share.first);
-    for (int i = 0; i < share.count; ++i, ++num_loaded) {
-      const QueryTile tile = queries.next();
+    QueryWalk<Config> walk(params.table, item, params.dq_sums.turns != nullptr);
+    for (int i = 0; i < walk.num_tiles(); ++i, ++num_loaded) {
+      const QueryTile tile = walk.next();
       const int64_t stats = (first_tile + tile.index) * kBlockM;
 
       const RingUse<Config::kStagesQ> q{num_loaded};

@@ -25,8 +25,13 @@ struct QueryTileIterator {
   int tile;  // of the run
 
   // Starts at the tile of this index among the segment's.
-  __device__ QueryTileIterator(const KeyWorkTable& table, const KeySegmentTiles& segment, int first)
-      : table(table), run(segment.first_range), tile(first) {
+  __device__ QueryTileIterator(const KeyWorkTable& table, const KeySegmentTiles& segment, int first) : table(table) {
+    seek(segment, first);
+  }
+
+  __device__ void seek(const KeySegmentTiles& segment, int first) {
+    run = segment.first_range;
+    tile = first;
     for (; tile >= num_tiles(); ++run) tile -= num_tiles();
   }
 

@@ -21,7 +21,9 @@ __device__ inline int swizzled(int offset) {
 // This warp's 16 rows from first_row on, as operand a.
 template <int kRowBytes, int kSlabBytes, int kWords>
 __device__ inline void load_row_operand(uint32_t (&operand)[kWords], const void* tile, int first_row) {
-  const int lane = threadIdx.x % 32;
+  // NOTE: read anew for every tile: addresses that are known before would be kept through the products, and spill.
+  int lane;
+  asm volatile("mov.u32 %0, %%laneid;\n" : "=r"(lane));
   const int row = first_row + lane % 16;
 #pragma unroll
   for (int step = 0; step < kWords / 4; ++step) {

@@ -1,4 +1,4 @@
-// Additions from shared to global memory by the copy engine. One thread issues, commits and waits.
+// Additions and copies from shared to global memory by the copy engine. One thread issues, commits and waits.
 #pragma once
 
 #include "cuda/ptx/shared_address.cuh"
@@ -8,6 +8,13 @@ namespace mixed_attention::cuda::ptx {
 // Adds numbers in a row, each atomically; both addresses and the number of bytes are multiples of 16.
 __device__ inline void bulk_add(float* global, const float* shared, int bytes) {
   asm volatile("cp.reduce.async.bulk.global.shared::cta.bulk_group.add.f32 [%0], [%1], %2;\n" ::"l"(global),
+               "r"(shared_address(shared)), "r"(bytes)
+               : "memory");
+}
+
+// The same without what was there before.
+__device__ inline void bulk_store(float* global, const float* shared, int bytes) {
+  asm volatile("cp.async.bulk.global.shared::cta.bulk_group [%0], [%1], %2;\n" ::"l"(global),
                "r"(shared_address(shared)), "r"(bytes)
                : "memory");
 }
