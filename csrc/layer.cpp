@@ -2,6 +2,7 @@
 
 #include <ATen/DimVector.h>
 #include <ATen/Functions.h>
+#include <ATen/SavedTensorHooks.h>
 #include <ATen/TensorOperators.h>
 #include <ATen/core/LegacyTypeDispatch.h>
 #include <ATen/core/dispatch/Dispatcher.h>
@@ -281,6 +282,7 @@ struct AttendInPlace : torch::autograd::Function<AttendInPlace> {
     for (const std::optional<Tensor>& each : freqs) saved.push_back(each.value_or(Tensor()));
     ctx->save_for_backward(saved);
     ctx->saved_data["call"] = Kept<PackedCall>::make(call);
+    ctx->saved_data["is_hooked"] = at::SavedTensorDefaultHooks::get_hooks().has_value();  // who may hold what they saw
     variable_list results{out};
     results.insert(results.end(), rotated.begin(), rotated.end());
     return results;
@@ -309,7 +311,8 @@ struct AttendInPlace : torch::autograd::Function<AttendInPlace> {
     const int64_t num_heads = call.shapes[0][3], head_dim = call.shapes[0][4];
     const Tensor dheads = dout.unflatten(2, {num_heads, head_dim}),
                  heads = saved[0].unflatten(2, {num_heads, head_dim});
-    const bool may_overwrite = is_last_use() && std::all_of(buffers.begin(), buffers.end(), is_held_by_node_alone);
+    const bool may_overwrite = is_last_use() && !ctx->saved_data["is_hooked"].toBool() &&
+                               std::all_of(buffers.begin(), buffers.end(), is_held_by_node_alone);
     const std::vector<Tensor> qkv = slots(buffers, call.shapes);
     variable_list dbuffers;
     if (may_overwrite && backward_in_place(dheads, std::nullopt, qkv[0], qkv[1], qkv[2], heads, saved[1], call.segments,

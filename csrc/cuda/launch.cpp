@@ -4,7 +4,6 @@
 #include <cstdlib>
 #include <string_view>
 
-#include "cuda/device.h"
 #include "cuda/hopper/launch.h"
 #include "cuda/portable/launch.h"
 
@@ -58,7 +57,7 @@ size_t bwd_workspace_size(const BwdParams& params) {
 }
 
 bool can_overwrite_inputs(const BwdParams& params) {
-  return !is_capturing(params.stream) && hopper_serves(params) && hopper::can_overwrite_inputs(params);
+  return hopper_serves(params) && hopper::can_overwrite_inputs(params);
 }
 
 void run_fwd(const FwdParams& params) {

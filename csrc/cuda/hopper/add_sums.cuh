@@ -19,12 +19,12 @@ __device__ inline void stage_sums(float* staging, const float (&sums)[kCount]) {
   ptx::fence_async_shared();
 }
 
-// Adds them to the numbers at target(), which lie in this order. The warpgroup's first thread alone calls target, and
-// has to wait for the last addition.
-template <int kCount, typename Target>
+// Adds them to the numbers at target(), which lie in this order. A warpgroup's kStagings buffers take turns; its first
+// thread alone calls target, and has to wait for the last additions.
+template <int kStagings, int kCount, typename Target>
 __device__ inline void add_sums(float* staging, const float (&sums)[kCount], int barrier, Target target) {
   const int thread = threadIdx.x % kWarpgroup;
-  if (thread == 0) ptx::bulk_wait_read<0>();
+  if (thread == 0) ptx::bulk_wait_read<kStagings - 1>();
   ptx::named_barrier_sync(barrier, kWarpgroup);
   stage_sums(staging, sums);
   ptx::named_barrier_sync(barrier, kWarpgroup);

@@ -26,6 +26,10 @@ constexpr bool transposes_dq(int head_dim) { return head_dim % kWarpgroupRows ==
 // Query rows of one step of the kernel for dk and dv; the statistics of the queries are stored by such tiles.
 inline constexpr int kQueryTileRows = 64;
 
+// Where a query's statistics lie among those of its tile. A thread of a product has two neighbouring columns out of
+// every eight: those out of sixteen lie side by side, to be read at once.
+constexpr int place_of_stats(int row) { return row / 16 * 16 + row % 8 / 2 * 4 + row / 8 % 2 * 2 + row % 2; }
+
 // Key rows of an item of that kernel.
 inline constexpr int kKeyTileRows = 2 * kWarpgroupRows;
 
@@ -75,17 +79,23 @@ struct KeyOwnerConfig {
   static_assert(sizeof(Element) == 2 && kHeadDim % kSlabColumns == 0 && kBlockM * sizeof(Element) == hopper::kRowBytes);
 };
 
-// With kAddsDq a third warpgroup computes what the key tile adds to dq. The queries of a key tile are split over the
-// kSplits blocks of a cluster.
-template <typename Element, int kHeadDim, bool kIsMasked, bool kAddsDq_, int kSplits_ = 1>
+// Who computes dq: another kernel, or a third warpgroup, which adds what the key tile contributes as it comes, or in
+// turn.
+enum class DqForm { kApart, kAsItComes, kInTurn };
+
+// The queries of a key tile are split over the kSplits blocks of a cluster.
+template <typename Element, int kHeadDim, bool kIsMasked, DqForm kDqForm, int kSplits_ = 1>
 struct DkDvConfig : KeyOwnerConfig<Element, kHeadDim, kIsMasked>, DkDvTuning<kHeadDim> {
-  static constexpr bool kAddsDq = kAddsDq_;
+  static constexpr bool kAddsDq = kDqForm != DqForm::kApart, kTakesTurns = kDqForm == DqForm::kInTurn;
   static constexpr int kSplits = kSplits_;
   static constexpr int kThreads = (1 + DkDvConfig::kConsumers + kAddsDq) * kWarpgroup;
   static constexpr int kProducerRegisters = kSplits > 1 ? 48 : kAddsDq ? 32 : 24, kDqRegisters = 96;
   static constexpr int kConsumerRegisters = !kAddsDq ? 240 : kSplits > 1 ? 184 : 192;
-  // What the registers hold beside: a consumer's own values, or these and its keys.
-  static constexpr int kKeptInputs = kHeadDim > 64 || kSplits > 1 ? 0 : kHeadDim == 64 && kAddsDq ? 1 : 2;
+  // What the registers hold beside: a consumer's own values, or these and its keys. A mask's bits take the last ones.
+  static constexpr int kKeptInputs = kHeadDim > 64 || kSplits > 1 ? 0
+                                     : kHeadDim < 64 || !kAddsDq  ? 2
+                                     : kIsMasked && !kTakesTurns  ? 0
+                                                                  : 1;
   // The operands of the products for dk and dv take turns in the same registers where these are few.
   static constexpr bool kSharesOperand = kHeadDim > 64 || kSplits > 1 || kIsMasked || kKeptInputs == 1;
 
@@ -101,13 +111,14 @@ struct DsExchange {
   uint64_t ds_full[kStages], ds_empty[kStages];
 };
 
-// What the third warpgroup reads and writes. A query tile's sums wait in their buffer for their turn to be added.
+// What the third warpgroup reads and writes. Where there are turns, a query tile's sums wait in their buffer for
+// theirs.
 template <typename Config, bool kAddsDq = Config::kAddsDq>
 struct DqExchange {};
 
 template <typename Config>
 struct DqExchange<Config, true> : DsExchange<Config, 2> {
-  static constexpr int kStagings = Config::kSplits > 1 ? 2 : 3;
+  static constexpr int kStagings = Config::kTakesTurns && Config::kSplits == 1 ? 3 : 2;
 
   alignas(128) float staging[kStagings][Config::kDqTileFloats];
   uint64_t staging_full[kStagings], staging_empty[kStagings];
@@ -140,6 +151,7 @@ struct DkDvSharedStorage {
 template <typename Element, int kHeadDim, bool kIsMasked>
 struct DqDkDvConfig : KeyOwnerConfig<Element, kHeadDim, kIsMasked> {
   static constexpr int kSplits = 1;
+  static constexpr bool kTakesTurns = false;
   static constexpr int kStagesQ = 3, kStagesDout = 2, kStagesDs = 3;
   static constexpr int kThreads = (1 + DqDkDvConfig::kConsumers) * kWarpgroup;
   static constexpr int kProducerRegisters = 24, kConsumerRegisters = 240;

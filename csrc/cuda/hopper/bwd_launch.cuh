@@ -175,6 +175,16 @@ void launch_dq_sums(const BwdParams& params, const QueryStats& stats, const BwdW
   check(cudaGetLastError(), "launch of hopper_dq_sums_kernel");
 }
 
+template <typename Element, int kHeadDim, bool kIsMasked, DqForm kDqForm>
+void launch_dk_dv_and_dq(const BwdParams& params, const QueryStats& stats, const BwdWorkspace& workspace,
+                         const std::vector<QueryRun>& runs) {
+  if (!kIsMasked && num_query_splits(params, runs) > 1) {
+    launch_dk_dv<DkDvConfig<Element, kHeadDim, false, kDqForm, 2>>(params, stats, workspace, runs);
+  } else {
+    launch_dk_dv<DkDvConfig<Element, kHeadDim, kIsMasked, kDqForm>>(params, stats, workspace, runs);
+  }
+}
+
 // Of all kernels those between the first and the last.
 template <typename Element, int kHeadDim, bool kIsMasked>
 void launch_tiles(const BwdParams& params, const QueryStats& stats, const BwdWorkspace& workspace,
@@ -183,15 +193,15 @@ void launch_tiles(const BwdParams& params, const QueryStats& stats, const BwdWor
     if (adds_dq(params)) {
       if constexpr (kHeadDim > 64) {
         launch_dq_dk_dv<DqDkDvConfig<Element, kHeadDim, kIsMasked>>(params, stats, workspace, runs);
-      } else if (!kIsMasked && num_query_splits(params, runs) > 1) {
-        launch_dk_dv<DkDvConfig<Element, kHeadDim, false, true, 2>>(params, stats, workspace, runs);
+      } else if (params.deterministic) {
+        launch_dk_dv_and_dq<Element, kHeadDim, kIsMasked, DqForm::kInTurn>(params, stats, workspace, runs);
       } else {
-        launch_dk_dv<DkDvConfig<Element, kHeadDim, kIsMasked, true>>(params, stats, workspace, runs);
+        launch_dk_dv_and_dq<Element, kHeadDim, kIsMasked, DqForm::kAsItComes>(params, stats, workspace, runs);
       }
       return;
     }
   }
-  launch_dk_dv<DkDvConfig<Element, kHeadDim, kIsMasked, false>>(params, stats, workspace, runs);
+  launch_dk_dv<DkDvConfig<Element, kHeadDim, kIsMasked, DqForm::kApart>>(params, stats, workspace, runs);
   launch_dq<DqConfig<Element, kHeadDim, kIsMasked>>(params, workspace);
 }
 

@@ -1,7 +1,7 @@
 // Weights and gradients of scores over the fragments of wgmma: p = exp2(scale_log2 s - lse_log2), ds = p (dp - delta).
 //
 // Where queries are rows, a thread has the statistics of its two rows in registers; where they are columns, it reads
-// them from shared memory, two neighbours at a time.
+// them from shared memory, four at a time.
 #pragma once
 
 #include <cstdint>
@@ -17,17 +17,22 @@ __device__ inline void scale_all(float (&x)[kCount], float factor) {
   for (int i = 0; i < kCount; ++i) x[i] *= factor;
 }
 
-// Calls visit(i, number) for all accumulators i with the number that belongs to their column.
+// Calls visit(i, number) for all accumulators i with the number that belongs to their column; numbers lie as
+// place_of_stats says.
 template <int kCount, typename Visit>
 __device__ inline void for_columns(const float* numbers, Visit visit) {
-  const float* own = numbers + 2 * (threadIdx.x % 4);
+  const float* own = numbers + 4 * (threadIdx.x % 4);
 #pragma unroll
-  for (int i = 0; i < kCount; i += 4) {
-    const float2 pair = *reinterpret_cast<const float2*>(own + 2 * i);
-    visit(i, pair.x);
-    visit(i + 1, pair.y);
-    visit(i + 2, pair.x);
-    visit(i + 3, pair.y);
+  for (int i = 0; i < kCount; i += 8) {
+    const float4 four = *reinterpret_cast<const float4*>(own + 2 * i);
+    visit(i, four.x);
+    visit(i + 1, four.y);
+    visit(i + 2, four.x);
+    visit(i + 3, four.y);
+    visit(i + 4, four.z);
+    visit(i + 5, four.w);
+    visit(i + 6, four.z);
+    visit(i + 7, four.w);
   }
 }
 

@@ -97,7 +97,7 @@ __global__ void __launch_bounds__(BwdStatsShape<Element, kHeadDim>::kThreads)
       if (params.lse[index] != -INFINITY) lse_log2 = params.lse[index] * std::numbers::log2e_v<float>;
       if (params.delta_of_rows != nullptr) params.delta_of_rows[index] = delta;
     }
-    const int64_t place = (sequence * params.stats.num_tiles + tile) * kQueryTileRows + row_of_tile;
+    const int64_t place = (sequence * params.stats.num_tiles + tile) * kQueryTileRows + place_of_stats(row_of_tile);
     params.stats.lse_log2[place] = lse_log2;
     params.stats.delta[place] = delta;
   }

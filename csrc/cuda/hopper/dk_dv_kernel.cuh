@@ -1,6 +1,6 @@
 // Gradients of keys and values on Hopper: persistent blocks of one producer and two consumer warpgroups that own what
 // they write. Gradients of queries are another kernel's (dq_kernel.cuh), or those of a third consumer warpgroup
-// (dq_adder.cuh), which are added up in global memory (dq_sender.cuh).
+// (dq_adder.cuh), which are added up in global memory.
 //
 // An item of a block is a tile of kBlockN key rows of one head. The producer, a single thread, copies its keys and
 // values and then, tile by tile, the queries that read them, with their output gradients and statistics. Each consumer
@@ -42,8 +42,8 @@ template <typename Config>
 __device__ inline void init_barriers(DkDvSharedStorage<Config>& shared) {
   constexpr int kConsumerWarps = Config::kConsumers * kWarpgroup / 32;
   init_input_barriers<Config>(shared, Config::kAddsDq ? kConsumerWarps + kWarpgroup / 32 : kConsumerWarps);
-  if constexpr (Config::kAddsDq) {
-    init_barriers(shared.dq_exchange, kWarpgroup / 32);
+  if constexpr (Config::kAddsDq) init_barriers(shared.dq_exchange, kWarpgroup / 32);
+  if constexpr (Config::kTakesTurns) {
     for (int stage = 0; stage < DqExchange<Config>::kStagings; ++stage) {
       ptx::mbarrier_init(shared.dq_exchange.staging_full[stage], kWarpgroup / 32);
       ptx::mbarrier_init(shared.dq_exchange.staging_empty[stage], 1);
@@ -219,7 +219,7 @@ __global__ void __launch_bounds__(Config::kThreads, 1)
     const int warp = threadIdx.x / 32;
     if (warp == 0) {
       if (ptx::elect_one()) produce_queries<Config>(params, shared);
-    } else if constexpr (Config::kAddsDq) {
+    } else if constexpr (Config::kTakesTurns) {
       if (warp <= DqExchange<Config>::kStagings && ptx::elect_one()) send_dq(params, shared, warp - 1);
     }
   } else if (warpgroup <= Config::kConsumers) {

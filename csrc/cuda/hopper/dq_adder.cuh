@@ -2,7 +2,8 @@
 //
 // The transposed dqᵀ = kᵀ dsᵀ: kᵀ stays in registers for a whole item, dsᵀ comes from the other warpgroups as they have
 // it. Where the head has no 64 columns to be rows of dqᵀ, dq = ds k with both from shared memory. The sums of a query
-// tile leave in the order of the accumulators (dq_sender.cuh); hopper_dq_sums_kernel puts them right.
+// tile leave in the order of the accumulators, where there are turns by other threads (dq_sender.cuh);
+// hopper_dq_sums_kernel puts them right.
 #pragma once
 
 #include <cstdint>
@@ -12,13 +13,17 @@
 #include "cuda/hopper/bwd_params.h"
 #include "cuda/hopper/ds_exchange.cuh"
 #include "cuda/hopper/products.cuh"
+#include "cuda/hopper/query_walk.cuh"
 #include "cuda/hopper/register_operand.cuh"
 #include "cuda/hopper/ring.cuh"
 #include "cuda/hopper/split_sums.cuh"
+#include "cuda/ptx/bulk_reduce.cuh"
 #include "cuda/ptx/mbarrier.cuh"
 #include "cuda/ptx/wgmma.cuh"
 
 namespace mixed_attention::cuda::hopper {
+
+constexpr int kDqBarrier = 1;  // named barrier of this warpgroup
 
 template <typename Config>
 __device__ inline void add_dq(const DkDvKernelParams& params, DkDvSharedStorage<Config>& shared) {
@@ -27,7 +32,8 @@ __device__ inline void add_dq(const DkDvKernelParams& params, DkDvSharedStorage<
   using Ring = RingUse<DqExchange<Config>::kStages>;
   using Stagings = RingUse<DqExchange<Config>::kStagings>;
   constexpr bool kTransposes = transposes_dq(Config::kHeadDim);
-  const int lane = threadIdx.x % 32;
+  const int thread = threadIdx.x % kWarpgroup;
+  const int lane = thread % 32;
   const ptx::Operand ds_ring = ptx::Operand::make(exchange.ds);
   const auto release = [&](ptx::Mbarrier& empty) {
     if (lane == 0) ptx::mbarrier_arrive(empty);
@@ -36,8 +42,7 @@ __device__ inline void add_dq(const DkDvKernelParams& params, DkDvSharedStorage<
   uint32_t num_used = 0;  // query tiles, over all items
   uint32_t kv_parity = 0;
   for (KeyItems<Config> item(params.table); item.next();) {
-    const int num_tiles = QueryShare<Config>(item.tiles()).count;
-    if (num_tiles == 0) continue;
+    if (QueryShare<Config>(item.tiles()).count == 0) continue;
     [[maybe_unused]] uint32_t keys[Config::kBlockN / 4];
     ptx::mbarrier_wait(shared.kv_full, kv_parity);
     kv_parity ^= 1;
@@ -47,7 +52,9 @@ __device__ inline void add_dq(const DkDvKernelParams& params, DkDvSharedStorage<
       release(shared.kv_empty);
     }
 
-    for (int i = 0; i < num_tiles; ++i, ++num_used) {
+    const int64_t first_tile = (int64_t{item.batch} * params.table.num_heads + item.head) * params.stats.num_tiles;
+    QueryWalk<Config> walk(params.table, item);
+    for (int i = 0; i < walk.num_tiles(); ++i, ++num_used) {
       const Ring ds{num_used};
       const ptx::Operand ds_tile = ds_ring.advance(ds.stage() * Config::kScoreBytes);
       float dq[Config::kDqTileFloats / kWarpgroup] = {};
@@ -61,14 +68,22 @@ __device__ inline void add_dq(const DkDvKernelParams& params, DkDvSharedStorage<
       ptx::wgmma_wait<0>(dq);
       release(exchange.ds_empty[ds.stage()]);
 
-      const Stagings staging{num_used};
-      ptx::mbarrier_wait(exchange.staging_empty[staging.stage()], staging.empty_parity());
-      stage_sums(exchange.staging[staging.stage()], dq);
-      __syncwarp();
-      release(exchange.staging_full[staging.stage()]);
+      const Stagings use{num_used};
+      float* const staging = exchange.staging[use.stage()];
+      if constexpr (Config::kTakesTurns) {
+        ptx::mbarrier_wait(exchange.staging_empty[use.stage()], use.empty_parity());
+        stage_sums(staging, dq);
+        __syncwarp();
+        release(exchange.staging_full[use.stage()]);
+      } else {
+        add_sums<DqExchange<Config>::kStagings>(staging, dq, kDqBarrier, [&] {
+          return params.dq_sums.sums + (first_tile + walk.next().index) * Config::kDqTileFloats;
+        });
+      }
     }
     if constexpr (!kTransposes) release(shared.kv_empty);
   }
+  if (!Config::kTakesTurns && thread == 0) ptx::bulk_wait<0>();
 }
 
 }  // namespace mixed_attention::cuda::hopper

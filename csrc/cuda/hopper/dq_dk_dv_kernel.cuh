@@ -84,7 +84,7 @@ __device__ inline void consume(const DkDvKernelParams& params, DqDkDvSharedStora
       const int64_t first_tile = (int64_t{item.batch} * params.table.num_heads + item.head) * params.stats.num_tiles;
       QueryTileIterator queries(params.table, item.tiles(), 0);
       const auto add_dq = [&](const float (&dq)[kBlockM / 2]) {
-        add_sums(staging, dq, barrier, [&] {
+        add_sums<1>(staging, dq, barrier, [&] {
           return params.dq_sums.sums + (first_tile + queries.next().index) * Config::kDqTileFloats +
                  consumer * Config::kDqPartFloats;
         });

@@ -1,5 +1,5 @@
-// The way of dq's sums from shared to global memory: by a thread for each buffer, beside the producer. Where additions
-// have an order, it waits for its turn.
+// The way of dq's sums from shared to global memory where additions have an order: by a thread for each buffer, beside
+// the producer, so that nobody else waits for a turn.
 //
 // Who signals whom: staging_full by one arrival of every warp that wrote sums, staging_empty by one of the sender.
 #pragma once
@@ -24,24 +24,21 @@ __device__ inline void send_dq(const DkDvKernelParams& params, DkDvSharedStorage
   constexpr int kBytes = Config::kDqTileFloats * sizeof(float);
   auto& exchange = shared.dq_exchange;
   const float* staging = exchange.staging[stage];
-  const bool takes_turns = params.dq_sums.turns != nullptr;
 
   RingUse<DqExchange<Config>::kStagings> use{0};  // query tiles, over all items
   for (KeyItems<Config> item(params.table); item.next();) {
     if (QueryShare<Config>(item.tiles()).count == 0) continue;
     const int64_t sequence = int64_t{item.batch} * params.table.num_heads + item.head;
-    QueryWalk<Config> walk(params.table, item, takes_turns);
+    QueryWalk<Config> walk(params.table, item);
     for (int i = 0; i < walk.num_tiles(); ++i, ++use.count) {
-      const QueryTile tile = walk.next();
+      walk.next();
       if (use.stage() != stage) continue;
-      const int64_t place = sequence * params.dq_sums.num_tiles + (takes_turns ? walk.place() : tile.index);
+      const int64_t place = sequence * params.dq_sums.num_tiles + walk.place();
       float* const sums = params.dq_sums.sums + place * Config::kDqTileFloats;
       uint32_t* const turns = params.dq_sums.turns + place;
-      const int turn = takes_turns ? walk.turn() : 1;
-      if (takes_turns) {
-        ptx::wait_for_count(turns, turn);
-        ptx::fence_async_global();
-      }
+      const int turn = walk.turn();
+      ptx::wait_for_count(turns, turn);
+      ptx::fence_async_global();
       ptx::mbarrier_wait(exchange.staging_full[stage], use.full_parity());
       if (turn == 0) {
         ptx::bulk_store(sums, staging, kBytes);
@@ -51,13 +48,10 @@ __device__ inline void send_dq(const DkDvKernelParams& params, DkDvSharedStorage
       ptx::bulk_commit();
       ptx::bulk_wait_read<0>();
       ptx::mbarrier_arrive(exchange.staging_empty[stage]);
-      if (takes_turns) {
-        ptx::bulk_wait<0>();
-        ptx::raise_count(turns);
-      }
+      ptx::bulk_wait<0>();
+      ptx::raise_count(turns);
     }
   }
-  ptx::bulk_wait<0>();
 }
 
 }  // namespace mixed_attention::cuda::hopper

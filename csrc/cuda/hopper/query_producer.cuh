@@ -57,7 +57,7 @@ __device__ inline void produce_queries(const DkDvKernelParams& params, SharedSto
                                          item.batch * params.v_batch_step);
 
     const int64_t first_tile = (int64_t{item.batch} * params.table.num_heads + item.head) * params.stats.num_tiles;
-    QueryWalk<Config> walk(params.table, item, params.dq_sums.turns != nullptr);
+    QueryWalk<Config> walk(params.table, item);
     for (int i = 0; i < walk.num_tiles(); ++i, ++num_loaded) {
       const QueryTile tile = walk.next();
       const int64_t stats = (first_tile + tile.index) * kBlockM;

@@ -49,11 +49,11 @@ struct RoundOfItems {
 template <typename Config>
 class QueryWalk {
  public:
-  __device__ QueryWalk(const KeyWorkTable& table, const KeyItems<Config>& item, bool takes_turns)
+  __device__ QueryWalk(const KeyWorkTable& table, const KeyItems<Config>& item)
       : segment_(item.tiles()),
         share_(segment_),
         items_(item, share_.count),
-        position_(share_.first + (takes_turns ? items_.start() : 0) - 1),
+        position_(share_.first + (Config::kTakesTurns ? items_.start() : 0) - 1),
         queries_(table, segment_, position_ + 1) {}
 
   __device__ int num_tiles() const { return share_.count; }
