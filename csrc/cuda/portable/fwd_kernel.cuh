@@ -109,16 +109,16 @@ __global__ void __launch_bounds__(fwd_tile(kArithmetic, kHeadDim).num_threads(),
   const int num_rows = min(kTile.warp_rows, item.num_rows - warp_row);
   if (is_split) {
     float* rows = args.partial_out + (split_copy * params.seqlen_q + item.row_begin + warp_row) * params.head_dim_v;
-    store_fp32(rows, params.head_dim_v, num_rows, out);
+    store_fp32(rows, params.head_dim_v, num_rows, 0, out);
     return;
   }
   ptx::cp_async_wait_all();  // of the queries, where there was no key
   __syncthreads();
-  put_accumulators(shared.q, warp_row, out);
+  put_accumulators(shared.q, warp_row, 0, out);
   __syncwarp();
   const auto o =
       rows_of<Element>(params.out, params.out_strides, item.batch, item.head, params.head_dim_v, args.aligned);
-  store_rows<kTile.warp_rows>(shared.q, warp_row, o, item.row_begin + warp_row, num_rows);
+  store_rows<kTile.warp_rows, kHeadDim>(shared.q, warp_row, 0, o, item.row_begin + warp_row, num_rows);
 }
 
 }  // namespace mixed_attention::cuda::portable
