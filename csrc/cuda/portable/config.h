@@ -32,7 +32,8 @@ constexpr int kMaxSharedBytes = 99 * 1024;
 //
 // Spills: portable_fwd_kernel in portable_fwd_*16_d96 for sm_80, 12 bytes: two words beyond 255 registers, and a tile
 // of half the rows to a warp would read every key and value twice as often
-// Spills: portable_fwd_kernel in portable_fwd_fp32_d256 for sm_80, 8 bytes: one word, for the sums that begin anew
+// Spills: portable_fwd_kernel in portable_fwd_fp32_d192 for sm_90, 8 bytes: one word, for the sums that begin anew
+// Spills: portable_fwd_kernel in portable_fwd_fp32_d256 for sm_80, 8 bytes: likewise
 // Spills: portable_fwd_kernel in portable_fwd_fp32_d256 for sm_90, 8 bytes: likewise
 constexpr Tile fwd_tile(Arithmetic arithmetic, int head_dim) {
   if (is_16_bit(arithmetic)) {
@@ -60,9 +61,9 @@ constexpr Tile fwd_tile(Arithmetic arithmetic, int head_dim) {
 // Spills: portable_dk_dv_kernel in portable_bwd_fp32_d64 for sm_90, 20 bytes: likewise
 // Spills: portable_dk_dv_kernel in portable_bwd_fp32_d128 for sm_80, 12 bytes: two words; the tile is the smallest
 // Spills: portable_dk_dv_kernel in portable_bwd_fp32_d128 for sm_90, 8 bytes: one word, likewise
-// Spills: portable_dq_kernel in portable_bwd_fp32_d192 for sm_90, 100 bytes: eight words, read once a block
-// Spills: portable_dq_kernel in portable_bwd_fp32_d256 for sm_80, 8 bytes: one word; the tile is the smallest
-// Spills: portable_dk_dv_kernel in portable_bwd_fp32_d256 for sm_80, 32 bytes: likewise
+// Spills: portable_dk_dv_kernel in portable_bwd_fp32_d192 for sm_80, 84 bytes: eight words, read once a block
+// Spills: portable_dk_dv_kernel in portable_bwd_fp32_d256 for sm_80, 16 bytes: two words; the tile is the smallest
+// Spills: portable_dk_dv_kernel in portable_bwd_fp32_d256 for sm_90, 16 bytes: likewise
 constexpr Tile dk_dv_tile(Arithmetic arithmetic, int head_dim) {
   if (is_16_bit(arithmetic)) {
     if (head_dim <= 32) return {128, 32, 32, 2};
@@ -80,6 +81,12 @@ constexpr Tile dk_dv_tile(Arithmetic arithmetic, int head_dim) {
 }
 
 // Of dq: two score tiles, one accumulator.
+//
+// Spills: portable_dq_kernel in portable_bwd_fp32_d128 for sm_80, 12 bytes: two words; the tile is the smallest
+// Spills: portable_dq_kernel in portable_bwd_fp32_d128 for sm_90, 40 bytes: four words, likewise
+// Spills: portable_dq_kernel in portable_bwd_fp32_d192 for sm_80, 8 bytes: one word, likewise
+// Spills: portable_dq_kernel in portable_bwd_fp32_d256 for sm_80, 12 bytes: two words, likewise
+// Spills: portable_dq_kernel in portable_bwd_fp32_d256 for sm_90, 8 bytes: one word, likewise
 constexpr Tile dq_tile(Arithmetic arithmetic, int head_dim) {
   if (is_16_bit(arithmetic) && head_dim <= 64) return {128, 32, 32, 2};
   if (is_16_bit(arithmetic) && head_dim <= 128) return {64, 32, 16, 2};
