@@ -238,10 +238,23 @@ __device__ void zero_dropped(float (&p)[kTilesM][kTilesN][4]) {
   }
 }
 
-// dp becomes ds.
+// Multiplies dp by dropout's factors, which p was marked with.
+template <int kTilesM, int kTilesN>
+__device__ void drop_marked(float (&dp)[kTilesM][kTilesN][4], const float (&p)[kTilesM][kTilesN][4], float factor) {
+#pragma unroll
+  for (int m = 0; m < kTilesM; ++m) {
+#pragma unroll
+    for (int n = 0; n < kTilesN; ++n) {
+#pragma unroll
+      for (int e = 0; e < 4; ++e) dp[m][n][e] = is_dropped(p[m][n][e]) ? 0 : dp[m][n][e] * factor;
+    }
+  }
+}
+
+// dp becomes ds. delta: of the scores' queries, in shared memory.
 template <int kTilesM, int kTilesN>
 __device__ void to_score_gradients(float (&dp)[kTilesM][kTilesN][4], const float (&p)[kTilesM][kTilesN][4],
-                                   const float* delta, const DropoutParams& dropout) {
+                                   const float* delta) {
 #pragma unroll
   for (int n = 0; n < kTilesN; ++n) {
     const float2 means = *reinterpret_cast<const float2*>(&delta[8 * n + threadIdx.x % 4 * 2]);
@@ -249,10 +262,8 @@ __device__ void to_score_gradients(float (&dp)[kTilesM][kTilesN][4], const float
     for (int i = 0; i < 2 * kTilesM; ++i) {
 #pragma unroll
       for (int e = 0; e < 2; ++e) {
-        const float weight = p[i / 2][n][i % 2 * 2 + e];
         float& score = dp[i / 2][n][i % 2 * 2 + e];
-        if (dropout.seed != nullptr) score = is_dropped(weight) ? 0 : score * dropout.inverse_keep_probability;
-        score = fabsf(weight) * (score - (e == 0 ? means.x : means.y));
+        score = fabsf(p[i / 2][n][i % 2 * 2 + e]) * (score - (e == 0 ? means.x : means.y));
       }
     }
   }
@@ -306,16 +317,24 @@ __device__ void add_dq(float* sum, int num_cols, int num_rows, const SharedDs& d
     float dq[kTilesM][kTilesAtOnce][4] = {};
     const auto load_ds = [&](int m, int step) { return Products::load_a_by_depth(ds, row + 16 * m, step); };
     multiply_columns<Products>(dq, load_ds, k, first);
+    const auto add = [&]<bool kAllCols>() {
 #pragma unroll
-    for (int i = 0; i < 2 * kTilesM; ++i) {
-      const int dq_row = row + lane / 4 + 8 * i;
-      if (dq_row >= num_rows) continue;
-      float* target = sum + dq_row * num_cols + first + lane % 4 * 2;
+      for (int i = 0; i < 2 * kTilesM; ++i) {
+        const int dq_row = row + lane / 4 + 8 * i;
+        if (dq_row >= num_rows) continue;
+        float* target = sum + dq_row * num_cols + first + lane % 4 * 2;
 #pragma unroll
-      for (int n = 0; n < kTilesAtOnce; ++n) {
-        const float* pair = &dq[i / 2][n][i % 2 * 2];
-        if (first + 8 * n < num_cols) ptx::add_pair(target + 8 * n, pair[0], pair[1]);
+        for (int n = 0; n < kTilesAtOnce; ++n) {
+          const float* pair = &dq[i / 2][n][i % 2 * 2];
+          if (kAllCols || first + 8 * n < num_cols) ptx::add_pair(target + 8 * n, pair[0], pair[1]);
+        }
       }
+    };
+    // A check for each tile costs more than its addition.
+    if (first + 8 * kTilesAtOnce <= num_cols) {
+      add.template operator()<true>();
+    } else {
+      add.template operator()<false>();
     }
   }
 }
@@ -415,7 +434,8 @@ __global__ void __launch_bounds__(dk_dv_tile(kArithmetic, kHeadDim).num_threads(
       float ds[kTilesM][kScoreRows / 8][4] = {};
       if constexpr (kWantsDk) {
         multiply_rows<Products>(ds, shared.v, warp_row, shared.dout[stage], query);
-        to_score_gradients(ds, p, shared.delta[stage] + query, args.dropout);
+        if (drops) drop_marked(ds, p, args.dropout.inverse_keep_probability);
+        to_score_gradients(ds, p, shared.delta[stage] + query);
       }
       const auto add_to_dv = [&] {
         if (drops) zero_dropped(p);

@@ -41,7 +41,10 @@ Pass::Pass(HostWork work, const Tile& tile, int64_t copies, int device, Scratch&
     : host(std::move(work)), table{} {
   table.num_segments = static_cast<int32_t>(host.segments.size());
   table.num_tiles = static_cast<int32_t>(host.num_tiles);
-  table.num_splits = choose_splits(host, copies, int64_t{tile.blocks} * num_multiprocessors(device));
+  // A part of fewer than 8 blocks or 256 rows, whichever is less, does not pay for its epilogue and the combining of
+  // parts.
+  const int min_blocks = std::min(8, 256 / tile.block_rows);
+  table.num_splits = choose_splits(host, copies, int64_t{tile.blocks} * num_multiprocessors(device), min_blocks);
   if (!host.fits_inline()) {
     table.segments = scratch.take<WorkSegment>(static_cast<int64_t>(host.segments.size()));
     table.ranges = scratch.take<WorkRange>(static_cast<int64_t>(host.ranges.size()));
