@@ -188,7 +188,9 @@ __global__ void __launch_bounds__(dq_tile(kArithmetic, kHeadDim).num_threads(), 
                               rows(params.dq, params.dq_strides, params.head_dim), warp_row, 0, item);
 }
 
-// dk and dv: a thread block owns keys and streams queries. Scores are transposed here: rows are keys.
+// dk and dv: a thread block owns keys and streams queries. Scores are transposed here: rows are keys. A warp has some
+// of the keys to itself, or shares them (Tile::sharing): then each sharer sums some columns of dk and dv over all
+// queries of a block, but computes the scores of some queries only, and takes the others' from shared memory.
 enum class Grads { kAll, kKeyAndValue, kKey, kValue };
 
 // Transposed scores of a warp become probabilities. lse_log2: of the scores' queries, in shared memory.

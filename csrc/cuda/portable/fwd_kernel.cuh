@@ -1,6 +1,6 @@
 // Forward. One thread block computes the output of one tile of queries of one head, or a part of it where the walk over
 // the keys is split; a warp has 16 or 32 of the rows to itself. Keys and values stream through shared memory by
-// asynchronous copies, a block of them ahead of the products.
+// asynchronous copies, a block, or with one buffer each a product, ahead.
 #pragma once
 
 #include "cuda/portable/config.h"
