@@ -65,13 +65,11 @@ HostWork work_by_key(const Schedule& schedule, int tile_rows, int block_rows) {
   return work;
 }
 
-int choose_splits(const HostWork& work, int64_t copies, int64_t slots) {
+int choose_splits(const HostWork& work, int64_t copies, int64_t slots, int64_t min_blocks) {
   if (work.num_blocks * copies == 0) return 1;
-  // A part of fewer blocks than this does not pay for its epilogue and the combining of parts.
-  constexpr int64_t kMinBlocks = 8;
   constexpr int64_t kMaxSplits = 32;
   const int64_t longest = work.segments.front().num_blocks;
-  const int64_t limit = std::min(kMaxSplits, std::max<int64_t>(1, longest / kMinBlocks));
+  const int64_t limit = std::min(kMaxSplits, std::max<int64_t>(1, longest / min_blocks));
   // As many of the longest walks make up all the work: keys that nobody reads are tiles without any.
   const double tiles = static_cast<double>(work.num_blocks * copies) / static_cast<double>(longest);
   // The share of its time for which the device is full, if all parts took equally long.

@@ -14,6 +14,7 @@
 #include "cuda/portable/scores.cuh"
 #include "cuda/portable/tensor_core.cuh"
 #include "cuda/ptx/math.cuh"
+#include "cuda/ptx/named_barrier.cuh"
 #include "cuda/ptx/reduce.cuh"
 #include "cuda/tile_iterator.cuh"
 
@@ -31,6 +32,7 @@ struct BwdArguments {
   float* delta;
   float *partial_dq, *partial_dk, *partial_dv;
   float* dq_sum;
+  int dq_sum_cols;
 };
 
 // One warp to a row (batch, head, query) of lse_log2 and delta.
@@ -58,11 +60,12 @@ __global__ void portable_bwd_stats_kernel(const __grid_constant__ BwdArguments a
   args.delta[index] = params.dlse == nullptr ? delta : delta - static_cast<const float*>(params.dlse)[index];
 }
 
-// The accumulators' way out: to a part's place in scratch, or times factor to the gradient, through shared memory.
+// The accumulators' way out: to a part's place in scratch, or times factor to the gradient, through shared memory. They
+// begin at row warp_row and column warp_col of the tile.
 template <int kWarpRows, class Element, int kRows, int kCols, int kTilesM, int kTilesN>
 __device__ void store_grad(float (&grad)[kTilesM][kTilesN][4], float factor, float* partial,
                            SharedTile<Element, kRows, kCols>& staging, const GlobalRows<Element>& rows, int warp_row,
-                           const WorkItem& item) {
+                           int warp_col, const WorkItem& item) {
 #pragma unroll
   for (int m = 0; m < kTilesM; ++m) {
 #pragma unroll
@@ -73,18 +76,18 @@ __device__ void store_grad(float (&grad)[kTilesM][kTilesN][4], float factor, flo
   }
   const int row_begin = item.row_begin + warp_row, num_rows = min(kWarpRows, item.num_rows - warp_row);
   if (partial != nullptr) {
-    store_fp32(partial + static_cast<int64_t>(row_begin) * rows.num_cols, rows.num_cols, num_rows, grad);
+    store_fp32(partial + static_cast<int64_t>(row_begin) * rows.num_cols, rows.num_cols, num_rows, warp_col, grad);
     return;
   }
-  put_accumulators(staging, warp_row, grad);
+  put_accumulators(staging, warp_row, warp_col, grad);
   __syncwarp();
-  store_rows<kWarpRows>(staging, warp_row, rows, row_begin, num_rows);
+  store_rows<kWarpRows, 8 * kTilesN>(staging, warp_row, warp_col, rows, row_begin, num_rows);
 }
 
 // dq: a thread block owns queries and streams keys.
 template <Arithmetic kArithmetic, int kHeadDim>
 struct DqShared {
-  static constexpr Tile kTile = bwd_tile(kArithmetic, kHeadDim);
+  static constexpr Tile kTile = dq_tile(kArithmetic, kHeadDim);
   using Element = typename ProductsOf<kArithmetic>::Element;
 
   SharedTile<Element, kTile.rows, kHeadDim> q, dout;  // q: and dq, at the end
@@ -92,7 +95,7 @@ struct DqShared {
 };
 
 template <Arithmetic kArithmetic, int kHeadDim>
-__global__ void __launch_bounds__(bwd_tile(kArithmetic, kHeadDim).num_threads(), bwd_tile(kArithmetic, kHeadDim).blocks)
+__global__ void __launch_bounds__(dq_tile(kArithmetic, kHeadDim).num_threads(), dq_tile(kArithmetic, kHeadDim).blocks)
     portable_dq_kernel(const __grid_constant__ BwdArguments args, const __grid_constant__ InlineWork in_parameters) {
   using Products = ProductsOf<kArithmetic>;
   using Shared = DqShared<kArithmetic, kHeadDim>;
@@ -182,11 +185,28 @@ __global__ void __launch_bounds__(bwd_tile(kArithmetic, kHeadDim).num_threads(),
                params.head_dim;
   }
   store_grad<kTile.warp_rows>(dq, args.softmax_scale, partial, shared.q,
-                              rows(params.dq, params.dq_strides, params.head_dim), warp_row, item);
+                              rows(params.dq, params.dq_strides, params.head_dim), warp_row, 0, item);
 }
 
-// dk and dv: a thread block owns keys and streams queries. Scores are transposed here: rows are keys.
+// dk and dv: a thread block owns keys and streams queries. Scores are transposed here: rows are keys. A warp has some
+// of the keys to itself, or shares them (Tile::sharing): then each sharer sums some columns of dk and dv over all
+// queries of a block, but computes the scores of some queries only, and takes the others' from shared memory.
 enum class Grads { kAll, kKeyAndValue, kKey, kValue };
+
+// Transposed scores of a warp become probabilities. lse_log2: of the scores' queries, in shared memory.
+template <int kTilesM, int kTilesN>
+__device__ void to_probabilities(float (&s)[kTilesM][kTilesN][4], const float* lse_log2, float scale_log2) {
+#pragma unroll
+  for (int n = 0; n < kTilesN; ++n) {
+    const float2 lse = *reinterpret_cast<const float2*>(&lse_log2[8 * n + threadIdx.x % 4 * 2]);
+#pragma unroll
+    for (int i = 0; i < 2 * kTilesM; ++i) {
+      float* pair = &s[i / 2][n][i % 2 * 2];
+      pair[0] = ptx::exp2(fmaf(pair[0], scale_log2, -lse.x));
+      pair[1] = ptx::exp2(fmaf(pair[1], scale_log2, -lse.y));
+    }
+  }
+}
 
 // A dropped probability carries a minus sign, so that both m and p stand in one register.
 template <int kTilesM, int kTilesN>
@@ -220,6 +240,37 @@ __device__ void zero_dropped(float (&p)[kTilesM][kTilesN][4]) {
   }
 }
 
+// Multiplies dp by dropout's factors, which p was marked with.
+template <int kTilesM, int kTilesN>
+__device__ void drop_marked(float (&dp)[kTilesM][kTilesN][4], const float (&p)[kTilesM][kTilesN][4], float factor) {
+#pragma unroll
+  for (int m = 0; m < kTilesM; ++m) {
+#pragma unroll
+    for (int n = 0; n < kTilesN; ++n) {
+#pragma unroll
+      for (int e = 0; e < 4; ++e) dp[m][n][e] = is_dropped(p[m][n][e]) ? 0 : dp[m][n][e] * factor;
+    }
+  }
+}
+
+// dp becomes ds. delta: of the scores' queries, in shared memory.
+template <int kTilesM, int kTilesN>
+__device__ void to_score_gradients(float (&dp)[kTilesM][kTilesN][4], const float (&p)[kTilesM][kTilesN][4],
+                                   const float* delta) {
+#pragma unroll
+  for (int n = 0; n < kTilesN; ++n) {
+    const float2 means = *reinterpret_cast<const float2*>(&delta[8 * n + threadIdx.x % 4 * 2]);
+#pragma unroll
+    for (int i = 0; i < 2 * kTilesM; ++i) {
+#pragma unroll
+      for (int e = 0; e < 2; ++e) {
+        float& score = dp[i / 2][n][i % 2 * 2 + e];
+        score = fabsf(p[i / 2][n][i % 2 * 2 + e]) * (score - (e == 0 ? means.x : means.y));
+      }
+    }
+  }
+}
+
 // Bit i of rows stands for the thread's row i: two for each tile of 16.
 template <int kTilesM, int kTilesN>
 __device__ void zero_rows(float (&c)[kTilesM][kTilesN][4], unsigned rows) {
@@ -234,73 +285,75 @@ __device__ void zero_rows(float (&c)[kTilesM][kTilesN][4], unsigned rows) {
 
 template <Arithmetic kArithmetic, int kHeadDim, Grads kGrads>
 struct DkDvShared {
-  static constexpr Tile kTile = bwd_tile(kArithmetic, kHeadDim);
+  static constexpr Tile kTile = dk_dv_tile(kArithmetic, kHeadDim);
   using Element = typename ProductsOf<kArithmetic>::Element;
   struct Nothing {};
 
   SharedTile<Element, kTile.rows, kHeadDim> k, v;  // and dk, dv, at the end
   SharedTile<Element, kTile.block_rows, kHeadDim> q[kTile.stages], dout[kTile.stages];
   float lse_log2[kTile.stages][kTile.block_rows], delta[kTile.stages][kTile.block_rows];
-  [[no_unique_address]] std::conditional_t<kGrads == Grads::kAll, SharedTile<Element, kTile.rows, kTile.block_rows>,
-                                           Nothing> ds;
+  // ds for dq. Where warps share keys, each takes p and ds, by turns, of all the block's queries from here.
+  [[no_unique_address]] std::conditional_t<kGrads == Grads::kAll || (kTile.sharing > 1),
+                                           SharedTile<Element, kTile.rows, kTile.block_rows>, Nothing> scores;
 };
 
-// Adds the block's part of dq, dsᵀ k, to the sum. Each warp takes 16 queries and an equal share of the columns.
+// Adds the block's part of dq, dsᵀ k, to the sum, whose num_cols is a multiple of 8. Each warp takes 16 or 32 queries
+// and an equal share of the columns.
 template <class Products, int kThreads, class SharedDs, class Element, int kRows, int kCols>
-__device__ void add_dq(float* sum, int64_t num_cols, int num_rows, const SharedDs& ds,
+__device__ void add_dq(float* sum, int num_cols, int num_rows, const SharedDs& ds,
                        const SharedTile<Element, kRows, kCols>& k) {
-  constexpr int kRowGroups = SharedDs::kCols / 16, kWarpsPerGroup = kThreads / 32 / kRowGroups;
+  constexpr int kTilesM = SharedDs::kCols >= 64 ? 2 : 1;
+  constexpr int kRowGroups = SharedDs::kCols / 16 / kTilesM, kWarpsPerGroup = kThreads / 32 / kRowGroups;
   // Columns are loaded 16 at a time; where they do not go round, half of the warps stands by.
   constexpr int kColGroups = kCols / 16 % kWarpsPerGroup == 0 ? kWarpsPerGroup : kWarpsPerGroup / 2;
   constexpr int kTilesN = kCols / 8 / kColGroups;
   static_assert(kTilesN % 2 == 0 && kTilesN * 8 * kColGroups == kCols);
   const int warp = threadIdx.x / 32, lane = threadIdx.x % 32;
-  const int row = warp % kRowGroups * 16, col = warp / kRowGroups * kTilesN * 8;
+  const int row = warp % kRowGroups * 16 * kTilesM, col = warp / kRowGroups * kTilesN * 8;
   if (kColGroups < kWarpsPerGroup && col >= kCols) return;
   // A few columns at a time: dk and dv leave few registers.
-  constexpr int kTilesAtOnce = kTilesN % 4 == 0 ? 4 : 2;
+  constexpr int kMostTiles = 4 * kTilesM;
+  constexpr int kTilesAtOnce = kTilesN <= kMostTiles ? kTilesN : kTilesN % kMostTiles == 0 ? kMostTiles : 2;
 #pragma unroll 1
   for (int first = col; first < col + kTilesN * 8; first += kTilesAtOnce * 8) {
-    float dq[kTilesAtOnce][4] = {};
+    float dq[kTilesM][kTilesAtOnce][4] = {};
+    const auto load_ds = [&](int m, int step) { return Products::load_a_by_depth(ds, row + 16 * m, step); };
+    multiply_columns<Products>(dq, load_ds, k, first);
+    const auto add = [&]<bool kAllCols>() {
 #pragma unroll
-    for (int step = 0; step < kRows / Products::kDepth; ++step) {
-      const typename Products::A a = Products::load_a_by_depth(ds, row, step);
+      for (int i = 0; i < 2 * kTilesM; ++i) {
+        const int dq_row = row + lane / 4 + 8 * i;
+        if (dq_row >= num_rows) continue;
+        float* target = sum + dq_row * num_cols + first + lane % 4 * 2;
 #pragma unroll
-      for (int n = 0; n < kTilesAtOnce; n += 2) {
-        typename Products::B b[2];
-        Products::load_b_by_depth(b, k, first + 8 * n, step);
-        Products::mma(dq[n], a, b[0]);
-        Products::mma(dq[n + 1], a, b[1]);
-      }
-    }
-#pragma unroll
-    for (int i = 0; i < 2; ++i) {
-      const int dq_row = row + lane / 4 + 8 * i;
-      if (dq_row >= num_rows) continue;
-#pragma unroll
-      for (int n = 0; n < kTilesAtOnce; ++n) {
-        const int dq_col = first + 8 * n + lane % 4 * 2;
-        float* target = sum + dq_row * num_cols + dq_col;
-        if (num_cols % 2 == 0 && dq_col < num_cols) {
-          ptx::add_pair(target, dq[n][2 * i], dq[n][2 * i + 1]);
-        } else {
-          if (dq_col < num_cols) atomicAdd(target, dq[n][2 * i]);
-          if (dq_col + 1 < num_cols) atomicAdd(target + 1, dq[n][2 * i + 1]);
+        for (int n = 0; n < kTilesAtOnce; ++n) {
+          const float* pair = &dq[i / 2][n][i % 2 * 2];
+          if (kAllCols || first + 8 * n < num_cols) ptx::add_pair(target + 8 * n, pair[0], pair[1]);
         }
       }
+    };
+    // A check for each tile costs more than its addition.
+    if (first + 8 * kTilesAtOnce <= num_cols) {
+      add.template operator()<true>();
+    } else {
+      add.template operator()<false>();
     }
   }
 }
 
 template <Arithmetic kArithmetic, int kHeadDim, Grads kGrads>
-__global__ void __launch_bounds__(bwd_tile(kArithmetic, kHeadDim).num_threads(), bwd_tile(kArithmetic, kHeadDim).blocks)
+__global__ void __launch_bounds__(dk_dv_tile(kArithmetic, kHeadDim).num_threads(),
+                                  dk_dv_tile(kArithmetic, kHeadDim).blocks)
     portable_dk_dv_kernel(const __grid_constant__ BwdArguments args, const __grid_constant__ InlineWork in_parameters) {
   using Products = ProductsOf<kArithmetic>;
   using Shared = DkDvShared<kArithmetic, kHeadDim, kGrads>;
   using Element = typename Products::Element;
   constexpr Tile kTile = Shared::kTile;
   constexpr bool kWantsDk = kGrads != Grads::kValue, kWantsDv = kGrads != Grads::kKey, kAddsDq = kGrads == Grads::kAll;
-  constexpr int kThreads = kTile.num_threads(), kTilesM = kTile.warp_rows / 16, kTilesN = kTile.block_rows / 8;
+  constexpr bool kShares = kTile.sharing > 1;
+  constexpr int kThreads = kTile.num_threads(), kTilesM = kTile.warp_rows / 16, kWarpCols = kHeadDim / kTile.sharing;
+  constexpr int kScoreRows = kTile.score_rows(), kTurns = kTile.block_rows / kTile.sharing / kScoreRows;
+  static_assert(!kShares || (kTurns == 1 && is_16_bit(kArithmetic)));  // fp32 operands by depth want another order
   extern __shared__ __align__(16) char shared_memory[];
   Shared& shared = *reinterpret_cast<Shared*>(shared_memory);
 
@@ -315,9 +368,12 @@ __global__ void __launch_bounds__(bwd_tile(kArithmetic, kHeadDim).num_threads(),
   const bool* mask = params.key_padding_mask;
   if (mask != nullptr) mask += item.batch * params.key_padding_mask_batch_stride;
   const int64_t copy = static_cast<int64_t>(item.batch) * params.num_heads + item.head;
-  const float *lse_log2 = args.lse_log2 + copy * params.seqlen_q, *delta = args.delta + copy * params.seqlen_q;
-  const int warp_row = threadIdx.x / 32 * kTile.warp_rows;
+  const int64_t first_query = copy * params.seqlen_q;  // of lse_log2, delta and dq_sum
+  // A warp's keys; among the warps that share them, its part of the gradients' columns and of a block's queries
+  const int warp = threadIdx.x / 32, sharer = warp % kTile.sharing;
+  const int warp_row = warp / kTile.sharing * kTile.warp_rows, warp_col = sharer * kWarpCols;
   const int thread_row = warp_row + threadIdx.x % 32 / 4;
+  const auto sync_sharers = [&] { ptx::named_barrier_sync(1 + warp / kTile.sharing, 32 * kTile.sharing); };
 
   // Rows behind the block's end are zero throughout: their probabilities come out as 1, their gradients as 0.
   BlockWalk<kTile.block_rows> walk(work, item, args.work.num_splits);
@@ -327,9 +383,10 @@ __global__ void __launch_bounds__(bwd_tile(kArithmetic, kHeadDim).num_threads(),
     load_tile<kThreads>(shared.dout[stage], dout, block.row_begin, block.num_rows);
     static_assert(kThreads >= kTile.block_rows);
     if (threadIdx.x < kTile.block_rows) {
-      const int bytes = threadIdx.x < block.num_rows ? 4 : 0, row = bytes ? block.row_begin + threadIdx.x : 0;
-      ptx::cp_async_4(&shared.lse_log2[stage][threadIdx.x], lse_log2 + row, bytes);
-      ptx::cp_async_4(&shared.delta[stage][threadIdx.x], delta + row, bytes);
+      const int bytes = threadIdx.x < block.num_rows ? 4 : 0;
+      const int64_t row = first_query + (bytes ? block.row_begin + threadIdx.x : 0);
+      ptx::cp_async_4(&shared.lse_log2[stage][threadIdx.x], args.lse_log2 + row, bytes);
+      ptx::cp_async_4(&shared.delta[stage][threadIdx.x], args.delta + row, bytes);
     }
   };
   load_tile<kThreads>(shared.k, rows(params.k, params.k_strides, params.head_dim), item.row_begin, item.num_rows, mask);
@@ -346,7 +403,7 @@ __global__ void __launch_bounds__(bwd_tile(kArithmetic, kHeadDim).num_threads(),
   }
   const bool some_hidden = item.num_rows < kTile.rows || mask != nullptr;
 
-  float dk[kWantsDk ? kTilesM : 1][kHeadDim / 8][4] = {}, dv[kWantsDv ? kTilesM : 1][kHeadDim / 8][4] = {};
+  float dk[kWantsDk ? kTilesM : 1][kWarpCols / 8][4] = {}, dv[kWantsDv ? kTilesM : 1][kWarpCols / 8][4] = {};
   for (int stage = 0; !walk.done(); stage = (stage + 1) % kTile.stages) {
     ptx::cp_async_wait_all();
     __syncthreads();
@@ -354,58 +411,55 @@ __global__ void __launch_bounds__(bwd_tile(kArithmetic, kHeadDim).num_threads(),
     walk.advance();
     if (kTile.stages == 2 && !walk.done()) load_next(stage ^ 1);
 
-    float p[kTilesM][kTilesN][4] = {};
-    multiply_rows<Products>(p, shared.k, warp_row, shared.q[stage]);
-#pragma unroll
-    for (int n = 0; n < kTilesN; ++n) {
-      const float2 lse = *reinterpret_cast<const float2*>(&shared.lse_log2[stage][8 * n + threadIdx.x % 4 * 2]);
-#pragma unroll
-      for (int i = 0; i < 2 * kTilesM; ++i) {
-        float* pair = &p[i / 2][n][i % 2 * 2];
-        pair[0] = ptx::exp2(fmaf(pair[0], args.scale_log2, -lse.x));
-        pair[1] = ptx::exp2(fmaf(pair[1], args.scale_log2, -lse.y));
+    // A gradient's sum takes up a warp's scores of some queries, or, from shared memory, those of all sharers.
+    const auto add_products = [&](auto& grad, const auto& scores, const auto& tile, int query) {
+      if constexpr (kShares) {
+        sync_sharers();
+        const auto load = [&](int m, int k) { return load_a<Products>(shared.scores, warp_row + 16 * m, k); };
+        multiply_columns<Products>(grad, load, tile, warp_col);
+      } else {
+        multiply_scores<Products>(grad, scores, tile, query);
       }
-    }
+    };
     const bool drops = args.dropout.seed != nullptr;
-    if (drops) {
-      const int key = item.row_begin + thread_row - work.segments[item.segment].row_begin + block.range_offset;
-      mark_dropped(p, Dropout(args.dropout, static_cast<int>(copy)), block.row_begin, block.range_index, key);
-    }
-    if constexpr (kWantsDk) {
-      float ds[kTilesM][kTilesN][4] = {};
-      multiply_rows<Products>(ds, shared.v, warp_row, shared.dout[stage]);
-#pragma unroll
-      for (int n = 0; n < kTilesN; ++n) {
-        const float2 means = *reinterpret_cast<const float2*>(&shared.delta[stage][8 * n + threadIdx.x % 4 * 2]);
-#pragma unroll
-        for (int i = 0; i < 2 * kTilesM; ++i) {
-#pragma unroll
-          for (int e = 0; e < 2; ++e) {
-            const float weight = p[i / 2][n][i % 2 * 2 + e];
-            float& score = ds[i / 2][n][i % 2 * 2 + e];
-            if (drops) score = is_dropped(weight) ? 0 : score * args.dropout.inverse_keep_probability;
-            score = fabsf(weight) * (score - (e == 0 ? means.x : means.y));
-          }
-        }
+    const int num_turns = kTurns == 1 ? 1 : (block.num_rows + kScoreRows - 1) / kScoreRows;
+#pragma unroll 1
+    for (int turn = 0; turn < num_turns; ++turn) {
+      const int query = (turn * kTile.sharing + sharer) * kScoreRows;
+      float p[kTilesM][kScoreRows / 8][4] = {};
+      multiply_rows<Products>(p, shared.k, warp_row, shared.q[stage], query);
+      to_probabilities(p, shared.lse_log2[stage] + query, args.scale_log2);
+      if (drops) {
+        const int key = item.row_begin + thread_row - work.segments[item.segment].row_begin + block.range_offset;
+        mark_dropped(p, Dropout(args.dropout, static_cast<int>(copy)), block.row_begin + query, block.range_index, key);
       }
-      if constexpr (kAddsDq) {
-        if (some_hidden) zero_rows(ds, hidden);
-        put_accumulators(shared.ds, warp_row, ds);
+      float ds[kTilesM][kScoreRows / 8][4] = {};
+      if constexpr (kWantsDk) {
+        multiply_rows<Products>(ds, shared.v, warp_row, shared.dout[stage], query);
+        if (drops) drop_marked(ds, p, args.dropout.inverse_keep_probability);
+        to_score_gradients(ds, p, shared.delta[stage] + query);
       }
-      multiply_scores<Products>(dk, ds, shared.q[stage]);
+      const auto add_to_dv = [&] {
+        if (drops) zero_dropped(p);
+        if constexpr (kShares) put_accumulators(shared.scores, warp_row, query, p);
+        add_products(dv, p, shared.dout[stage], query);
+      };
+      // ds stays in shared memory for dq: p is handed over before it. Where nothing is, dk first spills less.
+      if constexpr (kWantsDv && kShares) add_to_dv();
+      if constexpr (kWantsDk) {
+        if constexpr (kShares) sync_sharers();  // p has been read
+        if (kAddsDq && some_hidden) zero_rows(ds, hidden);
+        if constexpr (kAddsDq || kShares) put_accumulators(shared.scores, warp_row, query, ds);
+        add_products(dk, ds, shared.q[stage], query);
+      }
+      if constexpr (kWantsDv && !kShares) add_to_dv();
     }
-    if constexpr (kWantsDv) {
-      if (drops) zero_dropped(p);
-      multiply_scores<Products>(dv, p, shared.dout[stage]);
-    }
+    // All of ds is there, and nobody reads the queries any more.
+    if (kAddsDq || kTile.stages == 1) __syncthreads();
+    if (kTile.stages == 1 && !walk.done()) load_next(0);
     if constexpr (kAddsDq) {
-      __syncthreads();
-      add_dq<Products, kThreads>(args.dq_sum + (copy * params.seqlen_q + block.row_begin) * params.head_dim,
-                                 params.head_dim, block.num_rows, shared.ds, shared.k);
-    }
-    if (kTile.stages == 1 && !walk.done()) {
-      __syncthreads();
-      load_next(0);
+      add_dq<Products, kThreads>(args.dq_sum + (first_query + block.row_begin) * args.dq_sum_cols, args.dq_sum_cols,
+                                 block.num_rows, shared.scores, shared.k);
     }
   }
 
@@ -422,12 +476,12 @@ __global__ void __launch_bounds__(bwd_tile(kArithmetic, kHeadDim).num_threads(),
   };
   if constexpr (kWantsDk) {
     store_grad<kTile.warp_rows>(dk, args.softmax_scale, partial_of(args.partial_dk, params.head_dim), shared.k,
-                                rows(params.dk, params.dk_strides, params.head_dim), warp_row, item);
+                                rows(params.dk, params.dk_strides, params.head_dim), warp_row, warp_col, item);
   }
   if constexpr (kWantsDv) {
     const float factor = args.dropout.seed == nullptr ? 1.0f : args.dropout.inverse_keep_probability;
     store_grad<kTile.warp_rows>(dv, factor, partial_of(args.partial_dv, params.head_dim_v), shared.v,
-                                rows(params.dv, params.dv_strides, params.head_dim_v), warp_row, item);
+                                rows(params.dv, params.dv_strides, params.head_dim_v), warp_row, warp_col, item);
   }
 }
 

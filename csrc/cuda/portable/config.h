@@ -7,14 +7,17 @@ namespace mixed_attention::cuda::portable {
 
 // What one thread block owns and what it streams through shared memory.
 struct Tile {
-  int rows;        // that the block owns: queries (forward, dq) or keys (dk, dv)
-  int block_rows;  // of the other side at a time
-  int warp_rows;   // 16 or 32 of the owned rows to a warp: 32 reads each streamed operand half as often
-  int stages;      // buffers of the streamed side
-  int blocks = 2;  // that run at a time on a multiprocessor; also the bound that registers are allocated for
+  int rows;         // that the block owns: queries (forward, dq) or keys (dk, dv)
+  int block_rows;   // of the other side at a time
+  int warp_rows;    // 16 or 32 of the owned rows to a warp: 32 reads each streamed operand half as often
+  int stages;       // buffers of the streamed side
+  int blocks = 2;   // that run at a time on a multiprocessor; also the bound that registers are allocated for
+  int sharing = 1;  // warps to the same owned rows: each sums its share of their gradients' columns (dk, dv)
 
-  constexpr int num_warps() const { return rows / warp_rows; }
+  constexpr int num_warps() const { return rows / warp_rows * sharing; }
   constexpr int num_threads() const { return 32 * num_warps(); }
+  // Of a block's rows: whose scores a warp of the kernel for dk and dv has at a time.
+  constexpr int score_rows() const { return block_rows / sharing < 32 ? block_rows / sharing : 32; }
 };
 
 constexpr bool is_16_bit(Arithmetic arithmetic) {
@@ -25,16 +28,27 @@ constexpr bool is_16_bit(Arithmetic arithmetic) {
 // what the smaller chips of compute capability 8.6, 8.9 and 12.0 give to a block.
 constexpr int kMaxSharedBytes = 99 * 1024;
 
-// Registers of a thread, for R rows to a warp: scores R * block_rows / 32, output R * head_dim / 32.
+// Registers of a thread, for R rows to a warp: scores R * block_rows / 32, output R * head_dim / 32. Two warps to a
+// scheduler leave the tensor cores idle while they compute weights: at D32 and D64 three fit in 168 registers, for
+// which the softmax's state is put away during the products. At D128 64 keys to a block instead of 32 halve what a
+// block costs beside its products.
 //
+// Spills: portable_fwd_kernel in portable_fwd_*16_d32 for sm_80, 36 bytes: the softmax's state
+// Spills: portable_fwd_kernel in portable_fwd_*16_d64 for sm_80, 72 bytes: likewise
+// Spills: portable_fwd_kernel in portable_fwd_*16_d64 for sm_90, 128 bytes: likewise
 // Spills: portable_fwd_kernel in portable_fwd_*16_d96 for sm_80, 12 bytes: two words beyond 255 registers, and a tile
 // of half the rows to a warp would read every key and value twice as often
-// Spills: portable_fwd_kernel in portable_fwd_fp32_d256 for sm_80, 8 bytes: one word, for the sums that begin anew
+// Spills: portable_fwd_kernel in portable_fwd_*16_d96 for sm_90, 12 bytes: likewise
+// Spills: portable_fwd_kernel in portable_fwd_*16_d128 for sm_80, 136 bytes: the softmax's state
+// Spills: portable_fwd_kernel in portable_fwd_*16_d128 for sm_90, 104 bytes: likewise
+// Spills: portable_fwd_kernel in portable_fwd_fp32_d192 for sm_90, 8 bytes: one word, for the sums that begin anew
+// Spills: portable_fwd_kernel in portable_fwd_fp32_d256 for sm_80, 8 bytes: likewise
 // Spills: portable_fwd_kernel in portable_fwd_fp32_d256 for sm_90, 8 bytes: likewise
 constexpr Tile fwd_tile(Arithmetic arithmetic, int head_dim) {
   if (is_16_bit(arithmetic)) {
+    if (head_dim <= 64) return {128, 64, 32, 1, 3};
     if (head_dim <= 96) return {128, 64, 32, 2};
-    if (head_dim <= 128) return {128, 32, 32, 2};
+    if (head_dim <= 128) return {128, 64, 32, 1};
     return {64, 32, 16, 2};
   }
   if (head_dim <= 32) return {128, 64, 32, 2};
@@ -43,19 +57,27 @@ constexpr Tile fwd_tile(Arithmetic arithmetic, int head_dim) {
   return {32, 16, 16, 2};
 }
 
-// Both backward kernels: two score tiles of R * block_rows / 32 registers; one accumulator for dq, two for dk and dv.
+// Of dk, dv: two accumulators of R * head_dim / sharing / 32 registers, two score tiles of R * score_rows / 32.
+// At D128 in 16 bits, two warps of 32 keys with half of the columns each read shared memory two thirds as often as
+// warps of 16 keys with all of them, although they hand their scores to each other. 64 queries to a block instead of 32
+// halve the barriers, and let a warp take 32 of them for dq, too; with one stage two such blocks fit a multiprocessor
+// of 8.0, and the next queries come during dq's product.
 //
-// Spills: portable_dk_dv_kernel in portable_bwd_*16_d64 for sm_80, 20 bytes: two words, as above
-// Spills: portable_dk_dv_kernel in portable_bwd_fp32_d64 for sm_90, 16 bytes: two words, that three blocks fit
-// Spills: portable_dk_dv_kernel in portable_bwd_fp32_d128 for sm_80, 12 bytes: two words; the tile is the smallest
-// Spills: portable_dk_dv_kernel in portable_bwd_fp32_d128 for sm_90, 8 bytes: one word, likewise
-// Spills: portable_dq_kernel in portable_bwd_fp32_d192 for sm_90, 100 bytes: eight words, read once a block
-// Spills: portable_dq_kernel in portable_bwd_fp32_d256 for sm_80, 8 bytes: one word; the tile is the smallest
-// Spills: portable_dk_dv_kernel in portable_bwd_fp32_d256 for sm_80, 8 bytes: likewise
-constexpr Tile bwd_tile(Arithmetic arithmetic, int head_dim) {
+// Spills: portable_dk_dv_kernel in portable_bwd_*16_d64 for sm_90, 16 bytes: three words, read once a block of queries
+// Spills: portable_dk_dv_kernel in portable_bwd_*16_d128 for sm_80, 24 bytes: five words, likewise
+// Spills: portable_dk_dv_kernel in portable_bwd_*16_d128 for sm_90, 88 bytes: ten words, for the addresses of copies
+// Spills: portable_dk_dv_kernel in portable_bwd_fp32_d64 for sm_80, 24 bytes: five words, that three blocks fit
+// Spills: portable_dk_dv_kernel in portable_bwd_fp32_d64 for sm_90, 20 bytes: likewise
+// Spills: portable_dk_dv_kernel in portable_bwd_fp32_d96 for sm_90, 8 bytes: one word; the tile is the smallest
+// Spills: portable_dk_dv_kernel in portable_bwd_fp32_d128 for sm_80, 8 bytes: likewise
+// Spills: portable_dk_dv_kernel in portable_bwd_fp32_d128 for sm_90, 8 bytes: likewise
+// Spills: portable_dk_dv_kernel in portable_bwd_fp32_d192 for sm_80, 20 bytes: five words, likewise
+// Spills: portable_dk_dv_kernel in portable_bwd_fp32_d256 for sm_90, 8 bytes: one word, likewise
+constexpr Tile dk_dv_tile(Arithmetic arithmetic, int head_dim) {
   if (is_16_bit(arithmetic)) {
-    if (head_dim <= 64) return {128, 32, 32, 2};
-    if (head_dim <= 128) return {64, 32, 16, 2};
+    if (head_dim <= 32) return {128, 32, 32, 2};
+    if (head_dim <= 64) return {128, 64, 32, 1};
+    if (head_dim <= 128) return {64, 64, 32, 1, 2, 2};
     if (head_dim <= 192) return {64, 16, 16, 2};
     return {64, 16, 16, 1};
   }
@@ -65,6 +87,19 @@ constexpr Tile bwd_tile(Arithmetic arithmetic, int head_dim) {
   if (head_dim <= 128) return {64, 16, 16, 1};
   if (head_dim <= 192) return {32, 16, 16, 2};
   return {32, 16, 16, 1};
+}
+
+// Of dq: two score tiles, one accumulator.
+//
+// Spills: portable_dq_kernel in portable_bwd_fp32_d128 for sm_80, 12 bytes: two words; the tile is the smallest
+// Spills: portable_dq_kernel in portable_bwd_fp32_d128 for sm_90, 40 bytes: four words, likewise
+// Spills: portable_dq_kernel in portable_bwd_fp32_d192 for sm_80, 8 bytes: one word, likewise
+// Spills: portable_dq_kernel in portable_bwd_fp32_d256 for sm_80, 12 bytes: two words, likewise
+// Spills: portable_dq_kernel in portable_bwd_fp32_d256 for sm_90, 8 bytes: one word, likewise
+constexpr Tile dq_tile(Arithmetic arithmetic, int head_dim) {
+  if (is_16_bit(arithmetic) && head_dim <= 64) return {128, 32, 32, 2};
+  if (is_16_bit(arithmetic) && head_dim <= 128) return {64, 32, 16, 2};
+  return dk_dv_tile(arithmetic, head_dim);
 }
 
 // dk and dv together do not fit in registers beyond this: they are computed one after the other.

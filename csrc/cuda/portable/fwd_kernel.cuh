@@ -1,6 +1,6 @@
 // Forward. One thread block computes the output of one tile of queries of one head, or a part of it where the walk over
 // the keys is split; a warp has 16 or 32 of the rows to itself. Keys and values stream through shared memory by
-// asynchronous copies, a block of them ahead of the products.
+// asynchronous copies, a block, or with one buffer each a product, ahead.
 #pragma once
 
 #include "cuda/portable/config.h"
@@ -38,7 +38,6 @@ __global__ void __launch_bounds__(fwd_tile(kArithmetic, kHeadDim).num_threads(),
   using Shared = FwdShared<kArithmetic, kHeadDim>;
   using Element = typename Products::Element;
   constexpr Tile kTile = Shared::kTile;
-  static_assert(kTile.stages == 2);
   constexpr int kThreads = kTile.num_threads(), kTilesM = kTile.warp_rows / 16;
   extern __shared__ __align__(16) char shared_memory[];
   Shared& shared = *reinterpret_cast<Shared*>(shared_memory);
@@ -60,24 +59,37 @@ __global__ void __launch_bounds__(fwd_tile(kArithmetic, kHeadDim).num_threads(),
 
   // The queries and the first block of keys
   BlockWalk<kTile.block_rows> walk(work, item, args.work.num_splits);
-  const auto load_next = [&](int stage) {
+  constexpr bool kTwoStages = kTile.stages == 2;
+  const auto load = [&](auto& tile, const auto& rows) {
     const Block block = walk.block();
-    load_tile<kThreads>(shared.k[stage], k, block.row_begin, block.num_rows, mask);
-    load_tile<kThreads>(shared.v[stage], v, block.row_begin, block.num_rows, mask);
+    load_tile<kThreads>(tile, rows, block.row_begin, block.num_rows, mask);
   };
   load_tile<kThreads>(shared.q, q, item.row_begin, item.num_rows);
-  if (!walk.done()) load_next(0);
+  if (!walk.done()) {
+    load(shared.k[0], k);
+    if (kTwoStages) load(shared.v[0], v);
+  }
 
-  for (int stage = 0; !walk.done(); stage ^= 1) {
-    // This block has arrived, and nobody reads the other buffer any more: the next block may go there.
+  for (int stage = 0; !walk.done(); stage = (stage + 1) % kTile.stages) {
+    // This block has arrived, and nobody reads the other buffer any more: the next block may go there. With one stage
+    // only the keys have: values come during the scores' product, the next keys during the weights'.
     ptx::cp_async_wait_all();
     __syncthreads();
     const Block block = walk.block();
+    if (!kTwoStages) load(shared.v[0], v);
     walk.advance();
-    if (!walk.done()) load_next(stage ^ 1);
+    if (kTwoStages && !walk.done()) {
+      load(shared.k[stage ^ 1], k);
+      load(shared.v[stage ^ 1], v);
+    }
 
     float s[kTilesM][kTile.block_rows / 8][4] = {};
     multiply_rows<Products>(s, shared.q, warp_row, shared.k[stage]);
+    if (!kTwoStages) {
+      ptx::cp_async_wait_all();
+      __syncthreads();
+      if (!walk.done()) load(shared.k[0], k);
+    }
     if (args.negate) negate(s);
     if (block.num_rows < kTile.block_rows || mask != nullptr) {
       mask_columns(s, block.num_rows, mask == nullptr ? nullptr : mask + block.row_begin);
@@ -109,16 +121,16 @@ __global__ void __launch_bounds__(fwd_tile(kArithmetic, kHeadDim).num_threads(),
   const int num_rows = min(kTile.warp_rows, item.num_rows - warp_row);
   if (is_split) {
     float* rows = args.partial_out + (split_copy * params.seqlen_q + item.row_begin + warp_row) * params.head_dim_v;
-    store_fp32(rows, params.head_dim_v, num_rows, out);
+    store_fp32(rows, params.head_dim_v, num_rows, 0, out);
     return;
   }
   ptx::cp_async_wait_all();  // of the queries, where there was no key
   __syncthreads();
-  put_accumulators(shared.q, warp_row, out);
+  put_accumulators(shared.q, warp_row, 0, out);
   __syncwarp();
   const auto o =
       rows_of<Element>(params.out, params.out_strides, item.batch, item.head, params.head_dim_v, args.aligned);
-  store_rows<kTile.warp_rows>(shared.q, warp_row, o, item.row_begin + warp_row, num_rows);
+  store_rows<kTile.warp_rows, kHeadDim>(shared.q, warp_row, 0, o, item.row_begin + warp_row, num_rows);
 }
 
 }  // namespace mixed_attention::cuda::portable

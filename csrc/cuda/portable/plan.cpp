@@ -41,7 +41,10 @@ Pass::Pass(HostWork work, const Tile& tile, int64_t copies, int device, Scratch&
     : host(std::move(work)), table{} {
   table.num_segments = static_cast<int32_t>(host.segments.size());
   table.num_tiles = static_cast<int32_t>(host.num_tiles);
-  table.num_splits = choose_splits(host, copies, int64_t{tile.blocks} * num_multiprocessors(device));
+  // A part of fewer than 8 blocks or 256 rows, whichever is less, does not pay for its epilogue and the combining of
+  // parts.
+  const int min_blocks = std::min(8, 256 / tile.block_rows);
+  table.num_splits = choose_splits(host, copies, int64_t{tile.blocks} * num_multiprocessors(device), min_blocks);
   if (!host.fits_inline()) {
     table.segments = scratch.take<WorkSegment>(static_cast<int64_t>(host.segments.size()));
     table.ranges = scratch.take<WorkRange>(static_cast<int64_t>(host.ranges.size()));
@@ -83,7 +86,7 @@ BwdPlan plan_bwd(const BwdParams& params) {
   const int64_t copies = params.batch_size * params.num_heads;
   const Arithmetic arithmetic = arithmetic_of(params);
   const int head_dim = padded_head_dim(params);
-  const Tile tile = bwd_tile(arithmetic, head_dim);
+  const Tile tile = dk_dv_tile(arithmetic, head_dim);
   Scratch scratch(params.workspace);
   BwdPlan plan{
       .arithmetic = arithmetic,
@@ -94,10 +97,12 @@ BwdPlan plan_bwd(const BwdParams& params) {
       .delta = scratch.take<float>(copies * params.seqlen_q),
   };
   if (plan.adds_dq) {
-    plan.dq_sum = scratch.take<float>(copies * params.seqlen_q * params.head_dim);
+    plan.dq_sum_cols = static_cast<int>((params.head_dim + 7) / 8 * 8);
+    plan.dq_sum = scratch.take<float>(copies * params.seqlen_q * plan.dq_sum_cols);
   } else {
-    plan.by_query.emplace(work_by_query(*params.schedule, tile.rows, tile.block_rows), tile, copies, params.device,
-                          scratch);
+    const Tile by_query = dq_tile(arithmetic, head_dim);
+    plan.by_query.emplace(work_by_query(*params.schedule, by_query.rows, by_query.block_rows), by_query, copies,
+                          params.device, scratch);
     if (const int64_t splits = plan.by_query->table.num_splits; splits > 1) {
       plan.partial_dq = scratch.take<float>(splits * copies * params.seqlen_q * params.head_dim);
     }
@@ -118,7 +123,7 @@ Layout layout_fwd(const FwdParams& params) {
 
 Layout layout_bwd(const BwdParams& params) {
   const BwdPlan plan = plan_bwd(params);
-  return plan.by_key.layout(bwd_tile(plan.arithmetic, plan.head_dim), params.batch_size * params.num_heads,
+  return plan.by_key.layout(dk_dv_tile(plan.arithmetic, plan.head_dim), params.batch_size * params.num_heads,
                             params.device);
 }
 

@@ -38,6 +38,7 @@ __device__ void mask_columns(float (&s)[kTilesM][kTilesN][4], int num_visible, c
 // stands, a multiple of 32 or of the block's rows if they are fewer, so that one draw serves four tiles.
 template <int kTilesM, int kTilesN>
 __device__ void drop_columns(float (&p)[kTilesM][kTilesN][4], const Dropout& dropout, int row, int range_index, int x) {
+  if constexpr (kTilesN % 4 == 0) __builtin_assume(x % 32 == 0);  // which word of a draw is a tile's is then constant
   const int x_thread = x + threadIdx.x % 4 * 2;
 #pragma unroll
   for (int i = 0; i < 2 * kTilesM; ++i) {

@@ -199,14 +199,14 @@ __device__ void finish_sum(const float (&sum)[kTilesM][kTilesN][4], float (&c)[k
   }
 }
 
-// c += a · bᵀ: rows of tile a from a_row on against all rows of tile b, over their columns.
+// c += a · bᵀ: rows of tile a from a_row on against rows of tile b from b_row on, over their columns.
 template <class Products, int kTilesM, int kTilesN, class TileA, class Element, int kRows, int kCols>
 __device__ void multiply_rows(float (&c)[kTilesM][kTilesN][4], const TileA& a, int a_row,
-                              const SharedTile<Element, kRows, kCols>& b) {
-  static_assert(kTilesN * 8 == kRows);
+                              const SharedTile<Element, kRows, kCols>& b, int b_row = 0) {
   constexpr int kSteps = kCols / Products::kDepth;
   constexpr bool kIsNew = Products::kCutsOffTooMuch && kSteps > 8;
-  constexpr int kStepsAtOnce = kIsNew ? 8 : kSteps;
+  // Of 32 columns: forward and backward, which need not cut off alike, then agree on the scores.
+  constexpr int kStepsAtOnce = kIsNew ? 4 : kSteps;
 #pragma unroll
   for (int first = 0; first < kSteps; first += kStepsAtOnce) {
     float sum[kTilesM][kTilesN][4];
@@ -219,7 +219,7 @@ __device__ void multiply_rows(float (&c)[kTilesM][kTilesN][4], const TileA& a, i
 #pragma unroll
       for (int n = 0; n < kTilesN; n += 2) {
         typename Products::B fragment_b[2];
-        load_b<Products>(fragment_b, b, 8 * n, k);
+        load_b<Products>(fragment_b, b, b_row + 8 * n, k);
 #pragma unroll
         for (int m = 0; m < kTilesM; ++m) {
           Products::mma(sum[m][n], fragment_a[m], fragment_b[0]);
@@ -231,14 +231,14 @@ __device__ void multiply_rows(float (&c)[kTilesM][kTilesN][4], const TileA& a, i
   }
 }
 
-// c += p · b: scores in registers against a tile whose rows are the scores' columns.
+// c += p · b: scores in registers against a tile whose rows from b_row on are the scores' columns.
 template <class Products, int kTilesM, int kTilesN, int kTilesP, class Element, int kRows, int kCols>
 __device__ void multiply_scores(float (&c)[kTilesM][kTilesN][4], const float (&p)[kTilesM][kTilesP][4],
-                                const SharedTile<Element, kRows, kCols>& b) {
-  static_assert(kTilesN * 8 == kCols && kTilesP * 8 == kRows);
+                                const SharedTile<Element, kRows, kCols>& b, int b_row = 0) {
+  static_assert(kTilesN * 8 == kCols);
   constexpr bool kIsNew = Products::kCutsOffTooMuch;
   // Enough products that do not wait for each other, and few enough registers.
-  constexpr int kTilesAtOnce = !kIsNew ? kTilesN : kTilesN > 16 ? 2 : 4, kSteps = kRows / Products::kDepth;
+  constexpr int kTilesAtOnce = !kIsNew ? kTilesN : kTilesN > 16 ? 2 : 4, kSteps = kTilesP * 8 / Products::kDepth;
   typename Products::A fragment_a[kSteps][kTilesM];
 #pragma unroll
   for (int k = 0; k < kSteps; ++k) {
@@ -254,7 +254,7 @@ __device__ void multiply_scores(float (&c)[kTilesM][kTilesN][4], const float (&p
 #pragma unroll
       for (int n = 0; n < kTilesAtOnce; n += 2) {
         typename Products::B fragment_b[2];
-        Products::load_b_by_depth(fragment_b, b, 8 * (first + n), k);
+        Products::load_b_by_depth(fragment_b, b, 8 * (first + n), b_row / Products::kDepth + k);
 #pragma unroll
         for (int m = 0; m < kTilesM; ++m) {
           Products::mma(sum[m][n], fragment_a[k][m], fragment_b[0]);
@@ -266,28 +266,49 @@ __device__ void multiply_scores(float (&c)[kTilesM][kTilesN][4], const float (&p
   }
 }
 
-// Writes a warp's accumulators to rows of a tile, rounded to its elements.
+// c += a · b: operands load(m, k) of tile row m and depth step k against columns of tile b from b_col on, over b's
+// rows.
+template <class Products, int kTilesM, int kTilesN, class Load, class Element, int kRows, int kCols>
+__device__ void multiply_columns(float (&c)[kTilesM][kTilesN][4], const Load& load,
+                                 const SharedTile<Element, kRows, kCols>& b, int b_col) {
+#pragma unroll
+  for (int k = 0; k < kRows / Products::kDepth; ++k) {
+    typename Products::A fragment_a[kTilesM];
+#pragma unroll
+    for (int m = 0; m < kTilesM; ++m) fragment_a[m] = load(m, k);
+#pragma unroll
+    for (int n = 0; n < kTilesN; n += 2) {
+      typename Products::B fragment_b[2];
+      Products::load_b_by_depth(fragment_b, b, b_col + 8 * n, k);
+#pragma unroll
+      for (int m = 0; m < kTilesM; ++m) {
+        Products::mma(c[m][n], fragment_a[m], fragment_b[0]);
+        Products::mma(c[m][n + 1], fragment_a[m], fragment_b[1]);
+      }
+    }
+  }
+}
+
+// Writes a warp's accumulators to a tile, rounded to its elements, the first at `row` and `col`.
 template <int kTilesM, int kTilesN, class Element, int kRows, int kCols>
-__device__ void put_accumulators(SharedTile<Element, kRows, kCols>& tile, int row,
+__device__ void put_accumulators(SharedTile<Element, kRows, kCols>& tile, int row, int col,
                                  const float (&c)[kTilesM][kTilesN][4]) {
   const int lane = threadIdx.x % 32;
 #pragma unroll
   for (int m = 0; m < kTilesM; ++m) {
 #pragma unroll
     for (int half = 0; half < 2; ++half) {
-      Element* target = tile.row(row + 16 * m + 8 * half + lane / 4) + lane % 4 * 2;
+      Element* target = tile.row(row + 16 * m + 8 * half + lane / 4) + col + lane % 4 * 2;
 #pragma unroll
-      for (int n = 0; n < kTilesN; ++n) {
-        target[8 * n] = Element(c[m][n][2 * half]);
-        target[8 * n + 1] = Element(c[m][n][2 * half + 1]);
-      }
+      for (int n = 0; n < kTilesN; ++n) put_pair(target + 8 * n, c[m][n][2 * half], c[m][n][2 * half + 1]);
     }
   }
 }
 
-// Writes a warp's accumulators to the first num_rows rows and num_cols columns of a dense matrix.
+// Writes a warp's accumulators to the first num_rows rows of a dense matrix of num_cols columns, from first_col on.
 template <int kTilesM, int kTilesN>
-__device__ void store_fp32(float* matrix, int64_t num_cols, int num_rows, const float (&c)[kTilesM][kTilesN][4]) {
+__device__ void store_fp32(float* matrix, int64_t num_cols, int num_rows, int first_col,
+                           const float (&c)[kTilesM][kTilesN][4]) {
   const int lane = threadIdx.x % 32;
 #pragma unroll
   for (int i = 0; i < 2 * kTilesM; ++i) {
@@ -297,7 +318,7 @@ __device__ void store_fp32(float* matrix, int64_t num_cols, int num_rows, const 
     for (int n = 0; n < kTilesN; ++n) {
 #pragma unroll
       for (int e = 0; e < 2; ++e) {
-        const int col = 8 * n + lane % 4 * 2 + e;
+        const int col = first_col + 8 * n + lane % 4 * 2 + e;
         if (col < num_cols) matrix[row * num_cols + col] = c[i / 2][n][i % 2 * 2 + e];
       }
     }

@@ -3,6 +3,7 @@
 
 #include <cstdint>
 
+#include "cuda/ptx/convert.cuh"
 #include "cuda/ptx/cp_async.cuh"
 #include "params.h"
 
@@ -20,6 +21,16 @@ struct alignas(16) SharedTile {
   __device__ Element* row(int index) { return data + index * kPitch; }
   __device__ const Element* row(int index) const { return data + index * kPitch; }
 };
+
+// Writes two neighbouring elements, the first of an even column, rounded.
+template <class Element>
+__device__ void put_pair(Element* target, float first, float second) {
+  if constexpr (sizeof(Element) == 2) {
+    *reinterpret_cast<uint32_t*>(target) = ptx::pack<Element>(first, second);
+  } else {
+    *reinterpret_cast<float2*>(target) = make_float2(first, second);
+  }
+}
 
 // Rows of one head of one batch entry in global memory.
 template <class Element>
@@ -81,15 +92,16 @@ __device__ void load_tile(SharedTile<Element, kRows, kCols>& tile, const GlobalR
   }
 }
 
-// Stores a warp's rows of a tile: those from tile_row on, kWarpRows or fewer, to rows row_begin and following.
-template <int kWarpRows, class Element, int kRows, int kCols>
-__device__ void store_rows(const SharedTile<Element, kRows, kCols>& tile, int tile_row, const GlobalRows<Element>& rows,
-                           int row_begin, int num_rows) {
+// Stores a warp's part of a tile: rows from tile_row on, kWarpRows or fewer, to rows row_begin and following; of each
+// kWarpCols columns from first_col on.
+template <int kWarpRows, int kWarpCols, class Element, int kRows, int kCols>
+__device__ void store_rows(const SharedTile<Element, kRows, kCols>& tile, int tile_row, int first_col,
+                           const GlobalRows<Element>& rows, int row_begin, int num_rows) {
   using Tile = SharedTile<Element, kRows, kCols>;
-  constexpr int kChunks = kCols / Tile::kPerChunk;
+  constexpr int kChunks = kWarpCols / Tile::kPerChunk;
   const int lane = threadIdx.x % 32;
   for (int index = lane; index < kWarpRows * kChunks; index += 32) {
-    const int row = index / kChunks, col = index % kChunks * Tile::kPerChunk;
+    const int row = index / kChunks, col = first_col + index % kChunks * Tile::kPerChunk;
     if (row >= num_rows || col >= rows.num_cols) continue;
     const Element* source = tile.row(tile_row + row) + col;
     Element* target = rows.row(row_begin + row) + col;
