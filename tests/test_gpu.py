@@ -26,8 +26,8 @@ SPLIT = Case((40, 9000), "ab>ab", head_dim=64, cached="b")  # too few tiles of q
 CASES = {"abupt": LARGE_CASES["abupt"], "wide": LARGE_CASES["wide"], "masked": LARGE_CASES["masked"], "split": SPLIT}
 # More key tiles than blocks; queries that read two key segments, or one twice; queries that read three.
 MANY_TILES = {
-    "rounds": Case((1500, 1300), "a>a b>b", batch_size=3, num_heads=8, head_dim=64),
-    "narrow": Case((1500, 1300), "a>a b>b", batch_size=3, num_heads=8, head_dim=32, mask="random"),
+    "rounds": Case((1500, 1300), "a>a b>b", num_heads=8, head_dim=64),
+    "narrow": Case((1500, 1300), "a>a b>b", num_heads=8, head_dim=32, mask="random"),
     "segments": Case((2000, 1500, 900), "a>ab b>bc c>cc", num_heads=3, head_dim=64),
     "unions": Case((300, 700, 900, 500), "a>bcd b>acd c>abd d>abc", num_heads=3, head_dim=64),
 }

@@ -28,14 +28,9 @@ constexpr bool is_16_bit(Arithmetic arithmetic) {
 // what the smaller chips of compute capability 8.6, 8.9 and 12.0 give to a block.
 constexpr int kMaxSharedBytes = 99 * 1024;
 
-// Registers of a thread, for R rows to a warp: scores R * block_rows / 32, output R * head_dim / 32. Two warps to a
-// scheduler leave the tensor cores idle while they compute weights: at D32 and D64 three fit in 168 registers, for
-// which the softmax's state is put away during the products. At D128 64 keys to a block instead of 32 halve what a
-// block costs beside its products.
+// Registers of a thread, for R rows to a warp: scores R * block_rows / 32, output R * head_dim / 32. At D128 64 keys to
+// a block instead of 32 halve what a block costs beside its products.
 //
-// Spills: portable_fwd_kernel in portable_fwd_*16_d32 for sm_80, 36 bytes: the softmax's state
-// Spills: portable_fwd_kernel in portable_fwd_*16_d64 for sm_80, 72 bytes: likewise
-// Spills: portable_fwd_kernel in portable_fwd_*16_d64 for sm_90, 128 bytes: likewise
 // Spills: portable_fwd_kernel in portable_fwd_*16_d96 for sm_80, 12 bytes: two words beyond 255 registers, and a tile
 // of half the rows to a warp would read every key and value twice as often
 // Spills: portable_fwd_kernel in portable_fwd_*16_d96 for sm_90, 12 bytes: likewise
@@ -46,7 +41,6 @@ constexpr int kMaxSharedBytes = 99 * 1024;
 // Spills: portable_fwd_kernel in portable_fwd_fp32_d256 for sm_90, 8 bytes: likewise
 constexpr Tile fwd_tile(Arithmetic arithmetic, int head_dim) {
   if (is_16_bit(arithmetic)) {
-    if (head_dim <= 64) return {128, 64, 32, 1, 3};
     if (head_dim <= 96) return {128, 64, 32, 2};
     if (head_dim <= 128) return {128, 64, 32, 1};
     return {64, 32, 16, 2};
