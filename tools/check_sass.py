@@ -16,7 +16,7 @@ import sysconfig
 from pathlib import Path
 
 FUNCTION = re.compile(r"Function : (\S+)")
-SCORES = re.compile(r"HGMMA\.64x(\d+)x16\S* \S+ \S+ RZ, !UPT")
+SCORES = re.compile(r"HGMMA\.64x(\d+)x16\S* R\d+, (?:R\d+, )?gdesc\[UR\d+\], RZ, !UPT")
 WAIT_FOR_ALL = re.compile(r"WARPGROUP\.DEPBAR\.LE gsb0, 0x0\b")
 RESCALING = 2  # exponentials beside those of the scores
 FORWARD = "hopper_attention_fwd_kernel"
