@@ -86,14 +86,16 @@ def rotated_slots(part: Packed, *, parallel: bool = True) -> list[Tensor]:
     packed = part.buffer.view(part.shape)
     if part.freqs is None:
         return list(packed.unbind(2))
-    heads = packed[:, :, : part.rotated].flatten(2, 3)
+    # NOTE: one split, whose derivative is one concatenation, which a compiler fills in place.
+    heads, rest = packed.split([part.rotated, part.shape[2] - part.rotated], 2)
+    heads = heads.flatten(2, 3)
     if isinstance(part.freqs, tuple):
         heads = apply_rope(heads, tuple(take(angles, part.runs) for angles in part.freqs))
     elif parallel:
         heads = apply_rope(heads, take(part.freqs, part.runs))
     else:
         heads = ops.rotate_composite(heads, ops.real_freqs(take(part.freqs, part.runs), heads.dtype), False)
-    return [*heads.unflatten(2, (part.rotated, -1)).unbind(2), *packed[:, :, part.rotated :].unbind(2)]
+    return [*heads.unflatten(2, (part.rotated, -1)).unbind(2), *rest.unbind(2)]
 
 
 def _may_run_in_place(parts: Sequence[Packed]) -> bool:
