@@ -24,7 +24,7 @@ NAMES = {
     ],
     "attention backward": [
         OURS + "hopper_bwd_stats_kernel<float, 64>(BwdStatsKernelParams)",
-        OURS + "hopper_dq_dk_dv_kernel<DqDkDvConfig<__half, 64, false>>(DkDvKernelParams)",
+        OURS + "hopper_dk_dv_kernel<DkDvConfig<__half, 64, false>>(DkDvKernelParams)",
         "void mixed_attention::cuda::portable::portable_sum_kernel<float>(SumArguments)",
         "void pytorch_flash::flash_bwd_dq_dk_dv_loop_seqk_parallel_kernel<cutlass::half_t>(Flash_bwd_params)",
         "void pytorch_flash::flash_bwd_dot_do_o_kernel<true>(Flash_bwd_params)",

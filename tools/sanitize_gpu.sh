@@ -7,11 +7,21 @@ if [ $# -eq 0 ]; then set -- memcheck racecheck synccheck initcheck; fi
 # Every tensor gets an allocation of its own: inside a block of torch's cache, an access beyond a tensor goes unnoticed.
 export PYTORCH_NO_CUDA_MEMORY_CACHING=1
 for tool in "$@"; do
-  options=(--tool "$tool" --error-exitcode 1 --print-limit 20)
-  # initcheck has to see who else wrote to memory; the others look at our kernels alone, which is far quicker.
-  if [ "$tool" != initcheck ]; then options+=(--kernel-name kernel_substring=mixed_attention); fi
   # memcheck alone is quick enough for all; the others make a kernel ten to fifty times slower.
   if [ "$tool" = memcheck ]; then tests=sanitizer; else tests=every_kind; fi
-  echo "compute-sanitizer ${options[*]}, tests marked $tests"
-  compute-sanitizer "${options[@]}" "$python" -m pytest -q -x -m "$tests" -p no:cacheprovider
+  pytest=("$python" -m pytest -q -x -m "$tests" -p no:cacheprovider)
+  # racecheck sees no arrivals from the other block of a cluster, and takes an address in its memory for an own one.
+  if [ "$tool" = racecheck ]; then pytest+=(-k "not halves"); fi
+  echo "compute-sanitizer --tool $tool, tests marked $tests"
+  if [ "$tool" = initcheck ]; then
+    # It has to see who else wrote to memory. Of what it finds, ours alone counts: the kernels that ours are compared
+    # with read memory that nobody wrote.
+    log=$(mktemp)
+    compute-sanitizer --tool initcheck --print-limit 0 "${pytest[@]}" >"$log" || { tail -n 30 "$log"; exit 1; }
+    grep -a "passed" "$log"
+    if grep -a -A 2 "at .*mixed_attention::" "$log"; then exit 1; fi
+  else  # they look at our kernels alone, which is far quicker
+    compute-sanitizer --tool "$tool" --error-exitcode 1 --print-limit 20 \
+      --kernel-name kernel_substring=mixed_attention "${pytest[@]}"
+  fi
 done

@@ -31,7 +31,7 @@ int64_t size_by_tiles(const BwdParams& params) {
 // take more than twice the memory that they take where they come in any order.
 bool can_take_turns(const BwdParams& params) {
   const std::vector<QueryRun> runs = make_query_runs(*params.schedule);
-  if (kernel_head_dim(params) > 64 || num_reader_tiles(*params.schedule) > 2 * num_query_tiles(runs)) return false;
+  if (num_reader_tiles(*params.schedule) > 2 * num_query_tiles(runs)) return false;
   const KeyWorkTable table = make_key_work_table(params, runs, kKeyTileRows);
   const int num_blocks = num_multiprocessors(params.device);
   return 5 * int64_t{steps_of_longest_block(table, num_blocks, 1, true)} <=
@@ -92,7 +92,7 @@ bool adds_dq(const BwdParams& params) {
 }
 
 int num_query_splits(const BwdParams& params, const std::vector<QueryRun>& runs) {
-  if (!adds_dq(params) || kernel_head_dim(params) > 64 || params.key_padding_mask != nullptr) return 1;
+  if (!adds_dq(params) || params.key_padding_mask != nullptr) return 1;
   const KeyWorkTable table = make_key_work_table(params, runs, kKeyTileRows);
   const int num_blocks = num_multiprocessors(params.device);
   const auto num_steps = [&](int splits) {

@@ -16,9 +16,9 @@ auto with_bwd_head_dim(int64_t head_dim, const Visit& visit) {
   return with_head_dim_of<kBwdHeadDims>(head_dim, visit);
 }
 
-// Whether a kernel can compute all gradients of such heads. At 96 the registers of three warpgroups fall some words
-// short of it, and the two of dq_dk_dv_kernel.cuh need halves of 64 columns.
-constexpr bool can_add_dq(int head_dim) { return head_dim != 96; }
+// Whether a kernel computes all gradients of such heads. At 96 the registers of three warpgroups fall some words short
+// of it; at 128 two of them could, but take as long as the two kernels.
+constexpr bool can_add_dq(int head_dim) { return head_dim <= 64; }
 
 // Whether the sums of dq are those of dqᵀ, which has 64 rows to a product, or as they stand.
 constexpr bool transposes_dq(int head_dim) { return head_dim % kWarpgroupRows == 0; }
@@ -57,9 +57,14 @@ struct DkDvTuning<128> {
   static constexpr int kStagesQ = 4, kStagesDout = 3;
 };
 
-// Of the kernels that own tiles of keys, each warpgroup 64 of them. kIsMasked: by a key padding mask.
-template <typename Element_, int kHeadDim_, bool kIsMasked_>
-struct KeyOwnerConfig {
+// Who computes dq: another kernel, or a third warpgroup, which adds what the key tile contributes as it comes, or in
+// turn.
+enum class DqForm { kApart, kAsItComes, kInTurn };
+
+// Each warpgroup owns 64 keys of a tile. kIsMasked: by a key padding mask. The queries of a tile are split over the
+// kSplits blocks of a cluster.
+template <typename Element_, int kHeadDim_, bool kIsMasked_, DqForm kDqForm, int kSplits_ = 1>
+struct DkDvConfig : DkDvTuning<kHeadDim_> {
   using Element = Element_;
   static constexpr int kHeadDim = kHeadDim_;
   static constexpr bool kIsMasked = kIsMasked_;
@@ -72,23 +77,12 @@ struct KeyOwnerConfig {
   static constexpr int kTileBytesM = kHeadDim / kSlabColumns * kSlabBytesM;
   static constexpr int kTileBytesN = kHeadDim / kSlabColumns * kSlabBytesN;
   static constexpr int kStatsBytes = kBlockM * sizeof(float);
-
   static constexpr int kScoreBytes = kBlockN * kBlockM * sizeof(Element);
   static constexpr int kDqTileFloats = kBlockM * kHeadDim;
 
-  static_assert(sizeof(Element) == 2 && kHeadDim % kSlabColumns == 0 && kBlockM * sizeof(Element) == hopper::kRowBytes);
-};
-
-// Who computes dq: another kernel, or a third warpgroup, which adds what the key tile contributes as it comes, or in
-// turn.
-enum class DqForm { kApart, kAsItComes, kInTurn };
-
-// The queries of a key tile are split over the kSplits blocks of a cluster.
-template <typename Element, int kHeadDim, bool kIsMasked, DqForm kDqForm, int kSplits_ = 1>
-struct DkDvConfig : KeyOwnerConfig<Element, kHeadDim, kIsMasked>, DkDvTuning<kHeadDim> {
   static constexpr bool kAddsDq = kDqForm != DqForm::kApart, kTakesTurns = kDqForm == DqForm::kInTurn;
   static constexpr int kSplits = kSplits_;
-  static constexpr int kThreads = (1 + DkDvConfig::kConsumers + kAddsDq) * kWarpgroup;
+  static constexpr int kThreads = (1 + kConsumers + kAddsDq) * kWarpgroup;
   static constexpr int kProducerRegisters = kSplits > 1 ? 48 : kAddsDq ? 32 : 24, kDqRegisters = 96;
   static constexpr int kConsumerRegisters = !kAddsDq ? 240 : kSplits > 1 ? 184 : 192;
   // What the registers hold beside: a consumer's own values, or these and its keys. A mask's bits take the last ones.
@@ -99,16 +93,8 @@ struct DkDvConfig : KeyOwnerConfig<Element, kHeadDim, kIsMasked>, DkDvTuning<kHe
   // The operands of the products for dk and dv take turns in the same registers where these are few.
   static constexpr bool kSharesOperand = kHeadDim > 64 || kSplits > 1 || kIsMasked || kKeptInputs == 1;
 
+  static_assert(sizeof(Element) == 2 && kHeadDim % kSlabColumns == 0 && kBlockM * sizeof(Element) == hopper::kRowBytes);
   static_assert(kSplits == 1 || kSplits == 2);
-};
-
-// Transposed gradients of scores, (keys, queries), on their way to those who compute dq.
-template <typename Config, int kStages_>
-struct DsExchange {
-  static constexpr int kStages = kStages_;
-
-  alignas(1024) typename Config::Element ds[kStages][Config::kBlockN * Config::kBlockM];
-  uint64_t ds_full[kStages], ds_empty[kStages];
 };
 
 // What the third warpgroup reads and writes. Where there are turns, a query tile's sums wait in their buffer for
@@ -117,9 +103,13 @@ template <typename Config, bool kAddsDq = Config::kAddsDq>
 struct DqExchange {};
 
 template <typename Config>
-struct DqExchange<Config, true> : DsExchange<Config, 2> {
+struct DqExchange<Config, true> {
+  static constexpr int kStages = 2;
   static constexpr int kStagings = Config::kTakesTurns && Config::kSplits == 1 ? 3 : 2;
 
+  // Transposed gradients of scores, (keys, queries).
+  alignas(1024) typename Config::Element ds[kStages][Config::kBlockN * Config::kBlockM];
+  uint64_t ds_full[kStages], ds_empty[kStages];
   alignas(128) float staging[kStagings][Config::kDqTileFloats];
   uint64_t staging_full[kStagings], staging_empty[kStagings];
 };
@@ -144,40 +134,6 @@ struct DkDvSharedStorage {
 
   DqExchange<Config> dq_exchange;
   uint64_t peer_full, peer_empty;  // of the other block's sums
-};
-
-// The kernel that computes all gradients of wide heads: each warpgroup half of the columns of dq. A tile of queries,
-// and one of output gradients, waits in its buffer for one step.
-template <typename Element, int kHeadDim, bool kIsMasked>
-struct DqDkDvConfig : KeyOwnerConfig<Element, kHeadDim, kIsMasked> {
-  static constexpr int kSplits = 1;
-  static constexpr bool kTakesTurns = false;
-  static constexpr int kStagesQ = 3, kStagesDout = 2, kStagesDs = 3;
-  static constexpr int kThreads = (1 + DqDkDvConfig::kConsumers) * kWarpgroup;
-  static constexpr int kProducerRegisters = 24, kConsumerRegisters = 240;
-  static constexpr int kDqPartFloats = DqDkDvConfig::kDqTileFloats / DqDkDvConfig::kConsumers;
-
-  static_assert(kHeadDim == DqDkDvConfig::kConsumers * DqDkDvConfig::kSlabColumns &&
-                DqDkDvConfig::kSlabColumns == kWarpgroupRows);
-};
-
-template <typename Config>
-struct DqDkDvSharedStorage {
-  using Element = typename Config::Element;
-
-  alignas(1024) Element k[Config::kBlockN * Config::kHeadDim];
-  alignas(1024) Element v[Config::kBlockN * Config::kHeadDim];
-  alignas(1024) Element q[Config::kStagesQ][Config::kBlockM * Config::kHeadDim];
-  alignas(1024) Element dout[Config::kStagesDout][Config::kBlockM * Config::kHeadDim];
-  // By warpgroup: its part of dq on its way out; after the last of an item 16 rows of a result by warp.
-  alignas(1024) float staging[Config::kConsumers][Config::kDqPartFloats];
-  DsExchange<Config, Config::kStagesDs> exchange;
-  alignas(128) float lse_log2[Config::kStagesQ][Config::kBlockM];
-  alignas(128) float delta[Config::kStagesDout][Config::kBlockM];
-
-  uint64_t kv_full, kv_empty;
-  uint64_t q_full[Config::kStagesQ], q_empty[Config::kStagesQ];
-  uint64_t dout_full[Config::kStagesDout], dout_empty[Config::kStagesDout];
 };
 
 // Two warpgroups of 64 query rows. Keys wait in their buffer for two steps, values for one.

@@ -10,7 +10,6 @@
 #include "cuda/hopper/bwd_launch.h"
 #include "cuda/hopper/bwd_stats_kernel.cuh"
 #include "cuda/hopper/dk_dv_kernel.cuh"
-#include "cuda/hopper/dq_dk_dv_kernel.cuh"
 #include "cuda/hopper/dq_kernel.cuh"
 #include "cuda/hopper/dq_sums_kernel.cuh"
 #include "cuda/hopper/tensor_map.h"
@@ -108,14 +107,6 @@ void launch_dk_dv(const BwdParams& params, const QueryStats& stats, const BwdWor
 }
 
 template <typename Config>
-void launch_dq_dk_dv(const BwdParams& params, const QueryStats& stats, const BwdWorkspace& workspace,
-                     const std::vector<QueryRun>& runs) {
-  launch_persistent<Config, DqDkDvSharedStorage<Config>>(
-      hopper_dq_dk_dv_kernel<Config>, "launch of hopper_dq_dk_dv_kernel",
-      make_dk_dv_kernel_params<Config>(params, stats, workspace, runs), params);
-}
-
-template <typename Config>
 void launch_dq(const BwdParams& params, const BwdWorkspace& workspace) {
   const BwdTensors tensors = bwd_tensors(params, workspace);
   const DqKernelParams kernel_params{make_tile_map(tensors.q, Config::kBlockM, Config::kSlabColumns),
@@ -191,9 +182,7 @@ void launch_tiles(const BwdParams& params, const QueryStats& stats, const BwdWor
                   const std::vector<QueryRun>& runs) {
   if constexpr (can_add_dq(kHeadDim)) {
     if (adds_dq(params)) {
-      if constexpr (kHeadDim > 64) {
-        launch_dq_dk_dv<DqDkDvConfig<Element, kHeadDim, kIsMasked>>(params, stats, workspace, runs);
-      } else if (params.deterministic) {
+      if (params.deterministic) {
         launch_dk_dv_and_dq<Element, kHeadDim, kIsMasked, DqForm::kInTurn>(params, stats, workspace, runs);
       } else {
         launch_dk_dv_and_dq<Element, kHeadDim, kIsMasked, DqForm::kAsItComes>(params, stats, workspace, runs);

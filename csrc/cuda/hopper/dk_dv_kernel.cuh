@@ -42,7 +42,7 @@ template <typename Config>
 __device__ inline void init_barriers(DkDvSharedStorage<Config>& shared) {
   constexpr int kConsumerWarps = Config::kConsumers * kWarpgroup / 32;
   init_input_barriers<Config>(shared, Config::kAddsDq ? kConsumerWarps + kWarpgroup / 32 : kConsumerWarps);
-  if constexpr (Config::kAddsDq) init_barriers(shared.dq_exchange, kWarpgroup / 32);
+  if constexpr (Config::kAddsDq) init_barriers(shared.dq_exchange);
   if constexpr (Config::kTakesTurns) {
     for (int stage = 0; stage < DqExchange<Config>::kStagings; ++stage) {
       ptx::mbarrier_init(shared.dq_exchange.staging_full[stage], kWarpgroup / 32);
@@ -113,6 +113,7 @@ __device__ inline void consume(const DkDvKernelParams& params, DkDvSharedStorage
 
   const auto tile_of = [](Operand ring, int stage) { return ring.advance(stage * Config::kTileBytesM); };
   const auto release = [&](ptx::Mbarrier& empty) {
+    __syncwarp();  // all lanes have read their statistics
     if (lane == 0) ptx::mbarrier_arrive(empty);
   };
 

@@ -15,21 +15,20 @@
 
 namespace mixed_attention::cuda::hopper {
 
-// num_readers: warps that compute dq.
-template <typename Config, int kStages>
-__device__ inline void init_barriers(DsExchange<Config, kStages>& exchange, int num_readers) {
-  for (int stage = 0; stage < kStages; ++stage) {
+template <typename Config>
+__device__ inline void init_barriers(DqExchange<Config>& exchange) {
+  for (int stage = 0; stage < DqExchange<Config>::kStages; ++stage) {
     ptx::mbarrier_init(exchange.ds_full[stage], Config::kConsumers * kWarpgroup / 32);
-    ptx::mbarrier_init(exchange.ds_empty[stage], num_readers);
+    ptx::mbarrier_init(exchange.ds_empty[stage], kWarpgroup / 32);
   }
 }
 
 // Gives those who compute dq a tile's ds of this warp's 16 keys, which start at first_row. Of this thread's keys, zeros
 // take the place of those that do not count (own_keys.cuh).
-template <typename Config, int kStages, bool kIsMasked>
-__device__ inline void hand_over(DsExchange<Config, kStages>& exchange, uint32_t count, const uint32_t (&ds)[16],
-                                 int first_row, const OwnKeys<kIsMasked>& own_keys) {
-  const RingUse<kStages> use{count};
+template <typename Config, bool kIsMasked>
+__device__ inline void hand_over(DqExchange<Config>& exchange, uint32_t count, const uint32_t (&ds)[16], int first_row,
+                                 const OwnKeys<kIsMasked>& own_keys) {
+  const RingUse<DqExchange<Config>::kStages> use{count};
   const int lane = threadIdx.x % 32;
   const int row = first_row + lane % 16;
   const bool counts[2] = {own_keys.count(0), own_keys.count(1)};
