@@ -10,8 +10,9 @@ for tool in "$@"; do
   # memcheck alone is quick enough for all; the others make a kernel ten to fifty times slower.
   if [ "$tool" = memcheck ]; then tests=sanitizer; else tests=every_kind; fi
   pytest=("$python" -m pytest -q -x -m "$tests" -p no:cacheprovider)
-  # racecheck sees no arrivals from the other block of a cluster, and takes an address in its memory for an own one.
-  if [ "$tool" = racecheck ]; then pytest+=(-k "not halves"); fi
+  # racecheck does not see that a consumer's arrival at a buffer's barrier comes before the producer's wait for it, by
+  # which the Hopper kernels fill their buffers again; `python -m bench --what repeats` stands in for it there.
+  if [ "$tool" = racecheck ]; then kernels=portable; else kernels=mixed_attention; fi
   echo "compute-sanitizer --tool $tool, tests marked $tests"
   if [ "$tool" = initcheck ]; then
     # It has to see who else wrote to memory. Of what it finds, ours alone counts: the kernels that ours are compared
@@ -22,6 +23,6 @@ for tool in "$@"; do
     if grep -a -A 2 "at .*mixed_attention::" "$log"; then exit 1; fi
   else  # they look at our kernels alone, which is far quicker
     compute-sanitizer --tool "$tool" --error-exitcode 1 --print-limit 20 \
-      --kernel-name kernel_substring=mixed_attention "${pytest[@]}"
+      --kernel-name "kernel_substring=$kernels" "${pytest[@]}"
   fi
 done
