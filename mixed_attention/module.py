@@ -88,8 +88,11 @@ class ProjectedAttention(nn.Module):
             return layers[0].weight, layers[0].bias
         # NOTE: joining separate weights and multiplying once is never slower than one product each, from 64 tokens on
         # (measured on CPU, width 192, fp32 and bf16, forward and backward), and it writes the packed form directly.
-        biases = [layer.bias for layer in layers if layer.bias is not None]
-        return torch.cat([layer.weight for layer in layers]), torch.cat(biases) if biases else None
+        weight = torch.cat([layer.weight for layer in layers])
+        if all(layer.bias is None for layer in layers):
+            return weight, None
+        biases = [layer.weight.new_zeros(len(layer.weight)) if layer.bias is None else layer.bias for layer in layers]
+        return weight, torch.cat(biases)
 
     def _call_projections(self, slots: str, x: Tensor) -> Tensor:
         """Some slots as the layers themselves make them, copied: a hook may hold on to what it saw."""

@@ -310,9 +310,11 @@ def test_gradients_take_the_place_of_what_nobody_needs_any_more(device):
     assert peak(retain_graph=True) - peak(retain_graph=False) > 0.9 * packed_bytes
 
 
-def test_a_graph_that_is_kept_is_not_overwritten(device):
+@pytest.mark.parametrize("masked", [False, True], ids=["all keys", "padding mask"])
+def test_a_graph_that_is_kept_is_not_overwritten(masked, device):
     layer, x, call = make_training_call(device)
-    wanted, out = [x, *layer.parameters()], call()
+    mask = torch.rand(2, LARGE.num_tokens, generator=torch.Generator().manual_seed(0)) < 0.7
+    wanted, out = [x, *layer.parameters()], call(key_padding_mask=mask.to(device) if masked else None)
     first, second, last = (gradients(out, wanted, retain_graph=keeps) for keeps in (True, True, False))
     for expected, *others in zip(first, second, last):
         for got in others:  # dq is added up in any order

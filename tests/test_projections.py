@@ -120,6 +120,21 @@ def test_they_are_compiled(change):
 
 
 @pytest.mark.parametrize("scene", [SELF, DENSE], ids=["keys of anchors", "keys of all"])
+@pytest.mark.parametrize("records", [True, False], ids=["graph", "no graph"])
+@pytest.mark.parametrize("name", ["q", "k", "v"])
+def test_one_projection_without_a_bias(name, records, scene):
+    """The others keep theirs, each its own."""
+    layer, x = make_layer(ma.noether.MixedAttention, use_rope=True), make_x(scene)
+    projection = layer.get_submodule(name)
+    with torch.no_grad():
+        projection.bias.zero_()
+    expected = layer(x, scene.specs, scene.patterns, freqs=FREQS)[0]
+    projection.bias = None
+    with torch.set_grad_enabled(records):
+        assert_equal_in_fp64(layer(x, scene.specs, scene.patterns, freqs=FREQS)[0], expected)
+
+
+@pytest.mark.parametrize("scene", [SELF, DENSE], ids=["keys of anchors", "keys of all"])
 @pytest.mark.parametrize("cls", [ma.MixedAttention, ma.noether.MixedAttention], ids=["fused", "separate"])
 def test_what_a_hook_has_seen_is_not_overwritten(cls, scene):
     """Plain projections are rotated where they lie."""
