@@ -1,13 +1,14 @@
 // Weights and gradients of scores over the fragments of wgmma: p = exp2(scale_log2 s - lse_log2), ds = p (dp - delta).
 //
-// Where queries are rows, a thread has the statistics of its two rows in registers; where they are columns, it reads
-// them from shared memory, four at a time.
+// Where queries are rows, a thread keeps the statistics of its two rows; where they are columns, it reads those of a
+// tile while it waits for the scores.
 #pragma once
 
 #include <cstdint>
 
 #include "cuda/hopper/softmax.cuh"
 #include "cuda/ptx/math.cuh"
+#include "cuda/ptx/wgmma.cuh"
 
 namespace mixed_attention::cuda::hopper {
 
@@ -17,34 +18,46 @@ __device__ inline void scale_all(float (&x)[kCount], float factor) {
   for (int i = 0; i < kCount; ++i) x[i] *= factor;
 }
 
-// Calls visit(i, number) for all accumulators i with the number that belongs to their column; numbers lie as
-// place_of_stats says.
-template <int kCount, typename Visit>
-__device__ inline void for_columns(const float* numbers, Visit visit) {
-  const float* own = numbers + 4 * (threadIdx.x % 4);
+template <int kCount>
+__device__ inline void multiply_all(float (&x)[kCount], const float (&factors)[kCount]) {
 #pragma unroll
-  for (int i = 0; i < kCount; i += 8) {
-    const float4 four = *reinterpret_cast<const float4*>(own + 2 * i);
-    visit(i, four.x);
-    visit(i + 1, four.y);
-    visit(i + 2, four.x);
-    visit(i + 3, four.y);
-    visit(i + 4, four.z);
-    visit(i + 5, four.w);
-    visit(i + 6, four.z);
-    visit(i + 7, four.w);
+  for (int i = 0; i < kCount; ++i) x[i] *= factors[i];
+}
+
+// A thread's statistics of the columns of a tile, read from shared memory, where they lie as place_of_stats says.
+template <int kColumns>
+class ColumnStats {
+ public:
+  __device__ void load(const float* stats) {
+    const float* own = stats + 4 * (threadIdx.x % 4);
+#pragma unroll
+    for (int i = 0; i < kColumns / 16; ++i) fours_[i] = *reinterpret_cast<const float4*>(own + 16 * i);
   }
-}
+
+  // That of the column of accumulator i.
+  __device__ float operator[](int i) const {
+    const float4& four = fours_[i / 8];
+    return i % 8 < 4 ? (i % 2 == 0 ? four.x : four.y) : (i % 2 == 0 ? four.z : four.w);
+  }
+
+ private:
+  float4 fours_[kColumns / 16];
+};
 
 template <int kCount>
-__device__ inline void weigh_columns(float (&s)[kCount], float scale_log2, const float* lse_log2) {
-  for_columns<kCount>(lse_log2, [&](int i, float lse) { s[i] = ptx::exp2(fmaf(s[i], scale_log2, -lse)); });
+__device__ inline void weigh_columns(float (&s)[kCount], float scale_log2, const ColumnStats<2 * kCount>& lse_log2) {
+#pragma unroll
+  for (int i = 0; i < kCount; ++i) s[i] = ptx::exp2(fmaf(s[i], scale_log2, -lse_log2[i]));
 }
 
-// Turns dp into ds.
+// What dp is added to, to come out as dp - delta.
 template <int kCount>
-__device__ inline void differentiate_columns(float (&dp)[kCount], const float (&p)[kCount], const float* delta) {
-  for_columns<kCount>(delta, [&](int i, float mean) { dp[i] = p[i] * (dp[i] - mean); });
+__device__ inline void start_differences(float (&dp)[kCount], const float* delta) {
+  ColumnStats<2 * kCount> stats;
+  stats.load(delta);
+#pragma unroll
+  for (int i = 0; i < kCount; ++i) dp[i] = -stats[i];
+  ptx::pin(dp);  // negated here, not where the product begins
 }
 
 template <int kCount>

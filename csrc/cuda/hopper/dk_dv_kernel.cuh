@@ -5,13 +5,14 @@
 // An item of a block is a tile of kBlockN key rows of one head. The producer, a single thread, copies its keys and
 // values and then, tile by tile, the queries that read them, with their output gradients and statistics. Each consumer
 // owns 64 of the key rows and goes through the transposed scores, in which keys are rows: s = k qᵀ, p = exp2(s - lse),
-// dv += p dout, dp = v doutᵀ, ds = p (dp - delta), dk += ds q. As rows of s are rows of dk and dv, p and ds are
+// dv += p dout, dp = v doutᵀ - delta, ds = p dp, dk += ds q. As rows of s are rows of dk and dv, p and ds are
 // operands of their products as they come out, and everything but the tiles stays in registers; so do its own rows of
 // keys and values where there is room for them.
 //
 // In the step for tile t, dk += ds q of tile t - 1 and dp of t run under the exponentials of t, dv += p dout of t under
-// the gradients of its scores, and s of tile t + 1 is issued as soon as the registers of s are free. At the end of a
-// step no product is under way, which the compiler needs.
+// the gradients of its scores, and s of tile t + 1 is issued as soon as the registers of s are free. What a warp does
+// by itself takes longer than the products: so what the next step reads beside them is read while s is under way, and
+// ds of t - 1 leaves for dq in the step for t. At the end of a step no product is under way, which the compiler needs.
 //
 // Who signals whom: *_full is completed by the copy engine (one arrival of the producer and the bytes), *_empty by one
 // arrival of every consumer warp. Items that nobody reads take part in no barrier.
@@ -79,12 +80,14 @@ class OwnRows {
     if constexpr (kKept) load_row_operand<Config::kRowBytes, Config::kSlabBytesN>(kept_, tile_, first_row);
   }
 
-  // Their products with queries or output gradients: s or dp.
+  // Their products with queries or output gradients, which take the place of the result or are added to it: s or dp.
+  template <bool kAdds = false>
   __device__ void issue_transposed_scores(float (&result)[Config::kBlockM / 2], Operand queries) const {
     if constexpr (kKept) {
-      issue_row_products<Element, Config::kSlabBytesM>(result, kept_, queries);
+      issue_row_products<Element, Config::kSlabBytesM, kAdds>(result, kept_, queries);
     } else {
-      issue_row_products<Element, Config::kHeadDim, Config::kSlabBytesN, Config::kSlabBytesM>(result, shared_, queries);
+      issue_row_products<Element, Config::kHeadDim, Config::kSlabBytesN, Config::kSlabBytesM, kAdds>(result, shared_,
+                                                                                                     queries);
     }
   }
 
@@ -136,34 +139,50 @@ __device__ inline void consume(const DkDvKernelParams& params, DkDvSharedStorage
       k.load(first_row);
       v.load(first_row);
       const QRing first{num_used};
+      const DoutRing first_dout{num_used};
+      Operand q_tile = tile_of(q_ring, first.stage()), previous_q = q_tile;
+      Operand dout_tile = tile_of(dout_ring, first_dout.stage());
+      ColumnStats<kBlockM> lse_log2;
       ptx::mbarrier_wait(shared.q_full[first.stage()], first.full_parity());
-      k.issue_transposed_scores(s, tile_of(q_ring, first.stage()));
+      ptx::mbarrier_wait(shared.dout_full[first_dout.stage()], first_dout.full_parity());
+      lse_log2.load(shared.lse_log2[first.stage()]);
+      start_differences(dp, shared.delta[first_dout.stage()]);
+      k.issue_transposed_scores(s, q_tile);
+      if constexpr (Config::kAddsDq) wait_for_room(shared.dq_exchange, num_used);
       ptx::wgmma_wait<0>(s);
 
-      // The first step adds zeros to dk, the last one's scores of a next tile are not used: a product that is issued
-      // in some steps only would make the compiler wait for each.
+      // The first step adds zeros to dk and hands nothing over, the last one's scores of a next tile are not used: a
+      // product that is issued in some steps only would make the compiler wait for each.
       for (int tile = 0; tile < num_tiles; ++tile, ++num_used) {
-        const QRing q{num_used}, previous{num_used - (tile > 0)}, next{num_used + (tile + 1 < num_tiles)};
-        const DoutRing dout{num_used};
-        const Operand dout_tile = tile_of(dout_ring, dout.stage());
+        const QRing previous{num_used - (tile > 0)}, next{num_used + (tile + 1 < num_tiles)};
+        const DoutRing dout{num_used}, next_dout{next.count};
 
-        issue_column_products<Element>(dk, ds_operand, tile_of(q_ring, previous.stage()));
-        ptx::mbarrier_wait(shared.dout_full[dout.stage()], dout.full_parity());
-        v.issue_transposed_scores(dp, dout_tile);
+        issue_column_products<Element>(dk, ds_operand, previous_q);
+        v.template issue_transposed_scores<true>(dp, dout_tile);
+        if constexpr (Config::kAddsDq) {
+          hand_over(shared.dq_exchange, previous.count, ds_operand, first_row, own_keys, tile > 0);
+        }
 
-        weigh_columns(s, params.softmax_scale_log2, shared.lse_log2[q.stage()]);
+        weigh_columns(s, params.softmax_scale_log2, lse_log2);
         if constexpr (Config::kSharesOperand) ptx::wgmma_wait<1>(dk);
         round_operand<Element>(p_operand, s);
         issue_column_products<Element>(dv, p_operand, dout_tile);
         ptx::wgmma_wait<1>(dk, dp);
-        if (tile > 0) release(shared.q_empty[previous.stage()]);
 
-        differentiate_columns(dp, s, shared.delta[dout.stage()]);
+        multiply_all(dp, s);
+        previous_q = q_tile;
+        q_tile = tile_of(q_ring, next.stage());
+        dout_tile = tile_of(dout_ring, next_dout.stage());
         ptx::mbarrier_wait(shared.q_full[next.stage()], next.full_parity());
-        k.issue_transposed_scores(s, tile_of(q_ring, next.stage()));
+        k.issue_transposed_scores(s, q_tile);
         if constexpr (Config::kSharesOperand) ptx::wgmma_wait<1>(dv);
         round_operand<Element>(ds_operand, dp);
-        if constexpr (Config::kAddsDq) hand_over(shared.dq_exchange, num_used, ds_operand, first_row, own_keys);
+        if (tile > 0) release(shared.q_empty[previous.stage()]);
+
+        ptx::mbarrier_wait(shared.dout_full[next_dout.stage()], next_dout.full_parity());
+        lse_log2.load(shared.lse_log2[next.stage()]);
+        start_differences(dp, shared.delta[next_dout.stage()]);
+        if constexpr (Config::kAddsDq) wait_for_room(shared.dq_exchange, num_used);
         ptx::wgmma_wait<0>(dv, s);
         release(shared.dout_empty[dout.stage()]);
       }
@@ -171,6 +190,9 @@ __device__ inline void consume(const DkDvKernelParams& params, DkDvSharedStorage
       release(shared.kv_empty);
       const QRing last{num_used - 1};
       issue_column_products<Element>(dk, ds_operand, tile_of(q_ring, last.stage()));
+      if constexpr (Config::kAddsDq) {
+        hand_over(shared.dq_exchange, last.count, ds_operand, first_row, own_keys, true);
+      }
       ptx::wgmma_wait<0>(dk);
       release(shared.q_empty[last.stage()]);
       scale_all(dk, params.softmax_scale);

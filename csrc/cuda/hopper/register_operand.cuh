@@ -7,6 +7,7 @@
 #include <cstdint>
 
 #include "cuda/hopper/config.h"
+#include "cuda/ptx/lane.cuh"
 #include "cuda/ptx/ldmatrix.cuh"
 
 namespace mixed_attention::cuda::hopper {
@@ -21,9 +22,7 @@ __device__ inline int swizzled(int offset) {
 // This warp's 16 rows from first_row on, as operand a.
 template <int kRowBytes, int kSlabBytes, int kWords>
 __device__ inline void load_row_operand(uint32_t (&operand)[kWords], const void* tile, int first_row) {
-  // NOTE: read anew for every tile: addresses that are known before would be kept through the products, and spill.
-  int lane;
-  asm volatile("mov.u32 %0, %%laneid;\n" : "=r"(lane));
+  const int lane = ptx::lane_anew();
   const int row = first_row + lane % 16;
 #pragma unroll
   for (int step = 0; step < kWords / 4; ++step) {

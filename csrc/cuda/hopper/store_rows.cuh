@@ -5,6 +5,7 @@
 
 #include "cuda/hopper/config.h"
 #include "cuda/ptx/convert.cuh"
+#include "cuda/ptx/lane.cuh"
 #include "cuda/ptx/shared_address.cuh"
 #include "cuda/ptx/stmatrix.cuh"
 
@@ -16,7 +17,7 @@ template <typename Element, int kHeadDim>
 __device__ inline void store_rows(Element* staging, const float (&result)[kHeadDim / 2], Element* target,
                                   int64_t row_stride, int num_rows, int num_columns) {
   constexpr int kChunks = kHeadDim / 8;
-  const int lane = threadIdx.x % 32;
+  const int lane = ptx::lane_anew();
   const auto chunk_at = [&](int row, int chunk) {
     const int swizzle = kChunks % 8 == 0 ? row % 8 : row / 2 % 4;
     return staging + row * kHeadDim + (chunk ^ swizzle) * 8;
