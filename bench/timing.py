@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import gc
+import random
 import statistics
 import time
 from collections.abc import Callable, Hashable, Mapping
@@ -70,6 +71,8 @@ class Clock:
 def take_turns(calls: Mapping[Key, Calls], device: torch.device, rounds: int) -> dict[Key, Timing]:
     """Times every entry once a round, in turns, so that a slow moment of the machine strikes all alike.
 
+    The order is another one in every round: a device that the one before has left cool and idle is faster for the next.
+
     Args:
         calls: What to time, by name. Each runs twice before, so that compilation and first allocations stay out.
         device: Where it runs.
@@ -83,9 +86,9 @@ def take_turns(calls: Mapping[Key, Calls], device: torch.device, rounds: int) ->
     gc.collect()
     gc.disable()
     try:
-        for _ in range(rounds):
-            for name, each in calls.items():
-                samples[name].append(clock.milliseconds(each))
+        for round_ in range(rounds):
+            for name in random.Random(round_).sample(list(calls), len(calls)):
+                samples[name].append(clock.milliseconds(calls[name]))
     finally:
         gc.enable()
     return {name: summary(values) for name, values in samples.items()}
