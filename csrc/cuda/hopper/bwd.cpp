@@ -32,10 +32,11 @@ int64_t size_by_tiles(const BwdParams& params) {
 bool can_take_turns(const BwdParams& params) {
   const std::vector<QueryRun> runs = make_query_runs(*params.schedule);
   if (num_reader_tiles(*params.schedule) > 2 * num_query_tiles(runs)) return false;
-  const KeyWorkTable table = make_key_work_table(params, runs, kKeyTileRows);
+  const int block_n = key_tile_rows(params.head_dim);
+  const KeyWorkTable table = make_key_work_table(params, runs, block_n);
   const int num_blocks = num_multiprocessors(params.device);
-  return 5 * int64_t{steps_of_longest_block(table, num_blocks, 1, true)} <=
-         7 * int64_t{steps_of_longest_block(table, num_blocks, 1, false)};
+  return 5 * int64_t{steps_of_longest_block(table, block_n, num_blocks, 1, true)} <=
+         7 * int64_t{steps_of_longest_block(table, block_n, num_blocks, 1, false)};
 }
 
 DqSums take_dq_sums(const BwdParams& params, Scratch& scratch) {
@@ -93,19 +94,19 @@ bool adds_dq(const BwdParams& params) {
 
 int num_query_splits(const BwdParams& params, const std::vector<QueryRun>& runs) {
   if (!adds_dq(params) || params.key_padding_mask != nullptr) return 1;
-  const KeyWorkTable table = make_key_work_table(params, runs, kKeyTileRows);
+  const int block_n = key_tile_rows(params.head_dim);
+  const KeyWorkTable table = make_key_work_table(params, runs, block_n);
   const int num_blocks = num_multiprocessors(params.device);
   const auto num_steps = [&](int splits) {
-    return steps_of_longest_block(table, num_blocks / splits, splits, params.deterministic);
+    return steps_of_longest_block(table, block_n, num_blocks / splits, splits, params.deterministic);
   };
   return num_steps(2) < num_steps(1) ? 2 : 1;
 }
 
 std::string refusal_bwd(const Problem& problem) {
   if (std::string refusal = refusal_fwd(problem); !refusal.empty()) return refusal;
-  const int64_t limit = problem.dtype == DType::kFloat32 ? kFp32BwdHeadDim : kMaxBwdHeadDim;
-  if (problem.head_dim > limit) {
-    return "head_dim is " + std::to_string(problem.head_dim) + ", above " + std::to_string(limit);
+  if (problem.dtype == DType::kFloat32 && problem.head_dim > kFp32BwdHeadDim) {
+    return "head_dim is " + std::to_string(problem.head_dim) + ", above " + std::to_string(kFp32BwdHeadDim);
   }
   return "";
 }

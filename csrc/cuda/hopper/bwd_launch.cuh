@@ -13,6 +13,7 @@
 #include "cuda/hopper/dq_kernel.cuh"
 #include "cuda/hopper/dq_sums_kernel.cuh"
 #include "cuda/hopper/tensor_map.h"
+#include "cuda/hopper/wide_dk_dv_kernel.cuh"
 
 namespace mixed_attention::cuda::hopper {
 
@@ -107,6 +108,14 @@ void launch_dk_dv(const BwdParams& params, const QueryStats& stats, const BwdWor
 }
 
 template <typename Config>
+void launch_wide_dk_dv(const BwdParams& params, const QueryStats& stats, const BwdWorkspace& workspace,
+                       const std::vector<QueryRun>& runs) {
+  launch_persistent<Config, WideDkDvSharedStorage<Config>>(
+      hopper_wide_dk_dv_kernel<Config>, "launch of hopper_wide_dk_dv_kernel",
+      make_dk_dv_kernel_params<Config>(params, stats, workspace, runs), params);
+}
+
+template <typename Config>
 void launch_dq(const BwdParams& params, const BwdWorkspace& workspace) {
   const BwdTensors tensors = bwd_tensors(params, workspace);
   const DqKernelParams kernel_params{make_tile_map(tensors.q, Config::kBlockM, Config::kSlabColumns),
@@ -190,7 +199,11 @@ void launch_tiles(const BwdParams& params, const QueryStats& stats, const BwdWor
       return;
     }
   }
-  launch_dk_dv<DkDvConfig<Element, kHeadDim, kIsMasked, DqForm::kApart>>(params, stats, workspace, runs);
+  if constexpr (is_wide(kHeadDim)) {
+    launch_wide_dk_dv<WideDkDvConfig<Element, kHeadDim, kIsMasked>>(params, stats, workspace, runs);
+  } else {
+    launch_dk_dv<DkDvConfig<Element, kHeadDim, kIsMasked, DqForm::kApart>>(params, stats, workspace, runs);
+  }
   launch_dq<DqConfig<Element, kHeadDim, kIsMasked>>(params, workspace);
 }
 

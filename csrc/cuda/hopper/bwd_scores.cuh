@@ -41,9 +41,9 @@ __device__ inline void weigh_columns(float (&s)[kCount], float scale_log2, const
   for_columns<kCount>(lse_log2, [&](int i, float lse) { s[i] = ptx::exp2(fmaf(s[i], scale_log2, -lse)); });
 }
 
-// Turns dp into ds.
-template <int kCount>
-__device__ inline void differentiate_columns(float (&dp)[kCount], const float (&p)[kCount], const float* delta) {
+// Turns dp into ds; p[i]: the weight of accumulator i.
+template <int kCount, typename Weights>
+__device__ inline void differentiate_columns(float (&dp)[kCount], const Weights& p, const float* delta) {
   for_columns<kCount>(delta, [&](int i, float mean) { dp[i] = p[i] * (dp[i] - mean); });
 }
 
