@@ -311,7 +311,10 @@ struct AttendInPlace : torch::autograd::Function<AttendInPlace> {
     const int64_t num_heads = call.shapes[0][3], head_dim = call.shapes[0][4];
     const Tensor dheads = dout.unflatten(2, {num_heads, head_dim}),
                  heads = saved[0].unflatten(2, {num_heads, head_dim});
+    // Only if all of them are outputs, as nothing counts who holds others.
+    const auto is_defined = [](const Tensor& tensor) { return tensor.defined(); };
     const bool may_overwrite = is_last_use() && !ctx->saved_data["is_hooked"].toBool() &&
+                               std::all_of(freqs.begin(), freqs.end(), is_defined) &&
                                std::all_of(buffers.begin(), buffers.end(), is_held_by_node_alone);
     const std::vector<Tensor> qkv = slots(buffers, call.shapes);
     variable_list dbuffers;

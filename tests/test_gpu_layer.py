@@ -11,6 +11,7 @@ import torch.nn.functional as F
 from compare import deterministic
 from layers import (
     CROSS,
+    DENSE,
     GROUPS,
     JOINT,
     SCENES,
@@ -288,11 +289,13 @@ def test_perceiver(dtype, device):
 LARGE = Scene(dict(zip(GROUPS, (2050, 1500, 1800, 2100))), SELF.attends)
 
 
-def make_training_call(device: torch.device, cls: type[nn.Module] = ma.MixedAttention, **config):
-    layer = make_layer(cls, dtype=torch.bfloat16, use_rope=True, **REAL_SHAPE, **config).to(device)
-    x = make_tokens(LARGE, 192, torch.bfloat16, device)
-    freqs = make_freqs(LARGE.num_tokens, head_dim=64).to(device, torch.complex64)
-    return layer, x, lambda **more: layer(x, LARGE.specs, LARGE.patterns, freqs=freqs, **more)
+def make_training_call(
+    device: torch.device, cls: type[nn.Module] = ma.MixedAttention, *, scene: Scene = LARGE, use_rope: bool = True
+):
+    layer = make_layer(cls, dtype=torch.bfloat16, use_rope=use_rope, **REAL_SHAPE).to(device)
+    x = make_tokens(scene, 192, torch.bfloat16, device)
+    freqs = make_freqs(scene.num_tokens, head_dim=64).to(device, torch.complex64) if use_rope else None
+    return layer, x, lambda **more: layer(x, scene.specs, scene.patterns, freqs=freqs, **more)
 
 
 def test_gradients_take_the_place_of_what_nobody_needs_any_more(device):
@@ -328,6 +331,17 @@ def test_a_recorded_cache_is_not_overwritten(device):
     expected = [entry.detach().clone() for entry in entries]
     gradients(out, [x, *layer.parameters()])
     assert all(torch.equal(*pair) for pair in zip(entries, expected))
+
+
+def test_a_single_entry_of_a_cache_that_nothing_rotated_is_not_overwritten(device):
+    scene = Scene(LARGE.sizes, DENSE.attends)
+    layer, x, call = make_training_call(device, ma.noether.MixedAttention, scene=scene, use_rope=False)
+    out, cache = call()
+    keys = next(iter(cache.values()))["k"]
+    del cache
+    expected = keys.detach().clone()
+    gradients(out, [x, *layer.parameters()])
+    assert torch.equal(keys, expected)
 
 
 def test_what_a_hook_on_saved_tensors_holds_is_not_overwritten(device):
