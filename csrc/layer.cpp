@@ -308,18 +308,21 @@ struct AttendInPlace : torch::autograd::Function<AttendInPlace> {
       return result;
     }
     const at::AutoDispatchBelowADInplaceOrView guard;
+    // Buffers only if all of them are outputs, as nothing counts who holds others. The projection that took the output
+    // has run by now and holds it no more.
+    const bool is_private = is_last_use() && !ctx->saved_data["is_hooked"].toBool();
+    const auto is_defined = [](const Tensor& tensor) { return tensor.defined(); };
+    const bool may_overwrite_buffers = is_private && std::all_of(freqs.begin(), freqs.end(), is_defined) &&
+                                       std::all_of(buffers.begin(), buffers.end(), is_held_by_node_alone);
+    const bool may_overwrite_out = is_private && is_held_by_node_alone(saved[0]);
     const int64_t num_heads = call.shapes[0][3], head_dim = call.shapes[0][4];
     const Tensor dheads = dout.unflatten(2, {num_heads, head_dim}),
                  heads = saved[0].unflatten(2, {num_heads, head_dim});
-    // Only if all of them are outputs, as nothing counts who holds others.
-    const auto is_defined = [](const Tensor& tensor) { return tensor.defined(); };
-    const bool may_overwrite = is_last_use() && !ctx->saved_data["is_hooked"].toBool() &&
-                               std::all_of(freqs.begin(), freqs.end(), is_defined) &&
-                               std::all_of(buffers.begin(), buffers.end(), is_held_by_node_alone);
     const std::vector<Tensor> qkv = slots(buffers, call.shapes);
     variable_list dbuffers;
-    if (may_overwrite && backward_in_place(dheads, std::nullopt, qkv[0], qkv[1], qkv[2], heads, saved[1], call.segments,
-                                           call.softmax_scale, mask, call.dropout_p, seed)) {
+    if (may_overwrite_buffers &&
+        backward_in_place(dheads, std::nullopt, qkv[0], qkv[1], qkv[2], heads, saved[1], call.segments,
+                          call.softmax_scale, mask, call.dropout_p, seed, may_overwrite_out)) {
       for (const Tensor& buffer : buffers) dbuffers.push_back(buffer.detach());
     } else {
       for (const Tensor& buffer : buffers) dbuffers.push_back(at::empty_like(buffer));

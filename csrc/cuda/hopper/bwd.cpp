@@ -1,9 +1,11 @@
 #include <cuda_bf16.h>
 #include <cuda_fp16.h>
 
+#include <algorithm>
 #include <limits>
 #include <string>
 
+#include "cuda/cuda_check.h"
 #include "cuda/device.h"
 #include "cuda/hopper/bwd_config.h"
 #include "cuda/hopper/bwd_launch.h"
@@ -38,18 +40,41 @@ bool can_take_turns(const BwdParams& params) {
          7 * int64_t{steps_of_longest_block(table, num_blocks, 1, false)};
 }
 
+int64_t num_rows(const BwdParams& params) { return params.batch_size * params.num_heads * params.seqlen_q; }
+
+// Of q, and of whatever has its shape.
+int64_t num_elements(const BwdParams& params) { return num_rows(params) * params.head_dim; }
+
 DqSums take_dq_sums(const BwdParams& params, Scratch& scratch) {
-  const int64_t num_sequences = params.batch_size * params.num_heads;
   const int64_t num_tiles =
       params.deterministic ? num_reader_tiles(*params.schedule) : num_query_tiles(make_query_runs(*params.schedule));
+  const int64_t num_all = params.batch_size * params.num_heads * num_tiles;
+  const int64_t tile_floats = kQueryTileRows * kernel_head_dim(params);
   DqSums sums{};
   sums.num_tiles = static_cast<int>(num_tiles);
-  sums.sums = scratch.take<float>(num_sequences * num_tiles * kQueryTileRows * kernel_head_dim(params));
-  if (params.deterministic) sums.turns = scratch.take<uint32_t>(num_sequences * num_tiles);
+  sums.spare = static_cast<float*>(params.spare_out);
+  const int64_t spare_floats = sums.spare == nullptr ? 0 : num_elements(params) / 2;
+  sums.num_spare = std::min(num_all, spare_floats / tile_floats);
+  sums.others = scratch.take<float>((num_all - sums.num_spare) * tile_floats);
+  if (params.deterministic) sums.turns = scratch.take<uint32_t>(num_all);
   return sums;
 }
 
-int64_t num_rows(const BwdParams& params) { return params.batch_size * params.num_heads * params.seqlen_q; }
+// The kernel for dq reads all keys and values, the one for dk and dv all queries: whichever runs first cannot write
+// where the other one reads.
+DqTensor take_dq(const BwdParams& params, Scratch& scratch) {
+  if (params.dq != params.q) return {params.dq, params.dq_strides};
+  const int64_t row = params.num_heads * params.head_dim;
+  const Strides strides{params.seqlen_q * row, row, params.head_dim};
+  return {params.spare_out != nullptr ? params.spare_out : scratch.take<uint16_t>(num_elements(params)), strides};
+}
+
+// Whether the rows of dq are in one piece each, and equally far apart.
+bool can_move_dq(const BwdParams& params) {
+  const Strides& strides = params.dq_strides;
+  return (params.num_heads == 1 || strides.head == params.head_dim) &&
+         (params.batch_size == 1 || strides.batch == params.seqlen_q * strides.row);
+}
 
 }  // namespace
 
@@ -71,10 +96,20 @@ BwdWorkspace bwd_workspace(const BwdParams& params) {
     workspace.dq_sums = take_dq_sums(params, scratch);
   } else {
     workspace.delta_of_rows = scratch.take<float>(num_rows(params));
+    workspace.dq = take_dq(params, scratch);
   }
   if (params.key_padding_mask != nullptr) workspace.masked_keys = plan_masked_keys(params, scratch, true);
   workspace.size = scratch.bytes();
   return workspace;
+}
+
+void move_dq(const BwdParams& params, const BwdWorkspace& workspace) {
+  if (workspace.dq.data == params.dq) return;
+  const size_t row_bytes = params.num_heads * params.head_dim * sizeof(uint16_t);
+  check(cudaMemcpy2DAsync(params.dq, params.dq_strides.row * sizeof(uint16_t), workspace.dq.data, row_bytes, row_bytes,
+                          params.batch_size * params.seqlen_q, cudaMemcpyDeviceToDevice,
+                          static_cast<cudaStream_t>(params.stream)),
+        "copy of dq");
 }
 
 BwdTensors bwd_tensors(const BwdParams& params, const BwdWorkspace& workspace) {
@@ -120,9 +155,12 @@ bool can_bwd(const BwdParams& params) {
          can_store(params.dv, params.dv_strides) && fits_work_table(params) && fits_key_work_table(params);
 }
 
-// With all gradients in one kernel, keys and values are read by those alone who overwrite them, after their last use;
-// gradients of queries leave in a kernel behind it.
-bool can_overwrite_inputs(const BwdParams& params) { return adds_dq(params); }
+// The last kernel that reads keys and values is the one for their gradients: there they are read by those alone who
+// overwrite them, after their last use. Gradients of queries reach their place behind it. The kernels for fp32 read
+// copies.
+bool can_overwrite_inputs(const BwdParams& params) {
+  return params.dtype == DType::kFloat32 || adds_dq(params) || can_move_dq(params);
+}
 
 size_t bwd_workspace_size(const BwdParams& params) {
   return params.dtype == DType::kFloat32 ? fp32_bwd_workspace(params).size : bwd_workspace(params).size;

@@ -60,7 +60,7 @@ void launch_stats(const BwdParams& params, const QueryStats& stats, const BwdWor
                                      params.seqlen_q,
                                      stats,
                                      workspace.delta_of_rows,
-                                     takes_turns ? nullptr : workspace.dq_sums.sums,
+                                     takes_turns ? DqSums{} : workspace.dq_sums,
                                      workspace.dq_sums.turns,
                                      takes_turns ? int64_t{workspace.dq_sums.num_tiles} * num_sequences : 0,
                                      static_cast<int>(runs.size()),
@@ -117,8 +117,8 @@ void launch_dq(const BwdParams& params, const BwdWorkspace& workspace) {
                                      batch_step(tensors.dout.strides),
                                      batch_step(tensors.k.strides),
                                      batch_step(tensors.v.strides),
-                                     params.dq,
-                                     params.dq_strides,
+                                     workspace.dq.data,
+                                     workspace.dq.strides,
                                      static_cast<const float*>(params.lse),
                                      workspace.delta_of_rows,
                                      params.seqlen_q,
@@ -190,8 +190,10 @@ void launch_tiles(const BwdParams& params, const QueryStats& stats, const BwdWor
       return;
     }
   }
-  launch_dk_dv<DkDvConfig<Element, kHeadDim, kIsMasked, DqForm::kApart>>(params, stats, workspace, runs);
+  // In this order, as the second one may write where the first one reads keys and values.
   launch_dq<DqConfig<Element, kHeadDim, kIsMasked>>(params, workspace);
+  launch_dk_dv<DkDvConfig<Element, kHeadDim, kIsMasked, DqForm::kApart>>(params, stats, workspace, runs);
+  move_dq(params, workspace);
 }
 
 template <typename Element, int kHeadDim>

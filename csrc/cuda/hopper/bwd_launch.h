@@ -14,12 +14,19 @@ struct BwdTensors {
   TensorView q, k, v, dout;
 };
 
-// The parts of params.workspace.
+// Gradients of queries, (batch_size, seqlen_q, num_heads, head_dim).
+struct DqTensor {
+  void* data;
+  Strides strides;
+};
+
+// The parts of params.workspace, and of params.spare_out.
 struct BwdWorkspace {
   float* lse_log2;  // QueryStats
   float* delta;
   float* delta_of_rows;  // (batch_size, num_heads, seqlen_q), for the kernel that owns dq; else null
   DqSums dq_sums;
+  DqTensor dq;  // as the kernel that owns it writes it: the result, or apart from the queries where these lie there
   MaskedKeys masked_keys;  // none without a mask
   size_t size;
 };
@@ -32,8 +39,12 @@ bool adds_dq(const BwdParams& params);
 // heads have no room in shared memory to exchange their sums, and the kernels for padding masks do not split.
 int num_query_splits(const BwdParams& params, const std::vector<QueryRun>& runs);
 
-// Of the pointers it reads params.workspace, null to learn the size, and asks whether there is a mask.
+// Of the pointers it reads params.workspace, null to learn the size, and asks whether there is a mask, whether the
+// gradients take the place of the inputs, and whether there is spare memory.
 BwdWorkspace bwd_workspace(const BwdParams& params);
+
+// Enqueues the way of dq to where the queries were, if it was written apart from them.
+void move_dq(const BwdParams& params, const BwdWorkspace& workspace);
 
 // What is read: as it is given, and, where there is a mask, with the copies of keys and values in the workspace.
 BwdTensors bwd_tensors(const BwdParams& params);

@@ -19,7 +19,7 @@ __device__ inline void load_sums(float4 (&sums)[kCount], const DqSumsKernelParam
     const int tile_of_run = tile - run.first_tile;
     if (tile_of_run < 0 || tile_of_run >= run.num_tiles) continue;
     const int64_t place = sequence * params.dq_sums.num_tiles + run.first_sum + tile_of_run;
-    const auto* source = reinterpret_cast<const float4*>(params.dq_sums.sums) + place * (kCount * kWarpgroup);
+    const auto* source = reinterpret_cast<const float4*>(params.dq_sums.of_tile(place, 4 * kCount * kWarpgroup));
 #pragma unroll
     for (int chunk = 0; chunk < kCount; ++chunk) {
       const float4 sum = source[chunk * kWarpgroup + threadIdx.x];
