@@ -51,11 +51,25 @@ Tensor three_dims(const Tensor& rows, const Tensor& like) {
   return rows.view({like.size(0), like.size(1), rows.size(1)});
 }
 
+// Whether products of such factors can be made in another dtype than theirs, rounded once; without a derivative.
+bool can_widen(const Tensor& factor, at::ScalarType dtype) { return factor.is_cuda() && dtype == at::kFloat; }
+
 // A matrix product in another dtype than that of its factors, rounded once where the device can.
 Tensor multiply(const Tensor& a, const Tensor& b, at::ScalarType dtype, bool differentiable) {
   if (a.scalar_type() == dtype) return at::mm(a, b);
-  if (a.is_cuda() && dtype == at::kFloat && !differentiable) return at::mm(a, b, dtype);
+  if (can_widen(a, dtype) && !differentiable) return at::mm(a, b, dtype);
   return at::mm(a, b).to(dtype);
+}
+
+// Adds a matrix product in the dtype of the sum, without memory for the product where the device can.
+void add_product(Tensor sum, const Tensor& a, const Tensor& b) {
+  if (a.scalar_type() == sum.scalar_type()) {
+    sum.addmm_(a, b);
+  } else if (can_widen(a, sum.scalar_type())) {
+    at::addmm_out(sum, sum, a, b, sum.scalar_type());
+  } else {
+    sum.add_(at::mm(a, b));
+  }
 }
 
 // The sum of all rows in another dtype. GPUs multiply by ones, which is exact and takes half of a reduction's time;
@@ -160,17 +174,22 @@ struct Project : torch::autograd::Function<Project> {
       if (!grads[i].defined()) continue;
       has_grad = true;
       const Tensor rows = two_dims(grads[i]);
-      if (ctx->needs_input_grad(0)) {
-        const Tensor columns = weight.slice(0, parts[i].row_begin, parts[i].row_end);
-        const Tensor through = three_dims(multiply(rows, columns, x_dtype, differentiable), grads[i]);
-        dx = add_to_tokens(dx, through, parts[i].tokens, tokens, differentiable);
-      }
       if (ctx->needs_input_grad(1)) {
         const Tensor seen = two_dims(take(tokens, parts[i].tokens));
         dweights[i] = multiply(rows.t(), seen, original.scalar_type(), differentiable);
       }
       if (bias.defined() && ctx->needs_input_grad(2)) {
         dbiases[i] = sum_rows(rows, bias.scalar_type(), differentiable);
+      }
+    }
+    for (size_t i = 0; i < parts.size(); ++i) {
+      if (!grads[i].defined() || !ctx->needs_input_grad(0)) continue;
+      const Tensor columns = weight.slice(0, parts[i].row_begin, parts[i].row_end);
+      if (dx.defined() && dx.size(0) == 1 && !differentiable) {
+        add_products(dx[0], grads[i][0], columns, parts[i].tokens);
+      } else {
+        const Tensor through = multiply(two_dims(grads[i]), columns, x_dtype, differentiable);
+        dx = add_to_tokens(dx, three_dims(through, grads[i]), parts[i].tokens, tokens, differentiable);
       }
     }
     variable_list result(5);
@@ -181,6 +200,16 @@ struct Project : torch::autograd::Function<Project> {
   }
 
  private:
+  // Adds the products of rows with columns to those tokens that the rows are of.
+  static void add_products(const Tensor& sum, const Tensor& rows, const Tensor& columns,
+                           const std::optional<Ranges>& ranges) {
+    int64_t taken = 0;
+    for (const auto& [start, end] : ranges.value_or(Ranges{{0, sum.size(0)}})) {
+      add_product(sum.slice(0, start, end), rows.slice(0, taken, taken + end - start), columns);
+      taken += end - start;
+    }
+  }
+
   // The gradient of the tokens `like`, given that of some.
   static Tensor add_to_tokens(const Tensor& sum, const Tensor& rows, const std::optional<Ranges>& ranges,
                               const Tensor& like, bool differentiable) {

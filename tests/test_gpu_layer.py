@@ -181,6 +181,22 @@ def test_gradients_under_autocast_are_those_of_fp32_sums(scene, device):
         assert not torch.equal(grad, grad.bfloat16().float())
 
 
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=["autocast", "bf16"])
+@pytest.mark.parametrize("scene", [REAL, REAL_CROSS], ids=["keys of anchors", "keys of others"])
+def test_gradients_of_a_single_sequence_are_those_in_a_batch(scene, dtype, device):
+    layer = make_layer(dtype=dtype, use_rope=True, **REAL_SHAPE).to(device)
+    batch = make_tokens(scene, layer.qkv.in_features, dtype, device)
+    freqs = make_freqs(scene.num_tokens, head_dim=layer.head_dim).to(device, torch.complex64)
+
+    def gradient(x: Tensor) -> Tensor:
+        with torch.autocast("cuda", torch.bfloat16, enabled=dtype == torch.float32):
+            out = layer(x, scene.specs, scene.patterns, freqs=freqs)
+        return torch.autograd.grad(out.float().square().sum(), x)[0]
+
+    got, expected = gradient(batch[:1].detach().requires_grad_()), gradient(batch)[:1]
+    assert (got - expected).abs().max() <= 2 * torch.finfo(torch.bfloat16).eps * expected.abs().max()
+
+
 @pytest.mark.parametrize("use_reentrant", [True, False])
 @pytest.mark.parametrize("scene", [REAL, JOINT], ids=["real", "joint"])
 def test_activation_checkpointing(scene, use_reentrant, device):

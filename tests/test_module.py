@@ -49,6 +49,14 @@ def test_output_and_gradients_are_those_of_dense_attention(scene, cls, use_rope,
     assert_equal_in_fp64(gradients(out, wanted), expected_grads)
 
 
+@pytest.mark.parametrize("scene", SCENES.values(), ids=SCENES)
+def test_gradients_of_a_single_sequence(scene):
+    layer, x, freqs = make_layer(use_rope=True), make_x(scene, batch_size=1), make_freqs(scene.num_tokens)
+    wanted = [x, *layer.parameters()]
+    expected = gradients(oracle(layer, x, scene.counts(), freqs), wanted)
+    assert_equal_in_fp64(gradients(layer(x, scene.specs, scene.patterns, freqs=freqs), wanted), expected)
+
+
 @pytest.mark.parametrize("parallel", [True, False], ids=["fused kernels", "reference"])
 def test_gradient_of_the_frequencies(parallel):
     layer = make_layer(use_rope=True, parallel=parallel)
