@@ -94,6 +94,20 @@ variable_list cast_all(const variable_list& tensors, at::ScalarType dtype) {
   return result;
 }
 
+// To be asked while a node saves its outputs, for may_overwrite.
+void note_hooks(AutogradContext* ctx) {
+  ctx->saved_data["is_hooked"] = at::SavedTensorDefaultHooks::get_hooks().has_value();
+}
+
+// Of an output that a node has saved: whether nobody needs it any more. This is the last time that a backward goes
+// through the graph, no hook has seen what was saved and may hold it, and beside what is saved and what came of it
+// nobody sees the memory; a recorded cache, say. NOTE: hooks bring along tensors of their own, and another number.
+// Inputs have another one, too, which says nothing of who else holds them.
+bool may_overwrite(AutogradContext* ctx, const Tensor& unpacked) {
+  return !torch::autograd::get_current_graph_task_keep_graph() && !ctx->saved_data["is_hooked"].toBool() &&
+         unpacked.storage().use_count() == 2;
+}
+
 // The tokens, cast, and what comes of them.
 struct Projected {
   Tensor tokens, weight;
@@ -150,6 +164,7 @@ struct Project : torch::autograd::Function<Project> {
     ctx->save_for_backward({projected.tokens, projected.weight, weight, bias.value_or(Tensor())});
     ctx->saved_data["parts"] = Kept<std::vector<ProjectedPart>>::make(parts);
     ctx->saved_data["x_dtype"] = x.scalar_type();
+    note_hooks(ctx);
     ctx->set_materialize_grads(false);
     if (is_cast && !x.requires_grad()) ctx->mark_non_differentiable({projected.tokens});
     if (is_cast) projected.products.push_back(projected.tokens);
@@ -181,6 +196,10 @@ struct Project : torch::autograd::Function<Project> {
       if (bias.defined() && ctx->needs_input_grad(2)) {
         dbiases[i] = sum_rows(rows, bias.scalar_type(), differentiable);
       }
+    }
+    // Cast tokens give their memory back: their gradient takes most of all that is needed from here on.
+    if (is_cast && !differentiable && may_overwrite(ctx, tokens)) {
+      tokens.storage().unsafeGetStorageImpl()->release_resources();
     }
     for (size_t i = 0; i < parts.size(); ++i) {
       if (!grads[i].defined() || !ctx->needs_input_grad(0)) continue;
@@ -311,7 +330,7 @@ struct AttendInPlace : torch::autograd::Function<AttendInPlace> {
     for (const std::optional<Tensor>& each : freqs) saved.push_back(each.value_or(Tensor()));
     ctx->save_for_backward(saved);
     ctx->saved_data["call"] = Kept<PackedCall>::make(call);
-    ctx->saved_data["is_hooked"] = at::SavedTensorDefaultHooks::get_hooks().has_value();  // who may hold what they saw
+    note_hooks(ctx);
     variable_list results{out};
     results.insert(results.end(), rotated.begin(), rotated.end());
     return results;
@@ -337,13 +356,13 @@ struct AttendInPlace : torch::autograd::Function<AttendInPlace> {
       return result;
     }
     const at::AutoDispatchBelowADInplaceOrView guard;
-    // Buffers only if all of them are outputs, as nothing counts who holds others. The projection that took the output
-    // has run by now and holds it no more.
-    const bool is_private = is_last_use() && !ctx->saved_data["is_hooked"].toBool();
-    const auto is_defined = [](const Tensor& tensor) { return tensor.defined(); };
-    const bool may_overwrite_buffers = is_private && std::all_of(freqs.begin(), freqs.end(), is_defined) &&
-                                       std::all_of(buffers.begin(), buffers.end(), is_held_by_node_alone);
-    const bool may_overwrite_out = is_private && is_held_by_node_alone(saved[0]);
+    // Those buffers are outputs that were rotated. The projection that took the output has run by now, and holds it no
+    // more.
+    bool may_overwrite_buffers = true;
+    for (size_t part = 0; part < num_parts; ++part) {
+      may_overwrite_buffers = may_overwrite_buffers && freqs[part].defined() && may_overwrite(ctx, buffers[part]);
+    }
+    const bool may_overwrite_out = may_overwrite(ctx, saved[0]);
     const int64_t num_heads = call.shapes[0][3], head_dim = call.shapes[0][4];
     const Tensor dheads = dout.unflatten(2, {num_heads, head_dim}),
                  heads = saved[0].unflatten(2, {num_heads, head_dim});
@@ -371,14 +390,6 @@ struct AttendInPlace : torch::autograd::Function<AttendInPlace> {
     }
     return result;
   }
-
- private:
-  // Whether this is the last time that a backward goes through the graph.
-  static bool is_last_use() { return !torch::autograd::get_current_graph_task_keep_graph(); }
-
-  // Of a saved output: whether, beside what is saved and what came of it, nobody sees its memory; a recorded cache,
-  // say. NOTE: hooks on saved tensors bring along tensors of their own, and another number.
-  static bool is_held_by_node_alone(const Tensor& unpacked) { return unpacked.storage().use_count() == 2; }
 };
 
 }  // namespace

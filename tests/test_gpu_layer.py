@@ -346,6 +346,24 @@ def test_gradients_take_the_place_of_what_nobody_needs_any_more(head_dim, device
     assert peak(retain_graph=True) - peak(retain_graph=False) > 0.9 * saved
 
 
+def test_memory_of_the_backward_beside_what_was_saved(device):
+    """A gradient each of the output and of the attention's; that of the tokens has room where others were."""
+    layer, batch, _ = make_training_call(device, head_dim=128, dtype=torch.float32)
+    x = batch.detach()[:1].requires_grad_()
+    freqs = make_freqs(LARGE.num_tokens, head_dim=128).to(device, torch.complex64)
+
+    def more_than_saved() -> int:
+        with torch.autocast("cuda", torch.bfloat16):
+            out = layer(x, LARGE.specs, LARGE.patterns, freqs=freqs)
+        torch.cuda.reset_peak_memory_stats(device)
+        before = torch.cuda.memory_allocated(device)
+        gradients(out, [x, *layer.parameters()])
+        return torch.cuda.max_memory_allocated(device) - before
+
+    more_than_saved()  # the first call of a process allocates more
+    assert more_than_saved() < 2.5 * x.nbytes / 2
+
+
 @pytest.mark.parametrize("masked", [False, True], ids=["all keys", "padding mask"])
 @pytest.mark.parametrize("is_deterministic", [False, True], ids=["any order", "deterministic"])
 @pytest.mark.parametrize("head_dim", [32, 48, 64, 96, 128])
