@@ -132,12 +132,14 @@ void launch_dq(const BwdParams& params, const BwdWorkspace& workspace) {
                                                      kernel_params, params);
 }
 
+// leaves_zeros: for the next share's sums.
 template <typename Element, int kHeadDim>
 void launch_dq_sums(const BwdParams& params, const QueryStats& stats, const BwdWorkspace& workspace,
-                    const std::vector<QueryRun>& runs) {
+                    const std::vector<QueryRun>& runs, bool leaves_zeros) {
   const int64_t num_blocks = stats.num_tiles * params.num_heads * params.batch_size;
   if (num_blocks == 0) return;
   DqSumsKernelParams kernel_params{workspace.dq_sums,
+                                   leaves_zeros,
                                    params.dq,
                                    params.dq_strides,
                                    static_cast<float>(params.softmax_scale),
@@ -176,16 +178,22 @@ void launch_dk_dv_and_dq(const BwdParams& params, const QueryStats& stats, const
   }
 }
 
-// Of all kernels those between the first and the last.
+// All kernels behind the statistics.
 template <typename Element, int kHeadDim, bool kIsMasked>
 void launch_tiles(const BwdParams& params, const QueryStats& stats, const BwdWorkspace& workspace,
                   const std::vector<QueryRun>& runs) {
   if constexpr (can_add_dq(kHeadDim)) {
     if (adds_dq(params)) {
-      if (params.deterministic) {
-        launch_dk_dv_and_dq<Element, kHeadDim, kIsMasked, DqForm::kInTurn>(params, stats, workspace, runs);
-      } else {
-        launch_dk_dv_and_dq<Element, kHeadDim, kIsMasked, DqForm::kAsItComes>(params, stats, workspace, runs);
+      for (const BwdShare& share : workspace.shares) {
+        const bool is_last = &share == &workspace.shares.back();
+        const BwdParams part = params_of(share, params);
+        const QueryStats part_stats = stats_of(share, params, stats);
+        if (params.deterministic) {
+          launch_dk_dv_and_dq<Element, kHeadDim, kIsMasked, DqForm::kInTurn>(part, part_stats, workspace, runs);
+        } else {
+          launch_dk_dv_and_dq<Element, kHeadDim, kIsMasked, DqForm::kAsItComes>(part, part_stats, workspace, runs);
+        }
+        launch_dq_sums<Element, kHeadDim>(part, part_stats, workspace, runs, !is_last);
       }
       return;
     }
@@ -207,9 +215,6 @@ void launch_bwd(const BwdParams& params) {
     launch_tiles<Element, kHeadDim, true>(params, stats, workspace, runs);
   } else {
     launch_tiles<Element, kHeadDim, false>(params, stats, workspace, runs);
-  }
-  if constexpr (can_add_dq(kHeadDim)) {
-    if (adds_dq(params)) launch_dq_sums<Element, kHeadDim>(params, stats, workspace, runs);
   }
 }
 

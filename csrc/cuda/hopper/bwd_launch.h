@@ -1,6 +1,9 @@
 // What the instantiations of the backward launcher have in common with its dispatch.
 #pragma once
 
+#include <vector>
+
+#include "cuda/hopper/bwd_params.h"
 #include "cuda/hopper/dq_sums.h"
 #include "cuda/hopper/key_work_table.h"
 #include "cuda/hopper/mask.h"
@@ -20,12 +23,19 @@ struct DqTensor {
   Strides strides;
 };
 
+// Some of the heads of a call that has one sequence, or some of the sequences of a batch. Shares come one after the
+// other and add up their dq in the same memory.
+struct BwdShare {
+  int64_t first, count;
+};
+
 // The parts of params.workspace, and of params.spare_out.
 struct BwdWorkspace {
   float* lse_log2;  // QueryStats
   float* delta;
   float* delta_of_rows;  // (batch_size, num_heads, seqlen_q), for the kernel that owns dq; else null
   DqSums dq_sums;
+  std::vector<BwdShare> shares;  // that dq_sums serve
   DqTensor dq;  // as the kernel that owns it writes it: the result, or apart from the queries where these lie there
   MaskedKeys masked_keys;  // none without a mask
   size_t size;
@@ -34,6 +44,10 @@ struct BwdWorkspace {
 // Whether one kernel computes all gradients, and adds up dq as its parts come, or in deterministic mode in turn. To
 // measure the other form, this is the place to change.
 bool adds_dq(const BwdParams& params);
+
+// What the kernels behind the statistics need to know of a share.
+BwdParams params_of(const BwdShare& share, const BwdParams& params);
+QueryStats stats_of(const BwdShare& share, const BwdParams& params, const QueryStats& stats);
 
 // Over how many blocks the queries of a key tile are split: 2 where two halves end earlier than a whole, else 1. Wide
 // heads have no room in shared memory to exchange their sums, and the kernels for padding masks do not split.

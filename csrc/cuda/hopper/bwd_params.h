@@ -55,6 +55,7 @@ struct DkDvKernelParams {
 
 struct DqSumsKernelParams {
   DqSums dq_sums;
+  bool leaves_zeros;  // where sums were
   void* dq;
   Strides dq_strides;
   float softmax_scale;

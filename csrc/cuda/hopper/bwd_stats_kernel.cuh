@@ -61,7 +61,8 @@ __global__ void __launch_bounds__(BwdStatsShape<Element, kHeadDim>::kThreads)
   const QueryTile queries = query_tile(params.runs, params.num_runs, tile);
   const int chunk = threadIdx.x % Shape::kThreadsPerRow;
 
-  if (params.dq_sums.others != nullptr && blockIdx.x >= params.dq_sums.num_spare) {
+  const int64_t first_other = params.dq_sums.num_spare;
+  if (blockIdx.x >= first_other && blockIdx.x < first_other + params.dq_sums.num_others) {
     constexpr int kFloat4s = kQueryTileRows * kHeadDim / 4;
     auto* sums = reinterpret_cast<float4*>(params.dq_sums.of_tile(blockIdx.x, 4 * kFloat4s));
 #pragma unroll
