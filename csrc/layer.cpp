@@ -10,8 +10,6 @@
 #include <torch/csrc/autograd/custom_function.h>
 #include <torch/csrc/autograd/graph_task.h>
 
-#include <algorithm>
-
 #include "ops.h"
 
 namespace mixed_attention {
