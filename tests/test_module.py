@@ -69,6 +69,14 @@ def test_keys_that_nobody_attends_to_are_made_where_that_is_quicker(masked, use_
         assert_equal_in_fp64(gradients(out, wanted), expected_grads)
 
 
+@pytest.mark.parametrize("scene", SCENES.values(), ids=SCENES)
+def test_gradients_of_a_single_sequence(scene):
+    layer, x, freqs = make_layer(use_rope=True), make_x(scene, batch_size=1), make_freqs(scene.num_tokens)
+    wanted = [x, *layer.parameters()]
+    expected = gradients(oracle(layer, x, scene.counts(), freqs), wanted)
+    assert_equal_in_fp64(gradients(layer(x, scene.specs, scene.patterns, freqs=freqs), wanted), expected)
+
+
 @pytest.mark.parametrize("parallel", [True, False], ids=["fused kernels", "reference"])
 def test_gradient_of_the_frequencies(parallel):
     layer = make_layer(use_rope=True, parallel=parallel)

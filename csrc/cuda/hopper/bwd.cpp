@@ -1,9 +1,11 @@
 #include <cuda_bf16.h>
 #include <cuda_fp16.h>
 
+#include <algorithm>
 #include <limits>
 #include <string>
 
+#include "cuda/cuda_check.h"
 #include "cuda/device.h"
 #include "cuda/hopper/bwd_config.h"
 #include "cuda/hopper/bwd_launch.h"
@@ -39,18 +41,72 @@ bool can_take_turns(const BwdParams& params) {
          7 * int64_t{steps_of_longest_block(table, block_n, num_blocks, 1, false)};
 }
 
-DqSums take_dq_sums(const BwdParams& params, Scratch& scratch) {
-  const int64_t num_sequences = params.batch_size * params.num_heads;
-  const int64_t num_tiles =
-      params.deterministic ? num_reader_tiles(*params.schedule) : num_query_tiles(make_query_runs(*params.schedule));
+int64_t num_rows(const BwdParams& params) { return params.batch_size * params.num_heads * params.seqlen_q; }
+
+// Of q, and of whatever has its shape.
+int64_t num_elements(const BwdParams& params) { return num_rows(params) * params.head_dim; }
+
+// About how long the kernel of all gradients takes, in steps of a query tile, with the queries of a key tile split over
+// so many blocks.
+int num_steps(const BwdParams& params, const std::vector<QueryRun>& runs, int splits) {
+  const int block_n = key_tile_rows(params.head_dim);
+  const KeyWorkTable table = make_key_work_table(params, runs, block_n);
+  const int num_blocks = num_multiprocessors(params.device) / splits;
+  return steps_of_longest_block(table, block_n, num_blocks, splits, params.deterministic);
+}
+
+// Two shares where sums of dq find spare memory, which is half of what all of them take, and where they cost hardly any
+// time: rounds of blocks are as many, and so long that two launches more do not count.
+std::vector<BwdShare> make_shares(const BwdParams& params, const std::vector<QueryRun>& runs) {
+  const int64_t size = params.batch_size == 1 ? params.num_heads : params.batch_size;
+  const BwdShare all{0, size}, first{0, (size + 1) / 2}, second{first.count, size - first.count};
+  const auto steps_of = [&](const BwdShare& share) {
+    const BwdParams part = params_of(share, params);
+    return std::min(num_steps(part, runs, 1), num_steps(part, runs, 2));
+  };
+  constexpr int kStepsOfShare = 8;
+  if (params.spare_out == nullptr || params.deterministic || params.key_padding_mask != nullptr || size < 2) {
+    return {all};
+  }
+  const int allowed = steps_of(all) + steps_of(all) / 100;
+  const bool is_long = allowed >= 100 * kStepsOfShare;
+  return is_long && steps_of(first) + steps_of(second) + kStepsOfShare <= allowed ? std::vector{first, second}
+                                                                                  : std::vector{all};
+}
+
+// largest: of the shares that they serve.
+DqSums take_dq_sums(const BwdParams& params, const BwdShare& largest, const std::vector<QueryRun>& runs,
+                    Scratch& scratch) {
+  const BwdParams served = params_of(largest, params);
+  const int64_t num_tiles = params.deterministic ? num_reader_tiles(*params.schedule) : num_query_tiles(runs);
+  const int64_t num_all = served.batch_size * served.num_heads * num_tiles;
+  const int64_t tile_floats = kQueryTileRows * kernel_head_dim(params);
   DqSums sums{};
   sums.num_tiles = static_cast<int>(num_tiles);
-  sums.sums = scratch.take<float>(num_sequences * num_tiles * kQueryTileRows * kernel_head_dim(params));
-  if (params.deterministic) sums.turns = scratch.take<uint32_t>(num_sequences * num_tiles);
+  sums.spare = static_cast<float*>(params.spare_out);
+  const int64_t spare_floats = sums.spare == nullptr ? 0 : num_elements(params) / 2;
+  sums.num_spare = std::min(num_all, spare_floats / tile_floats);
+  sums.num_others = num_all - sums.num_spare;
+  sums.others = scratch.take<float>(sums.num_others * tile_floats);
+  if (params.deterministic) sums.turns = scratch.take<uint32_t>(num_all);
   return sums;
 }
 
-int64_t num_rows(const BwdParams& params) { return params.batch_size * params.num_heads * params.seqlen_q; }
+// The kernel for dq reads all keys and values, the one for dk and dv all queries: whichever runs first cannot write
+// where the other one reads.
+DqTensor take_dq(const BwdParams& params, Scratch& scratch) {
+  if (params.dq != params.q) return {params.dq, params.dq_strides};
+  const int64_t row = params.num_heads * params.head_dim;
+  const Strides strides{params.seqlen_q * row, row, params.head_dim};
+  return {params.spare_out != nullptr ? params.spare_out : scratch.take<uint16_t>(num_elements(params)), strides};
+}
+
+// Whether the rows of dq are in one piece each, and equally far apart.
+bool can_move_dq(const BwdParams& params) {
+  const Strides& strides = params.dq_strides;
+  return (params.num_heads == 1 || strides.head == params.head_dim) &&
+         (params.batch_size == 1 || strides.batch == params.seqlen_q * strides.row);
+}
 
 }  // namespace
 
@@ -69,13 +125,25 @@ BwdWorkspace bwd_workspace(const BwdParams& params) {
   workspace.lse_log2 = scratch.take<float>(size);
   workspace.delta = scratch.take<float>(size);
   if (adds_dq(params)) {
-    workspace.dq_sums = take_dq_sums(params, scratch);
+    const std::vector<QueryRun> runs = make_query_runs(*params.schedule);
+    workspace.shares = make_shares(params, runs);
+    workspace.dq_sums = take_dq_sums(params, workspace.shares.front(), runs, scratch);
   } else {
     workspace.delta_of_rows = scratch.take<float>(num_rows(params));
+    workspace.dq = take_dq(params, scratch);
   }
   if (params.key_padding_mask != nullptr) workspace.masked_keys = plan_masked_keys(params, scratch, true);
   workspace.size = scratch.bytes();
   return workspace;
+}
+
+void move_dq(const BwdParams& params, const BwdWorkspace& workspace) {
+  if (workspace.dq.data == params.dq) return;
+  const size_t row_bytes = params.num_heads * params.head_dim * sizeof(uint16_t);
+  check(cudaMemcpy2DAsync(params.dq, params.dq_strides.row * sizeof(uint16_t), workspace.dq.data, row_bytes, row_bytes,
+                          params.batch_size * params.seqlen_q, cudaMemcpyDeviceToDevice,
+                          static_cast<cudaStream_t>(params.stream)),
+        "copy of dq");
 }
 
 BwdTensors bwd_tensors(const BwdParams& params, const BwdWorkspace& workspace) {
@@ -92,15 +160,32 @@ bool adds_dq(const BwdParams& params) {
          (!params.deterministic || can_take_turns(params));
 }
 
+BwdParams params_of(const BwdShare& share, const BwdParams& params) {
+  BwdParams part = params;
+  const auto skip = [&](const void* tensor, const Strides& strides) {
+    const int64_t step = params.batch_size == 1 ? strides.head : strides.batch;
+    return static_cast<const char*>(tensor) + share.first * step * sizeof(uint16_t);
+  };
+  (params.batch_size == 1 ? part.num_heads : part.batch_size) = share.count;
+  part.q = skip(params.q, params.q_strides);
+  part.k = skip(params.k, params.k_strides);
+  part.v = skip(params.v, params.v_strides);
+  part.dout = skip(params.dout, params.dout_strides);
+  part.dq = const_cast<char*>(skip(params.dq, params.dq_strides));
+  part.dk = const_cast<char*>(skip(params.dk, params.dk_strides));
+  part.dv = const_cast<char*>(skip(params.dv, params.dv_strides));
+  return part;
+}
+
+QueryStats stats_of(const BwdShare& share, const BwdParams& params, const QueryStats& stats) {
+  const int64_t num_sequences = share.first * (params.batch_size == 1 ? 1 : params.num_heads);
+  const int64_t skipped = num_sequences * stats.num_tiles * kQueryTileRows;
+  return {stats.lse_log2 + skipped, stats.delta + skipped, stats.num_tiles};
+}
+
 int num_query_splits(const BwdParams& params, const std::vector<QueryRun>& runs) {
   if (!adds_dq(params) || params.key_padding_mask != nullptr) return 1;
-  const int block_n = key_tile_rows(params.head_dim);
-  const KeyWorkTable table = make_key_work_table(params, runs, block_n);
-  const int num_blocks = num_multiprocessors(params.device);
-  const auto num_steps = [&](int splits) {
-    return steps_of_longest_block(table, block_n, num_blocks / splits, splits, params.deterministic);
-  };
-  return num_steps(2) < num_steps(1) ? 2 : 1;
+  return num_steps(params, runs, 2) < num_steps(params, runs, 1) ? 2 : 1;
 }
 
 std::string refusal_bwd(const Problem& problem) {
@@ -121,9 +206,12 @@ bool can_bwd(const BwdParams& params) {
          can_store(params.dv, params.dv_strides) && fits_work_table(params) && fits_key_work_table(params);
 }
 
-// With all gradients in one kernel, keys and values are read by those alone who overwrite them, after their last use;
-// gradients of queries leave in a kernel behind it.
-bool can_overwrite_inputs(const BwdParams& params) { return adds_dq(params); }
+// The last kernel that reads keys and values is the one for their gradients: there they are read by those alone who
+// overwrite them, after their last use. Gradients of queries reach their place behind it. The kernels for fp32 read
+// copies.
+bool can_overwrite_inputs(const BwdParams& params) {
+  return params.dtype == DType::kFloat32 || adds_dq(params) || can_move_dq(params);
+}
 
 size_t bwd_workspace_size(const BwdParams& params) {
   return params.dtype == DType::kFloat32 ? fp32_bwd_workspace(params).size : bwd_workspace(params).size;

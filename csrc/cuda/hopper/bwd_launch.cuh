@@ -61,7 +61,7 @@ void launch_stats(const BwdParams& params, const QueryStats& stats, const BwdWor
                                      params.seqlen_q,
                                      stats,
                                      workspace.delta_of_rows,
-                                     takes_turns ? nullptr : workspace.dq_sums.sums,
+                                     takes_turns ? DqSums{} : workspace.dq_sums,
                                      workspace.dq_sums.turns,
                                      takes_turns ? int64_t{workspace.dq_sums.num_tiles} * num_sequences : 0,
                                      static_cast<int>(runs.size()),
@@ -126,8 +126,8 @@ void launch_dq(const BwdParams& params, const BwdWorkspace& workspace) {
                                      batch_step(tensors.dout.strides),
                                      batch_step(tensors.k.strides),
                                      batch_step(tensors.v.strides),
-                                     params.dq,
-                                     params.dq_strides,
+                                     workspace.dq.data,
+                                     workspace.dq.strides,
                                      static_cast<const float*>(params.lse),
                                      workspace.delta_of_rows,
                                      params.seqlen_q,
@@ -141,12 +141,14 @@ void launch_dq(const BwdParams& params, const BwdWorkspace& workspace) {
                                                      kernel_params, params);
 }
 
+// leaves_zeros: for the next share's sums.
 template <typename Element, int kHeadDim>
 void launch_dq_sums(const BwdParams& params, const QueryStats& stats, const BwdWorkspace& workspace,
-                    const std::vector<QueryRun>& runs) {
+                    const std::vector<QueryRun>& runs, bool leaves_zeros) {
   const int64_t num_blocks = stats.num_tiles * params.num_heads * params.batch_size;
   if (num_blocks == 0) return;
   DqSumsKernelParams kernel_params{workspace.dq_sums,
+                                   leaves_zeros,
                                    params.dq,
                                    params.dq_strides,
                                    static_cast<float>(params.softmax_scale),
@@ -185,26 +187,34 @@ void launch_dk_dv_and_dq(const BwdParams& params, const QueryStats& stats, const
   }
 }
 
-// Of all kernels those between the first and the last.
+// All kernels behind the statistics.
 template <typename Element, int kHeadDim, bool kIsMasked>
 void launch_tiles(const BwdParams& params, const QueryStats& stats, const BwdWorkspace& workspace,
                   const std::vector<QueryRun>& runs) {
   if constexpr (can_add_dq(kHeadDim)) {
     if (adds_dq(params)) {
-      if (params.deterministic) {
-        launch_dk_dv_and_dq<Element, kHeadDim, kIsMasked, DqForm::kInTurn>(params, stats, workspace, runs);
-      } else {
-        launch_dk_dv_and_dq<Element, kHeadDim, kIsMasked, DqForm::kAsItComes>(params, stats, workspace, runs);
+      for (const BwdShare& share : workspace.shares) {
+        const bool is_last = &share == &workspace.shares.back();
+        const BwdParams part = params_of(share, params);
+        const QueryStats part_stats = stats_of(share, params, stats);
+        if (params.deterministic) {
+          launch_dk_dv_and_dq<Element, kHeadDim, kIsMasked, DqForm::kInTurn>(part, part_stats, workspace, runs);
+        } else {
+          launch_dk_dv_and_dq<Element, kHeadDim, kIsMasked, DqForm::kAsItComes>(part, part_stats, workspace, runs);
+        }
+        launch_dq_sums<Element, kHeadDim>(part, part_stats, workspace, runs, !is_last);
       }
       return;
     }
   }
+  // In this order, as the second one may write where the first one reads keys and values.
+  launch_dq<DqConfig<Element, kHeadDim, kIsMasked>>(params, workspace);
   if constexpr (is_wide(kHeadDim)) {
     launch_wide_dk_dv<WideDkDvConfig<Element, kHeadDim, kIsMasked>>(params, stats, workspace, runs);
   } else {
     launch_dk_dv<DkDvConfig<Element, kHeadDim, kIsMasked, DqForm::kApart>>(params, stats, workspace, runs);
   }
-  launch_dq<DqConfig<Element, kHeadDim, kIsMasked>>(params, workspace);
+  move_dq(params, workspace);
 }
 
 template <typename Element, int kHeadDim>
@@ -218,9 +228,6 @@ void launch_bwd(const BwdParams& params) {
     launch_tiles<Element, kHeadDim, true>(params, stats, workspace, runs);
   } else {
     launch_tiles<Element, kHeadDim, false>(params, stats, workspace, runs);
-  }
-  if constexpr (can_add_dq(kHeadDim)) {
-    if (adds_dq(params)) launch_dq_sums<Element, kHeadDim>(params, stats, workspace, runs);
   }
 }
 
