@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import gc
-import random
 import statistics
 import time
 from collections.abc import Callable, Hashable, Mapping
@@ -61,6 +60,7 @@ class Clock:
     @staticmethod
     def _of_gpu(run: Callable[[], object]) -> float:
         begin, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
+        run()  # what came before has left the device at a clock of its own: cooler and faster, or held by power
         begin.record()
         run()
         end.record()
@@ -70,8 +70,6 @@ class Clock:
 
 def take_turns(calls: Mapping[Key, Calls], device: torch.device, rounds: int) -> dict[Key, Timing]:
     """Times every entry once a round, in turns, so that a slow moment of the machine strikes all alike.
-
-    The order is another one in every round: a device that the one before has left cool and idle is faster for the next.
 
     Args:
         calls: What to time, by name. Each runs twice before, so that compilation and first allocations stay out.
@@ -86,9 +84,9 @@ def take_turns(calls: Mapping[Key, Calls], device: torch.device, rounds: int) ->
     gc.collect()
     gc.disable()
     try:
-        for round_ in range(rounds):
-            for name in random.Random(round_).sample(list(calls), len(calls)):
-                samples[name].append(clock.milliseconds(calls[name]))
+        for _ in range(rounds):
+            for name, each in calls.items():
+                samples[name].append(clock.milliseconds(each))
     finally:
         gc.enable()
     return {name: summary(values) for name, values in samples.items()}

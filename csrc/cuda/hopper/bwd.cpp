@@ -9,6 +9,7 @@
 #include "cuda/device.h"
 #include "cuda/hopper/bwd_config.h"
 #include "cuda/hopper/bwd_launch.h"
+#include "cuda/hopper/bwd_plan.h"
 #include "cuda/hopper/fp32_bwd_launch.h"
 #include "cuda/hopper/key_work_table.h"
 #include "cuda/hopper/launch.h"
@@ -23,63 +24,18 @@ int kernel_head_dim(const BwdParams& params) {
   return with_bwd_head_dim(params.head_dim, []<int kHeadDim>() { return kHeadDim; });
 }
 
-// Floats of a statistic by tiles. Every query segment may end in a tile that is filled up.
-int64_t size_by_tiles(const BwdParams& params) {
-  return params.batch_size * params.num_heads * num_query_tiles(make_query_runs(*params.schedule)) * kQueryTileRows;
-}
+int64_t num_sequences(const BwdParams& params) { return params.batch_size * params.num_heads; }
 
-// Whether one kernel takes less time than two, with seven products instead of five: where keys are many and queries
-// few, blocks would wait for their turns. Nor may the sums of a query tile, one for each key segment that it reads,
-// take more than twice the memory that they take where they come in any order.
-bool can_take_turns(const BwdParams& params) {
-  const std::vector<QueryRun> runs = make_query_runs(*params.schedule);
-  if (num_reader_tiles(*params.schedule) > 2 * num_query_tiles(runs)) return false;
-  const int block_n = key_tile_rows(params.head_dim);
-  const KeyWorkTable table = make_key_work_table(params, runs, block_n);
-  const int num_blocks = num_multiprocessors(params.device);
-  return 5 * int64_t{steps_of_longest_block(table, block_n, num_blocks, 1, true)} <=
-         7 * int64_t{steps_of_longest_block(table, block_n, num_blocks, 1, false)};
-}
-
-int64_t num_rows(const BwdParams& params) { return params.batch_size * params.num_heads * params.seqlen_q; }
+int64_t num_rows(const BwdParams& params) { return num_sequences(params) * params.seqlen_q; }
 
 // Of q, and of whatever has its shape.
 int64_t num_elements(const BwdParams& params) { return num_rows(params) * params.head_dim; }
 
-// About how long the kernel of all gradients takes, in steps of a query tile, with the queries of a key tile split over
-// so many blocks.
-int num_steps(const BwdParams& params, const std::vector<QueryRun>& runs, int splits) {
-  const int block_n = key_tile_rows(params.head_dim);
-  const KeyWorkTable table = make_key_work_table(params, runs, block_n);
-  const int num_blocks = num_multiprocessors(params.device) / splits;
-  return steps_of_longest_block(table, block_n, num_blocks, splits, params.deterministic);
-}
-
-// Two shares where sums of dq find spare memory, which is half of what all of them take, and where they cost hardly any
-// time: rounds of blocks are as many, and so long that two launches more do not count.
-std::vector<BwdShare> make_shares(const BwdParams& params, const std::vector<QueryRun>& runs) {
-  const int64_t size = params.batch_size == 1 ? params.num_heads : params.batch_size;
-  const BwdShare all{0, size}, first{0, (size + 1) / 2}, second{first.count, size - first.count};
-  const auto steps_of = [&](const BwdShare& share) {
-    const BwdParams part = params_of(share, params);
-    return std::min(num_steps(part, runs, 1), num_steps(part, runs, 2));
-  };
-  constexpr int kStepsOfShare = 8;
-  if (params.spare_out == nullptr || params.deterministic || params.key_padding_mask != nullptr || size < 2) {
-    return {all};
-  }
-  const int allowed = steps_of(all) + steps_of(all) / 100;
-  const bool is_long = allowed >= 100 * kStepsOfShare;
-  return is_long && steps_of(first) + steps_of(second) + kStepsOfShare <= allowed ? std::vector{first, second}
-                                                                                  : std::vector{all};
-}
-
-// largest: of the shares that they serve.
-DqSums take_dq_sums(const BwdParams& params, const BwdShare& largest, const std::vector<QueryRun>& runs,
-                    Scratch& scratch) {
-  const BwdParams served = params_of(largest, params);
-  const int64_t num_tiles = params.deterministic ? num_reader_tiles(*params.schedule) : num_query_tiles(runs);
-  const int64_t num_all = served.batch_size * served.num_heads * num_tiles;
+// Those of the largest share serve all.
+DqSums take_dq_sums(const BwdParams& params, const BwdPlan& plan, const std::vector<QueryRun>& runs, Scratch& scratch) {
+  const bool takes_turns = plan.dq_form == DqForm::kInTurn;
+  const int64_t num_tiles = takes_turns ? num_reader_tiles(*params.schedule) : num_query_tiles(runs);
+  const int64_t num_all = num_sequences(params_of(plan.shares.front(), params)) * num_tiles;
   const int64_t tile_floats = kQueryTileRows * kernel_head_dim(params);
   DqSums sums{};
   sums.num_tiles = static_cast<int>(num_tiles);
@@ -88,7 +44,7 @@ DqSums take_dq_sums(const BwdParams& params, const BwdShare& largest, const std:
   sums.num_spare = std::min(num_all, spare_floats / tile_floats);
   sums.num_others = num_all - sums.num_spare;
   sums.others = scratch.take<float>(sums.num_others * tile_floats);
-  if (params.deterministic) sums.turns = scratch.take<uint32_t>(num_all);
+  if (takes_turns) sums.turns = scratch.take<uint32_t>(num_sequences(params) * num_tiles);
   return sums;
 }
 
@@ -120,14 +76,16 @@ BwdTensors bwd_tensors(const BwdParams& params) {
 
 BwdWorkspace bwd_workspace(const BwdParams& params) {
   Scratch scratch(params.workspace);
-  const int64_t size = size_by_tiles(params);
+  const std::vector<QueryRun> runs = make_query_runs(*params.schedule);
+  const BwdPlan plan = plan_bwd(params, runs);
+  // Every query segment may end in a tile that is filled up.
+  const int64_t size = num_sequences(params) * num_query_tiles(runs) * kQueryTileRows;
   BwdWorkspace workspace{};
+  workspace.plan = plan;
   workspace.lse_log2 = scratch.take<float>(size);
   workspace.delta = scratch.take<float>(size);
-  if (adds_dq(params)) {
-    const std::vector<QueryRun> runs = make_query_runs(*params.schedule);
-    workspace.shares = make_shares(params, runs);
-    workspace.dq_sums = take_dq_sums(params, workspace.shares.front(), runs, scratch);
+  if (plan.dq_form != DqForm::kApart) {
+    workspace.dq_sums = take_dq_sums(params, plan, runs, scratch);
   } else {
     workspace.delta_of_rows = scratch.take<float>(num_rows(params));
     workspace.dq = take_dq(params, scratch);
@@ -155,39 +113,6 @@ BwdTensors bwd_tensors(const BwdParams& params, const BwdWorkspace& workspace) {
   return tensors;
 }
 
-bool adds_dq(const BwdParams& params) {
-  return params.dtype != DType::kFloat32 && can_add_dq(kernel_head_dim(params)) &&
-         (!params.deterministic || can_take_turns(params));
-}
-
-BwdParams params_of(const BwdShare& share, const BwdParams& params) {
-  BwdParams part = params;
-  const auto skip = [&](const void* tensor, const Strides& strides) {
-    const int64_t step = params.batch_size == 1 ? strides.head : strides.batch;
-    return static_cast<const char*>(tensor) + share.first * step * sizeof(uint16_t);
-  };
-  (params.batch_size == 1 ? part.num_heads : part.batch_size) = share.count;
-  part.q = skip(params.q, params.q_strides);
-  part.k = skip(params.k, params.k_strides);
-  part.v = skip(params.v, params.v_strides);
-  part.dout = skip(params.dout, params.dout_strides);
-  part.dq = const_cast<char*>(skip(params.dq, params.dq_strides));
-  part.dk = const_cast<char*>(skip(params.dk, params.dk_strides));
-  part.dv = const_cast<char*>(skip(params.dv, params.dv_strides));
-  return part;
-}
-
-QueryStats stats_of(const BwdShare& share, const BwdParams& params, const QueryStats& stats) {
-  const int64_t num_sequences = share.first * (params.batch_size == 1 ? 1 : params.num_heads);
-  const int64_t skipped = num_sequences * stats.num_tiles * kQueryTileRows;
-  return {stats.lse_log2 + skipped, stats.delta + skipped, stats.num_tiles};
-}
-
-int num_query_splits(const BwdParams& params, const std::vector<QueryRun>& runs) {
-  if (!adds_dq(params) || params.key_padding_mask != nullptr) return 1;
-  return num_steps(params, runs, 2) < num_steps(params, runs, 1) ? 2 : 1;
-}
-
 std::string refusal_bwd(const Problem& problem) {
   if (std::string refusal = refusal_fwd(problem); !refusal.empty()) return refusal;
   if (problem.dtype == DType::kFloat32 && problem.head_dim > kFp32BwdHeadDim) {
@@ -210,7 +135,8 @@ bool can_bwd(const BwdParams& params) {
 // overwrite them, after their last use. Gradients of queries reach their place behind it. The kernels for fp32 read
 // copies.
 bool can_overwrite_inputs(const BwdParams& params) {
-  return params.dtype == DType::kFloat32 || adds_dq(params) || can_move_dq(params);
+  return params.dtype == DType::kFloat32 || can_move_dq(params) ||
+         plan_bwd(params, make_query_runs(*params.schedule)).dq_form != DqForm::kApart;
 }
 
 size_t bwd_workspace_size(const BwdParams& params) {

@@ -11,6 +11,7 @@
 #include "cuda/hopper/bwd_config.h"
 #include "cuda/hopper/bwd_params.h"
 #include "cuda/hopper/query_tiles.cuh"
+#include "cuda/ptx/dependent_grids.cuh"
 
 namespace mixed_attention::cuda::hopper {
 
@@ -54,6 +55,8 @@ struct BwdStatsShape {
 template <typename Element, int kHeadDim>
 __global__ void __launch_bounds__(BwdStatsShape<Element, kHeadDim>::kThreads)
     hopper_bwd_stats_kernel(const __grid_constant__ BwdStatsKernelParams params) {
+  ptx::allow_next_grid();
+  ptx::wait_for_grids_before();
   using Shape = BwdStatsShape<Element, kHeadDim>;
   const int tile = blockIdx.x % params.stats.num_tiles;
   const int64_t sequence = blockIdx.x / params.stats.num_tiles;

@@ -31,6 +31,7 @@
 #include "cuda/hopper/ring.cuh"
 #include "cuda/hopper/split_sums.cuh"
 #include "cuda/hopper/store_rows.cuh"
+#include "cuda/ptx/dependent_grids.cuh"
 #include "cuda/ptx/elect.cuh"
 #include "cuda/ptx/mbarrier.cuh"
 #include "cuda/ptx/setmaxnreg.cuh"
@@ -182,7 +183,9 @@ __global__ void __launch_bounds__(Config::kThreads, 1)
     prefetch_input_maps(params);
     init_barriers(shared);
   }
+  ptx::allow_next_grid();
   sync_blocks<Config>();
+  ptx::wait_for_grids_before();
 
   const int warpgroup = __shfl_sync(0xffffffff, threadIdx.x / kWarpgroup, 0);
   if (warpgroup == 0) {

@@ -8,6 +8,7 @@
 #include "cuda/hopper/bwd_params.h"
 #include "cuda/hopper/query_tiles.cuh"
 #include "cuda/ptx/convert.cuh"
+#include "cuda/ptx/dependent_grids.cuh"
 
 namespace mixed_attention::cuda::hopper {
 
@@ -68,6 +69,8 @@ __device__ inline void order_sums(Element* rows, const float4 (&sums)[kCount], f
 // by as many bytes as keep banks from clashing.
 template <typename Element, int kHeadDim>
 __global__ void __launch_bounds__(kWarpgroup) hopper_dq_sums_kernel(const __grid_constant__ DqSumsKernelParams params) {
+  ptx::allow_next_grid();
+  ptx::wait_for_grids_before();
   constexpr int kRowElements = kHeadDim + 8;
   constexpr int kChunksOfRow = kHeadDim / 8;
   __shared__ __align__(16) Element rows[kQueryTileRows * kRowElements];

@@ -30,6 +30,7 @@
 #include "cuda/hopper/store_rows.cuh"
 #include "cuda/hopper/wide_dk_dv_config.h"
 #include "cuda/hopper/work_items.cuh"
+#include "cuda/ptx/dependent_grids.cuh"
 #include "cuda/ptx/elect.cuh"
 #include "cuda/ptx/fence.cuh"
 #include "cuda/ptx/mbarrier.cuh"
@@ -218,7 +219,9 @@ __global__ void __launch_bounds__(Config::kThreads, 1)
     init_p_barriers(shared);
     ptx::mbarrier_fence_init();
   }
+  ptx::allow_next_grid();
   __syncthreads();
+  ptx::wait_for_grids_before();
 
   const int warpgroup = __shfl_sync(0xffffffff, threadIdx.x / kWarpgroup, 0);
   if (warpgroup == 0) {
