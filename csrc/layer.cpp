@@ -10,8 +10,6 @@
 #include <torch/csrc/autograd/custom_function.h>
 #include <torch/csrc/autograd/graph_task.h>
 
-#include <algorithm>
-
 #include "ops.h"
 
 namespace mixed_attention {
@@ -51,20 +49,33 @@ Tensor three_dims(const Tensor& rows, const Tensor& like) {
   return rows.view({like.size(0), like.size(1), rows.size(1)});
 }
 
+// Whether products of such factors can be made in another dtype than theirs, rounded once; without a derivative.
+bool can_widen(const Tensor& factor, at::ScalarType dtype) { return factor.is_cuda() && dtype == at::kFloat; }
+
 // A matrix product in another dtype than that of its factors, rounded once where the device can.
 Tensor multiply(const Tensor& a, const Tensor& b, at::ScalarType dtype, bool differentiable) {
   if (a.scalar_type() == dtype) return at::mm(a, b);
-  if (a.is_cuda() && dtype == at::kFloat && !differentiable) return at::mm(a, b, dtype);
+  if (can_widen(a, dtype) && !differentiable) return at::mm(a, b, dtype);
   return at::mm(a, b).to(dtype);
 }
 
-// The sum of all rows in another dtype. GPUs multiply by ones, which is exact and takes half of a reduction's time;
-// CPUs would first convert all rows, which takes as long as a product.
+// Adds a matrix product in the dtype of the sum, without memory for the product where the device can.
+void add_product(Tensor sum, const Tensor& a, const Tensor& b) {
+  if (a.scalar_type() == sum.scalar_type()) {
+    sum.addmm_(a, b);
+  } else if (can_widen(a, sum.scalar_type())) {
+    at::addmm_out(sum, sum, a, b, sum.scalar_type());
+  } else {
+    sum.add_(at::mm(a, b));
+  }
+}
+
+// The sum of all rows in another dtype. GPUs multiply by ones, which is exact and takes half of a reduction's time and
+// none of its memory, tens of megabytes; CPUs would first convert all rows, which takes as long as a product.
 Tensor sum_rows(const Tensor& rows, at::ScalarType dtype, bool differentiable) {
   if (!rows.is_cuda()) return rows.sum(0).to(dtype);
-  const bool is_widened = rows.element_size() == 2 && dtype == at::kFloat;
-  if (!is_widened || differentiable) return rows.sum(0, false, dtype);
-  return at::mm(at::ones({1, rows.size(0)}, rows.options()), rows, dtype).squeeze(0);
+  if (rows.element_size() > 2 || differentiable) return rows.sum(0, false, dtype);
+  return at::mm(at::ones({1, rows.size(0)}, rows.options()), rows, at::kFloat).squeeze(0).to(dtype);
 }
 
 // Tensors in another dtype, those that have it as they are. The others take one launch together where they can.
@@ -78,6 +89,20 @@ variable_list cast_all(const variable_list& tensors, at::ScalarType dtype) {
   }
   if (!from.empty()) at::_foreach_copy_(to, from);
   return result;
+}
+
+// To be asked while a node saves its outputs, for may_overwrite.
+void note_hooks(AutogradContext* ctx) {
+  ctx->saved_data["is_hooked"] = at::SavedTensorDefaultHooks::get_hooks().has_value();
+}
+
+// Of an output that a node has saved: whether nobody needs it any more. This is the last time that a backward goes
+// through the graph, no hook has seen what was saved and may hold it, and beside what is saved and what came of it
+// nobody sees the memory; a recorded cache, say. NOTE: hooks bring along tensors of their own, and another number.
+// Inputs have another one, too, which says nothing of who else holds them.
+bool may_overwrite(AutogradContext* ctx, const Tensor& unpacked) {
+  return !torch::autograd::get_current_graph_task_keep_graph() && !ctx->saved_data["is_hooked"].toBool() &&
+         unpacked.storage().use_count() == 2;
 }
 
 // The tokens, cast, and what comes of them.
@@ -136,6 +161,7 @@ struct Project : torch::autograd::Function<Project> {
     ctx->save_for_backward({projected.tokens, projected.weight, weight, bias.value_or(Tensor())});
     ctx->saved_data["parts"] = Kept<std::vector<ProjectedPart>>::make(parts);
     ctx->saved_data["x_dtype"] = x.scalar_type();
+    note_hooks(ctx);
     ctx->set_materialize_grads(false);
     if (is_cast && !x.requires_grad()) ctx->mark_non_differentiable({projected.tokens});
     if (is_cast) projected.products.push_back(projected.tokens);
@@ -160,17 +186,26 @@ struct Project : torch::autograd::Function<Project> {
       if (!grads[i].defined()) continue;
       has_grad = true;
       const Tensor rows = two_dims(grads[i]);
-      if (ctx->needs_input_grad(0)) {
-        const Tensor columns = weight.slice(0, parts[i].row_begin, parts[i].row_end);
-        const Tensor through = three_dims(multiply(rows, columns, x_dtype, differentiable), grads[i]);
-        dx = add_to_tokens(dx, through, parts[i].tokens, tokens, differentiable);
-      }
       if (ctx->needs_input_grad(1)) {
         const Tensor seen = two_dims(take(tokens, parts[i].tokens));
         dweights[i] = multiply(rows.t(), seen, original.scalar_type(), differentiable);
       }
       if (bias.defined() && ctx->needs_input_grad(2)) {
         dbiases[i] = sum_rows(rows, bias.scalar_type(), differentiable);
+      }
+    }
+    // Cast tokens give their memory back: their gradient takes most of all that is needed from here on.
+    if (is_cast && !differentiable && may_overwrite(ctx, tokens)) {
+      tokens.storage().unsafeGetStorageImpl()->release_resources();
+    }
+    for (size_t i = 0; i < parts.size(); ++i) {
+      if (!grads[i].defined() || !ctx->needs_input_grad(0)) continue;
+      const Tensor columns = weight.slice(0, parts[i].row_begin, parts[i].row_end);
+      if (dx.defined() && dx.size(0) == 1 && !differentiable) {
+        add_products(dx[0], grads[i][0], columns, parts[i].tokens);
+      } else {
+        const Tensor through = multiply(two_dims(grads[i]), columns, x_dtype, differentiable);
+        dx = add_to_tokens(dx, three_dims(through, grads[i]), parts[i].tokens, tokens, differentiable);
       }
     }
     variable_list result(5);
@@ -181,6 +216,16 @@ struct Project : torch::autograd::Function<Project> {
   }
 
  private:
+  // Adds the products of rows with columns to those tokens that the rows are of.
+  static void add_products(const Tensor& sum, const Tensor& rows, const Tensor& columns,
+                           const std::optional<Ranges>& ranges) {
+    int64_t taken = 0;
+    for (const auto& [start, end] : ranges.value_or(Ranges{{0, sum.size(0)}})) {
+      add_product(sum.slice(0, start, end), rows.slice(0, taken, taken + end - start), columns);
+      taken += end - start;
+    }
+  }
+
   // The gradient of the tokens `like`, given that of some.
   static Tensor add_to_tokens(const Tensor& sum, const Tensor& rows, const std::optional<Ranges>& ranges,
                               const Tensor& like, bool differentiable) {
@@ -282,7 +327,7 @@ struct AttendInPlace : torch::autograd::Function<AttendInPlace> {
     for (const std::optional<Tensor>& each : freqs) saved.push_back(each.value_or(Tensor()));
     ctx->save_for_backward(saved);
     ctx->saved_data["call"] = Kept<PackedCall>::make(call);
-    ctx->saved_data["is_hooked"] = at::SavedTensorDefaultHooks::get_hooks().has_value();  // who may hold what they saw
+    note_hooks(ctx);
     variable_list results{out};
     results.insert(results.end(), rotated.begin(), rotated.end());
     return results;
@@ -308,15 +353,21 @@ struct AttendInPlace : torch::autograd::Function<AttendInPlace> {
       return result;
     }
     const at::AutoDispatchBelowADInplaceOrView guard;
+    // Those buffers are outputs that were rotated. The projection that took the output has run by now, and holds it no
+    // more.
+    bool may_overwrite_buffers = true;
+    for (size_t part = 0; part < num_parts; ++part) {
+      may_overwrite_buffers = may_overwrite_buffers && freqs[part].defined() && may_overwrite(ctx, buffers[part]);
+    }
+    const bool may_overwrite_out = may_overwrite(ctx, saved[0]);
     const int64_t num_heads = call.shapes[0][3], head_dim = call.shapes[0][4];
     const Tensor dheads = dout.unflatten(2, {num_heads, head_dim}),
                  heads = saved[0].unflatten(2, {num_heads, head_dim});
-    const bool may_overwrite = is_last_use() && !ctx->saved_data["is_hooked"].toBool() &&
-                               std::all_of(buffers.begin(), buffers.end(), is_held_by_node_alone);
     const std::vector<Tensor> qkv = slots(buffers, call.shapes);
     variable_list dbuffers;
-    if (may_overwrite && backward_in_place(dheads, std::nullopt, qkv[0], qkv[1], qkv[2], heads, saved[1], call.segments,
-                                           call.softmax_scale, mask, call.dropout_p, seed)) {
+    if (may_overwrite_buffers &&
+        backward_in_place(dheads, std::nullopt, qkv[0], qkv[1], qkv[2], heads, saved[1], call.segments,
+                          call.softmax_scale, mask, call.dropout_p, seed, may_overwrite_out)) {
       for (const Tensor& buffer : buffers) dbuffers.push_back(buffer.detach());
     } else {
       for (const Tensor& buffer : buffers) dbuffers.push_back(at::empty_like(buffer));
@@ -336,14 +387,6 @@ struct AttendInPlace : torch::autograd::Function<AttendInPlace> {
     }
     return result;
   }
-
- private:
-  // Whether this is the last time that a backward goes through the graph.
-  static bool is_last_use() { return !torch::autograd::get_current_graph_task_keep_graph(); }
-
-  // Of a saved output: whether, beside what is saved and what came of it, nobody sees its memory; a recorded cache,
-  // say. NOTE: hooks on saved tensors bring along tensors of their own, and another number.
-  static bool is_held_by_node_alone(const Tensor& unpacked) { return unpacked.storage().use_count() == 2; }
 };
 
 }  // namespace

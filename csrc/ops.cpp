@@ -234,11 +234,12 @@ bool can_overwrite_inputs(const BwdParams& params, const Tensor& q) {
   return false;
 }
 
-// Whether it ran: where the gradients are the inputs themselves, only if kernels can do that.
+// Whether it ran: where the gradients are the inputs themselves, only if kernels can do that. spare_out: as BwdParams
+// has it.
 bool run_backward(const Tensor& dout, const OptionalTensor& dlse, const Tensor& q, const Tensor& k, const Tensor& v,
                   const Tensor& out, const Tensor& lse, at::IntArrayRef segments, double softmax_scale,
                   const OptionalTensor& key_padding_mask, double dropout_p, const OptionalTensor& dropout_seed,
-                  const Tensor& dq, const Tensor& dk, const Tensor& dv, bool is_in_place) {
+                  const Tensor& dq, const Tensor& dk, const Tensor& dv, bool is_in_place, void* spare_out) {
   const Call call = prepare(q, k, v, segments, key_padding_mask, dropout_p, dropout_seed);
   const at::DimVector out_shape{q.size(0), q.size(1), q.size(2), v.size(3)};
   const at::DimVector lse_shape{q.size(0), q.size(2), q.size(1)};
@@ -276,6 +277,7 @@ bool run_backward(const Tensor& dout, const OptionalTensor& dlse, const Tensor& 
   params.dq_strides = strides(dq);
   params.dk_strides = strides(dk);
   params.dv_strides = strides(dv);
+  params.spare_out = spare_out;
   params.deterministic = at::globalContext().deterministicAlgorithms();
   if (is_in_place && !can_overwrite_inputs(params, q)) return false;
   run_bwd(params, q);
@@ -289,15 +291,16 @@ void backward_out(const Tensor& dout, const OptionalTensor& dlse, const Tensor& 
                   const OptionalTensor& key_padding_mask, double dropout_p, const OptionalTensor& dropout_seed,
                   const Tensor& dq, const Tensor& dk, const Tensor& dv) {
   run_backward(dout, dlse, q, k, v, out, lse, segments, softmax_scale, key_padding_mask, dropout_p, dropout_seed, dq,
-               dk, dv, false);
+               dk, dv, false, nullptr);
 }
 
 bool backward_in_place(const Tensor& dout, const OptionalTensor& dlse, const Tensor& q, const Tensor& k,
                        const Tensor& v, const Tensor& out, const Tensor& lse, at::IntArrayRef segments,
                        double softmax_scale, const OptionalTensor& key_padding_mask, double dropout_p,
-                       const OptionalTensor& dropout_seed) {
+                       const OptionalTensor& dropout_seed, bool may_overwrite_out) {
+  void* const spare_out = may_overwrite_out && out.is_contiguous() ? out.mutable_data_ptr() : nullptr;
   return run_backward(dout, dlse, q, k, v, out, lse, segments, softmax_scale, key_padding_mask, dropout_p, dropout_seed,
-                      q, k, v, true);
+                      q, k, v, true, spare_out);
 }
 
 std::tuple<Tensor, Tensor, Tensor> backward(const Tensor& dout, const OptionalTensor& dlse, const Tensor& q,

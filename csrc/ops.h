@@ -27,13 +27,13 @@ void backward_out(const at::Tensor& dout, const std::optional<at::Tensor>& dlse,
                   double dropout_p, const std::optional<at::Tensor>& dropout_seed, const at::Tensor& dq,
                   const at::Tensor& dk, const at::Tensor& dv);
 
-// The same, over the inputs: dq where q lies, dk where k does, dv where v does. False, and nothing done, where no
-// kernel can.
+// The same, over the inputs: dq where q lies, dk where k does, dv where v does. If allowed to, it may leave anything
+// where out lies. False, and nothing done, where no kernel can.
 bool backward_in_place(const at::Tensor& dout, const std::optional<at::Tensor>& dlse, const at::Tensor& q,
                        const at::Tensor& k, const at::Tensor& v, const at::Tensor& out, const at::Tensor& lse,
                        at::IntArrayRef segments, double softmax_scale,
                        const std::optional<at::Tensor>& key_padding_mask, double dropout_p,
-                       const std::optional<at::Tensor>& dropout_seed);
+                       const std::optional<at::Tensor>& dropout_seed, bool may_overwrite_out);
 
 // Multiplies channel pairs by freqs, or its conjugate, into out; out may be x itself.
 void rope_out(const at::Tensor& x, const at::Tensor& freqs, bool conjugate, const at::Tensor& out);

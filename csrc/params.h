@@ -62,6 +62,7 @@ struct BwdParams : AttentionParams {
   void* dk;          // (batch_size, seqlen_k, num_heads, head_dim), never broadcast
   void* dv;          // (batch_size, seqlen_k, num_heads, head_dim_v), never broadcast
   Strides out_strides, dout_strides, dq_strides, dk_strides, dv_strides;
+  void* spare_out;  // out once more, contiguous, if its memory is the pass's to use as soon as it has read it; or null
   bool deterministic;
 };
 

@@ -290,7 +290,7 @@ class MixedAttention(DotProductAttention):
             token_specs,
             attention_patterns,
             cached=[TokenSpec(name, cache.cached_length(kv_cache, name)) for name in cached],
-            skip_unread_keys=read.issuperset(to_record),
+            skip_unread_keys=read.issuperset(to_record) and (bool(cached) or _pays_to_skip(x, token_specs, read)),
         )
         cache.check_names(kv_cache, cached)
         kv_cache = kv_cache if cached else None
@@ -383,6 +383,21 @@ def check_tokens(x: Tensor, token_specs: Sequence[TokenSpecLike], key_padding_ma
             f"Token specs total size {total} does not match x of shape {tuple(x.shape)}, "
             f"expected (batch_size, {total}, dim)"
         )
+
+
+LEAST_SKIPPED = {"cuda": 6_000_000}
+"""By type of device, from how many numbers of unread tokens on it saves time to make no keys and values of them.
+
+On a GPU a second product and rotation for the others cost more than they save below that: layers whose unread groups
+have 2.4 and 4.6 million numbers took 5 to 8 % longer, launches not counted, with 9 and 17 million 1 to 4 % less.
+"""
+
+
+def _pays_to_skip(x: Tensor, token_specs: Sequence[TokenSpecLike], read: set[str]) -> bool:
+    if torch.compiler.is_compiling():  # sizes may be symbolic: they must not be compared
+        return True
+    unread = sum(spec.size for spec in token_specs if spec.size is not None and spec.name not in read)
+    return x.shape[0] * unread * x.shape[2] >= LEAST_SKIPPED.get(x.device.type, 0)
 
 
 def _runs_with_keys(plan: AttentionPlan) -> Runs:

@@ -78,6 +78,12 @@ def make_freqs(num_tokens: int, batch_size: int = 1, head_dim: int = DIM // NUM_
     return torch.polar(0.5 + magnitude, 6 * angle)
 
 
+def num_products(out: Tensor) -> int:
+    """How many products q, k and v were made by, of the output of a layer in plain eager mode."""
+    attention = out.grad_fn.next_functions[0][0]
+    return sum(node is not None for node, _ in attention.next_functions)
+
+
 def tensor_of(result: Tensor | tuple[Tensor, object]) -> Tensor:
     """The output of a layer of any of the published signatures."""
     return result[0] if isinstance(result, tuple) else result

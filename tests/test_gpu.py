@@ -30,6 +30,8 @@ MANY_TILES = {
     "narrow": Case((1500, 1300), "a>a b>b", num_heads=8, head_dim=32, mask="random"),
     "segments": Case((2000, 1500, 900), "a>ab b>bc c>cc", num_heads=3, head_dim=64),
     "unions": Case((300, 700, 900, 500), "a>bcd b>acd c>abd d>abc", num_heads=3, head_dim=64),
+    "heads of 192": Case((1500, 1300), "a>ab b>b", num_heads=4, head_dim=192),
+    "heads of 256": Case((1500, 1300), "a>b b>ab", num_heads=4, head_dim=256, mask="random"),
 }
 
 
@@ -79,7 +81,7 @@ def test_sizes_around_every_tile(ahead, head_dim, dtype, device):
 
 @each_dtype
 @pytest.mark.parametrize("layout", ["contiguous", "packed", "strided"])
-@pytest.mark.parametrize("head_dim", [1, 7, 8, 16, 20, 32, 40, 48, 64, 80, 96, 112, 128, 136, 160, 192, 200, 256])
+@pytest.mark.parametrize("head_dim", [1, 7, 8, 16, 20, 32, 40, 48, 64, 80, 96, 112, 128, 136, 160, 192, 200, 248, 256])
 def test_widths(head_dim, layout, dtype, device):
     """Strided views begin at an odd element: no base pointer is aligned."""
     check(Case((77, 130, 65), "a>b bc>ac", 2, num_heads=3, head_dim=head_dim, layout=layout, dtype=dtype), device)
@@ -96,14 +98,14 @@ def test_values_of_another_width(head_dim, head_dim_v, dtype, device):
 
 
 @each_dtype
-@pytest.mark.parametrize("head_dim", [64, 128])
+@pytest.mark.parametrize("head_dim", [64, 128, 136, 256])
 @pytest.mark.parametrize("shared", ["k", "v", "kv"])
 def test_one_sequence_of_keys_for_a_batch(shared, head_dim, dtype, device):
     check(Case((77, 130), "a>b b>ab", 3, num_heads=2, head_dim=head_dim, shared=shared, dtype=dtype), device)
 
 
 @each_dtype
-@pytest.mark.parametrize("head_dim", [24, 64, 96, 128, 160, 256])
+@pytest.mark.parametrize("head_dim", [24, 64, 96, 128, 136, 192, 248, 256])
 @pytest.mark.parametrize("mask", ["random", "blocked", "front", "back", "shared"])
 def test_padding_masks(mask, head_dim, dtype, device):
     case = Case((77, 730), "a>b b>ab", 2, num_heads=2, head_dim=head_dim, mask=mask, dtype=dtype)
@@ -112,7 +114,7 @@ def test_padding_masks(mask, head_dim, dtype, device):
 
 
 @each_dtype
-@pytest.mark.parametrize("head_dim", [8, 32, 40, 64, 96, 120])
+@pytest.mark.parametrize("head_dim", [8, 32, 40, 64, 96, 120, 136, 200])
 @pytest.mark.parametrize("mask", [None, "random", "blocked"])
 def test_widths_and_masks_in_deterministic_mode(mask, head_dim, dtype, device):
     case = Case((77, 330), "a>b b>ab", 2, num_heads=2, head_dim=head_dim, mask=mask, dtype=dtype)
@@ -170,7 +172,7 @@ def test_logits_that_would_overflow(attends, device):
         check(Case((200, 130), attends, head_dim=64, magnitude=300.0, dtype=dtype), device)
 
 
-@pytest.mark.parametrize("head_dim", [64, 128])
+@pytest.mark.parametrize("head_dim", [64, 128, 192, 256])
 def test_keys_beside_a_single_one_of_small_logits(head_dim, device):
     """The weight of a key that does not count, masked or past the end, would be infinite."""
     case = Case((200, 2), "a>b b>b", num_heads=2, skip_unread_keys=True, mask="front", magnitude=300.0)
@@ -240,7 +242,10 @@ KINDS = {
     "hopper, 64, masked": TINY.with_(head_dim=64, dtype=BF16, mask="random"),
     "hopper, 128": TINY.with_(head_dim=128, dtype=FP16),
     "hopper, 128, masked": TINY.with_(head_dim=128, dtype=BF16, mask="random"),
+    "hopper, 192": TINY.with_(head_dim=192, dtype=FP16),
+    "hopper, 192, masked": TINY.with_(head_dim=192, dtype=BF16, mask="random"),
     "hopper, 256": TINY.with_(head_dim=256, dtype=BF16),
+    "hopper, 256, masked": TINY.with_(head_dim=256, dtype=FP16, mask="random"),
     "hopper, fp32, 64": TINY.with_(head_dim=64),
     "hopper, fp32, 128": TINY.with_(head_dim=128),
     "hopper, split keys": Case((3, 2100), "ab>ab", head_dim=64, cached="b", dtype=BF16),

@@ -19,6 +19,7 @@ from layers import (
     make_freqs,
     make_layer,
     make_x,
+    num_products,
     oracle,
     tensor_of,
 )
@@ -29,6 +30,7 @@ from torch.func import functional_call
 from torch.utils.checkpoint import checkpoint
 
 import mixed_attention as ma
+from mixed_attention import module
 
 LAYERS = {"fused": ma.MixedAttention, "separate": ma.noether.MixedAttention}
 
@@ -47,6 +49,32 @@ def test_output_and_gradients_are_those_of_dense_attention(scene, cls, use_rope,
     out = tensor_of(layer(x, scene.specs, scene.patterns, freqs=freqs))
     assert_equal_in_fp64(out, expected)
     assert_equal_in_fp64(gradients(out, wanted), expected_grads)
+
+
+@pytest.mark.parametrize("use_rope", [False, True], ids=["plain", "rope"])
+@pytest.mark.parametrize("masked", [False, True], ids=["all keys", "padding mask"])
+def test_keys_that_nobody_attends_to_are_made_where_that_is_quicker(masked, use_rope, monkeypatch):
+    layer, x = make_layer(use_rope=use_rope), make_x(SELF)
+    options = {"freqs": make_freqs(SELF.num_tokens)} if use_rope else {}
+    mask = torch.rand(2, SELF.num_tokens, generator=torch.Generator().manual_seed(0)) < 0.6 if masked else None
+    expected = oracle(layer, x, SELF.counts(), key_padding_mask=mask, **options)
+    wanted = [x, *layer.parameters()]
+    expected_grads = gradients(expected, wanted)
+    num_unread = 2 * (5 + 7) * DIM  # of two sequences
+    for least, products in ((num_unread, 2), (num_unread + 1, 1)):
+        monkeypatch.setitem(module.LEAST_SKIPPED, "cpu", least)
+        out = layer(x, SELF.specs, SELF.patterns, key_padding_mask=mask, **options)
+        assert num_products(out) == products
+        assert_equal_in_fp64(out, expected)
+        assert_equal_in_fp64(gradients(out, wanted), expected_grads)
+
+
+@pytest.mark.parametrize("scene", SCENES.values(), ids=SCENES)
+def test_gradients_of_a_single_sequence(scene):
+    layer, x, freqs = make_layer(use_rope=True), make_x(scene, batch_size=1), make_freqs(scene.num_tokens)
+    wanted = [x, *layer.parameters()]
+    expected = gradients(oracle(layer, x, scene.counts(), freqs), wanted)
+    assert_equal_in_fp64(gradients(layer(x, scene.specs, scene.patterns, freqs=freqs), wanted), expected)
 
 
 @pytest.mark.parametrize("parallel", [True, False], ids=["fused kernels", "reference"])

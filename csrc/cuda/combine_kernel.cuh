@@ -3,6 +3,7 @@
 
 #include <cstdint>
 
+#include "cuda/ptx/dependent_grids.cuh"
 #include "params.h"
 
 namespace mixed_attention::cuda {
@@ -19,6 +20,8 @@ struct SplitRow {
 template <class Element, class Rows>
 __global__ void attention_combine_kernel(const FwdParams params, const float* partial_out, const float* partial_lse,
                                          int num_splits, const __grid_constant__ Rows rows) {
+  ptx::allow_next_grid();
+  ptx::wait_for_grids_before();
   const SplitRow row = rows.find((static_cast<int64_t>(blockIdx.x) * blockDim.x + threadIdx.x) / 32);
   if (!row.exists) return;
   const auto part = [&](int i) { return row.first_part + i * row.part_step; };

@@ -43,7 +43,7 @@ Layout layout_bwd(const BwdParams& params);
 size_t fwd_workspace_size(const FwdParams& params);
 size_t bwd_workspace_size(const BwdParams& params);
 
-// Whether run_bwd may be given the inputs as gradients.
+// Whether run_bwd may be given the inputs as gradients: dq where q lies, dk where k does, dv where v does.
 bool can_overwrite_inputs(const BwdParams& params);
 
 // These enqueue on params.stream and return; they never synchronise and never allocate.

@@ -1,12 +1,15 @@
 #include <cuda_bf16.h>
 #include <cuda_fp16.h>
 
+#include <algorithm>
 #include <limits>
 #include <string>
 
+#include "cuda/cuda_check.h"
 #include "cuda/device.h"
 #include "cuda/hopper/bwd_config.h"
 #include "cuda/hopper/bwd_launch.h"
+#include "cuda/hopper/bwd_plan.h"
 #include "cuda/hopper/fp32_bwd_launch.h"
 #include "cuda/hopper/key_work_table.h"
 #include "cuda/hopper/launch.h"
@@ -21,35 +24,45 @@ int kernel_head_dim(const BwdParams& params) {
   return with_bwd_head_dim(params.head_dim, []<int kHeadDim>() { return kHeadDim; });
 }
 
-// Floats of a statistic by tiles. Every query segment may end in a tile that is filled up.
-int64_t size_by_tiles(const BwdParams& params) {
-  return params.batch_size * params.num_heads * num_query_tiles(make_query_runs(*params.schedule)) * kQueryTileRows;
-}
+int64_t num_sequences(const BwdParams& params) { return params.batch_size * params.num_heads; }
 
-// Whether one kernel takes less time than two, with seven products instead of five: where keys are many and queries
-// few, blocks would wait for their turns. Nor may the sums of a query tile, one for each key segment that it reads,
-// take more than twice the memory that they take where they come in any order.
-bool can_take_turns(const BwdParams& params) {
-  const std::vector<QueryRun> runs = make_query_runs(*params.schedule);
-  if (num_reader_tiles(*params.schedule) > 2 * num_query_tiles(runs)) return false;
-  const KeyWorkTable table = make_key_work_table(params, runs, kKeyTileRows);
-  const int num_blocks = num_multiprocessors(params.device);
-  return 5 * int64_t{steps_of_longest_block(table, num_blocks, 1, true)} <=
-         7 * int64_t{steps_of_longest_block(table, num_blocks, 1, false)};
-}
+int64_t num_rows(const BwdParams& params) { return num_sequences(params) * params.seqlen_q; }
 
-DqSums take_dq_sums(const BwdParams& params, Scratch& scratch) {
-  const int64_t num_sequences = params.batch_size * params.num_heads;
-  const int64_t num_tiles =
-      params.deterministic ? num_reader_tiles(*params.schedule) : num_query_tiles(make_query_runs(*params.schedule));
+// Of q, and of whatever has its shape.
+int64_t num_elements(const BwdParams& params) { return num_rows(params) * params.head_dim; }
+
+// Those of the largest share serve all.
+DqSums take_dq_sums(const BwdParams& params, const BwdPlan& plan, const std::vector<QueryRun>& runs, Scratch& scratch) {
+  const bool takes_turns = plan.dq_form == DqForm::kInTurn;
+  const int64_t num_tiles = takes_turns ? num_reader_tiles(*params.schedule) : num_query_tiles(runs);
+  const int64_t num_all = num_sequences(params_of(plan.shares.front(), params)) * num_tiles;
+  const int64_t tile_floats = kQueryTileRows * kernel_head_dim(params);
   DqSums sums{};
   sums.num_tiles = static_cast<int>(num_tiles);
-  sums.sums = scratch.take<float>(num_sequences * num_tiles * kQueryTileRows * kernel_head_dim(params));
-  if (params.deterministic) sums.turns = scratch.take<uint32_t>(num_sequences * num_tiles);
+  sums.spare = static_cast<float*>(params.spare_out);
+  const int64_t spare_floats = sums.spare == nullptr ? 0 : num_elements(params) / 2;
+  sums.num_spare = std::min(num_all, spare_floats / tile_floats);
+  sums.num_others = num_all - sums.num_spare;
+  sums.others = scratch.take<float>(sums.num_others * tile_floats);
+  if (takes_turns) sums.turns = scratch.take<uint32_t>(num_sequences(params) * num_tiles);
   return sums;
 }
 
-int64_t num_rows(const BwdParams& params) { return params.batch_size * params.num_heads * params.seqlen_q; }
+// The kernel for dq reads all keys and values, the one for dk and dv all queries: whichever runs first cannot write
+// where the other one reads.
+DqTensor take_dq(const BwdParams& params, Scratch& scratch) {
+  if (params.dq != params.q) return {params.dq, params.dq_strides};
+  const int64_t row = params.num_heads * params.head_dim;
+  const Strides strides{params.seqlen_q * row, row, params.head_dim};
+  return {params.spare_out != nullptr ? params.spare_out : scratch.take<uint16_t>(num_elements(params)), strides};
+}
+
+// Whether the rows of dq are in one piece each, and equally far apart.
+bool can_move_dq(const BwdParams& params) {
+  const Strides& strides = params.dq_strides;
+  return (params.num_heads == 1 || strides.head == params.head_dim) &&
+         (params.batch_size == 1 || strides.batch == params.seqlen_q * strides.row);
+}
 
 }  // namespace
 
@@ -63,18 +76,32 @@ BwdTensors bwd_tensors(const BwdParams& params) {
 
 BwdWorkspace bwd_workspace(const BwdParams& params) {
   Scratch scratch(params.workspace);
-  const int64_t size = size_by_tiles(params);
+  const std::vector<QueryRun> runs = make_query_runs(*params.schedule);
+  const BwdPlan plan = plan_bwd(params, runs);
+  // Every query segment may end in a tile that is filled up.
+  const int64_t size = num_sequences(params) * num_query_tiles(runs) * kQueryTileRows;
   BwdWorkspace workspace{};
+  workspace.plan = plan;
   workspace.lse_log2 = scratch.take<float>(size);
   workspace.delta = scratch.take<float>(size);
-  if (adds_dq(params)) {
-    workspace.dq_sums = take_dq_sums(params, scratch);
+  if (plan.dq_form != DqForm::kApart) {
+    workspace.dq_sums = take_dq_sums(params, plan, runs, scratch);
   } else {
     workspace.delta_of_rows = scratch.take<float>(num_rows(params));
+    workspace.dq = take_dq(params, scratch);
   }
   if (params.key_padding_mask != nullptr) workspace.masked_keys = plan_masked_keys(params, scratch, true);
   workspace.size = scratch.bytes();
   return workspace;
+}
+
+void move_dq(const BwdParams& params, const BwdWorkspace& workspace) {
+  if (workspace.dq.data == params.dq) return;
+  const size_t row_bytes = params.num_heads * params.head_dim * sizeof(uint16_t);
+  check(cudaMemcpy2DAsync(params.dq, params.dq_strides.row * sizeof(uint16_t), workspace.dq.data, row_bytes, row_bytes,
+                          params.batch_size * params.seqlen_q, cudaMemcpyDeviceToDevice,
+                          static_cast<cudaStream_t>(params.stream)),
+        "copy of dq");
 }
 
 BwdTensors bwd_tensors(const BwdParams& params, const BwdWorkspace& workspace) {
@@ -86,26 +113,10 @@ BwdTensors bwd_tensors(const BwdParams& params, const BwdWorkspace& workspace) {
   return tensors;
 }
 
-bool adds_dq(const BwdParams& params) {
-  return params.dtype != DType::kFloat32 && can_add_dq(kernel_head_dim(params)) &&
-         (!params.deterministic || can_take_turns(params));
-}
-
-int num_query_splits(const BwdParams& params, const std::vector<QueryRun>& runs) {
-  if (!adds_dq(params) || params.key_padding_mask != nullptr) return 1;
-  const KeyWorkTable table = make_key_work_table(params, runs, kKeyTileRows);
-  const int num_blocks = num_multiprocessors(params.device);
-  const auto num_steps = [&](int splits) {
-    return steps_of_longest_block(table, num_blocks / splits, splits, params.deterministic);
-  };
-  return num_steps(2) < num_steps(1) ? 2 : 1;
-}
-
 std::string refusal_bwd(const Problem& problem) {
   if (std::string refusal = refusal_fwd(problem); !refusal.empty()) return refusal;
-  const int64_t limit = problem.dtype == DType::kFloat32 ? kFp32BwdHeadDim : kMaxBwdHeadDim;
-  if (problem.head_dim > limit) {
-    return "head_dim is " + std::to_string(problem.head_dim) + ", above " + std::to_string(limit);
+  if (problem.dtype == DType::kFloat32 && problem.head_dim > kFp32BwdHeadDim) {
+    return "head_dim is " + std::to_string(problem.head_dim) + ", above " + std::to_string(kFp32BwdHeadDim);
   }
   return "";
 }
@@ -120,9 +131,13 @@ bool can_bwd(const BwdParams& params) {
          can_store(params.dv, params.dv_strides) && fits_work_table(params) && fits_key_work_table(params);
 }
 
-// With all gradients in one kernel, keys and values are read by those alone who overwrite them, after their last use;
-// gradients of queries leave in a kernel behind it.
-bool can_overwrite_inputs(const BwdParams& params) { return adds_dq(params); }
+// The last kernel that reads keys and values is the one for their gradients: there they are read by those alone who
+// overwrite them, after their last use. Gradients of queries reach their place behind it. The kernels for fp32 read
+// copies.
+bool can_overwrite_inputs(const BwdParams& params) {
+  return params.dtype == DType::kFloat32 || can_move_dq(params) ||
+         plan_bwd(params, make_query_runs(*params.schedule)).dq_form != DqForm::kApart;
+}
 
 size_t bwd_workspace_size(const BwdParams& params) {
   return params.dtype == DType::kFloat32 ? fp32_bwd_workspace(params).size : bwd_workspace(params).size;

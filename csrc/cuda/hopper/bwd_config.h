@@ -7,9 +7,8 @@
 
 namespace mixed_attention::cuda::hopper {
 
-// As kFwdHeadDims. Gradients of wider heads do not fit the registers of their warpgroups.
-inline constexpr int kBwdHeadDims[] = {32, 64, 96, 128};
-inline constexpr int kMaxBwdHeadDim = 128;
+// As kFwdHeadDims.
+inline constexpr int kBwdHeadDims[] = {32, 64, 96, 128, 192, 256};
 
 template <typename Visit>
 auto with_bwd_head_dim(int64_t head_dim, const Visit& visit) {
@@ -19,6 +18,9 @@ auto with_bwd_head_dim(int64_t head_dim, const Visit& visit) {
 // Whether a kernel computes all gradients of such heads. At 96 the registers of three warpgroups fall some words short
 // of it; at 128 two of them could, but take as long as the two kernels.
 constexpr bool can_add_dq(int head_dim) { return head_dim <= 64; }
+
+// Whether dk and dv of 64 keys take more registers than a warpgroup has, so that one has dk and another one dv.
+constexpr bool is_wide(int64_t head_dim) { return head_dim > 128; }
 
 // Whether the sums of dq are those of dqᵀ, which has 64 rows to a product, or as they stand.
 constexpr bool transposes_dq(int head_dim) { return head_dim % kWarpgroupRows == 0; }
@@ -31,7 +33,19 @@ inline constexpr int kQueryTileRows = 64;
 constexpr int place_of_stats(int row) { return row / 16 * 16 + row % 8 / 2 * 4 + row / 8 % 2 * 2 + row % 2; }
 
 // Key rows of an item of that kernel.
-inline constexpr int kKeyTileRows = 2 * kWarpgroupRows;
+constexpr int key_tile_rows(int64_t head_dim) { return is_wide(head_dim) ? kWarpgroupRows : 2 * kWarpgroupRows; }
+
+// Tiles of kBlockM_ queries and kBlockN_ keys as they lie in shared memory.
+template <typename Element_, int kHeadDim_, int kBlockM_, int kBlockN_>
+struct BwdTiles {
+  using Element = Element_;
+  static constexpr int kHeadDim = kHeadDim_, kBlockM = kBlockM_, kBlockN = kBlockN_;
+  static constexpr int kSlabColumns = slab_columns(kHeadDim), kRowBytes = kSlabColumns * sizeof(Element);
+  static constexpr int kSlabBytesM = kBlockM * kRowBytes, kTileBytesM = kHeadDim / kSlabColumns * kSlabBytesM;
+  static constexpr int kSlabBytesN = kBlockN * kRowBytes, kTileBytesN = kHeadDim / kSlabColumns * kSlabBytesN;
+
+  static_assert(sizeof(Element) == 2 && kHeadDim % kSlabColumns == 0);
+};
 
 // A tile of queries waits in its buffer for three steps, one of output gradients for one.
 template <int kHeadDim>
@@ -63,22 +77,14 @@ enum class DqForm { kApart, kAsItComes, kInTurn };
 
 // Each warpgroup owns 64 keys of a tile. kIsMasked: by a key padding mask. The queries of a tile are split over the
 // kSplits blocks of a cluster.
-template <typename Element_, int kHeadDim_, bool kIsMasked_, DqForm kDqForm, int kSplits_ = 1>
-struct DkDvConfig : DkDvTuning<kHeadDim_> {
-  using Element = Element_;
-  static constexpr int kHeadDim = kHeadDim_;
+template <typename Element, int kHeadDim, bool kIsMasked_, DqForm kDqForm, int kSplits_ = 1>
+struct DkDvConfig : DkDvTuning<kHeadDim>, BwdTiles<Element, kHeadDim, kQueryTileRows, key_tile_rows(kHeadDim)> {
+  using Tiles = BwdTiles<Element, kHeadDim, kQueryTileRows, key_tile_rows(kHeadDim)>;
   static constexpr bool kIsMasked = kIsMasked_;
-  static constexpr int kConsumers = kKeyTileRows / kWarpgroupRows;
-  static constexpr int kBlockM = kQueryTileRows, kBlockN = kKeyTileRows;
-
-  static constexpr int kSlabColumns = slab_columns(kHeadDim), kRowBytes = kSlabColumns * sizeof(Element);
-  static constexpr int kSlabBytesM = kBlockM * kSlabColumns * sizeof(Element);
-  static constexpr int kSlabBytesN = kBlockN * kSlabColumns * sizeof(Element);
-  static constexpr int kTileBytesM = kHeadDim / kSlabColumns * kSlabBytesM;
-  static constexpr int kTileBytesN = kHeadDim / kSlabColumns * kSlabBytesN;
-  static constexpr int kStatsBytes = kBlockM * sizeof(float);
-  static constexpr int kScoreBytes = kBlockN * kBlockM * sizeof(Element);
-  static constexpr int kDqTileFloats = kBlockM * kHeadDim;
+  static constexpr int kConsumers = Tiles::kBlockN / kWarpgroupRows;
+  static constexpr int kStatsBytes = Tiles::kBlockM * sizeof(float);
+  static constexpr int kScoreBytes = Tiles::kBlockN * Tiles::kBlockM * sizeof(Element);
+  static constexpr int kDqTileFloats = Tiles::kBlockM * kHeadDim;
 
   static constexpr bool kAddsDq = kDqForm != DqForm::kApart, kTakesTurns = kDqForm == DqForm::kInTurn;
   static constexpr int kSplits = kSplits_;
@@ -93,7 +99,7 @@ struct DkDvConfig : DkDvTuning<kHeadDim_> {
   // The operands of the products for dk and dv take turns in the same registers where these are few.
   static constexpr bool kSharesOperand = kHeadDim > 64 || kSplits > 1 || kIsMasked || kKeptInputs == 1;
 
-  static_assert(sizeof(Element) == 2 && kHeadDim % kSlabColumns == 0 && kBlockM * sizeof(Element) == hopper::kRowBytes);
+  static_assert(Tiles::kBlockM * sizeof(Element) == hopper::kRowBytes);
   static_assert(kSplits == 1 || kSplits == 2);
 };
 
@@ -137,46 +143,60 @@ struct DkDvSharedStorage {
 };
 
 // Two warpgroups of 64 query rows. Keys wait in their buffer for two steps, values for one.
+inline constexpr int kDqTileRows = 2 * kWarpgroupRows;
+
 template <int kHeadDim>
 struct DqTuning;
 
 template <>
 struct DqTuning<32> {
-  static constexpr int kStages = 4;
+  static constexpr int kBlockN = 128, kStagesK = 4, kStagesV = 4;
 };
 
 template <>
 struct DqTuning<64> {
-  static constexpr int kStages = 4;
+  static constexpr int kBlockN = 128, kStagesK = 4, kStagesV = 4;
 };
 
 template <>
 struct DqTuning<96> {
-  static constexpr int kStages = 3;
+  static constexpr int kBlockN = 128, kStagesK = 3, kStagesV = 3;
 };
 
 template <>
 struct DqTuning<128> {
-  static constexpr int kStages = 2;
+  static constexpr int kBlockN = 128, kStagesK = 2, kStagesV = 2;
 };
 
-template <typename Element_, int kHeadDim_, bool kIsMasked_>
-struct DqConfig : DqTuning<kHeadDim_> {
-  using Element = Element_;
-  static constexpr int kHeadDim = kHeadDim_, kSplits = 1;
+// From here on shared memory bounds the tiles of keys, and rows of dq leave without passing through it.
+template <>
+struct DqTuning<192> {
+  static constexpr int kBlockN = 80, kStagesK = 2, kStagesV = 2;
+};
+
+template <>
+struct DqTuning<256> {
+  static constexpr int kBlockN = 64, kStagesK = 2, kStagesV = 1;
+};
+
+template <typename Element, int kHeadDim, bool kIsMasked_>
+struct DqConfig : BwdTiles<Element, kHeadDim, kDqTileRows, DqTuning<kHeadDim>::kBlockN> {
+  static constexpr int kStagesK = DqTuning<kHeadDim>::kStagesK, kStagesV = DqTuning<kHeadDim>::kStagesV;
+  static constexpr int kSplits = 1;
   static constexpr bool kIsMasked = kIsMasked_;
-  static constexpr int kConsumers = 2;
-  static constexpr int kBlockM = kConsumers * kWarpgroupRows, kBlockN = 128;
+  static constexpr int kConsumers = kDqTileRows / kWarpgroupRows;
   static constexpr int kThreads = (1 + kConsumers) * kWarpgroup;
   static constexpr int kProducerRegisters = kIsMasked ? 40 : 24, kConsumerRegisters = kIsMasked ? 232 : 240;
+  static constexpr bool kIsStaged = !is_wide(kHeadDim);  // whether dq leaves through shared memory
+};
 
-  static constexpr int kSlabColumns = slab_columns(kHeadDim), kRowBytes = kSlabColumns * sizeof(Element);
-  static constexpr int kSlabBytesM = kBlockM * kSlabColumns * sizeof(Element);
-  static constexpr int kSlabBytesN = kBlockN * kSlabColumns * sizeof(Element);
-  static constexpr int kTileBytesM = kHeadDim / kSlabColumns * kSlabBytesM;
-  static constexpr int kTileBytesN = kHeadDim / kSlabColumns * kSlabBytesN;
+// Rows of dq on their way out, 16 of each warp.
+template <typename Config, bool kIsStaged = Config::kIsStaged>
+struct DqStaging {};
 
-  static_assert(sizeof(Element) == 2 && kHeadDim % kSlabColumns == 0);
+template <typename Config>
+struct DqStaging<Config, true> {
+  alignas(1024) typename Config::Element rows[Config::kConsumers * kWarpgroup / 32][kWarpRows * Config::kHeadDim];
 };
 
 template <typename Config>
@@ -185,15 +205,15 @@ struct DqSharedStorage {
 
   alignas(1024) Element q[Config::kBlockM * Config::kHeadDim];
   alignas(1024) Element dout[Config::kBlockM * Config::kHeadDim];
-  alignas(1024) Element k[Config::kStages][Config::kBlockN * Config::kHeadDim];
-  alignas(1024) Element v[Config::kStages][Config::kBlockN * Config::kHeadDim];
-  alignas(1024) Element staging[Config::kBlockM * Config::kHeadDim];  // (rows, head_dim), 16 rows a warp
+  alignas(1024) Element k[Config::kStagesK][Config::kBlockN * Config::kHeadDim];
+  alignas(1024) Element v[Config::kStagesV][Config::kBlockN * Config::kHeadDim];
+  DqStaging<Config> staging;
 
-  alignas(16) uint32_t key_bits[Config::kStages][kKeyBitWords];  // of k's tiles; only under a mask
+  alignas(16) uint32_t key_bits[Config::kStagesK][kKeyBitWords];  // of k's tiles; only under a mask
 
   uint64_t q_full, q_empty;  // and dout
-  uint64_t k_full[Config::kStages], k_empty[Config::kStages];
-  uint64_t v_full[Config::kStages], v_empty[Config::kStages];
+  uint64_t k_full[Config::kStagesK], k_empty[Config::kStagesK];
+  uint64_t v_full[Config::kStagesV], v_empty[Config::kStagesV];
 };
 
 }  // namespace mixed_attention::cuda::hopper

@@ -5,41 +5,29 @@
 #include <numbers>
 #include <vector>
 
-#include "cuda/cuda_check.h"
 #include "cuda/device.h"
 #include "cuda/hopper/bwd_launch.h"
 #include "cuda/hopper/bwd_stats_kernel.cuh"
 #include "cuda/hopper/dk_dv_kernel.cuh"
 #include "cuda/hopper/dq_kernel.cuh"
 #include "cuda/hopper/dq_sums_kernel.cuh"
+#include "cuda/hopper/launch_kernel.cuh"
 #include "cuda/hopper/tensor_map.h"
+#include "cuda/hopper/wide_dk_dv_kernel.cuh"
 
 namespace mixed_attention::cuda::hopper {
 
 // One persistent block a multiprocessor, fewer where there are fewer items. The blocks of a cluster share an item.
-// is_cooperative: blocks wait for one another, and start when all of them can.
-template <typename Config, typename SharedStorage, typename KernelParams>
-void launch_persistent(void (*kernel)(KernelParams), const char* name, const KernelParams& kernel_params,
-                       const BwdParams& params, bool is_cooperative = false) {
+template <typename Config, typename SharedStorage, auto kKernel, typename KernelParams>
+void launch_persistent(const char* name, const KernelParams& kernel_params, const BwdParams& params,
+                       Start start = Start::kInOrder) {
   if (kernel_params.table.num_items == 0) return;
   constexpr int kSharedBytes = sizeof(SharedStorage);
-  static_assert(kSharedBytes <= 227 * 1024);
-  check(cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize, kSharedBytes), name);
+  allow_shared_memory<kKernel>(kSharedBytes, params.device, name);
   const int num_clusters =
       std::min(kernel_params.table.num_items, num_multiprocessors(params.device) / Config::kSplits);
-  cudaLaunchAttribute attributes[2]{};
-  attributes[0].id = cudaLaunchAttributeCooperative;
-  attributes[0].val.cooperative = is_cooperative;
-  attributes[1].id = cudaLaunchAttributeClusterDimension;
-  attributes[1].val.clusterDim = {Config::kSplits, 1, 1};
-  cudaLaunchConfig_t launch{};
-  launch.gridDim = num_clusters * Config::kSplits;
-  launch.blockDim = Config::kThreads;
-  launch.dynamicSmemBytes = kSharedBytes;
-  launch.stream = static_cast<cudaStream_t>(params.stream);
-  launch.attrs = attributes;
-  launch.numAttrs = Config::kSplits > 1 ? 2 : 1;
-  check(cudaLaunchKernelEx(&launch, kernel, kernel_params), name);
+  const LaunchShape shape{num_clusters * Config::kSplits, Config::kThreads, start, Config::kSplits};
+  launch_kernel<kKernel, kSharedBytes>(name, shape, params.stream, kernel_params);
 }
 
 template <typename Element, int kHeadDim>
@@ -60,16 +48,15 @@ void launch_stats(const BwdParams& params, const QueryStats& stats, const BwdWor
                                      params.seqlen_q,
                                      stats,
                                      workspace.delta_of_rows,
-                                     takes_turns ? nullptr : workspace.dq_sums.sums,
+                                     takes_turns ? DqSums{} : workspace.dq_sums,
                                      workspace.dq_sums.turns,
                                      takes_turns ? int64_t{workspace.dq_sums.num_tiles} * num_sequences : 0,
                                      static_cast<int>(runs.size()),
                                      {}};
   std::copy(runs.begin(), runs.end(), kernel_params.runs);
-  hopper_bwd_stats_kernel<Element, kHeadDim>
-      <<<static_cast<unsigned>(num_blocks), BwdStatsShape<Element, kHeadDim>::kThreads, 0,
-         static_cast<cudaStream_t>(params.stream)>>>(kernel_params);
-  check(cudaGetLastError(), "launch of hopper_bwd_stats_kernel");
+  const LaunchShape shape{static_cast<unsigned>(num_blocks), BwdStatsShape<Element, kHeadDim>::kThreads};
+  launch_kernel<hopper_bwd_stats_kernel<Element, kHeadDim>>("launch of hopper_bwd_stats_kernel", shape, params.stream,
+                                                            kernel_params);
 }
 
 template <typename Config>
@@ -101,9 +88,16 @@ DkDvKernelParams make_dk_dv_kernel_params(const BwdParams& params, const QuerySt
 template <typename Config>
 void launch_dk_dv(const BwdParams& params, const QueryStats& stats, const BwdWorkspace& workspace,
                   const std::vector<QueryRun>& runs) {
-  launch_persistent<Config, DkDvSharedStorage<Config>>(hopper_dk_dv_kernel<Config>, "launch of hopper_dk_dv_kernel",
-                                                       make_dk_dv_kernel_params<Config>(params, stats, workspace, runs),
-                                                       params, workspace.dq_sums.turns != nullptr);
+  launch_persistent<Config, DkDvSharedStorage<Config>, hopper_dk_dv_kernel<Config>>(
+      "launch of hopper_dk_dv_kernel", make_dk_dv_kernel_params<Config>(params, stats, workspace, runs), params,
+      Config::kTakesTurns ? Start::kTogether : Start::kInOrder);
+}
+
+template <typename Config>
+void launch_wide_dk_dv(const BwdParams& params, const QueryStats& stats, const BwdWorkspace& workspace,
+                       const std::vector<QueryRun>& runs) {
+  launch_persistent<Config, WideDkDvSharedStorage<Config>, hopper_wide_dk_dv_kernel<Config>>(
+      "launch of hopper_wide_dk_dv_kernel", make_dk_dv_kernel_params<Config>(params, stats, workspace, runs), params);
 }
 
 template <typename Config>
@@ -117,8 +111,8 @@ void launch_dq(const BwdParams& params, const BwdWorkspace& workspace) {
                                      batch_step(tensors.dout.strides),
                                      batch_step(tensors.k.strides),
                                      batch_step(tensors.v.strides),
-                                     params.dq,
-                                     params.dq_strides,
+                                     workspace.dq.data,
+                                     workspace.dq.strides,
                                      static_cast<const float*>(params.lse),
                                      workspace.delta_of_rows,
                                      params.seqlen_q,
@@ -128,16 +122,18 @@ void launch_dq(const BwdParams& params, const BwdWorkspace& workspace) {
                                      static_cast<float>(params.softmax_scale),
                                      static_cast<float>(params.softmax_scale * std::numbers::log2e),
                                      {make_work_table(params, Config::kBlockM, Config::kBlockN)}};
-  launch_persistent<Config, DqSharedStorage<Config>>(hopper_dq_kernel<Config>, "launch of hopper_dq_kernel",
-                                                     kernel_params, params);
+  launch_persistent<Config, DqSharedStorage<Config>, hopper_dq_kernel<Config>>("launch of hopper_dq_kernel",
+                                                                               kernel_params, params);
 }
 
+// leaves_zeros: for the next share's sums.
 template <typename Element, int kHeadDim>
 void launch_dq_sums(const BwdParams& params, const QueryStats& stats, const BwdWorkspace& workspace,
-                    const std::vector<QueryRun>& runs) {
+                    const std::vector<QueryRun>& runs, bool leaves_zeros) {
   const int64_t num_blocks = stats.num_tiles * params.num_heads * params.batch_size;
   if (num_blocks == 0) return;
   DqSumsKernelParams kernel_params{workspace.dq_sums,
+                                   leaves_zeros,
                                    params.dq,
                                    params.dq_strides,
                                    static_cast<float>(params.softmax_scale),
@@ -161,37 +157,51 @@ void launch_dq_sums(const BwdParams& params, const QueryStats& stats, const BwdW
       first_sum += num_query_tiles(run);
     }
   }
-  hopper_dq_sums_kernel<Element, kHeadDim>
-      <<<static_cast<unsigned>(num_blocks), kWarpgroup, 0, static_cast<cudaStream_t>(params.stream)>>>(kernel_params);
-  check(cudaGetLastError(), "launch of hopper_dq_sums_kernel");
+  launch_kernel<hopper_dq_sums_kernel<Element, kHeadDim>>(
+      "launch of hopper_dq_sums_kernel", {static_cast<unsigned>(num_blocks), kWarpgroup}, params.stream, kernel_params);
 }
 
+// All gradients of the shares.
 template <typename Element, int kHeadDim, bool kIsMasked, DqForm kDqForm>
-void launch_dk_dv_and_dq(const BwdParams& params, const QueryStats& stats, const BwdWorkspace& workspace,
-                         const std::vector<QueryRun>& runs) {
-  if (!kIsMasked && num_query_splits(params, runs) > 1) {
-    launch_dk_dv<DkDvConfig<Element, kHeadDim, false, kDqForm, 2>>(params, stats, workspace, runs);
-  } else {
-    launch_dk_dv<DkDvConfig<Element, kHeadDim, kIsMasked, kDqForm>>(params, stats, workspace, runs);
+void launch_shares(const BwdParams& params, const QueryStats& stats, const BwdWorkspace& workspace,
+                   const std::vector<QueryRun>& runs) {
+  for (const BwdShare& share : workspace.plan.shares) {
+    const bool is_last = &share == &workspace.plan.shares.back();
+    const BwdParams part = params_of(share, params);
+    const QueryStats part_stats = stats_of(share, params, stats);
+    BwdWorkspace part_workspace = workspace;
+    part_workspace.dq_sums = sums_of(share, params, workspace.dq_sums);
+    if (!kIsMasked && share.splits > 1) {
+      launch_dk_dv<DkDvConfig<Element, kHeadDim, false, kDqForm, 2>>(part, part_stats, part_workspace, runs);
+    } else {
+      launch_dk_dv<DkDvConfig<Element, kHeadDim, kIsMasked, kDqForm>>(part, part_stats, part_workspace, runs);
+    }
+    launch_dq_sums<Element, kHeadDim>(part, part_stats, part_workspace, runs,
+                                      kDqForm == DqForm::kAsItComes && !is_last);
   }
 }
 
-// Of all kernels those between the first and the last.
+// All kernels behind the statistics.
 template <typename Element, int kHeadDim, bool kIsMasked>
 void launch_tiles(const BwdParams& params, const QueryStats& stats, const BwdWorkspace& workspace,
                   const std::vector<QueryRun>& runs) {
   if constexpr (can_add_dq(kHeadDim)) {
-    if (adds_dq(params)) {
-      if (params.deterministic) {
-        launch_dk_dv_and_dq<Element, kHeadDim, kIsMasked, DqForm::kInTurn>(params, stats, workspace, runs);
-      } else {
-        launch_dk_dv_and_dq<Element, kHeadDim, kIsMasked, DqForm::kAsItComes>(params, stats, workspace, runs);
-      }
-      return;
+    switch (workspace.plan.dq_form) {
+      case DqForm::kAsItComes:
+        return launch_shares<Element, kHeadDim, kIsMasked, DqForm::kAsItComes>(params, stats, workspace, runs);
+      case DqForm::kInTurn:
+        return launch_shares<Element, kHeadDim, kIsMasked, DqForm::kInTurn>(params, stats, workspace, runs);
+      case DqForm::kApart: break;
     }
   }
-  launch_dk_dv<DkDvConfig<Element, kHeadDim, kIsMasked, DqForm::kApart>>(params, stats, workspace, runs);
+  // In this order, as the second one may write where the first one reads keys and values.
   launch_dq<DqConfig<Element, kHeadDim, kIsMasked>>(params, workspace);
+  if constexpr (is_wide(kHeadDim)) {
+    launch_wide_dk_dv<WideDkDvConfig<Element, kHeadDim, kIsMasked>>(params, stats, workspace, runs);
+  } else {
+    launch_dk_dv<DkDvConfig<Element, kHeadDim, kIsMasked, DqForm::kApart>>(params, stats, workspace, runs);
+  }
+  move_dq(params, workspace);
 }
 
 template <typename Element, int kHeadDim>
@@ -205,9 +215,6 @@ void launch_bwd(const BwdParams& params) {
     launch_tiles<Element, kHeadDim, true>(params, stats, workspace, runs);
   } else {
     launch_tiles<Element, kHeadDim, false>(params, stats, workspace, runs);
-  }
-  if constexpr (can_add_dq(kHeadDim)) {
-    if (adds_dq(params)) launch_dq_sums<Element, kHeadDim>(params, stats, workspace, runs);
   }
 }
 

@@ -1,6 +1,10 @@
 // What the instantiations of the backward launcher have in common with its dispatch.
 #pragma once
 
+#include <vector>
+
+#include "cuda/hopper/bwd_params.h"
+#include "cuda/hopper/bwd_plan.h"
 #include "cuda/hopper/dq_sums.h"
 #include "cuda/hopper/key_work_table.h"
 #include "cuda/hopper/mask.h"
@@ -14,26 +18,30 @@ struct BwdTensors {
   TensorView q, k, v, dout;
 };
 
-// The parts of params.workspace.
+// Gradients of queries, (batch_size, seqlen_q, num_heads, head_dim).
+struct DqTensor {
+  void* data;
+  Strides strides;
+};
+
+// The parts of params.workspace, and of params.spare_out.
 struct BwdWorkspace {
+  BwdPlan plan;
   float* lse_log2;  // QueryStats
   float* delta;
   float* delta_of_rows;  // (batch_size, num_heads, seqlen_q), for the kernel that owns dq; else null
-  DqSums dq_sums;
+  DqSums dq_sums;        // of a share; turns of all
+  DqTensor dq;  // as the kernel that owns it writes it: the result, or apart from the queries where these lie there
   MaskedKeys masked_keys;  // none without a mask
   size_t size;
 };
 
-// Whether one kernel computes all gradients, and adds up dq as its parts come, or in deterministic mode in turn. To
-// measure the other form, this is the place to change.
-bool adds_dq(const BwdParams& params);
-
-// Over how many blocks the queries of a key tile are split: 2 where two halves end earlier than a whole, else 1. Wide
-// heads have no room in shared memory to exchange their sums, and the kernels for padding masks do not split.
-int num_query_splits(const BwdParams& params, const std::vector<QueryRun>& runs);
-
-// Of the pointers it reads params.workspace, null to learn the size, and asks whether there is a mask.
+// Of the pointers it reads params.workspace, null to learn the size, and asks whether there is a mask, whether the
+// gradients take the place of the inputs, and whether there is spare memory.
 BwdWorkspace bwd_workspace(const BwdParams& params);
+
+// Enqueues the way of dq to where the queries were, if it was written apart from them.
+void move_dq(const BwdParams& params, const BwdWorkspace& workspace);
 
 // What is read: as it is given, and, where there is a mask, with the copies of keys and values in the workspace.
 BwdTensors bwd_tensors(const BwdParams& params);

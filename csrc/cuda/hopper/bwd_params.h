@@ -29,8 +29,8 @@ struct BwdStatsKernelParams {
   int64_t seqlen_q;
   QueryStats stats;
   float* delta_of_rows;  // delta once more as (batch_size, num_heads, seqlen_q); or null
-  float* dq_sums;        // set to zero; or null
-  uint32_t* dq_turns;    // likewise, num_dq_turns of them
+  DqSums dq_sums;        // set to zero; none where there are turns
+  uint32_t* dq_turns;    // likewise, num_dq_turns of them; or null
   int64_t num_dq_turns;
   int num_runs;
   QueryRun runs[kMaxRuns];
@@ -55,6 +55,7 @@ struct DkDvKernelParams {
 
 struct DqSumsKernelParams {
   DqSums dq_sums;
+  bool leaves_zeros;  // where sums were
   void* dq;
   Strides dq_strides;
   float softmax_scale;

@@ -60,6 +60,15 @@ __device__ inline void start_differences(float (&dp)[kCount], const float* delta
   ptx::pin(dp);  // negated here, not where the product begins
 }
 
+// Turns dp into ds; p[i]: the weight of accumulator i.
+template <int kCount, typename Weights>
+__device__ inline void differentiate_columns(float (&dp)[kCount], const Weights& p, const float* delta) {
+  ColumnStats<2 * kCount> stats;
+  stats.load(delta);
+#pragma unroll
+  for (int i = 0; i < kCount; ++i) dp[i] = p[i] * (dp[i] - stats[i]);
+}
+
 template <int kCount>
 __device__ inline void weigh_rows(float (&s)[kCount], float scale_log2, const float (&lse_log2)[2]) {
 #pragma unroll

@@ -1,5 +1,5 @@
 // What the backward needs to know of every query: its log-sum-exp in base 2, and delta. Sums of dq, or turns to add to
-// them, begin with zero here.
+// them, begin with zero here; where sums lie in the memory of the output, each thread leaves zeros where it has read.
 #pragma once
 
 #include <cuda_bf16.h>
@@ -11,6 +11,7 @@
 #include "cuda/hopper/bwd_config.h"
 #include "cuda/hopper/bwd_params.h"
 #include "cuda/hopper/query_tiles.cuh"
+#include "cuda/ptx/dependent_grids.cuh"
 
 namespace mixed_attention::cuda::hopper {
 
@@ -54,6 +55,8 @@ struct BwdStatsShape {
 template <typename Element, int kHeadDim>
 __global__ void __launch_bounds__(BwdStatsShape<Element, kHeadDim>::kThreads)
     hopper_bwd_stats_kernel(const __grid_constant__ BwdStatsKernelParams params) {
+  ptx::allow_next_grid();
+  ptx::wait_for_grids_before();
   using Shape = BwdStatsShape<Element, kHeadDim>;
   const int tile = blockIdx.x % params.stats.num_tiles;
   const int64_t sequence = blockIdx.x / params.stats.num_tiles;
@@ -61,9 +64,10 @@ __global__ void __launch_bounds__(BwdStatsShape<Element, kHeadDim>::kThreads)
   const QueryTile queries = query_tile(params.runs, params.num_runs, tile);
   const int chunk = threadIdx.x % Shape::kThreadsPerRow;
 
-  if (params.dq_sums != nullptr) {
+  const int64_t first_other = params.dq_sums.num_spare;
+  if (blockIdx.x >= first_other && blockIdx.x < first_other + params.dq_sums.num_others) {
     constexpr int kFloat4s = kQueryTileRows * kHeadDim / 4;
-    auto* sums = reinterpret_cast<float4*>(params.dq_sums) + int64_t{blockIdx.x} * kFloat4s;
+    auto* sums = reinterpret_cast<float4*>(params.dq_sums.of_tile(blockIdx.x, 4 * kFloat4s));
 #pragma unroll
     for (int i = 0; i < kFloat4s; i += Shape::kThreads) sums[i + threadIdx.x] = make_float4(0, 0, 0, 0);
   }
@@ -78,13 +82,20 @@ __global__ void __launch_bounds__(BwdStatsShape<Element, kHeadDim>::kThreads)
     const int row_of_tile = threadIdx.x / Shape::kThreadsPerRow + half * (kQueryTileRows / 2);
     const int row = queries.row_begin + row_of_tile;
     const bool exists = row_of_tile < queries.num_rows;
+    const auto bytes_before = [&](const Strides& strides) {
+      return (batch * strides.batch + row * strides.row + head * strides.head + chunk * 8) * sizeof(Element);
+    };
     const auto chunk_of = [&](const void* tensor, const Strides& strides) {
-      return *reinterpret_cast<const uint4*>(static_cast<const Element*>(tensor) + batch * strides.batch +
-                                             row * strides.row + head * strides.head + chunk * 8);
+      return *reinterpret_cast<const uint4*>(static_cast<const char*>(tensor) + bytes_before(strides));
     };
     float delta = 0;
-    if (exists && chunk * 8 < params.head_dim)
+    if (exists && chunk * 8 < params.head_dim) {
       delta = dot<Element>(chunk_of(params.out, params.out_strides), chunk_of(params.dout, params.dout_strides));
+      if (params.dq_sums.num_spare > 0) {
+        auto* spare = reinterpret_cast<char*>(params.dq_sums.spare) + bytes_before(params.out_strides);
+        *reinterpret_cast<uint4*>(spare) = uint4{};
+      }
+    }
 #pragma unroll
     for (int lanes = Shape::kThreadsPerRow / 2; lanes > 0; lanes /= 2) {
       delta += __shfl_xor_sync(0xffffffff, delta, lanes);

@@ -26,12 +26,13 @@
 #include "cuda/hopper/dq_adder.cuh"
 #include "cuda/hopper/dq_sender.cuh"
 #include "cuda/hopper/own_keys.cuh"
+#include "cuda/hopper/own_rows.cuh"
 #include "cuda/hopper/products.cuh"
 #include "cuda/hopper/query_producer.cuh"
-#include "cuda/hopper/register_operand.cuh"
 #include "cuda/hopper/ring.cuh"
 #include "cuda/hopper/split_sums.cuh"
 #include "cuda/hopper/store_rows.cuh"
+#include "cuda/ptx/dependent_grids.cuh"
 #include "cuda/ptx/elect.cuh"
 #include "cuda/ptx/mbarrier.cuh"
 #include "cuda/ptx/setmaxnreg.cuh"
@@ -65,38 +66,6 @@ __device__ inline void sync_blocks() {
   }
 }
 
-// A consumer's own keys or values as an operand: in registers, or where they lie.
-template <typename Config, bool kKept>
-class OwnRows {
- public:
-  using Element = typename Config::Element;
-  using Operand = ptx::SlabOperand<Config::kRowBytes>;
-
-  __device__ OwnRows(const Element* tile, int consumer)
-      : tile_(tile), shared_(Operand::make(tile).advance(consumer * kWarpgroupRows * Config::kRowBytes)) {}
-
-  // As soon as the tile of an item is there; first_row: of this warp in it.
-  __device__ void load(int first_row) {
-    if constexpr (kKept) load_row_operand<Config::kRowBytes, Config::kSlabBytesN>(kept_, tile_, first_row);
-  }
-
-  // Their products with queries or output gradients, which take the place of the result or are added to it: s or dp.
-  template <bool kAdds = false>
-  __device__ void issue_transposed_scores(float (&result)[Config::kBlockM / 2], Operand queries) const {
-    if constexpr (kKept) {
-      issue_row_products<Element, Config::kSlabBytesM, kAdds>(result, kept_, queries);
-    } else {
-      issue_row_products<Element, Config::kHeadDim, Config::kSlabBytesN, Config::kSlabBytesM, kAdds>(result, shared_,
-                                                                                                     queries);
-    }
-  }
-
- private:
-  const Element* tile_;
-  Operand shared_;
-  uint32_t kept_[kKept ? Config::kHeadDim / 4 : 1];
-};
-
 template <typename Config>
 __device__ inline void consume(const DkDvKernelParams& params, DkDvSharedStorage<Config>& shared, int consumer) {
   using Element = typename Config::Element;
@@ -108,8 +77,8 @@ __device__ inline void consume(const DkDvKernelParams& params, DkDvSharedStorage
   const int warp = __shfl_sync(0xffffffff, threadIdx.x / 32 % 4, 0);
   const int first_row = consumer * kWarpgroupRows + warp * kWarpRows;  // of this warp in the tile
 
-  OwnRows<Config, (Config::kKeptInputs > 1)> k(shared.k, consumer);
-  OwnRows<Config, (Config::kKeptInputs > 0)> v(shared.v, consumer);
+  OwnRows<Config, (Config::kKeptInputs > 1 ? kHeadDim : 0)> k(shared.k, consumer * kWarpgroupRows);
+  OwnRows<Config, (Config::kKeptInputs > 0 ? kHeadDim : 0)> v(shared.v, consumer * kWarpgroupRows);
   const Operand q_ring = Operand::make(shared.q, Config::kSlabBytesM);
   const Operand dout_ring = Operand::make(shared.dout, Config::kSlabBytesM);
   Element* staging = shared.staging[consumer * kWarpgroup / 32 + warp];
@@ -234,7 +203,9 @@ __global__ void __launch_bounds__(Config::kThreads, 1)
     prefetch_input_maps(params);
     init_barriers(shared);
   }
+  ptx::allow_next_grid();
   sync_blocks<Config>();
+  ptx::wait_for_grids_before();
 
   const int warpgroup = __shfl_sync(0xffffffff, threadIdx.x / kWarpgroup, 0);
   if (warpgroup == 0) {

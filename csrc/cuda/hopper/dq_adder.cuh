@@ -77,7 +77,7 @@ __device__ inline void add_dq(const DkDvKernelParams& params, DkDvSharedStorage<
         release(exchange.staging_full[use.stage()]);
       } else {
         add_sums<DqExchange<Config>::kStagings>(staging, dq, kDqBarrier, [&] {
-          return params.dq_sums.sums + (first_tile + walk.next().index) * Config::kDqTileFloats;
+          return params.dq_sums.of_tile(first_tile + walk.next().index, Config::kDqTileFloats);
         });
       }
     }

@@ -25,6 +25,7 @@
 #include "cuda/hopper/ring.cuh"
 #include "cuda/hopper/store_rows.cuh"
 #include "cuda/hopper/work_items.cuh"
+#include "cuda/ptx/dependent_grids.cuh"
 #include "cuda/ptx/elect.cuh"
 #include "cuda/ptx/mbarrier.cuh"
 #include "cuda/ptx/setmaxnreg.cuh"
@@ -38,9 +39,11 @@ __device__ inline void init_barriers(DqSharedStorage<Config>& shared) {
   constexpr int kConsumerWarps = Config::kConsumers * kWarpgroup / 32;
   ptx::mbarrier_init(shared.q_full, 1);
   ptx::mbarrier_init(shared.q_empty, kConsumerWarps);
-  for (int stage = 0; stage < Config::kStages; ++stage) {
+  for (int stage = 0; stage < Config::kStagesK; ++stage) {
     ptx::mbarrier_init(shared.k_full[stage], Config::kIsMasked ? 2 : 1);
     ptx::mbarrier_init(shared.k_empty[stage], kConsumerWarps);
+  }
+  for (int stage = 0; stage < Config::kStagesV; ++stage) {
     ptx::mbarrier_init(shared.v_full[stage], 1);
     ptx::mbarrier_init(shared.v_empty[stage], kConsumerWarps);
   }
@@ -67,17 +70,17 @@ __device__ inline void produce(const DqKernelParams& params, DqSharedStorage<Con
     KeyTileIterator<kBlockN> keys(params.table, item.tiles());
     for (int i = 0; i < num_tiles; ++i, ++num_loaded) {
       const KeyTile tile = keys.next();
-      const RingUse<Config::kStages> use{num_loaded};
-      const auto load = [&](typename Config::Element* buffer, const CUtensorMap& map, ptx::Mbarrier& full,
-                            ptx::Mbarrier& empty, int batch_step) {
-        ptx::mbarrier_wait(empty, use.empty_parity());
-        ptx::mbarrier_arrive_expect(full, Config::kTileBytesN);
-        load_clipped_rows<kBlockN, kHeadDim>(buffer, map, full, tile.row_begin, tile.num_rows, item.head,
+      const auto load = [&](auto use, auto& ring, const CUtensorMap& map, auto& full, auto& empty, int batch_step) {
+        const int stage = use.stage();
+        ptx::mbarrier_wait(empty[stage], use.empty_parity());
+        ptx::mbarrier_arrive_expect(full[stage], Config::kTileBytesN);
+        load_clipped_rows<kBlockN, kHeadDim>(ring[stage], map, full[stage], tile.row_begin, tile.num_rows, item.head,
                                              item.batch * batch_step);
       };
-      const int stage = use.stage();
-      load(shared.k[stage], params.k, shared.k_full[stage], shared.k_empty[stage], params.k_batch_step);
-      load(shared.v[stage], params.v, shared.v_full[stage], shared.v_empty[stage], params.v_batch_step);
+      load(RingUse<Config::kStagesK>{num_loaded}, shared.k, params.k, shared.k_full, shared.k_empty,
+           params.k_batch_step);
+      load(RingUse<Config::kStagesV>{num_loaded}, shared.v, params.v, shared.v_full, shared.v_empty,
+           params.v_batch_step);
     }
   }
 }
@@ -85,7 +88,7 @@ __device__ inline void produce(const DqKernelParams& params, DqSharedStorage<Con
 // Under a mask a second thread follows the first and brings the bits of the key tiles.
 template <typename Config>
 __device__ inline void produce_key_bits(const DqKernelParams& params, DqSharedStorage<Config>& shared) {
-  RingUse<Config::kStages> use{0};
+  RingUse<Config::kStagesK> use{0};
   for (WorkItems<Config::kBlockM, UncutWorkTable> item(params.table); item.next();) {
     const int num_tiles = item.tiles().num_tiles;
     if (num_tiles == 0) continue;
@@ -104,7 +107,8 @@ template <typename Config>
 __device__ inline void consume(const DqKernelParams& params, DqSharedStorage<Config>& shared, int consumer) {
   using Element = typename Config::Element;
   using Operand = ptx::SlabOperand<Config::kRowBytes>;
-  using Ring = RingUse<Config::kStages>;
+  using KRing = RingUse<Config::kStagesK>;
+  using VRing = RingUse<Config::kStagesV>;
   constexpr int kBlockN = Config::kBlockN, kHeadDim = Config::kHeadDim;
   const int lane = threadIdx.x % 32;
   const int warp = __shfl_sync(0xffffffff, threadIdx.x / 32 % 4, 0);
@@ -114,10 +118,12 @@ __device__ inline void consume(const DqKernelParams& params, DqSharedStorage<Con
   const Operand dout = Operand::make(shared.dout).advance(consumer * kWarpgroupRows * Config::kRowBytes);
   const Operand k_ring = Operand::make(shared.k, Config::kSlabBytesN);
   const Operand v_ring = Operand::make(shared.v, Config::kSlabBytesN);
-  Element* staging = shared.staging + first_row * kHeadDim;
 
-  const auto tile_of = [](Operand ring, Ring use) { return ring.advance(use.stage() * Config::kTileBytesN); };
-  const auto issue_scores = [&](float (&result)[kBlockN / 2], Operand queries, Operand keys) {
+  const auto tile_of = [](Operand ring, auto use) { return ring.advance(use.stage() * Config::kTileBytesN); };
+  // NOTE: ptxas would hold the descriptors of wide rows of queries and output gradients through the loop, and spill. It
+  // computes them in each step if they may differ.
+  const auto issue_scores = [&](float (&result)[kBlockN / 2], Operand queries, Operand keys, uint32_t count) {
+    if constexpr (is_wide(kHeadDim)) queries.low += count >> 31;
     issue_row_products<Element, kHeadDim, Config::kSlabBytesM, Config::kSlabBytesN>(result, queries, keys);
   };
   const auto release = [&](ptx::Mbarrier& empty) {
@@ -149,37 +155,38 @@ __device__ inline void consume(const DqKernelParams& params, DqSharedStorage<Con
       float s[kBlockN / 2], dp[kBlockN / 2];
       uint32_t ds_operand[kBlockN / 4];
       // From scores under way to the operand of the next product.
-      const auto differentiate = [&](int tile, Ring use) {
-        ptx::mbarrier_wait(shared.v_full[use.stage()], use.full_parity());
-        issue_scores(dp, dout, tile_of(v_ring, use));
+      const auto differentiate = [&](int tile, KRing k) {
+        const VRing v{k.count};
+        ptx::mbarrier_wait(shared.v_full[v.stage()], v.full_parity());
+        issue_scores(dp, dout, tile_of(v_ring, v), v.count);
         ptx::wgmma_wait<1>(s);
         if constexpr (Config::kIsMasked) {
-          mask_keys(s, shared.key_bits[use.stage()]);
+          mask_keys(s, shared.key_bits[k.stage()]);
         } else if (tile < item.tiles().num_partial) {
           mask_columns(s, params.table.ranges[item.tiles().first_range + tile].tail);
         }
         weigh_rows(s, params.softmax_scale_log2, lse_log2);
-        hold_weights(s, ptx::shared_address(staging));
+        hold_weights(s, ptx::shared_address(&shared));
         ptx::wgmma_wait<0>(dp);
-        release(shared.v_empty[use.stage()]);
+        release(shared.v_empty[v.stage()]);
         differentiate_rows(dp, s, delta);
         round_operand<Element>(ds_operand, dp);
       };
 
       // The first tile has no older product to run beside.
-      Ring k{num_used};
+      KRing k{num_used};
       ptx::mbarrier_wait(shared.q_full, q_parity);
       q_parity ^= 1;
       ptx::mbarrier_wait(shared.k_full[k.stage()], k.full_parity());
-      issue_scores(s, q, tile_of(k_ring, k));
+      issue_scores(s, q, tile_of(k_ring, k), k.count);
       differentiate(0, k);
 
       for (int tile = 1; tile < num_tiles; ++tile) {
-        const Ring previous = k;
-        k = Ring{++num_used};
+        const KRing previous = k;
+        k = KRing{++num_used};
         issue_column_products<Element>(dq, ds_operand, tile_of(k_ring, previous));
         ptx::mbarrier_wait(shared.k_full[k.stage()], k.full_parity());
-        issue_scores(s, q, tile_of(k_ring, k));
+        issue_scores(s, q, tile_of(k_ring, k), k.count);
         ptx::wgmma_wait<1>(dq);
         release(shared.k_empty[previous.stage()]);
         differentiate(tile, k);
@@ -195,7 +202,12 @@ __device__ inline void consume(const DqKernelParams& params, DqSharedStorage<Con
 
     Element* target = static_cast<Element*>(params.dq) + item.batch * params.dq_strides.batch +
                       row_begin * params.dq_strides.row + item.head * params.dq_strides.head;
-    store_rows<Element, kHeadDim>(staging, dq, target, params.dq_strides.row, num_rows, params.head_dim);
+    if constexpr (Config::kIsStaged) {
+      store_rows<Element, kHeadDim>(shared.staging.rows[consumer * kWarpgroup / 32 + warp], dq, target,
+                                    params.dq_strides.row, num_rows, params.head_dim);
+    } else {
+      store_rows_directly(dq, target, params.dq_strides.row, num_rows, params.head_dim);
+    }
   }
 }
 
@@ -211,7 +223,9 @@ __global__ void __launch_bounds__(Config::kThreads, 1) hopper_dq_kernel(const __
     ptx::prefetch_tensor_map(params.v);
     init_barriers(shared);
   }
+  ptx::allow_next_grid();
   __syncthreads();
+  ptx::wait_for_grids_before();
 
   const int warpgroup = __shfl_sync(0xffffffff, threadIdx.x / kWarpgroup, 0);
   if (warpgroup == 0) {

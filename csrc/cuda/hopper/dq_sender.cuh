@@ -34,7 +34,7 @@ __device__ inline void send_dq(const DkDvKernelParams& params, DkDvSharedStorage
       walk.next();
       if (use.stage() != stage) continue;
       const int64_t place = sequence * params.dq_sums.num_tiles + walk.place();
-      float* const sums = params.dq_sums.sums + place * Config::kDqTileFloats;
+      float* const sums = params.dq_sums.of_tile(place, Config::kDqTileFloats);
       uint32_t* const turns = params.dq_sums.turns + place;
       const int turn = walk.turn();
       ptx::wait_for_count(turns, turn);

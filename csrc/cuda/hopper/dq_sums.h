@@ -6,12 +6,20 @@
 namespace mixed_attention::cuda::hopper {
 
 // Query tile by query tile: (batch_size, num_heads, num_tiles, kQueryTileRows * head_dim of the kernel), each in the
-// order of the accumulators. Either the tiles of all queries, to which blocks add as they come; or, key segment by key
-// segment, the tiles of those who read it, to which its blocks add in turn.
+// order of the accumulators, of one share of a call at a time (bwd_launch.h). Either the tiles of all queries, to which
+// blocks add as they come; or, key segment by key segment, the tiles of those who read it, to which its blocks add in
+// turn. The first num_spare of all tiles lie in memory that the call finds spare (BwdParams::spare_out). Sums begin
+// with zero, but where there are turns.
 struct DqSums {
-  float* sums;      // null where another kernel computes dq; begin with zero, but where there are turns
-  uint32_t* turns;  // (batch_size, num_heads, num_tiles), additions so far; begin with zero
+  float* spare;
+  float* others;
+  int64_t num_spare, num_others;  // none where another kernel computes dq
+  uint32_t* turns;                // (batch_size, num_heads, num_tiles), additions so far; begin with zero
   int num_tiles;
+
+  constexpr float* of_tile(int64_t tile, int64_t tile_floats) const {
+    return tile < num_spare ? spare + tile * tile_floats : others + (tile - num_spare) * tile_floats;
+  }
 };
 
 // Query tiles in a row whose sums lie in a row.

@@ -8,6 +8,7 @@
 #include "cuda/hopper/bwd_params.h"
 #include "cuda/hopper/query_tiles.cuh"
 #include "cuda/ptx/convert.cuh"
+#include "cuda/ptx/dependent_grids.cuh"
 
 namespace mixed_attention::cuda::hopper {
 
@@ -19,13 +20,16 @@ __device__ inline void load_sums(float4 (&sums)[kCount], const DqSumsKernelParam
     const int tile_of_run = tile - run.first_tile;
     if (tile_of_run < 0 || tile_of_run >= run.num_tiles) continue;
     const int64_t place = sequence * params.dq_sums.num_tiles + run.first_sum + tile_of_run;
-    const auto* source = reinterpret_cast<const float4*>(params.dq_sums.sums) + place * (kCount * kWarpgroup);
+    auto* parts = reinterpret_cast<float4*>(params.dq_sums.of_tile(place, 4 * kCount * kWarpgroup)) + threadIdx.x;
 #pragma unroll
     for (int chunk = 0; chunk < kCount; ++chunk) {
-      const float4 sum = source[chunk * kWarpgroup + threadIdx.x];
+      const float4 part = parts[chunk * kWarpgroup];
       sums[chunk] =
-          make_float4(sums[chunk].x + sum.x, sums[chunk].y + sum.y, sums[chunk].z + sum.z, sums[chunk].w + sum.w);
+          make_float4(sums[chunk].x + part.x, sums[chunk].y + part.y, sums[chunk].z + part.z, sums[chunk].w + part.w);
     }
+    if (!params.leaves_zeros) continue;
+#pragma unroll
+    for (int chunk = 0; chunk < kCount; ++chunk) parts[chunk * kWarpgroup] = make_float4(0, 0, 0, 0);
   }
 }
 
@@ -65,6 +69,8 @@ __device__ inline void order_sums(Element* rows, const float4 (&sums)[kCount], f
 // by as many bytes as keep banks from clashing.
 template <typename Element, int kHeadDim>
 __global__ void __launch_bounds__(kWarpgroup) hopper_dq_sums_kernel(const __grid_constant__ DqSumsKernelParams params) {
+  ptx::allow_next_grid();
+  ptx::wait_for_grids_before();
   constexpr int kRowElements = kHeadDim + 8;
   constexpr int kChunksOfRow = kHeadDim / 8;
   __shared__ __align__(16) Element rows[kQueryTileRows * kRowElements];

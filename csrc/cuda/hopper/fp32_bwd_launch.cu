@@ -3,7 +3,6 @@
 #include <numbers>
 #include <vector>
 
-#include "cuda/cuda_check.h"
 #include "cuda/hopper/bwd_launch.cuh"
 #include "cuda/hopper/fp32_bwd_launch.h"
 #include "cuda/hopper/fp32_bwd_stats_kernel.cuh"
@@ -43,9 +42,9 @@ void launch_stats(const BwdParams& params, const Fp32BwdWorkspace& workspace, co
                                          static_cast<int>(runs.size()),
                                          {}};
   std::copy(runs.begin(), runs.end(), kernel_params.runs);
-  hopper_fp32_bwd_stats_kernel<<<static_cast<unsigned>(num_blocks), kFp32StatsThreads, 0,
-                                 static_cast<cudaStream_t>(params.stream)>>>(kernel_params);
-  check(cudaGetLastError(), "launch of hopper_fp32_bwd_stats_kernel");
+  launch_kernel<hopper_fp32_bwd_stats_kernel>("launch of hopper_fp32_bwd_stats_kernel",
+                                              {static_cast<unsigned>(num_blocks), kFp32StatsThreads}, params.stream,
+                                              kernel_params);
 }
 
 template <int kParts>
@@ -73,8 +72,8 @@ void launch_dk_dv(const BwdParams& params, const BwdTensors& tensors, const Fp32
       static_cast<float>(params.softmax_scale),
       static_cast<float>(params.softmax_scale * std::numbers::log2e),
       make_key_work_table(params, runs, Config::kBlockN)};
-  launch_persistent<Config, Fp32DkDvSharedStorage<Config>>(hopper_fp32_dk_dv_kernel<Config>,
-                                                           "launch of hopper_fp32_dk_dv_kernel", kernel_params, params);
+  launch_persistent<Config, Fp32DkDvSharedStorage<Config>, hopper_fp32_dk_dv_kernel<Config>>(
+      "launch of hopper_fp32_dk_dv_kernel", kernel_params, params);
 }
 
 template <int kParts>
@@ -98,8 +97,8 @@ void launch_dq(const BwdParams& params, const BwdTensors& tensors, const Fp32Bwd
                                          static_cast<float>(params.softmax_scale),
                                          static_cast<float>(params.softmax_scale * std::numbers::log2e),
                                          make_work_table(params, Config::kBlockM, Config::kBlockN)};
-  launch_persistent<Config, Fp32DqSharedStorage<Config>>(hopper_fp32_dq_kernel<Config>,
-                                                         "launch of hopper_fp32_dq_kernel", kernel_params, params);
+  launch_persistent<Config, Fp32DqSharedStorage<Config>, hopper_fp32_dq_kernel<Config>>(
+      "launch of hopper_fp32_dq_kernel", kernel_params, params);
 }
 
 }  // namespace

@@ -7,6 +7,7 @@
 #include "cuda/hopper/fp32_bwd_params.h"
 #include "cuda/hopper/fp32_rows.cuh"
 #include "cuda/hopper/query_tiles.cuh"
+#include "cuda/ptx/dependent_grids.cuh"
 
 namespace mixed_attention::cuda::hopper {
 
@@ -26,6 +27,8 @@ __device__ inline float block_max(float x) {
 // One block to a tile of queries of one head, four threads to a row.
 __global__ void __launch_bounds__(kFp32StatsThreads)
     hopper_fp32_bwd_stats_kernel(const __grid_constant__ Fp32BwdStatsKernelParams params) {
+  ptx::allow_next_grid();
+  ptx::wait_for_grids_before();
   const int tile = blockIdx.x % params.num_tiles;
   const int64_t sequence = blockIdx.x / params.num_tiles;
   const int64_t head = sequence % params.num_heads, batch = sequence / params.num_heads;

@@ -30,6 +30,7 @@
 #include "cuda/hopper/ring.cuh"
 #include "cuda/hopper/softmax.cuh"
 #include "cuda/hopper/work_items.cuh"
+#include "cuda/ptx/dependent_grids.cuh"
 #include "cuda/ptx/elect.cuh"
 #include "cuda/ptx/mbarrier.cuh"
 #include "cuda/ptx/setmaxnreg.cuh"
@@ -225,7 +226,9 @@ __global__ void __launch_bounds__(Config::kThreads, 1)
     ptx::prefetch_tensor_map(params.v_map);
     init_barriers(shared);
   }
+  ptx::allow_next_grid();
   __syncthreads();
+  ptx::wait_for_grids_before();
 
   const int warpgroup = __shfl_sync(0xffffffff, threadIdx.x / kWarpgroup, 0);
   if (warpgroup == 0) {

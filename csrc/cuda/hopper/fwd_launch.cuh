@@ -5,10 +5,10 @@
 #include <numbers>
 
 #include "cuda/combine_kernel.cuh"
-#include "cuda/cuda_check.h"
 #include "cuda/device.h"
 #include "cuda/hopper/fwd_kernel.cuh"
 #include "cuda/hopper/fwd_launch.h"
+#include "cuda/hopper/launch_kernel.cuh"
 #include "cuda/hopper/tensor_map.h"
 
 namespace mixed_attention::cuda::hopper {
@@ -70,24 +70,20 @@ void launch_combine(const FwdParams& params, const FwdPlan& plan) {
   constexpr int kRowsOfBlock = 8;
   static_assert(kBlockM % kRowsOfBlock == 0 && sizeof(FwdParams) + sizeof(RowsOfParts<kBlockM>) <= 4000);
   const RowsOfParts<kBlockM> rows{plan.table};
-  const int num_blocks = plan.table.splits.num_whole * (kBlockM / kRowsOfBlock);
-  attention_combine_kernel<Element><<<num_blocks, 32 * kRowsOfBlock, 0, static_cast<cudaStream_t>(params.stream)>>>(
-      params, plan.partial_out, plan.partial_lse, plan.table.splits.num_parts, rows);
-  check(cudaGetLastError(), "launch of attention_combine_kernel");
+  const LaunchShape shape{plan.table.splits.num_whole * (kBlockM / kRowsOfBlock), 32 * kRowsOfBlock};
+  launch_kernel<attention_combine_kernel<Element, RowsOfParts<kBlockM>>>(
+      "launch of attention_combine_kernel", shape, params.stream, params, plan.partial_out, plan.partial_lse,
+      plan.table.splits.num_parts, rows);
 }
 
 template <typename Config>
 void launch_tiles(const FwdParams& params, const FwdPlan& plan) {
+  constexpr auto kKernel = hopper_attention_fwd_kernel<Config>;
   constexpr int kSharedBytes = sizeof(FwdSharedStorage<Config>);
-  static_assert(kSharedBytes <= 227 * 1024);
-  const FwdKernelParams kernel_params = make_fwd_kernel_params<Config>(params, plan);
-
-  const auto kernel = hopper_attention_fwd_kernel<Config>;
-  check(cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize, kSharedBytes),
-        "cudaFuncSetAttribute(hopper_attention_fwd_kernel)");
-  const int num_blocks = std::min(plan.table.num_items, num_multiprocessors(params.device));
-  kernel<<<num_blocks, Config::kThreads, kSharedBytes, static_cast<cudaStream_t>(params.stream)>>>(kernel_params);
-  check(cudaGetLastError(), "launch of hopper_attention_fwd_kernel");
+  allow_shared_memory<kKernel>(kSharedBytes, params.device, "cudaFuncSetAttribute(hopper_attention_fwd_kernel)");
+  const LaunchShape shape{std::min(plan.table.num_items, num_multiprocessors(params.device)), Config::kThreads};
+  launch_kernel<kKernel, kSharedBytes>("launch of hopper_attention_fwd_kernel", shape, params.stream,
+                                       make_fwd_kernel_params<Config>(params, plan));
 }
 
 template <typename Element, int kHeadDim, int kParts>

@@ -5,8 +5,9 @@
 #include <cstdint>
 #include <stdexcept>
 
-#include "cuda/cuda_check.h"
 #include "cuda/hopper/half_pair.cuh"
+#include "cuda/hopper/launch_kernel.cuh"
+#include "cuda/ptx/dependent_grids.cuh"
 
 namespace mixed_attention::cuda::hopper {
 namespace {
@@ -38,6 +39,8 @@ __device__ inline int unit_exponent(float largest) { return max((__float_as_int(
 
 // A block takes some rows of one head; blockIdx.y is the task.
 __global__ void __launch_bounds__(kThreads) hopper_half_parts_kernel(const __grid_constant__ HalfPartsParams params) {
+  ptx::allow_next_grid();
+  ptx::wait_for_grids_before();
   const TensorView& source = params.tasks[blockIdx.y].source;
   const HalfParts& target = params.tasks[blockIdx.y].target;
   const int head = blockIdx.x % static_cast<unsigned>(source.num_heads);
@@ -96,8 +99,7 @@ void launch_half_parts(std::span<const HalfPartsTask> tasks, void* stream) {
   }
   const dim3 grid(static_cast<unsigned>(num_blocks), static_cast<unsigned>(tasks.size()),
                   static_cast<unsigned>(std::min(depth, kMaxGridDepth)));
-  hopper_half_parts_kernel<<<grid, kThreads, 0, static_cast<cudaStream_t>(stream)>>>(params);
-  check(cudaGetLastError(), "launch of hopper_half_parts_kernel");
+  launch_kernel<hopper_half_parts_kernel>("launch of hopper_half_parts_kernel", {grid, kThreads}, stream, params);
 }
 
 }  // namespace mixed_attention::cuda::hopper

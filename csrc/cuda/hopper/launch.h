@@ -23,7 +23,7 @@ Layout layout_bwd(const BwdParams& params);
 size_t fwd_workspace_size(const FwdParams& params);
 size_t bwd_workspace_size(const BwdParams& params);
 
-// Whether gradients may be written where the inputs lie.
+// Whether gradients may be written where the inputs lie, each in the place of its own.
 bool can_overwrite_inputs(const BwdParams& params);
 
 // These enqueue on params.stream and return.

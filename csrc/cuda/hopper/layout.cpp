@@ -36,9 +36,9 @@ Layout layout_fwd(const FwdParams& params) {
 }
 
 Layout layout_bwd(const BwdParams& params) {
-  Layout result = layout(params, params.schedule->key_segments, kKeyTileRows, kQueryTileRows);
+  Layout result = layout(params, params.schedule->key_segments, key_tile_rows(params.head_dim), kQueryTileRows);
   if (fits_key_work_table(params)) {
-    result.num_splits = num_query_splits(params, make_query_runs(*params.schedule));
+    result.num_splits = plan_bwd(params, make_query_runs(*params.schedule)).shares.front().splits;
     if (result.num_splits > 1) result.num_split_tiles = result.num_tiles;
     result.num_tiles *= result.num_splits;
   }

@@ -1,5 +1,6 @@
-#include "cuda/cuda_check.h"
+#include "cuda/hopper/launch_kernel.cuh"
 #include "cuda/hopper/mask.h"
+#include "cuda/ptx/dependent_grids.cuh"
 
 namespace mixed_attention::cuda::hopper {
 namespace {
@@ -27,6 +28,8 @@ __device__ void copy_visible_rows(const AttentionParams& params, const void* ten
 
 // A block writes the word of 32 keys, and what belongs to them.
 __global__ void hopper_mask_kernel(const AttentionParams params, const MaskedKeys keys) {
+  ptx::allow_next_grid();
+  ptx::wait_for_grids_before();
   const int64_t copy = blockIdx.x / keys.num_words;
   const int word = blockIdx.x % keys.num_words;
   const int64_t first = int64_t{word} * kKeys;
@@ -61,9 +64,8 @@ TensorView masked_view(const AttentionParams& params, const MaskedKeys& keys, co
 }
 
 void launch_mask(const AttentionParams& params, const MaskedKeys& keys) {
-  hopper_mask_kernel<<<static_cast<unsigned>(keys.num_copies) * keys.num_words, kThreads, 0,
-                       static_cast<cudaStream_t>(params.stream)>>>(params, keys);
-  check(cudaGetLastError(), "launch of hopper_mask_kernel");
+  launch_kernel<hopper_mask_kernel>("launch of hopper_mask_kernel", {keys.num_copies * keys.num_words, kThreads},
+                                    params.stream, params, keys);
 }
 
 }  // namespace mixed_attention::cuda::hopper

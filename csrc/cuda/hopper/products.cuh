@@ -23,6 +23,20 @@ __device__ inline void add_row_products(float (&d)[kCount], ptx::SlabOperand<kRo
   }
 }
 
+// The same with a in registers.
+template <typename Element, int kSlabBytesB, int kCount, int kWords, int kRowBytes>
+__device__ inline void add_row_products(float (&d)[kCount], const uint32_t (&a)[kWords], ptx::SlabOperand<kRowBytes> b,
+                                        bool overwrites) {
+#pragma unroll
+  for (int step = 0; step < kWords / 4; ++step) {
+    const int slab = step * kColumnStepBytes / kRowBytes;
+    const int within = step * kColumnStepBytes % kRowBytes;
+    ptx::Wgmma<Element, 2 * kCount>::template rs<true>(
+        d, a[4 * step], a[4 * step + 1], a[4 * step + 2], a[4 * step + 3],
+        b.advance(slab * kSlabBytesB + within).descriptor(), step > 0 || !overwrites);
+  }
+}
+
 // d (+)= a b, summed over the columns of a, which lies in registers, and the rows of b. Within a batch.
 template <typename Element, int kCount, int kWords, int kRowBytes>
 __device__ inline void add_column_products(float (&d)[kCount], const uint32_t (&a)[kWords],
@@ -34,28 +48,12 @@ __device__ inline void add_column_products(float (&d)[kCount], const uint32_t (&
   }
 }
 
-// d (+)= a bᵀ.
-template <typename Element, int kWidth, int kSlabBytesA, int kSlabBytesB, bool kAdds = false, int kCount, int kRowBytes>
+// d = a bᵀ.
+template <typename Element, int kWidth, int kSlabBytesA, int kSlabBytesB, int kCount, int kRowBytes>
 __device__ inline void issue_row_products(float (&d)[kCount], ptx::SlabOperand<kRowBytes> a,
                                           ptx::SlabOperand<kRowBytes> b) {
   ptx::wgmma_fence();
-  add_row_products<Element, kWidth, kSlabBytesA, kSlabBytesB>(d, a, b, !kAdds);
-  ptx::wgmma_commit();
-}
-
-// The same with a in registers.
-template <typename Element, int kSlabBytesB, bool kAdds = false, int kCount, int kWords, int kRowBytes>
-__device__ inline void issue_row_products(float (&d)[kCount], const uint32_t (&a)[kWords],
-                                          ptx::SlabOperand<kRowBytes> b) {
-  ptx::wgmma_fence();
-#pragma unroll
-  for (int step = 0; step < kWords / 4; ++step) {
-    const int slab = step * kColumnStepBytes / kRowBytes;
-    const int within = step * kColumnStepBytes % kRowBytes;
-    ptx::Wgmma<Element, 2 * kCount>::template rs<true>(
-        d, a[4 * step], a[4 * step + 1], a[4 * step + 2], a[4 * step + 3],
-        b.advance(slab * kSlabBytesB + within).descriptor(), kAdds || step > 0);
-  }
+  add_row_products<Element, kWidth, kSlabBytesA, kSlabBytesB>(d, a, b, true);
   ptx::wgmma_commit();
 }
 

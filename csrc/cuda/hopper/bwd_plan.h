@@ -1,0 +1,34 @@
+// How the 16-bit backward goes about a call: who computes dq, and what comes one after the other.
+#pragma once
+
+#include <cstdint>
+#include <vector>
+
+#include "cuda/hopper/bwd_config.h"
+#include "cuda/hopper/bwd_params.h"
+#include "cuda/hopper/key_work_table.h"
+#include "params.h"
+
+namespace mixed_attention::cuda::hopper {
+
+// Some of the heads of a call that has one sequence, or some of the sequences of a batch.
+struct BwdShare {
+  int64_t first, count;
+  int splits;  // blocks that the queries of a key tile are split over, 1 or 2
+};
+
+struct BwdPlan {
+  DqForm dq_form;
+  std::vector<BwdShare> shares;  // one after the other, adding up their dq in the same memory; the first is the largest
+};
+
+// Of the pointers it asks whether there is a mask, and whether there is spare memory. To measure another form, this is
+// the place to change.
+BwdPlan plan_bwd(const BwdParams& params, const std::vector<QueryRun>& runs);
+
+// What the kernels behind the statistics need to know of a share.
+BwdParams params_of(const BwdShare& share, const BwdParams& params);
+QueryStats stats_of(const BwdShare& share, const BwdParams& params, const QueryStats& stats);
+DqSums sums_of(const BwdShare& share, const BwdParams& params, const DqSums& sums);
+
+}  // namespace mixed_attention::cuda::hopper

@@ -1,0 +1,7 @@
+#include "cuda/hopper/bwd_launch.cuh"
+
+namespace mixed_attention::cuda::hopper {
+
+template void launch_bwd<__half, 192>(const BwdParams& params);
+
+}  // namespace mixed_attention::cuda::hopper
