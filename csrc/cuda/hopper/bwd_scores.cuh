@@ -44,10 +44,18 @@ class ColumnStats {
   float4 fours_[kColumns / 16];
 };
 
+// Exponents of the weights, computed here: without pin the compiler would do so behind the next barrier.
 template <int kCount>
-__device__ inline void weigh_columns(float (&s)[kCount], float scale_log2, const ColumnStats<2 * kCount>& lse_log2) {
+__device__ inline void scale_columns(float (&s)[kCount], float scale_log2, const ColumnStats<2 * kCount>& lse_log2) {
 #pragma unroll
-  for (int i = 0; i < kCount; ++i) s[i] = ptx::exp2(fmaf(s[i], scale_log2, -lse_log2[i]));
+  for (int i = 0; i < kCount; ++i) s[i] = fmaf(s[i], scale_log2, -lse_log2[i]);
+  ptx::pin(s);
+}
+
+template <int kCount>
+__device__ inline void exponentiate_all(float (&s)[kCount]) {
+#pragma unroll
+  for (int i = 0; i < kCount; ++i) s[i] = ptx::exp2(s[i]);
 }
 
 // What dp is added to, to come out as dp - delta.
