@@ -63,12 +63,12 @@ struct DkDvTuning<64> {
 
 template <>
 struct DkDvTuning<96> {
-  static constexpr int kStagesQ = 5, kStagesDout = 4;
+  static constexpr int kStagesQ = 5, kStagesDout = 5;
 };
 
 template <>
 struct DkDvTuning<128> {
-  static constexpr int kStagesQ = 4, kStagesDout = 3;
+  static constexpr int kStagesQ = 4, kStagesDout = 4;
 };
 
 // Who computes dq: another kernel, or a third warpgroup, which adds what the key tile contributes as it comes, or in

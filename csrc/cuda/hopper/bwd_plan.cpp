@@ -30,25 +30,12 @@ class StepCount {
   KeyWorkTable table_;
 };
 
-// In deterministic mode: whether one kernel takes less time than two, with seven products instead of five: where keys
-// are many and queries few, blocks would wait for their turns. Nor may the sums of a query tile, one for each key
-// segment that it reads, take more than twice the memory that they take where they come in any order.
+// Whether one kernel takes less time than two, with seven products instead of five: where keys are many and queries
+// few, blocks would wait for their turns. Nor may the sums of a query tile, one for each key segment that it reads,
+// take more than twice the memory that they take where they come in any order.
 bool can_take_turns(const BwdParams& params, const std::vector<QueryRun>& runs, const StepCount& count) {
   return num_reader_tiles(*params.schedule) <= 2 * num_query_tiles(runs) &&
          5 * count.steps(DqForm::kInTurn, 1) <= 7 * count.steps(DqForm::kAsItComes, 1);
-}
-
-// Otherwise: whether turns cost neither time nor memory. Then they save some 4 %, as nothing has to be set to zero and
-// blocks are at different tiles.
-bool prefers_turns(const BwdParams& params, const std::vector<QueryRun>& runs, const StepCount& count) {
-  return params.key_padding_mask == nullptr && num_reader_tiles(*params.schedule) == num_query_tiles(runs) &&
-         count.best_splits(DqForm::kAsItComes) == 1 &&
-         50 * count.steps(DqForm::kInTurn, 1) <= 51 * count.steps(DqForm::kAsItComes, 1);
-}
-
-DqForm choose_dq_form(const BwdParams& params, const std::vector<QueryRun>& runs, const StepCount& count) {
-  if (params.deterministic) return can_take_turns(params, runs, count) ? DqForm::kInTurn : DqForm::kApart;
-  return prefers_turns(params, runs, count) ? DqForm::kInTurn : DqForm::kAsItComes;
 }
 
 // Two shares where sums of dq find spare memory, which is half of what all of them take, and where they cost hardly any
@@ -84,8 +71,8 @@ BwdPlan plan_bwd(const BwdParams& params, const std::vector<QueryRun>& runs) {
   const BwdShare whole{0, params.batch_size == 1 ? params.num_heads : params.batch_size, 1};
   if (params.dtype == DType::kFloat32 || !can_add_dq(kernel_head_dim)) return {DqForm::kApart, {whole}};
   const StepCount count(params, runs);
-  const DqForm form = choose_dq_form(params, runs, count);
-  if (form == DqForm::kApart) return {form, {whole}};
+  if (params.deterministic && !can_take_turns(params, runs, count)) return {DqForm::kApart, {whole}};
+  const DqForm form = params.deterministic ? DqForm::kInTurn : DqForm::kAsItComes;
   return {form, make_shares(params, runs, form, count)};
 }
 

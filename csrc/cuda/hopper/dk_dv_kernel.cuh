@@ -131,8 +131,9 @@ __device__ inline void consume(const DkDvKernelParams& params, DkDvSharedStorage
         scale_columns(s, params.softmax_scale_log2, lse_log2);
         // NOTE: behind a wait, a branch, ptxas spreads the handing over among the last exponentials; without one it
         // does so with the products alone. Where dq is added to in turn that takes more registers than there are.
+        constexpr bool kWaitsEarly = Config::kAddsDq && !Config::kTakesTurns;
         const auto wait_for_next = [&] { ptx::mbarrier_wait(shared.q_full[next.stage()], next.full_parity()); };
-        if constexpr (!Config::kTakesTurns) wait_for_next();
+        if constexpr (kWaitsEarly) wait_for_next();
         if constexpr (Config::kAddsDq) {
           hand_over(shared.dq_exchange, previous.count, ds_operand, first_row, own_keys, tile > 0);
         }
@@ -147,7 +148,7 @@ __device__ inline void consume(const DkDvKernelParams& params, DkDvSharedStorage
         previous_q = q_tile;
         q_tile = tile_of(q_ring, next.stage());
         dout_tile = tile_of(dout_ring, next_dout.stage());
-        if constexpr (Config::kTakesTurns) wait_for_next();
+        if constexpr (!kWaitsEarly) wait_for_next();
         k.issue_transposed_scores(s, q_tile);
         if constexpr (Config::kSharesOperand) ptx::wgmma_wait<1>(dv);
         round_operand<Element>(ds_operand, dp);

@@ -100,7 +100,8 @@ __device__ inline void own_dv(const DkDvKernelParams& params, WideDkDvSharedStor
       const auto weigh = [&](QRing q) {
         ColumnStats<Config::kBlockM> lse_log2;
         lse_log2.load(shared.lse_log2[q.stage()]);
-        weigh_columns(s, params.softmax_scale_log2, lse_log2);
+        scale_columns(s, params.softmax_scale_log2, lse_log2);
+        exponentiate_all(s);
         const PRing p{q.count};
         ptx::mbarrier_wait(shared.p_empty[p.stage()], p.empty_parity());
         OwnWeights(shared, p).store(s);
