@@ -36,9 +36,10 @@ constexpr int kMaxSharedBytes = 99 * 1024;
 // Spills: portable_fwd_kernel in portable_fwd_*16_d96 for sm_90, 12 bytes: likewise
 // Spills: portable_fwd_kernel in portable_fwd_*16_d128 for sm_80, 136 bytes: the softmax's state
 // Spills: portable_fwd_kernel in portable_fwd_*16_d128 for sm_90, 104 bytes: likewise
-// Spills: portable_fwd_kernel in portable_fwd_fp32_d192 for sm_90, 8 bytes: one word, for the sums that begin anew
-// Spills: portable_fwd_kernel in portable_fwd_fp32_d256 for sm_80, 8 bytes: likewise
-// Spills: portable_fwd_kernel in portable_fwd_fp32_d256 for sm_90, 8 bytes: likewise
+// Spills: portable_fwd_kernel in portable_fwd_fp32_d96 for sm_80, 8 bytes: one word, for the sums that begin anew
+// Spills: portable_fwd_kernel in portable_fwd_fp32_d96 for sm_90, 20 bytes: four words, likewise
+// Spills: portable_fwd_kernel in portable_fwd_fp32_d256 for sm_80, 12 bytes: two words, likewise
+// Spills: portable_fwd_kernel in portable_fwd_fp32_d256 for sm_90, 16 bytes: three words, likewise
 constexpr Tile fwd_tile(Arithmetic arithmetic, int head_dim) {
   if (is_16_bit(arithmetic)) {
     if (head_dim <= 96) return {128, 64, 32, 2};
@@ -62,11 +63,12 @@ constexpr Tile fwd_tile(Arithmetic arithmetic, int head_dim) {
 // Spills: portable_dk_dv_kernel in portable_bwd_*16_d128 for sm_90, 88 bytes: ten words, for the addresses of copies
 // Spills: portable_dk_dv_kernel in portable_bwd_fp32_d64 for sm_80, 24 bytes: five words, that three blocks fit
 // Spills: portable_dk_dv_kernel in portable_bwd_fp32_d64 for sm_90, 20 bytes: likewise
-// Spills: portable_dk_dv_kernel in portable_bwd_fp32_d96 for sm_90, 8 bytes: one word; the tile is the smallest
-// Spills: portable_dk_dv_kernel in portable_bwd_fp32_d128 for sm_80, 8 bytes: likewise
-// Spills: portable_dk_dv_kernel in portable_bwd_fp32_d128 for sm_90, 8 bytes: likewise
-// Spills: portable_dk_dv_kernel in portable_bwd_fp32_d192 for sm_80, 20 bytes: five words, likewise
-// Spills: portable_dk_dv_kernel in portable_bwd_fp32_d256 for sm_90, 8 bytes: one word, likewise
+// Spills: portable_dk_dv_kernel in portable_bwd_fp32_d96 for sm_80, 24 bytes: three words; the tile is the smallest
+// Spills: portable_dk_dv_kernel in portable_bwd_fp32_d96 for sm_90, 24 bytes: likewise
+// Spills: portable_dk_dv_kernel in portable_bwd_fp32_d128 for sm_80, 8 bytes: one word, likewise
+// Spills: portable_dk_dv_kernel in portable_bwd_fp32_d128 for sm_90, 16 bytes: two words, likewise
+// Spills: portable_dk_dv_kernel in portable_bwd_fp32_d256 for sm_80, 8 bytes: one word, likewise
+// Spills: portable_dk_dv_kernel in portable_bwd_fp32_d256 for sm_90, 16 bytes: two words, likewise
 constexpr Tile dk_dv_tile(Arithmetic arithmetic, int head_dim) {
   if (is_16_bit(arithmetic)) {
     if (head_dim <= 32) return {128, 32, 32, 2};
@@ -85,11 +87,12 @@ constexpr Tile dk_dv_tile(Arithmetic arithmetic, int head_dim) {
 
 // Of dq: two score tiles, one accumulator.
 //
-// Spills: portable_dq_kernel in portable_bwd_fp32_d128 for sm_80, 12 bytes: two words; the tile is the smallest
-// Spills: portable_dq_kernel in portable_bwd_fp32_d128 for sm_90, 40 bytes: four words, likewise
-// Spills: portable_dq_kernel in portable_bwd_fp32_d192 for sm_80, 8 bytes: one word, likewise
-// Spills: portable_dq_kernel in portable_bwd_fp32_d256 for sm_80, 12 bytes: two words, likewise
-// Spills: portable_dq_kernel in portable_bwd_fp32_d256 for sm_90, 8 bytes: one word, likewise
+// Spills: portable_dq_kernel in portable_bwd_fp32_d96 for sm_80, 60 bytes: eight words; the tile is the smallest
+// Spills: portable_dq_kernel in portable_bwd_fp32_d128 for sm_90, 12 bytes: two words, likewise
+// Spills: portable_dq_kernel in portable_bwd_fp32_d192 for sm_80, 28 bytes: four words, likewise
+// Spills: portable_dq_kernel in portable_bwd_fp32_d192 for sm_90, 8 bytes: one word, likewise
+// Spills: portable_dq_kernel in portable_bwd_fp32_d256 for sm_80, 40 bytes: four words, likewise
+// Spills: portable_dq_kernel in portable_bwd_fp32_d256 for sm_90, 52 bytes: six words, likewise
 constexpr Tile dq_tile(Arithmetic arithmetic, int head_dim) {
   if (is_16_bit(arithmetic) && head_dim <= 64) return {128, 32, 32, 2};
   if (is_16_bit(arithmetic) && head_dim <= 128) return {64, 32, 16, 2};
