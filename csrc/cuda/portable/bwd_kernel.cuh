@@ -152,7 +152,8 @@ __global__ void __launch_bounds__(dq_tile(kArithmetic, kHeadDim).num_threads(), 
     multiply_rows<Products>(dp, shared.dout, warp_row, shared.v[stage]);
     if (args.dropout.seed != nullptr) {
       const Dropout dropout(args.dropout, static_cast<int>(copy));
-      drop_columns(dp, dropout, item.row_begin + thread_row, block.range_index, block.offset);
+      const WorkRange& range = walk.range_of(block);
+      drop_columns(dp, dropout, item.row_begin + thread_row, range.range_index, block.row_begin - range.begin);
     }
     const bool all_visible = block.num_rows == kTile.block_rows && mask == nullptr;
 #pragma unroll
@@ -430,8 +431,9 @@ __global__ void __launch_bounds__(dk_dv_tile(kArithmetic, kHeadDim).num_threads(
       multiply_rows<Products>(p, shared.k, warp_row, shared.q[stage], query);
       to_probabilities(p, shared.lse_log2[stage] + query, args.scale_log2);
       if (drops) {
-        const int key = item.row_begin + thread_row - work.segments[item.segment].row_begin + block.range_offset;
-        mark_dropped(p, Dropout(args.dropout, static_cast<int>(copy)), block.row_begin + query, block.range_index, key);
+        const WorkRange& range = walk.range_of(block);
+        const int key = item.row_begin + thread_row - work.segments[item.segment].row_begin + range.range_offset;
+        mark_dropped(p, Dropout(args.dropout, static_cast<int>(copy)), block.row_begin + query, range.range_index, key);
       }
       float ds[kTilesM][kScoreRows / 8][4] = {};
       if constexpr (kWantsDk) {

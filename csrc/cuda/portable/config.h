@@ -35,7 +35,7 @@ constexpr int kMaxSharedBytes = 99 * 1024;
 // of half the rows to a warp would read every key and value twice as often
 // Spills: portable_fwd_kernel in portable_fwd_*16_d96 for sm_90, 12 bytes: likewise
 // Spills: portable_fwd_kernel in portable_fwd_*16_d128 for sm_80, 136 bytes: the softmax's state
-// Spills: portable_fwd_kernel in portable_fwd_*16_d128 for sm_90, 104 bytes: likewise
+// Spills: portable_fwd_kernel in portable_fwd_*16_d128 for sm_90, 164 bytes: likewise
 // Spills: portable_fwd_kernel in portable_fwd_fp32_d96 for sm_80, 8 bytes: one word, for the sums that begin anew
 // Spills: portable_fwd_kernel in portable_fwd_fp32_d96 for sm_90, 20 bytes: four words, likewise
 // Spills: portable_fwd_kernel in portable_fwd_fp32_d256 for sm_80, 12 bytes: two words, likewise
