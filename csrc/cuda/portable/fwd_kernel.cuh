@@ -51,7 +51,7 @@ __global__ void __launch_bounds__(fwd_tile(kArithmetic, kHeadDim).num_threads(),
   const auto v = rows_of<Element>(params.v, params.v_strides, item.batch, item.head, params.head_dim_v, args.aligned);
   const bool* mask = params.key_padding_mask;
   if (mask != nullptr) mask += item.batch * params.key_padding_mask_batch_stride;
-  const bool changes_scores = args.negate || mask != nullptr;
+  const bool changes_scores = args.negate || mask != nullptr, drops = args.dropout.seed != nullptr;
   const int warp_row = threadIdx.x / 32 * kTile.warp_rows;
   const int thread_row = warp_row + threadIdx.x % 32 / 4;
 
@@ -99,9 +99,13 @@ __global__ void __launch_bounds__(fwd_tile(kArithmetic, kHeadDim).num_threads(),
       if (args.negate) negate(s);
       mask_columns(s, block.num_rows, mask == nullptr ? nullptr : mask + block.row_begin);
     }
-    softmax.update(s, out, args.scale_log2);
-    if (args.dropout.seed != nullptr) {
-      const Dropout dropout(args.dropout, item.batch * params.num_heads + item.head);
+    softmax.raise_bases(s, out, args.scale_log2);
+    softmax.template exponentiate<kTile.block_rows / 8>(s, 0, args.scale_log2);
+    if (drops) {
+      // Kept weights get their factor with the output: up to 256 times as large as those of a softmax, fp16 might not
+      // hold the products.
+      const DropoutParams marks{args.dropout.seed, args.dropout.threshold, 1.0f};
+      const Dropout dropout(marks, item.batch * params.num_heads + item.head);
       const WorkRange& range = walk.range_of(block);
       drop_columns(s, dropout, item.row_begin + thread_row, range.range_index, block.row_begin - range.begin);
     }
@@ -109,7 +113,7 @@ __global__ void __launch_bounds__(fwd_tile(kArithmetic, kHeadDim).num_threads(),
   }
 
   float lse[2 * kTilesM];
-  softmax.finish(out, lse);
+  softmax.finish(out, lse, drops ? args.dropout.inverse_keep_probability : 1.0f);
 
   // Log-sum-exps, by the first of the four lanes that share a row
   const bool is_split = args.work.num_splits > 1;
