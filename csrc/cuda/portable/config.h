@@ -31,15 +31,19 @@ constexpr int kMaxSharedBytes = 99 * 1024;
 // Registers of a thread, for R rows to a warp: scores R * block_rows / 32, output R * head_dim / 32. At D128 64 keys to
 // a block instead of 32 halve what a block costs beside its products.
 //
-// Spills: portable_fwd_kernel in portable_fwd_*16_d96 for sm_80, 12 bytes: two words beyond 255 registers, and a tile
-// of half the rows to a warp would read every key and value twice as often
-// Spills: portable_fwd_kernel in portable_fwd_*16_d96 for sm_90, 12 bytes: likewise
-// Spills: portable_fwd_kernel in portable_fwd_*16_d128 for sm_80, 136 bytes: the softmax's state
-// Spills: portable_fwd_kernel in portable_fwd_*16_d128 for sm_90, 164 bytes: likewise
-// Spills: portable_fwd_kernel in portable_fwd_fp32_d96 for sm_80, 8 bytes: one word, for the sums that begin anew
-// Spills: portable_fwd_kernel in portable_fwd_fp32_d96 for sm_90, 20 bytes: four words, likewise
-// Spills: portable_fwd_kernel in portable_fwd_fp32_d256 for sm_80, 12 bytes: two words, likewise
-// Spills: portable_fwd_kernel in portable_fwd_fp32_d256 for sm_90, 16 bytes: three words, likewise
+// Spills: portable_fwd_kernel in portable_fwd_*16_d96 for sm_90, 8 bytes: a word beyond 255 registers, and a tile of
+// half the rows to a warp would read every key and value twice as often
+// Spills: portable_fwd_kernel in portable_fwd_*16_d128 for sm_80, 80 bytes: what only partial blocks and dropout read
+// Spills: portable_fwd_kernel in portable_fwd_*16_d128 for sm_90, 160 bytes: likewise, and three words of the walk
+// Spills: portable_fwd_kernel in portable_fwd_tf32_d64 for sm_80, 8 bytes: one word, that three blocks fit
+// Spills: portable_fwd_kernel in portable_fwd_fp32_d96 for sm_80, 60 bytes: ten words, for the sums that begin anew
+// Spills: portable_fwd_kernel in portable_fwd_fp32_d96 for sm_90, 8 bytes: one word, likewise
+// Spills: portable_fwd_kernel in portable_fwd_fp32_d128 for sm_80, 8 bytes: likewise
+// Spills: portable_fwd_kernel in portable_fwd_fp32_d128 for sm_90, 12 bytes: two words, likewise
+// Spills: portable_fwd_kernel in portable_fwd_fp32_d192 for sm_80, 12 bytes: likewise
+// Spills: portable_fwd_kernel in portable_fwd_fp32_d192 for sm_90, 12 bytes: likewise
+// Spills: portable_fwd_kernel in portable_fwd_fp32_d256 for sm_80, 12 bytes: likewise
+// Spills: portable_fwd_kernel in portable_fwd_fp32_d256 for sm_90, 20 bytes: four words, likewise
 constexpr Tile fwd_tile(Arithmetic arithmetic, int head_dim) {
   if (is_16_bit(arithmetic)) {
     if (head_dim <= 96) return {128, 64, 32, 2};

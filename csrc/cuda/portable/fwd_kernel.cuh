@@ -100,16 +100,24 @@ __global__ void __launch_bounds__(fwd_tile(kArithmetic, kHeadDim).num_threads(),
       mask_columns(s, block.num_rows, mask == nullptr ? nullptr : mask + block.row_begin);
     }
     softmax.raise_bases(s, out, args.scale_log2);
-    softmax.template exponentiate<kTile.block_rows / 8>(s, 0, args.scale_log2);
-    if (drops) {
-      // Kept weights get their factor with the output: up to 256 times as large as those of a softmax, fp16 might not
-      // hold the products.
-      const DropoutParams marks{args.dropout.seed, args.dropout.threshold, 1.0f};
-      const Dropout dropout(marks, item.batch * params.num_heads + item.head);
-      const WorkRange& range = walk.range_of(block);
-      drop_columns(s, dropout, item.row_begin + thread_row, range.range_index, block.row_begin - range.begin);
+    if (is_16_bit(kArithmetic) && !drops) {
+      // Exponentials of a depth step run under the products of the step before: nothing may stand between them.
+      const auto exponentiate = [&](int first) {
+        softmax.template exponentiate<Products::kDepth / 8>(s, first, args.scale_log2);
+      };
+      multiply_scores<Products>(out, s, lane_q.at(shared.v[stage]), 0, exponentiate);
+    } else {
+      softmax.template exponentiate<kTile.block_rows / 8>(s, 0, args.scale_log2);
+      if (drops) {
+        // Kept weights get their factor with the output: up to 256 times as large as those of a softmax, fp16 might not
+        // hold the products.
+        const DropoutParams marks{args.dropout.seed, args.dropout.threshold, 1.0f};
+        const Dropout dropout(marks, item.batch * params.num_heads + item.head);
+        const WorkRange& range = walk.range_of(block);
+        drop_columns(s, dropout, item.row_begin + thread_row, range.range_index, block.row_begin - range.begin);
+      }
+      multiply_scores<Products>(out, s, lane_q.at(shared.v[stage]));
     }
-    multiply_scores<Products>(out, s, lane_q.at(shared.v[stage]));
   }
 
   float lse[2 * kTilesM];

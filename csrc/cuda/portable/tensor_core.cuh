@@ -227,26 +227,27 @@ __device__ void multiply_rows(float (&c)[kTilesM][kTilesN][4], const TileA& a, i
   }
 }
 
-// c += p · b: scores in registers against a tile whose rows from b_row on are the scores' columns.
-template <class Products, int kTilesM, int kTilesN, int kTilesP, class Tile>
+// c += p · b: scores in registers against a tile whose rows from b_row on are the scores' columns. prepare(first) makes
+// tiles of p ready, from the first of a depth step on, ahead of the step's products.
+template <class Products, int kTilesM, int kTilesN, int kTilesP, class Tile, class Prepare>
 __device__ void multiply_scores(float (&c)[kTilesM][kTilesN][4], const float (&p)[kTilesM][kTilesP][4], const Tile& b,
-                                int b_row = 0) {
+                                int b_row, const Prepare& prepare) {
   static_assert(kTilesN * 8 == Tile::kCols);
   constexpr bool kIsNew = Products::kCutsOffTooMuch;
   // Enough products that do not wait for each other, and few enough registers.
   constexpr int kTilesAtOnce = !kIsNew ? kTilesN : kTilesN > 16 ? 2 : 4, kSteps = kTilesP * 8 / Products::kDepth;
   typename Products::A fragment_a[kSteps][kTilesM];
 #pragma unroll
-  for (int k = 0; k < kSteps; ++k) {
-#pragma unroll
-    for (int m = 0; m < kTilesM; ++m) fragment_a[k][m] = Products::from_accumulators(p[m], k);
-  }
-#pragma unroll
   for (int first = 0; first < kTilesN; first += kTilesAtOnce) {
     float sum[kTilesM][kTilesAtOnce][4];
     begin_sum<kIsNew>(sum, c, first);
 #pragma unroll
     for (int k = 0; k < kSteps; ++k) {
+      if (first == 0) {
+        prepare(kTilesP / kSteps * k);
+#pragma unroll
+        for (int m = 0; m < kTilesM; ++m) fragment_a[k][m] = Products::from_accumulators(p[m], k);
+      }
 #pragma unroll
       for (int n = 0; n < kTilesAtOnce; n += 2) {
         typename Products::B fragment_b[2];
@@ -260,6 +261,12 @@ __device__ void multiply_scores(float (&c)[kTilesM][kTilesN][4], const float (&p
     }
     finish_sum<kIsNew>(sum, c, first);
   }
+}
+
+template <class Products, int kTilesM, int kTilesN, int kTilesP, class Tile>
+__device__ void multiply_scores(float (&c)[kTilesM][kTilesN][4], const float (&p)[kTilesM][kTilesP][4], const Tile& b,
+                                int b_row = 0) {
+  multiply_scores<Products>(c, p, b, b_row, [](int) {});
 }
 
 // c += a · b: operands load(m, k) of tile row m and depth step k against columns of tile b from b_col on, over b's
