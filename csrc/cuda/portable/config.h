@@ -62,17 +62,21 @@ constexpr Tile fwd_tile(Arithmetic arithmetic, int head_dim) {
 // halve the barriers, and let a warp take 32 of them for dq, too; with one stage two such blocks fit a multiprocessor
 // of 8.0, and the next queries come during dq's product.
 //
-// Spills: portable_dk_dv_kernel in portable_bwd_*16_d64 for sm_90, 16 bytes: three words, read once a block of queries
-// Spills: portable_dk_dv_kernel in portable_bwd_*16_d128 for sm_80, 24 bytes: five words, likewise
-// Spills: portable_dk_dv_kernel in portable_bwd_*16_d128 for sm_90, 88 bytes: ten words, for the addresses of copies
-// Spills: portable_dk_dv_kernel in portable_bwd_fp32_d64 for sm_80, 24 bytes: five words, that three blocks fit
-// Spills: portable_dk_dv_kernel in portable_bwd_fp32_d64 for sm_90, 20 bytes: likewise
-// Spills: portable_dk_dv_kernel in portable_bwd_fp32_d96 for sm_80, 24 bytes: three words; the tile is the smallest
-// Spills: portable_dk_dv_kernel in portable_bwd_fp32_d96 for sm_90, 24 bytes: likewise
-// Spills: portable_dk_dv_kernel in portable_bwd_fp32_d128 for sm_80, 8 bytes: one word, likewise
-// Spills: portable_dk_dv_kernel in portable_bwd_fp32_d128 for sm_90, 16 bytes: two words, likewise
-// Spills: portable_dk_dv_kernel in portable_bwd_fp32_d256 for sm_80, 8 bytes: one word, likewise
-// Spills: portable_dk_dv_kernel in portable_bwd_fp32_d256 for sm_90, 16 bytes: two words, likewise
+// Spills: portable_dk_dv_kernel in portable_bwd_*16_d96 for sm_90, 24 bytes: three words of the walk
+// Spills: portable_dk_dv_kernel in portable_bwd_*16_d128 for sm_80, 24 bytes: likewise
+// Spills: portable_dk_dv_kernel in portable_bwd_*16_d128 for sm_90, 32 bytes: likewise
+// Spills: portable_dk_dv_kernel in portable_bwd_tf32_d64 for sm_90, 12 bytes: two words, that three blocks fit
+// Spills: portable_dk_dv_kernel in portable_bwd_fp32_d32 for sm_90, 8 bytes: one word, read once a block of queries
+// Spills: portable_dk_dv_kernel in portable_bwd_fp32_d64 for sm_80, 64 bytes: addresses, that three blocks fit
+// Spills: portable_dk_dv_kernel in portable_bwd_fp32_d64 for sm_90, 104 bytes: likewise
+// Spills: portable_dk_dv_kernel in portable_bwd_fp32_d96 for sm_80, 8 bytes: one word; the tile is the smallest
+// Spills: portable_dk_dv_kernel in portable_bwd_fp32_d96 for sm_90, 8 bytes: likewise
+// Spills: portable_dk_dv_kernel in portable_bwd_fp32_d128 for sm_80, 48 bytes: addresses, likewise
+// Spills: portable_dk_dv_kernel in portable_bwd_fp32_d128 for sm_90, 48 bytes: likewise
+// Spills: portable_dk_dv_kernel in portable_bwd_fp32_d192 for sm_80, 56 bytes: likewise
+// Spills: portable_dk_dv_kernel in portable_bwd_fp32_d192 for sm_90, 20 bytes: likewise
+// Spills: portable_dk_dv_kernel in portable_bwd_fp32_d256 for sm_80, 20 bytes: likewise
+// Spills: portable_dk_dv_kernel in portable_bwd_fp32_d256 for sm_90, 20 bytes: likewise
 constexpr Tile dk_dv_tile(Arithmetic arithmetic, int head_dim) {
   if (is_16_bit(arithmetic)) {
     if (head_dim <= 32) return {128, 32, 32, 2};
@@ -91,12 +95,11 @@ constexpr Tile dk_dv_tile(Arithmetic arithmetic, int head_dim) {
 
 // Of dq: two score tiles, one accumulator.
 //
-// Spills: portable_dq_kernel in portable_bwd_fp32_d96 for sm_80, 60 bytes: eight words; the tile is the smallest
-// Spills: portable_dq_kernel in portable_bwd_fp32_d128 for sm_90, 12 bytes: two words, likewise
-// Spills: portable_dq_kernel in portable_bwd_fp32_d192 for sm_80, 28 bytes: four words, likewise
-// Spills: portable_dq_kernel in portable_bwd_fp32_d192 for sm_90, 8 bytes: one word, likewise
-// Spills: portable_dq_kernel in portable_bwd_fp32_d256 for sm_80, 40 bytes: four words, likewise
-// Spills: portable_dq_kernel in portable_bwd_fp32_d256 for sm_90, 52 bytes: six words, likewise
+// Spills: portable_dq_kernel in portable_bwd_fp32_d64 for sm_90, 12 bytes: two words, that three blocks fit
+// Spills: portable_dq_kernel in portable_bwd_fp32_d192 for sm_80, 32 bytes: addresses; the tile is the smallest
+// Spills: portable_dq_kernel in portable_bwd_fp32_d192 for sm_90, 12 bytes: likewise
+// Spills: portable_dq_kernel in portable_bwd_fp32_d256 for sm_80, 40 bytes: likewise
+// Spills: portable_dq_kernel in portable_bwd_fp32_d256 for sm_90, 40 bytes: likewise
 constexpr Tile dq_tile(Arithmetic arithmetic, int head_dim) {
   if (is_16_bit(arithmetic) && head_dim <= 64) return {128, 32, 32, 2};
   if (is_16_bit(arithmetic) && head_dim <= 128) return {64, 32, 16, 2};

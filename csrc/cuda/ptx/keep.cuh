@@ -12,6 +12,11 @@ __device__ inline uint32_t keep(uint32_t value) {
   return value;
 }
 
+__device__ inline int keep(int value) {
+  asm volatile("" : "+r"(value));
+  return value;
+}
+
 template <class T>
 __device__ T* keep(T* pointer) {
   asm volatile("" : "+l"(pointer));
