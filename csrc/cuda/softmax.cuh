@@ -61,12 +61,13 @@ class OnlineSoftmax {
 #pragma unroll
     for (int row = 0; row < 2 * kTilesM; ++row) {
       const int m = row / 2, e = row % 2 * 2;
-      float sum = 0;
+      float sum;
 #pragma unroll
       for (int n = first; n < first + kCount; ++n) {
         s[m][n][e] = ptx::exp2(fmaf(s[m][n][e], scale_log2, -base_[row]));
         s[m][n][e + 1] = ptx::exp2(fmaf(s[m][n][e + 1], scale_log2, -base_[row]));
-        sum += s[m][n][e] + s[m][n][e + 1];
+        const float pair = s[m][n][e] + s[m][n][e + 1];
+        sum = n == first ? pair : sum + pair;
       }
       sum_[row] += sum;
     }

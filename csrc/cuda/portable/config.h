@@ -33,8 +33,8 @@ constexpr int kMaxSharedBytes = 99 * 1024;
 //
 // Spills: portable_fwd_kernel in portable_fwd_*16_d96 for sm_90, 8 bytes: a word beyond 255 registers, and a tile of
 // half the rows to a warp would read every key and value twice as often
-// Spills: portable_fwd_kernel in portable_fwd_*16_d128 for sm_80, 80 bytes: what only partial blocks and dropout read
-// Spills: portable_fwd_kernel in portable_fwd_*16_d128 for sm_90, 160 bytes: likewise, and three words of the walk
+// Spills: portable_fwd_kernel in portable_fwd_*16_d128 for sm_80, 88 bytes: what only partial blocks and dropout read
+// Spills: portable_fwd_kernel in portable_fwd_*16_d128 for sm_90, 108 bytes: likewise, and three words of the walk
 // Spills: portable_fwd_kernel in portable_fwd_tf32_d64 for sm_80, 8 bytes: one word, that three blocks fit
 // Spills: portable_fwd_kernel in portable_fwd_fp32_d96 for sm_80, 60 bytes: ten words, for the sums that begin anew
 // Spills: portable_fwd_kernel in portable_fwd_fp32_d96 for sm_90, 8 bytes: one word, likewise

@@ -122,14 +122,14 @@ class TileLoader {
         mask_(mask),
         target_(ptx::keep(ptx::shared_address(tiles->row(thread_row()) + thread_col()))),
         source_(ptx::keep(rows.row(thread_row()) + thread_col())),
-        copies_all_(rows.aligned && mask == nullptr && rows.num_cols == Tile::kCols) {}
+        whole_(ptx::keep(rows.aligned && mask == nullptr && rows.num_cols == Tile::kCols ? Tile::kRows : -1)) {}
 
   // Starts to copy rows row_begin to row_begin + num_rows - 1. All else in the tile becomes zero: rows behind them,
   // columns behind the tensor's, and blocked rows. So what a query may not see never enters a product, not even as NaN.
   __device__ void load(int index, int row_begin, int num_rows) const {
     // Threads that are left over of a row's chunks rest.
     if (kThreads % kChunks != 0 && thread_row() >= kRowsAtOnce) return;
-    if (copies_all_ && num_rows == Tile::kRows) {
+    if (num_rows == whole_) {
       load_all(index, row_begin);
     } else {
       load_some(tiles_[index], row_begin, num_rows);
@@ -168,7 +168,7 @@ class TileLoader {
   const bool* mask_;
   uint32_t target_;        // this thread's first chunk in the first tile
   const Element* source_;  // and in the tensor
-  bool copies_all_;        // of a full tile: nothing need be checked
+  int whole_;              // rows of a tile that is copied without checks; -1: of none
 };
 
 // The only tile of its tensor.
