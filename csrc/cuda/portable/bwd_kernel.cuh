@@ -11,11 +11,11 @@
 
 #include "cuda/dropout.cuh"
 #include "cuda/portable/config.h"
+#include "cuda/portable/dq_sum.cuh"
 #include "cuda/portable/scores.cuh"
 #include "cuda/portable/tensor_core.cuh"
 #include "cuda/ptx/math.cuh"
 #include "cuda/ptx/named_barrier.cuh"
-#include "cuda/ptx/reduce.cuh"
 #include "cuda/tile_iterator.cuh"
 
 namespace mixed_attention::cuda::portable {
@@ -31,8 +31,7 @@ struct BwdArguments {
   float* lse_log2;  // BwdPlan
   float* delta;
   float *partial_dq, *partial_dk, *partial_dv;
-  float* dq_sum;
-  int dq_sum_cols;
+  DqSum dq_sum;
 };
 
 // One warp to a row (batch, head, query) of lse_log2 and delta.
@@ -58,6 +57,20 @@ __global__ void portable_bwd_stats_kernel(const __grid_constant__ BwdArguments a
   // +inf makes the probabilities of a row without keys zero.
   args.lse_log2[index] = lse == -INFINITY ? INFINITY : lse * kLog2E;
   args.delta[index] = params.dlse == nullptr ? delta : delta - static_cast<const float*>(params.dlse)[index];
+}
+
+// The way out of dq's sum, one warp to a row.
+template <class Element>
+__global__ void portable_dq_sum_kernel(const __grid_constant__ BwdArguments args) {
+  const BwdParams& params = args.params;
+  const int64_t index = (static_cast<int64_t>(blockIdx.x) * blockDim.x + threadIdx.x) / 32;
+  if (index >= params.batch_size * params.num_heads * params.seqlen_q) return;
+  const int64_t row = index % params.seqlen_q, copy = index / params.seqlen_q;
+  Element* dq = static_cast<Element*>(params.dq) + copy / params.num_heads * params.dq_strides.batch +
+                row * params.dq_strides.row + copy % params.num_heads * params.dq_strides.head;
+  for (int col = threadIdx.x % 32; col < params.head_dim; col += 32) {
+    dq[col] = Element(args.dq_sum.at(index, col) * args.softmax_scale);
+  }
 }
 
 // The accumulators' way out: to a part's place in scratch, or times factor to the gradient, through shared memory. They
@@ -302,10 +315,10 @@ struct DkDvShared {
                                            SharedTile<Element, kTile.rows, kTile.block_rows>, Nothing> scores;
 };
 
-// Adds the block's part of dq, dsᵀ k, to the sum, whose num_cols is a multiple of 8. Each warp takes 16 or 32 queries
-// and an equal share of the columns.
+// Adds the block's part of dq, dsᵀ k, to the sum: num_rows rows from row_begin on. Each warp takes 16 or 32 queries and
+// an equal share of the columns.
 template <class Products, int kThreads, class SharedDs, class Keys>
-__device__ void add_dq(float* sum, int num_cols, int num_rows, const SharedDs& ds, const Keys& k) {
+__device__ void add_dq(const DqSum& sum, int64_t row_begin, int num_rows, const SharedDs& ds, const Keys& k) {
   constexpr int kCols = Keys::kCols, kTilesM = SharedDs::kCols >= 64 ? 2 : 1;
   constexpr int kRowGroups = SharedDs::kCols / 16 / kTilesM, kWarpsPerGroup = kThreads / 32 / kRowGroups;
   // Columns are loaded 16 at a time; where they do not go round, half of the warps stands by.
@@ -323,21 +336,21 @@ __device__ void add_dq(float* sum, int num_cols, int num_rows, const SharedDs& d
     float dq[kTilesM][kTilesAtOnce][4] = {};
     const auto load_ds = [&](int m, int step) { return Products::load_a_by_depth(ds, row + 16 * m, step); };
     multiply_columns<Products>(dq, load_ds, k, first);
+    float* const place = sum.place(row_begin + row + lane / 4, first, lane % 4);
     const auto add = [&]<bool kAll>() {
 #pragma unroll
       for (int i = 0; i < 2 * kTilesM; ++i) {
-        const int dq_row = row + lane / 4 + 8 * i;
-        if (!kAll && dq_row >= num_rows) continue;
-        float* target = sum + dq_row * num_cols + first + lane % 4 * 2;
+        if (!kAll && row + lane / 4 + 8 * i >= num_rows) continue;
+        float* const row_place = ptx::keep(place + 8 * i * sum.num_cols);
 #pragma unroll
         for (int n = 0; n < kTilesAtOnce; ++n) {
-          const float* pair = &dq[i / 2][n][i % 2 * 2];
-          if (kAll || first + 8 * n < num_cols) ptx::add_pair(target + 8 * n, pair[0], pair[1]);
+          if (!kAll && first + 8 * n >= sum.num_cols) continue;
+          DqSum::add(row_place + n * DqSum::kBlock, &dq[i / 2][n][i % 2 * 2]);
         }
       }
     };
     // A check for each tile costs more than its addition.
-    if (num_rows == SharedDs::kCols && first + 8 * kTilesAtOnce <= num_cols) {
+    if (num_rows == SharedDs::kCols && first + 8 * kTilesAtOnce <= sum.num_cols) {
       add.template operator()<true>();
     } else {
       add.template operator()<false>();
@@ -471,8 +484,7 @@ __global__ void __launch_bounds__(dk_dv_tile(kArithmetic, kHeadDim).num_threads(
     if (kAddsDq || kTile.stages == 1) __syncthreads();
     if (kTile.stages == 1 && !walk.done()) load_next(0);
     if constexpr (kAddsDq) {
-      add_dq<Products, kThreads>(args.dq_sum + (first_query + block.row_begin) * args.dq_sum_cols, args.dq_sum_cols,
-                                 block.num_rows, shared.scores, lane_k);
+      add_dq<Products, kThreads>(args.dq_sum, first_query + block.row_begin, block.num_rows, shared.scores, lane_k);
     }
   }
 
