@@ -37,7 +37,7 @@ class OnlineSoftmax {
       block_max = fmaxf(block_max, __shfl_xor_sync(0xFFFFFFFF, block_max, 1));
       block_max = fmaxf(block_max, __shfl_xor_sync(0xFFFFFFFF, block_max, 2));
       maximum[row] = block_max * scale_log2;
-      outgrown |= maximum[row] > base_[row] + kMostAboveBase;
+      outgrown |= maximum[row] - base_[row] > kMostAboveBase;
     }
     if (!__any_sync(0xFFFFFFFF, outgrown)) return;
 #pragma unroll
