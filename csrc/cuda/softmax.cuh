@@ -1,5 +1,8 @@
-// Softmax over scores that come block by block: running maximum and sum of each row, rescaled when the maximum grows.
+// Softmax over scores that come block by block. Probabilities are relative to a base of each row, at first its maximum,
+// which is raised only when the maximum outgrows it by far: what was accumulated is then rescaled.
 #pragma once
+
+#include <limits>
 
 #include "cuda/ptx/math.cuh"
 
@@ -14,17 +17,18 @@ class OnlineSoftmax {
   __device__ OnlineSoftmax() {
 #pragma unroll
     for (int row = 0; row < 2 * kTilesM; ++row) {
-      max_[row] = -INFINITY;
+      base_[row] = kLowest;
       sum_[row] = 0;
     }
   }
 
-  // Turns a block of raw scores into probabilities, up to a factor per row that the sum has as well, and brings what
-  // was accumulated before to the same factor. scale_log2 is positive.
+  // Makes the bases fit a block of raw scores, and what was accumulated before fit the bases; each row by itself, so
+  // that none depends on its neighbours. scale_log2 is positive.
   template <int kTilesN, int kTilesOut>
-  __device__ void update(float (&s)[kTilesM][kTilesN][4], float (&out)[kTilesM][kTilesOut][4], float scale_log2) {
-    float factor[2 * kTilesM];
-    bool grew = false;
+  __device__ void raise_bases(const float (&s)[kTilesM][kTilesN][4], float (&out)[kTilesM][kTilesOut][4],
+                              float scale_log2) {
+    float maximum[2 * kTilesM];
+    bool outgrown = false;
 #pragma unroll
     for (int row = 0; row < 2 * kTilesM; ++row) {
       const int m = row / 2, e = row % 2 * 2;
@@ -33,37 +37,47 @@ class OnlineSoftmax {
       for (int n = 0; n < kTilesN; ++n) block_max = fmaxf(block_max, fmaxf(s[m][n][e], s[m][n][e + 1]));
       block_max = fmaxf(block_max, __shfl_xor_sync(0xFFFFFFFF, block_max, 1));
       block_max = fmaxf(block_max, __shfl_xor_sync(0xFFFFFFFF, block_max, 2));
-      const float maximum = fmaxf(max_[row], block_max * scale_log2);
-      // A row without keys so far: 0 stands for the maximum, so that no inf - inf arises.
-      const float offset = maximum == -INFINITY ? 0.0f : maximum;
-      const float rescale = ptx::exp2(max_[row] - offset);
-      max_[row] = maximum;
-      float sum = 0;
-#pragma unroll
-      for (int n = 0; n < kTilesN; ++n) {
-        s[m][n][e] = ptx::exp2(fmaf(s[m][n][e], scale_log2, -offset));
-        s[m][n][e + 1] = ptx::exp2(fmaf(s[m][n][e + 1], scale_log2, -offset));
-        sum += s[m][n][e] + s[m][n][e + 1];
-      }
-      sum_[row] = sum_[row] * rescale + sum;
-      factor[row] = rescale;
-      grew |= rescale != 1;
+      maximum[row] = block_max * scale_log2;
+      outgrown |= maximum[row] - base_[row] > kMostAboveBase;
     }
-    // After the first blocks the maximum seldom grows: then nothing need be done.
-    if (!__any_sync(0xFFFFFFFF, grew)) return;
+    if (!__any_sync(0xFFFFFFFF, outgrown)) return;
 #pragma unroll
     for (int row = 0; row < 2 * kTilesM; ++row) {
+      const float base = maximum[row] - base_[row] > kMostAboveBase ? maximum[row] : base_[row];
+      const float factor = ptx::exp2(base_[row] - base);
+      base_[row] = base;
+      sum_[row] *= factor;
 #pragma unroll
       for (int n = 0; n < kTilesOut; ++n) {
-        out[row / 2][n][row % 2 * 2] *= factor[row];
-        out[row / 2][n][row % 2 * 2 + 1] *= factor[row];
+        out[row / 2][n][row % 2 * 2] *= factor;
+        out[row / 2][n][row % 2 * 2 + 1] *= factor;
       }
     }
   }
 
-  // Divides by the sums. Returns through lse the natural log-sum-exps: -inf for rows without keys, whose output is 0.
+  // Turns raw scores of a block whose bases fit into probabilities, up to a factor per row that the sum has as well:
+  // kCount tiles of columns, from tile `first` on.
+  template <int kCount, int kTilesN>
+  __device__ void exponentiate(float (&s)[kTilesM][kTilesN][4], int first, float scale_log2) {
+#pragma unroll
+    for (int row = 0; row < 2 * kTilesM; ++row) {
+      const int m = row / 2, e = row % 2 * 2;
+      float sum;
+#pragma unroll
+      for (int n = first; n < first + kCount; ++n) {
+        s[m][n][e] = ptx::exp2(fmaf(s[m][n][e], scale_log2, -base_[row]));
+        s[m][n][e + 1] = ptx::exp2(fmaf(s[m][n][e + 1], scale_log2, -base_[row]));
+        const float pair = s[m][n][e] + s[m][n][e + 1];
+        sum = n == first ? pair : sum + pair;
+      }
+      sum_[row] += sum;
+    }
+  }
+
+  // Divides by the sums and multiplies by factor. Returns through lse the natural log-sum-exps: -inf for rows without
+  // keys, whose output is 0.
   template <int kTilesOut>
-  __device__ void finish(float (&out)[kTilesM][kTilesOut][4], float (&lse)[2 * kTilesM]) {
+  __device__ void finish(float (&out)[kTilesM][kTilesOut][4], float (&lse)[2 * kTilesM], float factor) {
 #pragma unroll
     for (int row = 0; row < 2 * kTilesM; ++row) {
       const int m = row / 2, e = row % 2 * 2;
@@ -71,8 +85,8 @@ class OnlineSoftmax {
       sum += __shfl_xor_sync(0xFFFFFFFF, sum, 1);
       sum += __shfl_xor_sync(0xFFFFFFFF, sum, 2);
       // Not "sum > 0": a NaN that a query may see must show.
-      const float inverse = sum == 0 ? 0.0f : 1 / sum;
-      lse[row] = sum == 0 ? -INFINITY : max_[row] * kLn2 + logf(sum);
+      const float inverse = sum == 0 ? 0.0f : factor / sum;
+      lse[row] = sum == 0 ? -INFINITY : base_[row] * kLn2 + logf(sum);
 #pragma unroll
       for (int n = 0; n < kTilesOut; ++n) {
         out[m][n][e] *= inverse;
@@ -82,8 +96,14 @@ class OnlineSoftmax {
   }
 
  private:
-  float max_[2 * kTilesM];  // of the scores in units of log 2
-  float sum_[2 * kTilesM];  // of this lane's columns
+  // Powers of two: probabilities up to 256 are as exact as those up to 1 in every arithmetic, and fit fp16.
+  static constexpr float kMostAboveBase = 8;
+
+  // Of a row without keys so far: not -inf, so that no inf - inf arises.
+  static constexpr float kLowest = -std::numeric_limits<float>::max();
+
+  float base_[2 * kTilesM];  // in units of log 2
+  float sum_[2 * kTilesM];   // of this lane's columns
 };
 
 }  // namespace mixed_attention::cuda

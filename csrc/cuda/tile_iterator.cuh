@@ -49,47 +49,52 @@ __device__ inline WorkItem locate(const WorkTable& table, const WorkView& view, 
 // Rows of the other side that are processed together; they never cross the end of a range.
 struct Block {
   int row_begin, num_rows;
-  int range_index, range_offset;  // of the block's range: WorkRange
-  int offset;                     // of the block's first row in its range
+  int range;  // its number in the table
 };
 
-// Walks the blocks of one part of a segment's ranges.
+// Walks the blocks of one part of a segment's ranges. A range is read when the walk comes to it: loads are slow.
 template <int kBlockRows>
 class BlockWalk {
  public:
-  __device__ BlockWalk(const WorkView& view, const WorkItem& item, int num_splits) {
+  __device__ BlockWalk(const WorkView& view, const WorkItem& item, int num_splits) : ranges_(view.ranges) {
     const WorkSegment& segment = view.segments[item.segment];
     const int64_t total = segment.num_blocks;
     const int begin = static_cast<int>(total * item.split / num_splits);
     remaining_ = static_cast<int>(total * (item.split + 1) / num_splits) - begin;
-    range_ = view.ranges + segment.first_range;
+    range_ = segment.first_range;
     if (remaining_ > 0) seek(begin);
   }
 
   __device__ bool done() const { return remaining_ == 0; }
 
-  __device__ Block block() const {
-    return {row_, min(kBlockRows, range_->end - row_), range_->range_index, range_->range_offset, row_ - range_->begin};
-  }
+  __device__ Block block() const { return {row_, min(kBlockRows, end_ - row_), range_}; }
+
+  __device__ const WorkRange& range_of(const Block& block) const { return ranges_[block.range]; }
 
   __device__ void advance() {
     row_ += kBlockRows;
     --remaining_;
-    if (row_ >= range_->end && remaining_ > 0) row_ = (++range_)->begin;
+    if (row_ < end_ || remaining_ == 0) return;
+    ++range_;
+    row_ = ranges_[range_].begin;
+    end_ = ranges_[range_].end;
   }
 
  private:
   __device__ void seek(int block) {
     for (; true; ++range_) {
-      const int in_range = (range_->end - range_->begin + kBlockRows - 1) / kBlockRows;
+      const WorkRange& range = ranges_[range_];
+      const int in_range = (range.end - range.begin + kBlockRows - 1) / kBlockRows;
       if (block < in_range) break;
       block -= in_range;
     }
-    row_ = range_->begin + block * kBlockRows;
+    row_ = ranges_[range_].begin + block * kBlockRows;
+    end_ = ranges_[range_].end;
   }
 
-  const WorkRange* range_;
-  int row_;
+  const WorkRange* ranges_;
+  int range_;
+  int row_, end_;  // the block's first row; the end of its range
   int remaining_;
 };
 

@@ -1,7 +1,7 @@
 #include "cuda/work_table.h"
 
 #include <algorithm>
-#include <cmath>
+#include <iterator>
 
 namespace mixed_attention::cuda {
 namespace {
@@ -70,12 +70,20 @@ int choose_splits(const HostWork& work, int64_t copies, int64_t slots, int64_t m
   constexpr int64_t kMaxSplits = 32;
   const int64_t longest = work.segments.front().num_blocks;
   const int64_t limit = std::min(kMaxSplits, std::max<int64_t>(1, longest / min_blocks));
-  // As many of the longest walks make up all the work: keys that nobody reads are tiles without any.
-  const double tiles = static_cast<double>(work.num_blocks * copies) / static_cast<double>(longest);
-  // The share of its time for which the device is full, if all parts took equally long.
+  // Keys that nobody reads are tiles without any work, behind all others.
+  const auto idle = std::find_if(work.segments.begin(), work.segments.end(),
+                                 [](const WorkSegment& segment) { return segment.num_blocks == 0; });
+  const int64_t num_tiles = (idle == work.segments.end() ? work.num_tiles : idle->first_tile) * copies;
+  const int64_t shortest = std::prev(idle)->num_blocks;
+  // The share of its time for which the device is full, about: parts come in waves that take as long as the longest
+  // part, however few the last has; or they fill gaps until the shortest, which come last, end one after the other.
+  const double full_time = static_cast<double>(work.num_blocks * copies) / static_cast<double>(slots);
   const auto efficiency = [&](int64_t splits) {
-    const double waves = tiles * static_cast<double>(splits) / static_cast<double>(slots);
-    return waves / std::ceil(waves);
+    const auto of_part = [&](int64_t num_blocks) {
+      return static_cast<double>(num_blocks) / static_cast<double>(splits);
+    };
+    const double waves = static_cast<double>(ceil_div(num_tiles * splits, slots)) * of_part(longest);
+    return full_time / std::min(waves, full_time + of_part(shortest) / 2);
   };
   // Combining costs a pass over the outputs: only where the tiles leave much of the device idle.
   if (limit == 1 || efficiency(1) >= 0.8) return 1;

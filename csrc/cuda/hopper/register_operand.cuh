@@ -9,6 +9,7 @@
 #include "cuda/hopper/config.h"
 #include "cuda/ptx/lane.cuh"
 #include "cuda/ptx/ldmatrix.cuh"
+#include "cuda/ptx/shared_address.cuh"
 
 namespace mixed_attention::cuda::hopper {
 
@@ -29,7 +30,7 @@ __device__ inline void load_row_operand(uint32_t (&operand)[kWords], const void*
     const int column = step * kColumnStepBytes + lane / 16 * 16;
     const auto* slab = static_cast<const unsigned char*>(tile) + column / kRowBytes * kSlabBytes;
     uint32_t words[4];
-    ptx::ldmatrix_x4(words, slab + swizzled<kRowBytes>(row * kRowBytes + column % kRowBytes));
+    ptx::ldmatrix_x4(words, ptx::shared_address(slab + swizzled<kRowBytes>(row * kRowBytes + column % kRowBytes)));
 #pragma unroll
     for (int i = 0; i < 4; ++i) operand[4 * step + i] = words[i];
   }
@@ -46,7 +47,7 @@ __device__ inline void load_column_operand(uint32_t (&operand)[kWords], const vo
 #pragma unroll
   for (int step = 0; step < kWords / 4; ++step) {
     uint32_t words[4];
-    ptx::ldmatrix_x4_trans(words, source + step * kRowStepBytes);
+    ptx::ldmatrix_x4_trans(words, ptx::shared_address(source + step * kRowStepBytes));
 #pragma unroll
     for (int i = 0; i < 4; ++i) operand[4 * step + i] = words[i];
   }

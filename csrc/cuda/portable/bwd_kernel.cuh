@@ -11,11 +11,11 @@
 
 #include "cuda/dropout.cuh"
 #include "cuda/portable/config.h"
+#include "cuda/portable/dq_sum.cuh"
 #include "cuda/portable/scores.cuh"
 #include "cuda/portable/tensor_core.cuh"
 #include "cuda/ptx/math.cuh"
 #include "cuda/ptx/named_barrier.cuh"
-#include "cuda/ptx/reduce.cuh"
 #include "cuda/tile_iterator.cuh"
 
 namespace mixed_attention::cuda::portable {
@@ -31,8 +31,7 @@ struct BwdArguments {
   float* lse_log2;  // BwdPlan
   float* delta;
   float *partial_dq, *partial_dk, *partial_dv;
-  float* dq_sum;
-  int dq_sum_cols;
+  DqSum dq_sum;
 };
 
 // One warp to a row (batch, head, query) of lse_log2 and delta.
@@ -58,6 +57,20 @@ __global__ void portable_bwd_stats_kernel(const __grid_constant__ BwdArguments a
   // +inf makes the probabilities of a row without keys zero.
   args.lse_log2[index] = lse == -INFINITY ? INFINITY : lse * kLog2E;
   args.delta[index] = params.dlse == nullptr ? delta : delta - static_cast<const float*>(params.dlse)[index];
+}
+
+// The way out of dq's sum, one warp to a row.
+template <class Element>
+__global__ void portable_dq_sum_kernel(const __grid_constant__ BwdArguments args) {
+  const BwdParams& params = args.params;
+  const int64_t index = (static_cast<int64_t>(blockIdx.x) * blockDim.x + threadIdx.x) / 32;
+  if (index >= params.batch_size * params.num_heads * params.seqlen_q) return;
+  const int64_t row = index % params.seqlen_q, copy = index / params.seqlen_q;
+  Element* dq = static_cast<Element*>(params.dq) + copy / params.num_heads * params.dq_strides.batch +
+                row * params.dq_strides.row + copy % params.num_heads * params.dq_strides.head;
+  for (int col = threadIdx.x % 32; col < params.head_dim; col += 32) {
+    dq[col] = Element(args.dq_sum.at(index, col) * args.softmax_scale);
+  }
 }
 
 // The accumulators' way out: to a part's place in scratch, or times factor to the gradient, through shared memory. They
@@ -120,10 +133,12 @@ __global__ void __launch_bounds__(dq_tile(kArithmetic, kHeadDim).num_threads(), 
   const int thread_row = warp_row + threadIdx.x % 32 / 4;
 
   BlockWalk<kTile.block_rows> walk(work, item, args.work.num_splits);
+  using Streamed = SharedTile<Element, kTile.block_rows, kHeadDim>;
+  const TileLoader<kThreads, Streamed> keys(shared.k, k, mask), values(shared.v, v, mask);
   const auto load_next = [&](int stage) {
     const Block block = walk.block();
-    load_tile<kThreads>(shared.k[stage], k, block.row_begin, block.num_rows, mask);
-    load_tile<kThreads>(shared.v[stage], v, block.row_begin, block.num_rows, mask);
+    keys.load(stage, block.row_begin, block.num_rows);
+    values.load(stage, block.row_begin, block.num_rows);
   };
   load_tile<kThreads>(shared.q, rows(params.q, params.q_strides, params.head_dim), item.row_begin, item.num_rows);
   load_tile<kThreads>(shared.dout, rows(params.dout, params.dout_strides, params.head_dim_v), item.row_begin,
@@ -139,20 +154,23 @@ __global__ void __launch_bounds__(dq_tile(kArithmetic, kHeadDim).num_threads(), 
     delta[i] = is_row ? args.delta[index] : 0;
   }
 
+  const LaneTile lane_q(shared.q);
   float dq[kTilesM][kHeadDim / 8][4] = {};
   for (int stage = 0; !walk.done(); stage = (stage + 1) % kTile.stages) {
     ptx::cp_async_wait_all();
     __syncthreads();
     const Block block = walk.block();
     walk.advance();
-    if (kTile.stages == 2 && !walk.done()) load_next(stage ^ 1);
 
     float s[kTilesM][kTilesN][4] = {}, dp[kTilesM][kTilesN][4] = {};
-    multiply_rows<Products>(s, shared.q, warp_row, shared.k[stage]);
-    multiply_rows<Products>(dp, shared.dout, warp_row, shared.v[stage]);
+    multiply_rows<Products>(s, lane_q, warp_row, lane_q.at(shared.k[stage]));
+    multiply_rows<Products>(dp, lane_q.at(shared.dout), warp_row, lane_q.at(shared.v[stage]));
+    // Behind the products, whose last results take a while.
+    if (kTile.stages == 2 && !walk.done()) load_next(stage ^ 1);
     if (args.dropout.seed != nullptr) {
       const Dropout dropout(args.dropout, static_cast<int>(copy));
-      drop_columns(dp, dropout, item.row_begin + thread_row, block.range_index, block.offset);
+      const WorkRange& range = walk.range_of(block);
+      drop_columns(dp, dropout, item.row_begin + thread_row, range.range_index, block.row_begin - range.begin);
     }
     const bool all_visible = block.num_rows == kTile.block_rows && mask == nullptr;
 #pragma unroll
@@ -170,7 +188,7 @@ __global__ void __launch_bounds__(dq_tile(kArithmetic, kHeadDim).num_threads(), 
         }
       }
     }
-    multiply_scores<Products>(dq, s, shared.k[stage]);
+    multiply_scores<Products>(dq, s, lane_q.at(shared.k[stage]));
     if (kTile.stages == 1 && !walk.done()) {
       __syncthreads();
       load_next(0);
@@ -208,7 +226,7 @@ __device__ void to_probabilities(float (&s)[kTilesM][kTilesN][4], const float* l
   }
 }
 
-// A dropped probability carries a minus sign, so that both m and p stand in one register.
+// A dropped probability carries a minus sign until its score's gradient is known: both m and p stand in one register.
 template <int kTilesM, int kTilesN>
 __device__ void mark_dropped(float (&p)[kTilesM][kTilesN][4], const Dropout& dropout, int query_row, int range_index,
                              int key) {
@@ -297,12 +315,11 @@ struct DkDvShared {
                                            SharedTile<Element, kTile.rows, kTile.block_rows>, Nothing> scores;
 };
 
-// Adds the block's part of dq, dsᵀ k, to the sum, whose num_cols is a multiple of 8. Each warp takes 16 or 32 queries
-// and an equal share of the columns.
-template <class Products, int kThreads, class SharedDs, class Element, int kRows, int kCols>
-__device__ void add_dq(float* sum, int num_cols, int num_rows, const SharedDs& ds,
-                       const SharedTile<Element, kRows, kCols>& k) {
-  constexpr int kTilesM = SharedDs::kCols >= 64 ? 2 : 1;
+// Adds the block's part of dq, dsᵀ k, to the sum: num_rows rows from row_begin on. Each warp takes 16 or 32 queries and
+// an equal share of the columns.
+template <class Products, int kThreads, class SharedDs, class Keys>
+__device__ void add_dq(const DqSum& sum, int64_t row_begin, int num_rows, const SharedDs& ds, const Keys& k) {
+  constexpr int kCols = Keys::kCols, kTilesM = SharedDs::kCols >= 64 ? 2 : 1;
   constexpr int kRowGroups = SharedDs::kCols / 16 / kTilesM, kWarpsPerGroup = kThreads / 32 / kRowGroups;
   // Columns are loaded 16 at a time; where they do not go round, half of the warps stands by.
   constexpr int kColGroups = kCols / 16 % kWarpsPerGroup == 0 ? kWarpsPerGroup : kWarpsPerGroup / 2;
@@ -319,21 +336,21 @@ __device__ void add_dq(float* sum, int num_cols, int num_rows, const SharedDs& d
     float dq[kTilesM][kTilesAtOnce][4] = {};
     const auto load_ds = [&](int m, int step) { return Products::load_a_by_depth(ds, row + 16 * m, step); };
     multiply_columns<Products>(dq, load_ds, k, first);
-    const auto add = [&]<bool kAllCols>() {
+    float* const place = sum.place(row_begin + row + lane / 4, first, lane % 4);
+    const auto add = [&]<bool kAll>() {
 #pragma unroll
       for (int i = 0; i < 2 * kTilesM; ++i) {
-        const int dq_row = row + lane / 4 + 8 * i;
-        if (dq_row >= num_rows) continue;
-        float* target = sum + dq_row * num_cols + first + lane % 4 * 2;
+        if (!kAll && row + lane / 4 + 8 * i >= num_rows) continue;
+        float* const row_place = ptx::keep(place + 8 * i * sum.num_cols);
 #pragma unroll
         for (int n = 0; n < kTilesAtOnce; ++n) {
-          const float* pair = &dq[i / 2][n][i % 2 * 2];
-          if (kAllCols || first + 8 * n < num_cols) ptx::add_pair(target + 8 * n, pair[0], pair[1]);
+          if (!kAll && first + 8 * n >= sum.num_cols) continue;
+          DqSum::add(row_place + n * DqSum::kBlock, &dq[i / 2][n][i % 2 * 2]);
         }
       }
     };
     // A check for each tile costs more than its addition.
-    if (first + 8 * kTilesAtOnce <= num_cols) {
+    if (num_rows == SharedDs::kCols && first + 8 * kTilesAtOnce <= sum.num_cols) {
       add.template operator()<true>();
     } else {
       add.template operator()<false>();
@@ -371,16 +388,18 @@ __global__ void __launch_bounds__(dk_dv_tile(kArithmetic, kHeadDim).num_threads(
   const int64_t first_query = copy * params.seqlen_q;  // of lse_log2, delta and dq_sum
   // A warp's keys; among the warps that share them, its part of the gradients' columns and of a block's queries
   const int warp = threadIdx.x / 32, sharer = warp % kTile.sharing;
-  const int warp_row = warp / kTile.sharing * kTile.warp_rows, warp_col = sharer * kWarpCols;
+  const int warp_row = warp / kTile.sharing * kTile.warp_rows, warp_col = ptx::keep(sharer * kWarpCols);
   const int thread_row = warp_row + threadIdx.x % 32 / 4;
   const auto sync_sharers = [&] { ptx::named_barrier_sync(1 + warp / kTile.sharing, 32 * kTile.sharing); };
 
   // Rows behind the block's end are zero throughout: their probabilities come out as 1, their gradients as 0.
   BlockWalk<kTile.block_rows> walk(work, item, args.work.num_splits);
+  using Streamed = SharedTile<Element, kTile.block_rows, kHeadDim>;
+  const TileLoader<kThreads, Streamed> queries(shared.q, q), douts(shared.dout, dout);
   const auto load_next = [&](int stage) {
     const Block block = walk.block();
-    load_tile<kThreads>(shared.q[stage], q, block.row_begin, block.num_rows);
-    load_tile<kThreads>(shared.dout[stage], dout, block.row_begin, block.num_rows);
+    queries.load(stage, block.row_begin, block.num_rows);
+    douts.load(stage, block.row_begin, block.num_rows);
     static_assert(kThreads >= kTile.block_rows);
     if (threadIdx.x < kTile.block_rows) {
       const int bytes = threadIdx.x < block.num_rows ? 4 : 0;
@@ -402,7 +421,9 @@ __global__ void __launch_bounds__(dk_dv_tile(kArithmetic, kHeadDim).num_threads(
     if (row >= item.num_rows || (mask != nullptr && !mask[item.row_begin + row])) hidden |= 1u << i;
   }
   const bool some_hidden = item.num_rows < kTile.rows || mask != nullptr;
+  const bool drops = args.dropout.seed != nullptr;
 
+  const LaneTile lane_k(shared.k);
   float dk[kWantsDk ? kTilesM : 1][kWarpCols / 8][4] = {}, dv[kWantsDv ? kTilesM : 1][kWarpCols / 8][4] = {};
   for (int stage = 0; !walk.done(); stage = (stage + 1) % kTile.stages) {
     ptx::cp_async_wait_all();
@@ -410,6 +431,8 @@ __global__ void __launch_bounds__(dk_dv_tile(kArithmetic, kHeadDim).num_threads(
     const Block block = walk.block();
     walk.advance();
     if (kTile.stages == 2 && !walk.done()) load_next(stage ^ 1);
+    const auto lane_q = lane_k.at(shared.q[stage]);
+    const auto lane_dout = lane_k.at(shared.dout[stage]);
 
     // A gradient's sum takes up a warp's scores of some queries, or, from shared memory, those of all sharers.
     const auto add_products = [&](auto& grad, const auto& scores, const auto& tile, int query) {
@@ -421,36 +444,39 @@ __global__ void __launch_bounds__(dk_dv_tile(kArithmetic, kHeadDim).num_threads(
         multiply_scores<Products>(grad, scores, tile, query);
       }
     };
-    const bool drops = args.dropout.seed != nullptr;
     const int num_turns = kTurns == 1 ? 1 : (block.num_rows + kScoreRows - 1) / kScoreRows;
 #pragma unroll 1
     for (int turn = 0; turn < num_turns; ++turn) {
       const int query = (turn * kTile.sharing + sharer) * kScoreRows;
-      float p[kTilesM][kScoreRows / 8][4] = {};
-      multiply_rows<Products>(p, shared.k, warp_row, shared.q[stage], query);
+      float p[kTilesM][kScoreRows / 8][4] = {}, ds[kTilesM][kScoreRows / 8][4] = {};
+      multiply_rows<Products>(p, lane_k, warp_row, lane_q, query);
+      if constexpr (kWantsDk) multiply_rows<Products>(ds, lane_k.at(shared.v), warp_row, lane_dout, query);
+      // The exponentials run under the second product: nothing may stand between them.
       to_probabilities(p, shared.lse_log2[stage] + query, args.scale_log2);
-      if (drops) {
-        const int key = item.row_begin + thread_row - work.segments[item.segment].row_begin + block.range_offset;
-        mark_dropped(p, Dropout(args.dropout, static_cast<int>(copy)), block.row_begin + query, block.range_index, key);
-      }
-      float ds[kTilesM][kScoreRows / 8][4] = {};
-      if constexpr (kWantsDk) {
-        multiply_rows<Products>(ds, shared.v, warp_row, shared.dout[stage], query);
-        if (drops) drop_marked(ds, p, args.dropout.inverse_keep_probability);
+      if (drops || some_hidden) {
+        if (drops) {
+          const WorkRange& range = walk.range_of(block);
+          const int key = item.row_begin + thread_row - work.segments[item.segment].row_begin + range.range_offset;
+          mark_dropped(p, Dropout(args.dropout, static_cast<int>(copy)), block.row_begin + query, range.range_index,
+                       key);
+          if constexpr (kWantsDk) drop_marked(ds, p, args.dropout.inverse_keep_probability);
+        }
+        if constexpr (kWantsDk) to_score_gradients(ds, p, shared.delta[stage] + query);
+        if (drops) zero_dropped(p);
+        if (kAddsDq && some_hidden) zero_rows(ds, hidden);
+      } else if constexpr (kWantsDk) {
         to_score_gradients(ds, p, shared.delta[stage] + query);
       }
       const auto add_to_dv = [&] {
-        if (drops) zero_dropped(p);
         if constexpr (kShares) put_accumulators(shared.scores, warp_row, query, p);
-        add_products(dv, p, shared.dout[stage], query);
+        add_products(dv, p, lane_dout, query);
       };
       // ds stays in shared memory for dq: p is handed over before it. Where nothing is, dk first spills less.
       if constexpr (kWantsDv && kShares) add_to_dv();
       if constexpr (kWantsDk) {
         if constexpr (kShares) sync_sharers();  // p has been read
-        if (kAddsDq && some_hidden) zero_rows(ds, hidden);
         if constexpr (kAddsDq || kShares) put_accumulators(shared.scores, warp_row, query, ds);
-        add_products(dk, ds, shared.q[stage], query);
+        add_products(dk, ds, lane_q, query);
       }
       if constexpr (kWantsDv && !kShares) add_to_dv();
     }
@@ -458,8 +484,7 @@ __global__ void __launch_bounds__(dk_dv_tile(kArithmetic, kHeadDim).num_threads(
     if (kAddsDq || kTile.stages == 1) __syncthreads();
     if (kTile.stages == 1 && !walk.done()) load_next(0);
     if constexpr (kAddsDq) {
-      add_dq<Products, kThreads>(args.dq_sum + (first_query + block.row_begin) * args.dq_sum_cols, args.dq_sum_cols,
-                                 block.num_rows, shared.scores, shared.k);
+      add_dq<Products, kThreads>(args.dq_sum, first_query + block.row_begin, block.num_rows, shared.scores, lane_k);
     }
   }
 

@@ -20,19 +20,10 @@ void launch_dk_dv(const BwdArguments& args, const InlineWork& in_parameters, uns
 
 // Sums parts of a gradient and rounds them to its place, if there are parts.
 template <class Element>
-void sum_parts(const BwdParams& params, const float* partial, int num_splits, int64_t partial_cols, double factor,
-               int64_t seqlen, int64_t num_cols, void* grad, const Strides& strides) {
+void sum_parts(const BwdParams& params, const float* partial, int num_splits, int64_t seqlen, int64_t num_cols,
+               void* grad, const Strides& strides) {
   if (partial == nullptr) return;
-  const SumArguments args{partial,
-                          num_splits,
-                          static_cast<int>(partial_cols),
-                          static_cast<float>(factor),
-                          params.batch_size,
-                          params.num_heads,
-                          seqlen,
-                          num_cols,
-                          grad,
-                          strides};
+  const SumArguments args{partial, num_splits, params.batch_size, params.num_heads, seqlen, num_cols, grad, strides};
   const int64_t rows = params.batch_size * params.num_heads * seqlen;
   portable_sum_kernel<Element><<<blocks_for(32 * rows, 256), 256, 0, static_cast<cudaStream_t>(params.stream)>>>(args);
   check(cudaGetLastError(), "portable_sum_kernel");
@@ -53,10 +44,8 @@ void launch_by_key(BwdArguments& args, const BwdPlan& plan, unsigned grid) {
     launch_dk_dv<kArithmetic, kHeadDim, Grads::kKeyAndValue>(args, in_parameters, grid);
   }
   const int splits = plan.by_key.table.num_splits;
-  sum_parts<Element>(params, plan.partial_dk, splits, params.head_dim, 1, params.seqlen_k, params.head_dim, params.dk,
-                     params.dk_strides);
-  sum_parts<Element>(params, plan.partial_dv, splits, params.head_dim_v, 1, params.seqlen_k, params.head_dim_v,
-                     params.dv, params.dv_strides);
+  sum_parts<Element>(params, plan.partial_dk, splits, params.seqlen_k, params.head_dim, params.dk, params.dk_strides);
+  sum_parts<Element>(params, plan.partial_dv, splits, params.seqlen_k, params.head_dim_v, params.dv, params.dv_strides);
 }
 
 template <Arithmetic kArithmetic, int kHeadDim>
@@ -72,8 +61,7 @@ void launch_by_query(BwdArguments& args, const BwdPlan& plan, unsigned grid) {
             static_cast<cudaStream_t>(params.stream)>>>(args, in_parameters);
   check(cudaGetLastError(), "portable_dq_kernel");
   sum_parts<typename ProductsOf<kArithmetic>::Element>(params, plan.partial_dq, plan.by_query->table.num_splits,
-                                                       params.head_dim, 1, params.seqlen_q, params.head_dim, params.dq,
-                                                       params.dq_strides);
+                                                       params.seqlen_q, params.head_dim, params.dq, params.dq_strides);
 }
 
 template <Arithmetic kArithmetic, int kHeadDim>
@@ -98,20 +86,20 @@ void launch_bwd(const BwdParams& params, const BwdPlan& plan) {
       .partial_dq = plan.partial_dq,
       .partial_dk = plan.partial_dk,
       .partial_dv = plan.partial_dv,
-      .dq_sum = plan.dq_sum,
-      .dq_sum_cols = plan.dq_sum_cols,
+      .dq_sum = {plan.dq_sum, plan.dq_sum_cols},
   };
   if (rows > 0) {
     portable_bwd_stats_kernel<Element><<<blocks_for(32 * rows, 256), 256, 0, stream>>>(args);
     check(cudaGetLastError(), "portable_bwd_stats_kernel");
   }
   if (plan.adds_dq) {
-    check(cudaMemsetAsync(plan.dq_sum, 0, rows * plan.dq_sum_cols * sizeof(float), stream), "cudaMemsetAsync");
+    check(cudaMemsetAsync(plan.dq_sum, 0, plan.dq_sum_size * sizeof(float), stream), "cudaMemsetAsync");
   }
   if (const unsigned grid = plan.by_key.grid(copies)) launch_by_key<kArithmetic, kHeadDim>(args, plan, grid);
   if (plan.adds_dq) {
-    sum_parts<Element>(params, rows > 0 ? plan.dq_sum : nullptr, 1, plan.dq_sum_cols, params.softmax_scale,
-                       params.seqlen_q, params.head_dim, params.dq, params.dq_strides);
+    if (rows == 0) return;
+    portable_dq_sum_kernel<Element><<<blocks_for(32 * rows, 256), 256, 0, stream>>>(args);
+    check(cudaGetLastError(), "portable_dq_sum_kernel");
   } else if (const unsigned grid = plan.by_query->grid(copies)) {
     launch_by_query<kArithmetic, kHeadDim>(args, plan, grid);
   }

@@ -51,6 +51,7 @@ __global__ void __launch_bounds__(fwd_tile(kArithmetic, kHeadDim).num_threads(),
   const auto v = rows_of<Element>(params.v, params.v_strides, item.batch, item.head, params.head_dim_v, args.aligned);
   const bool* mask = params.key_padding_mask;
   if (mask != nullptr) mask += item.batch * params.key_padding_mask_batch_stride;
+  const bool changes_scores = args.negate || mask != nullptr, drops = args.dropout.seed != nullptr;
   const int warp_row = threadIdx.x / 32 * kTile.warp_rows;
   const int thread_row = warp_row + threadIdx.x % 32 / 4;
 
@@ -60,50 +61,67 @@ __global__ void __launch_bounds__(fwd_tile(kArithmetic, kHeadDim).num_threads(),
   // The queries and the first block of keys
   BlockWalk<kTile.block_rows> walk(work, item, args.work.num_splits);
   constexpr bool kTwoStages = kTile.stages == 2;
-  const auto load = [&](auto& tile, const auto& rows) {
+  using Streamed = SharedTile<Element, kTile.block_rows, kHeadDim>;
+  const TileLoader<kThreads, Streamed> keys(shared.k, k, mask), values(shared.v, v, mask);
+  const auto load = [&](const auto& loader, int stage) {
     const Block block = walk.block();
-    load_tile<kThreads>(tile, rows, block.row_begin, block.num_rows, mask);
+    loader.load(stage, block.row_begin, block.num_rows);
   };
   load_tile<kThreads>(shared.q, q, item.row_begin, item.num_rows);
   if (!walk.done()) {
-    load(shared.k[0], k);
-    if (kTwoStages) load(shared.v[0], v);
+    load(keys, 0);
+    if (kTwoStages) load(values, 0);
   }
 
+  const LaneTile lane_q(shared.q);
   for (int stage = 0; !walk.done(); stage = (stage + 1) % kTile.stages) {
     // This block has arrived, and nobody reads the other buffer any more: the next block may go there. With one stage
     // only the keys have: values come during the scores' product, the next keys during the weights'.
     ptx::cp_async_wait_all();
     __syncthreads();
     const Block block = walk.block();
-    if (!kTwoStages) load(shared.v[0], v);
+    if (!kTwoStages) load(values, 0);
     walk.advance();
-    if (kTwoStages && !walk.done()) {
-      load(shared.k[stage ^ 1], k);
-      load(shared.v[stage ^ 1], v);
-    }
 
     float s[kTilesM][kTile.block_rows / 8][4] = {};
-    multiply_rows<Products>(s, shared.q, warp_row, shared.k[stage]);
+    multiply_rows<Products>(s, lane_q, warp_row, lane_q.at(shared.k[stage]));
     if (!kTwoStages) {
       ptx::cp_async_wait_all();
       __syncthreads();
-      if (!walk.done()) load(shared.k[0], k);
     }
-    if (args.negate) negate(s);
-    if (block.num_rows < kTile.block_rows || mask != nullptr) {
+    // Behind the product, whose last results take a while.
+    if (!walk.done()) {
+      const int next = kTwoStages ? stage ^ 1 : 0;
+      load(keys, next);
+      if (kTwoStages) load(values, next);
+    }
+    if (changes_scores || block.num_rows < kTile.block_rows) {
+      if (args.negate) negate(s);
       mask_columns(s, block.num_rows, mask == nullptr ? nullptr : mask + block.row_begin);
     }
-    softmax.update(s, out, args.scale_log2);
-    if (args.dropout.seed != nullptr) {
-      const Dropout dropout(args.dropout, item.batch * params.num_heads + item.head);
-      drop_columns(s, dropout, item.row_begin + thread_row, block.range_index, block.offset);
+    softmax.raise_bases(s, out, args.scale_log2);
+    if (is_16_bit(kArithmetic) && !drops) {
+      // Exponentials of a depth step run under the products of the step before: nothing may stand between them.
+      const auto exponentiate = [&](int first) {
+        softmax.template exponentiate<Products::kDepth / 8>(s, first, args.scale_log2);
+      };
+      multiply_scores<Products>(out, s, lane_q.at(shared.v[stage]), 0, exponentiate);
+    } else {
+      softmax.template exponentiate<kTile.block_rows / 8>(s, 0, args.scale_log2);
+      if (drops) {
+        // Kept weights get their factor with the output: up to 256 times as large as those of a softmax, fp16 might not
+        // hold the products.
+        const DropoutParams marks{args.dropout.seed, args.dropout.threshold, 1.0f};
+        const Dropout dropout(marks, item.batch * params.num_heads + item.head);
+        const WorkRange& range = walk.range_of(block);
+        drop_columns(s, dropout, item.row_begin + thread_row, range.range_index, block.row_begin - range.begin);
+      }
+      multiply_scores<Products>(out, s, lane_q.at(shared.v[stage]));
     }
-    multiply_scores<Products>(out, s, shared.v[stage]);
   }
 
   float lse[2 * kTilesM];
-  softmax.finish(out, lse);
+  softmax.finish(out, lse, drops ? args.dropout.inverse_keep_probability : 1.0f);
 
   // Log-sum-exps, by the first of the four lanes that share a row
   const bool is_split = args.work.num_splits > 1;

@@ -98,7 +98,8 @@ BwdPlan plan_bwd(const BwdParams& params) {
   };
   if (plan.adds_dq) {
     plan.dq_sum_cols = static_cast<int>((params.head_dim + 7) / 8 * 8);
-    plan.dq_sum = scratch.take<float>(copies * params.seqlen_q * plan.dq_sum_cols);
+    plan.dq_sum_size = (copies * params.seqlen_q + 7) / 8 * 8 * plan.dq_sum_cols;
+    plan.dq_sum = scratch.take<float>(plan.dq_sum_size);
   } else {
     const Tile by_query = dq_tile(arithmetic, head_dim);
     plan.by_query.emplace(work_by_query(*params.schedule, by_query.rows, by_query.block_rows), by_query, copies,

@@ -37,8 +37,9 @@ struct BwdPlan {
   Pass by_key;
   float* lse_log2;                 // (batch_size, num_heads, seqlen_q); +inf for rows without keys
   float* delta;                    // likewise
-  float* dq_sum;                   // (batch_size, num_heads, seqlen_q, dq_sum_cols); null unless adds_dq
+  float* dq_sum;                   // DqSum; null unless adds_dq
   int dq_sum_cols;                 // head_dim of the problem, rounded up to a multiple of 8
+  int64_t dq_sum_size;             // in numbers
   float* partial_dq;               // (num_splits, batch_size, num_heads, seqlen_q, head_dim); null without splits
   float *partial_dk, *partial_dv;  // (num_splits, batch_size, num_heads, seqlen_k, head_dim or head_dim_v)
   size_t workspace_size;

@@ -7,12 +7,10 @@
 
 namespace mixed_attention::cuda::portable {
 
-// A gradient (batch, row, head, col) and its parts (num_splits, batch, head, row, partial_cols), to be multiplied by
-// factor.
+// A gradient (batch, row, head, col) and its parts (num_splits, batch, head, row, col).
 struct SumArguments {
   const float* partial;
-  int num_splits, partial_cols;
-  float factor;
+  int num_splits;
   int64_t batch_size, num_heads, seqlen, num_cols;
   void* grad;
   Strides strides;
@@ -29,8 +27,8 @@ __global__ void portable_sum_kernel(const SumArguments args) {
                   row * args.strides.row + copy % args.num_heads * args.strides.head;
   for (int64_t col = threadIdx.x % 32; col < args.num_cols; col += 32) {
     float value = 0;
-    for (int i = 0; i < args.num_splits; ++i) value += args.partial[(i * num_rows + index) * args.partial_cols + col];
-    grad[col] = Element(value * args.factor);
+    for (int i = 0; i < args.num_splits; ++i) value += args.partial[(i * num_rows + index) * args.num_cols + col];
+    grad[col] = Element(value);
   }
 }
 

@@ -43,18 +43,16 @@ struct Products16 {
   // 16 rows, columns of a tile whose rows are the depth, at depth step k.
   template <class Tile>
   __device__ static A load_a_by_depth(const Tile& tile, int col, int k) {
-    const int lane = threadIdx.x % 32;
     A a;
-    ptx::ldmatrix_x4_trans(a.x, tile.row(16 * k + lane / 16 * 8 + lane % 8) + col + lane / 8 % 2 * 8);
+    ptx::ldmatrix_x4_trans(a.x, tile.rowwise(16 * k, col));
     return a;
   }
 
   // 16 columns out of a tile whose rows are the depth, at depth step k.
   template <class Tile>
   __device__ static void load_b_by_depth(B (&b)[2], const Tile& tile, int col, int k) {
-    const int lane = threadIdx.x % 32;
     uint32_t x[4];
-    ptx::ldmatrix_x4_trans(x, tile.row(16 * k + lane % 16) + col + lane / 16 * 8);
+    ptx::ldmatrix_x4_trans(x, tile.columnwise(16 * k, col));
     b[0] = {{x[0], x[1]}};
     b[1] = {{x[2], x[3]}};
   }
@@ -158,18 +156,16 @@ struct ProductsOf<Arithmetic::kTf32x3> : ProductsTf32<3> {};
 // 16 rows of a tile whose columns are the depth.
 template <class Products, class Tile>
 __device__ typename Products::A load_a(const Tile& tile, int row, int k) {
-  const int lane = threadIdx.x % 32;
   uint32_t x[4];
-  ptx::ldmatrix_x4(x, tile.row(row + lane % 16) + k * Products::kDepth + lane / 16 * Tile::kPerChunk);
+  ptx::ldmatrix_x4(x, tile.columnwise(row, k * Products::kDepth));
   return Products::make_a(x);
 }
 
 // 16 columns of the product out of as many rows of a tile whose columns are the depth.
 template <class Products, class Tile>
 __device__ void load_b(typename Products::B (&b)[2], const Tile& tile, int row, int k) {
-  const int lane = threadIdx.x % 32;
   uint32_t x[4];
-  ptx::ldmatrix_x4(x, tile.row(row + lane / 16 * 8 + lane % 8) + k * Products::kDepth + lane / 8 % 2 * Tile::kPerChunk);
+  ptx::ldmatrix_x4(x, tile.rowwise(row, k * Products::kDepth));
   b[0] = Products::make_b(x[0], x[1]);
   b[1] = Products::make_b(x[2], x[3]);
 }
@@ -200,13 +196,13 @@ __device__ void finish_sum(const float (&sum)[kTilesM][kTilesN][4], float (&c)[k
 }
 
 // c += a · bᵀ: rows of tile a from a_row on against rows of tile b from b_row on, over their columns.
-template <class Products, int kTilesM, int kTilesN, class TileA, class Element, int kRows, int kCols>
-__device__ void multiply_rows(float (&c)[kTilesM][kTilesN][4], const TileA& a, int a_row,
-                              const SharedTile<Element, kRows, kCols>& b, int b_row = 0) {
-  constexpr int kSteps = kCols / Products::kDepth;
+template <class Products, int kTilesM, int kTilesN, class TileA, class TileB>
+__device__ void multiply_rows(float (&c)[kTilesM][kTilesN][4], const TileA& a, int a_row, const TileB& b,
+                              int b_row = 0) {
+  constexpr int kSteps = TileB::kCols / Products::kDepth;
   constexpr bool kIsNew = Products::kCutsOffTooMuch && kSteps > 8;
-  // Of 32 columns: forward and backward, which need not cut off alike, then agree on the scores.
-  constexpr int kStepsAtOnce = kIsNew ? 4 : kSteps;
+  // Of 16 columns: the backward then agrees on the scores with a forward that does not cut off, or cuts off elsewhere.
+  constexpr int kStepsAtOnce = kIsNew ? 2 : kSteps;
 #pragma unroll
   for (int first = 0; first < kSteps; first += kStepsAtOnce) {
     float sum[kTilesM][kTilesN][4];
@@ -231,26 +227,27 @@ __device__ void multiply_rows(float (&c)[kTilesM][kTilesN][4], const TileA& a, i
   }
 }
 
-// c += p · b: scores in registers against a tile whose rows from b_row on are the scores' columns.
-template <class Products, int kTilesM, int kTilesN, int kTilesP, class Element, int kRows, int kCols>
-__device__ void multiply_scores(float (&c)[kTilesM][kTilesN][4], const float (&p)[kTilesM][kTilesP][4],
-                                const SharedTile<Element, kRows, kCols>& b, int b_row = 0) {
-  static_assert(kTilesN * 8 == kCols);
+// c += p · b: scores in registers against a tile whose rows from b_row on are the scores' columns. prepare(first) makes
+// tiles of p ready, from the first of a depth step on, ahead of the step's products.
+template <class Products, int kTilesM, int kTilesN, int kTilesP, class Tile, class Prepare>
+__device__ void multiply_scores(float (&c)[kTilesM][kTilesN][4], const float (&p)[kTilesM][kTilesP][4], const Tile& b,
+                                int b_row, const Prepare& prepare) {
+  static_assert(kTilesN * 8 == Tile::kCols);
   constexpr bool kIsNew = Products::kCutsOffTooMuch;
   // Enough products that do not wait for each other, and few enough registers.
   constexpr int kTilesAtOnce = !kIsNew ? kTilesN : kTilesN > 16 ? 2 : 4, kSteps = kTilesP * 8 / Products::kDepth;
   typename Products::A fragment_a[kSteps][kTilesM];
-#pragma unroll
-  for (int k = 0; k < kSteps; ++k) {
-#pragma unroll
-    for (int m = 0; m < kTilesM; ++m) fragment_a[k][m] = Products::from_accumulators(p[m], k);
-  }
 #pragma unroll
   for (int first = 0; first < kTilesN; first += kTilesAtOnce) {
     float sum[kTilesM][kTilesAtOnce][4];
     begin_sum<kIsNew>(sum, c, first);
 #pragma unroll
     for (int k = 0; k < kSteps; ++k) {
+      if (first == 0) {
+        prepare(kTilesP / kSteps * k);
+#pragma unroll
+        for (int m = 0; m < kTilesM; ++m) fragment_a[k][m] = Products::from_accumulators(p[m], k);
+      }
 #pragma unroll
       for (int n = 0; n < kTilesAtOnce; n += 2) {
         typename Products::B fragment_b[2];
@@ -266,13 +263,18 @@ __device__ void multiply_scores(float (&c)[kTilesM][kTilesN][4], const float (&p
   }
 }
 
+template <class Products, int kTilesM, int kTilesN, int kTilesP, class Tile>
+__device__ void multiply_scores(float (&c)[kTilesM][kTilesN][4], const float (&p)[kTilesM][kTilesP][4], const Tile& b,
+                                int b_row = 0) {
+  multiply_scores<Products>(c, p, b, b_row, [](int) {});
+}
+
 // c += a · b: operands load(m, k) of tile row m and depth step k against columns of tile b from b_col on, over b's
 // rows.
-template <class Products, int kTilesM, int kTilesN, class Load, class Element, int kRows, int kCols>
-__device__ void multiply_columns(float (&c)[kTilesM][kTilesN][4], const Load& load,
-                                 const SharedTile<Element, kRows, kCols>& b, int b_col) {
+template <class Products, int kTilesM, int kTilesN, class Load, class Tile>
+__device__ void multiply_columns(float (&c)[kTilesM][kTilesN][4], const Load& load, const Tile& b, int b_col) {
 #pragma unroll
-  for (int k = 0; k < kRows / Products::kDepth; ++k) {
+  for (int k = 0; k < Tile::kRows / Products::kDepth; ++k) {
     typename Products::A fragment_a[kTilesM];
 #pragma unroll
     for (int m = 0; m < kTilesM; ++m) fragment_a[m] = load(m, k);

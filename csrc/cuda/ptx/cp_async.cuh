@@ -6,8 +6,8 @@
 namespace mixed_attention::cuda::ptx {
 
 // Copies 16 bytes; both addresses must be 16-byte aligned.
-__device__ inline void cp_async_16(void* shared, const void* global) {
-  asm volatile("cp.async.cg.shared.global [%0], [%1], 16;\n" ::"r"(shared_address(shared)), "l"(global) : "memory");
+__device__ inline void cp_async_16(uint32_t shared, const void* global) {
+  asm volatile("cp.async.cg.shared.global [%0], [%1], 16;\n" ::"r"(shared), "l"(global) : "memory");
 }
 
 // Copies the first `bytes` (0 to 16) of 16 and zeroes the rest; both addresses must be 16-byte aligned.

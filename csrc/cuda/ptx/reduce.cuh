@@ -3,14 +3,11 @@
 
 namespace mixed_attention::cuda::ptx {
 
+#if __CUDA_ARCH__ >= 900
 // Adds to two neighbouring numbers, 8-byte aligned.
 __device__ inline void add_pair(float* pair, float first, float second) {
-#if __CUDA_ARCH__ >= 900
   asm volatile("red.global.add.v2.f32 [%0], {%1, %2};\n" ::"l"(pair), "f"(first), "f"(second) : "memory");
-#else
-  atomicAdd(pair, first);
-  atomicAdd(pair + 1, second);
-#endif
 }
+#endif
 
 }  // namespace mixed_attention::cuda::ptx
