@@ -104,14 +104,15 @@ def kernels(run: Callable[[], object]) -> list[Kernel]:
 
 
 def by_bucket(kernels: Sequence[Kernel]) -> dict[str, float]:
-    """Microseconds of each bucket."""
+    """Microseconds of each bucket. What two kernels share counts for the one that began first: a kernel may be there
+    already, and wait, while the one before it ends."""
     times = dict.fromkeys(NAMES, 0.0)
     attention = FORWARD
-    for kernel in reversed(kernels):
+    for kernel, time in reversed(list(zip(kernels, _own_times(kernels)))):
         bucket = attention if BEFORE_ATTENTION.search(kernel.name) else bucket_of(kernel.name)
         if bucket in (FORWARD, BACKWARD):
             attention = bucket
-        times[bucket] += kernel.end - kernel.start
+        times[bucket] += time
     return times
 
 
@@ -122,8 +123,12 @@ def bucket_of(name: str) -> str:
 
 def busy(kernels: Iterable[Kernel]) -> float:
     """Microseconds in which at least one kernel runs; these are given in the order in which they begin."""
-    total, until = 0.0, float("-inf")
+    return sum(_own_times(kernels))
+
+
+def _own_times(kernels: Iterable[Kernel]) -> Iterator[float]:
+    """Of each kernel, in the order in which they begin, the microseconds in which no earlier one runs."""
+    until = float("-inf")
     for kernel in kernels:
-        total += max(0.0, kernel.end - max(kernel.start, until))
+        yield max(0.0, kernel.end - max(kernel.start, until))
         until = max(until, kernel.end)
-    return total

@@ -73,10 +73,16 @@ def test_every_kernel_of_ours_has_a_bucket():
 def test_tables_and_parts_count_towards_the_kernel_that_reads_them():
     names = [OURS + "upload_kernel()", OURS + "hopper_half_parts_kernel()", OURS + "hopper_attention_fwd_kernel()"]
     names += [OURS + "hopper_mask_kernel()", "nvjet_hsh", OURS + "hopper_dk_dv_kernel()"]
-    times = timeline.by_bucket([Kernel(name, 10 * i, 10 * i + 2**i) for i, name in enumerate(names)])
+    times = timeline.by_bucket([Kernel(name, 100 * i, 100 * i + 2**i) for i, name in enumerate(names)])
     assert times["attention forward"] == 1 + 2 + 4
     assert times["attention backward"] == 8 + 32
     assert times["matrix products"] == 16
+
+
+def test_time_that_kernels_share_counts_for_the_first():
+    names = ["nvjet_hsh", OURS + "hopper_dk_dv_kernel()", OURS + "rope_kernel()"]
+    times = timeline.by_bucket([Kernel(name, *span) for name, span in zip(names, [(0, 10), (8, 14), (9, 12)])])
+    assert (times["matrix products"], times["attention backward"], times["rotation"]) == (10, 4, 0)
 
 
 def test_the_gpu_is_busy_while_any_kernel_runs():

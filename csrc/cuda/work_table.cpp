@@ -76,17 +76,17 @@ int choose_splits(const HostWork& work, int64_t copies, int64_t slots, int64_t m
   const int64_t num_tiles = (idle == work.segments.end() ? work.num_tiles : idle->first_tile) * copies;
   const int64_t shortest = std::prev(idle)->num_blocks;
   // The share of its time for which the device is full, about: parts come in waves that take as long as the longest
-  // part, however few the last has; or they fill gaps until the shortest, which come last, end one after the other.
+  // part, however few the last has; or they fill gaps, until the shortest, which come last, begin at the end.
   const double full_time = static_cast<double>(work.num_blocks * copies) / static_cast<double>(slots);
   const auto efficiency = [&](int64_t splits) {
     const auto of_part = [&](int64_t num_blocks) {
       return static_cast<double>(num_blocks) / static_cast<double>(splits);
     };
     const double waves = static_cast<double>(ceil_div(num_tiles * splits, slots)) * of_part(longest);
-    return full_time / std::min(waves, full_time + of_part(shortest) / 2);
+    return full_time / std::min(waves, full_time + of_part(shortest));
   };
   // Combining costs a pass over the outputs: only where the tiles leave much of the device idle.
-  if (limit == 1 || efficiency(1) >= 0.8) return 1;
+  if (limit == 1 || efficiency(1) >= 0.75) return 1;
   double best = 0;
   for (int64_t splits = 1; splits <= limit; ++splits) best = std::max(best, efficiency(splits));
   int64_t splits = 1;
