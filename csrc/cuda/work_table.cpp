@@ -90,7 +90,7 @@ int choose_splits(const HostWork& work, int64_t copies, int64_t slots, int64_t m
   double best = 0;
   for (int64_t splits = 1; splits <= limit; ++splits) best = std::max(best, efficiency(splits));
   int64_t splits = 1;
-  while (efficiency(splits) < 0.85 * best) ++splits;
+  while (efficiency(splits) < 0.78 * best) ++splits;
   return static_cast<int>(splits);
 }
 
