@@ -282,9 +282,9 @@ def main() -> None:
         "the peers took turns. Rates count attended pairs only: 4·B·H·D per pair forward, 2.5 times that backward; of",
         "a layer, those of its attention alone. Peers are called once per pattern, through their public interface.",
         "On a GPU, calls follow each other without a pause over inputs in rotation, so that neither an idle device nor",
-        "its L2 cache helps anybody; in files of H200 every sample is run once before it is timed, too. Where a GPU is",
-        "faster than its host, the eager rate is the host's. Beside attention is what our layer takes longer than its",
-        "attention alone. The skip is that of keys and values which nobody reads.\n",
+        "its L2 cache helps anybody; from commit 86931a5 on each sample is run once before it is timed. Where a GPU",
+        "is faster than its host, the eager rate is the host's. Beside attention is what our layer takes longer than",
+        "its attention alone. The skip is that of keys and values which nobody reads.\n",
     ]
     for path in sorted((ROOT / "bench" / "results").glob("*.json")):
         parts.append(f"## {path.stem}\n\n{tables(json.loads(path.read_text()))}")

@@ -2,11 +2,9 @@
 #include <cuda_fp16.h>
 
 #include <algorithm>
-#include <limits>
 #include <string>
 
 #include "cuda/cuda_check.h"
-#include "cuda/device.h"
 #include "cuda/hopper/bwd_config.h"
 #include "cuda/hopper/bwd_launch.h"
 #include "cuda/hopper/bwd_plan.h"
@@ -18,11 +16,6 @@
 
 namespace mixed_attention::cuda::hopper {
 namespace {
-
-// Of the kernels that serve a call.
-int kernel_head_dim(const BwdParams& params) {
-  return with_bwd_head_dim(params.head_dim, []<int kHeadDim>() { return kHeadDim; });
-}
 
 int64_t num_sequences(const BwdParams& params) { return params.batch_size * params.num_heads; }
 
@@ -36,7 +29,8 @@ DqSums take_dq_sums(const BwdParams& params, const BwdPlan& plan, const std::vec
   const bool takes_turns = plan.dq_form == DqForm::kInTurn;
   const int64_t num_tiles = takes_turns ? num_reader_tiles(*params.schedule) : num_query_tiles(runs);
   const int64_t num_all = num_sequences(params_of(plan.shares.front(), params)) * num_tiles;
-  const int64_t tile_floats = kQueryTileRows * kernel_head_dim(params);
+  const int64_t tile_floats =
+      kQueryTileRows * with_bwd_head_dim(params.head_dim, []<int kHeadDim>() { return kHeadDim; });
   DqSums sums{};
   sums.num_tiles = static_cast<int>(num_tiles);
   sums.spare = static_cast<float*>(params.spare_out);

@@ -17,7 +17,7 @@ auto with_bwd_head_dim(int64_t head_dim, const Visit& visit) {
 
 // Whether a kernel computes all gradients of such heads. At 96 the registers of three warpgroups fall some words short
 // of it; at 128 two of them could, but take as long as the two kernels.
-constexpr bool can_add_dq(int head_dim) { return head_dim <= 64; }
+constexpr bool can_add_dq(int64_t head_dim) { return head_dim <= 64; }
 
 // Whether dk and dv of 64 keys take more registers than a warpgroup has, so that one has dk and another one dv.
 constexpr bool is_wide(int64_t head_dim) { return head_dim > 128; }

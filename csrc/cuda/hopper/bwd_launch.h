@@ -1,12 +1,9 @@
 // What the instantiations of the backward launcher have in common with its dispatch.
 #pragma once
 
-#include <vector>
-
 #include "cuda/hopper/bwd_params.h"
 #include "cuda/hopper/bwd_plan.h"
 #include "cuda/hopper/dq_sums.h"
-#include "cuda/hopper/key_work_table.h"
 #include "cuda/hopper/mask.h"
 #include "cuda/hopper/tensor_map.h"
 #include "params.h"

@@ -67,9 +67,8 @@ int64_t num_before(const BwdShare& share, const BwdParams& params) {
 }  // namespace
 
 BwdPlan plan_bwd(const BwdParams& params, const std::vector<QueryRun>& runs) {
-  const int kernel_head_dim = with_bwd_head_dim(params.head_dim, []<int kHeadDim>() { return kHeadDim; });
   const BwdShare whole{0, params.batch_size == 1 ? params.num_heads : params.batch_size, 1};
-  if (params.dtype == DType::kFloat32 || !can_add_dq(kernel_head_dim)) return {DqForm::kApart, {whole}};
+  if (params.dtype == DType::kFloat32 || !can_add_dq(params.head_dim)) return {DqForm::kApart, {whole}};
   const StepCount count(params, runs);
   if (params.deterministic && !can_take_turns(params, runs, count)) return {DqForm::kApart, {whole}};
   const DqForm form = params.deterministic ? DqForm::kInTurn : DqForm::kAsItComes;

@@ -6,7 +6,7 @@
 namespace mixed_attention::cuda::hopper {
 
 // Query tile by query tile: (batch_size, num_heads, num_tiles, kQueryTileRows * head_dim of the kernel), each in the
-// order of the accumulators, of one share of a call at a time (bwd_launch.h). Either the tiles of all queries, to which
+// order of the accumulators, of one share of a call at a time (bwd_plan.h). Either the tiles of all queries, to which
 // blocks add as they come; or, key segment by key segment, the tiles of those who read it, to which its blocks add in
 // turn. The first num_spare of all tiles lie in memory that the call finds spare (BwdParams::spare_out). Sums begin
 // with zero, but where there are turns.
