@@ -4,16 +4,10 @@
 #include <cstdint>
 
 #include "cuda/ptx/dependent_grids.cuh"
+#include "cuda/split_row.h"
 #include "params.h"
 
 namespace mixed_attention::cuda {
-
-// A row of the output, and where its parts lie among the rows of all parts.
-struct SplitRow {
-  bool exists;
-  int64_t batch, head, row;
-  int64_t first_part, part_step;
-};
 
 // One warp to a row. Rows::find gives the row of an index, if it exists; partial_out: (rows of all parts, head_dim_v),
 // normalised; partial_lse: (rows of all parts), natural.

@@ -5,13 +5,13 @@
 #include <numbers>
 #include <vector>
 
-#include "cuda/device.h"
 #include "cuda/hopper/bwd_launch.h"
 #include "cuda/hopper/bwd_stats_kernel.cuh"
 #include "cuda/hopper/dk_dv_kernel.cuh"
 #include "cuda/hopper/dq_kernel.cuh"
 #include "cuda/hopper/dq_sums_kernel.cuh"
 #include "cuda/hopper/launch_kernel.cuh"
+#include "cuda/hopper/persistent_blocks.h"
 #include "cuda/hopper/tensor_map.h"
 #include "cuda/hopper/wide_dk_dv_kernel.cuh"
 
@@ -24,9 +24,8 @@ void launch_persistent(const char* name, const KernelParams& kernel_params, cons
   if (kernel_params.table.num_items == 0) return;
   constexpr int kSharedBytes = sizeof(SharedStorage);
   allow_shared_memory<kKernel>(kSharedBytes, params.device, name);
-  const int num_clusters =
-      std::min(kernel_params.table.num_items, num_multiprocessors(params.device) / Config::kSplits);
-  const LaunchShape shape{num_clusters * Config::kSplits, Config::kThreads, start, Config::kSplits};
+  const LaunchShape shape{num_persistent_blocks(kernel_params.table.num_items, params.device, Config::kSplits),
+                          Config::kThreads, start, Config::kSplits};
   launch_kernel<kKernel, kSharedBytes>(name, shape, params.stream, kernel_params);
 }
 
@@ -145,18 +144,9 @@ void launch_dq_sums(const BwdParams& params, const QueryStats& stats, const BwdW
                                    0,
                                    {}};
   std::copy(runs.begin(), runs.end(), kernel_params.runs);
-  const auto add_run = [&](int first_tile, int num_tiles, int first_sum) {
-    kernel_params.sums_runs[kernel_params.num_sums_runs++] = {first_tile, num_tiles, first_sum};
-  };
-  if (workspace.dq_sums.turns == nullptr) {
-    add_run(0, stats.num_tiles, 0);
-  } else {
-    int first_sum = 0;
-    for (const QueryRun& run : make_reader_runs(*params.schedule, runs)) {
-      add_run(run.first_tile, num_query_tiles(run), first_sum);
-      first_sum += num_query_tiles(run);
-    }
-  }
+  const std::vector<DqSumsRun> sums_runs = make_dq_sums_runs(*params.schedule, runs, workspace.plan.dq_form);
+  std::copy(sums_runs.begin(), sums_runs.end(), kernel_params.sums_runs);
+  kernel_params.num_sums_runs = static_cast<int>(sums_runs.size());
   launch_kernel<hopper_dq_sums_kernel<Element, kHeadDim>>(
       "launch of hopper_dq_sums_kernel", {static_cast<unsigned>(num_blocks), kWarpgroup}, params.stream, kernel_params);
 }

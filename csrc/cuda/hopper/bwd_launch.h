@@ -1,6 +1,8 @@
 // What the instantiations of the backward launcher have in common with its dispatch.
 #pragma once
 
+#include <vector>
+
 #include "cuda/hopper/bwd_params.h"
 #include "cuda/hopper/bwd_plan.h"
 #include "cuda/hopper/dq_sums.h"
@@ -36,6 +38,9 @@ struct BwdWorkspace {
 // Of the pointers it reads params.workspace, null to learn the size, and asks whether there is a mask, whether the
 // gradients take the place of the inputs, and whether there is spare memory.
 BwdWorkspace bwd_workspace(const BwdParams& params);
+
+// The same with the work cut as a plan says, whatever is best; runs: make_query_runs.
+BwdWorkspace bwd_workspace(const BwdParams& params, const std::vector<QueryRun>& runs, BwdPlan plan);
 
 // Enqueues the way of dq to where the queries were, if it was written apart from them.
 void move_dq(const BwdParams& params, const BwdWorkspace& workspace);

@@ -104,4 +104,16 @@ DqSums sums_of(const BwdShare& share, const BwdParams& params, const DqSums& sum
   return own;
 }
 
+std::vector<DqSumsRun> make_dq_sums_runs(const Schedule& schedule, const std::vector<QueryRun>& runs, DqForm form) {
+  if (form == DqForm::kApart) return {};
+  if (form == DqForm::kAsItComes) return {{0, num_query_tiles(runs), 0}};
+  std::vector<DqSumsRun> sums_runs;
+  int first_sum = 0;
+  for (const QueryRun& run : make_reader_runs(schedule, runs)) {
+    sums_runs.push_back({run.first_tile, num_query_tiles(run), first_sum});
+    first_sum += num_query_tiles(run);
+  }
+  return sums_runs;
+}
+
 }  // namespace mixed_attention::cuda::hopper

@@ -6,6 +6,7 @@
 
 #include "cuda/hopper/bwd_config.h"
 #include "cuda/hopper/bwd_params.h"
+#include "cuda/hopper/dq_sums.h"
 #include "cuda/hopper/key_work_table.h"
 #include "params.h"
 
@@ -30,5 +31,8 @@ BwdPlan plan_bwd(const BwdParams& params, const std::vector<QueryRun>& runs);
 BwdParams params_of(const BwdShare& share, const BwdParams& params);
 QueryStats stats_of(const BwdShare& share, const BwdParams& params, const QueryStats& stats);
 DqSums sums_of(const BwdShare& share, const BwdParams& params, const DqSums& sums);
+
+// Where the sums of query tiles lie among those of a sequence; empty where another kernel computes dq.
+std::vector<DqSumsRun> make_dq_sums_runs(const Schedule& schedule, const std::vector<QueryRun>& runs, DqForm form);
 
 }  // namespace mixed_attention::cuda::hopper

@@ -16,7 +16,6 @@
 #include "cuda/hopper/query_walk.cuh"
 #include "cuda/hopper/register_operand.cuh"
 #include "cuda/hopper/ring.cuh"
-#include "cuda/hopper/split_sums.cuh"
 #include "cuda/ptx/bulk_reduce.cuh"
 #include "cuda/ptx/mbarrier.cuh"
 #include "cuda/ptx/wgmma.cuh"

@@ -10,7 +10,6 @@
 #include "cuda/hopper/bwd_params.h"
 #include "cuda/hopper/query_walk.cuh"
 #include "cuda/hopper/ring.cuh"
-#include "cuda/hopper/split_sums.cuh"
 #include "cuda/ptx/bulk_reduce.cuh"
 #include "cuda/ptx/fence.cuh"
 #include "cuda/ptx/global_counter.cuh"

@@ -1,14 +1,14 @@
 // Builds the forward kernel's parameters and launches it.
 #pragma once
 
-#include <algorithm>
 #include <numbers>
 
 #include "cuda/combine_kernel.cuh"
-#include "cuda/device.h"
 #include "cuda/hopper/fwd_kernel.cuh"
 #include "cuda/hopper/fwd_launch.h"
 #include "cuda/hopper/launch_kernel.cuh"
+#include "cuda/hopper/persistent_blocks.h"
+#include "cuda/hopper/rows_of_parts.cuh"
 #include "cuda/hopper/tensor_map.h"
 
 namespace mixed_attention::cuda::hopper {
@@ -44,27 +44,6 @@ FwdKernelParams make_fwd_kernel_params(const FwdParams& params, const FwdPlan& p
           plan.table};
 }
 
-// The rows of the items that were cut into parts.
-template <int kBlockM>
-struct RowsOfParts {
-  WorkTable table;
-
-  __device__ SplitRow find(int64_t index) const {
-    const int item = static_cast<int>(index / kBlockM);  // of those
-    const int row = static_cast<int>(index % kBlockM);
-    const int number = table.splits.begin + item;
-    int segment = 0;
-    while (number >= table.segments[segment].item_end) ++segment;
-    const ItemRows rows = rows_of_item<kBlockM>(table, number, segment);
-    return {rows.row_begin + row < rows.row_end,
-            rows.batch,
-            rows.head,
-            rows.row_begin + row,
-            int64_t{item} * table.splits.num_parts * kBlockM + row,
-            kBlockM};
-  }
-};
-
 template <typename Element, int kBlockM>
 void launch_combine(const FwdParams& params, const FwdPlan& plan) {
   constexpr int kRowsOfBlock = 8;
@@ -81,7 +60,7 @@ void launch_tiles(const FwdParams& params, const FwdPlan& plan) {
   constexpr auto kKernel = hopper_attention_fwd_kernel<Config>;
   constexpr int kSharedBytes = sizeof(FwdSharedStorage<Config>);
   allow_shared_memory<kKernel>(kSharedBytes, params.device, "cudaFuncSetAttribute(hopper_attention_fwd_kernel)");
-  const LaunchShape shape{std::min(plan.table.num_items, num_multiprocessors(params.device)), Config::kThreads};
+  const LaunchShape shape{num_persistent_blocks(plan.table.num_items, params.device), Config::kThreads};
   launch_kernel<kKernel, kSharedBytes>("launch of hopper_attention_fwd_kernel", shape, params.stream,
                                        make_fwd_kernel_params<Config>(params, plan));
 }

@@ -8,7 +8,6 @@
 #include "cuda/hopper/load_tile.cuh"
 #include "cuda/hopper/query_walk.cuh"
 #include "cuda/hopper/ring.cuh"
-#include "cuda/hopper/split_sums.cuh"
 #include "cuda/ptx/mbarrier.cuh"
 #include "cuda/ptx/tma.cuh"
 

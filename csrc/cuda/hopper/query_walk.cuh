@@ -1,4 +1,4 @@
-// The way of a block through the query tiles of an item, and its turns to add to their sums of dq.
+// The way of a block through the query tiles of an item, all or half of them, and its turns to add to their sums of dq.
 //
 // Where there are turns, the items of one round, key segment and sequence start kTilesApart tiles apart and go around,
 // so that blocks come to a query tile one after the other. That is the order of its turns: by round, then by step of
@@ -6,10 +6,27 @@
 // too, and waits for earlier ones only, no blocks wait in a circle, given that all of them are on the device.
 #pragma once
 
+#include "cuda/hopper/key_work_table.h"
 #include "cuda/hopper/query_tiles.cuh"
-#include "cuda/hopper/split_sums.cuh"
+#include "cuda/hopper/work_items.cuh"
 
 namespace mixed_attention::cuda::hopper {
+
+// The query tiles of a key segment that this block goes through.
+template <typename Config>
+struct QueryShare {
+  int first, count;
+
+  __device__ explicit QueryShare(const KeySegmentTiles& segment)
+      : first(segment.num_tiles * block_rank() / Config::kSplits),
+        count(segment.num_tiles * (block_rank() + 1) / Config::kSplits - first) {}
+
+  __device__ static int block_rank() { return blockIdx.x % Config::kSplits; }
+};
+
+// The items of this block, tiles of keys; the blocks of a cluster share theirs.
+template <typename Config>
+using KeyItems = WorkItems<Config::kBlockN, KeyWorkTable, Config::kSplits>;
 
 // Steps until the next block may add: about two microseconds. So few that the tiles that all blocks of the device are
 // at stay in the L2 cache.

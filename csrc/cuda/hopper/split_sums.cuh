@@ -8,27 +8,10 @@
 #include <cstdint>
 
 #include "cuda/hopper/bwd_config.h"
-#include "cuda/hopper/query_tiles.cuh"
-#include "cuda/hopper/work_items.cuh"
+#include "cuda/hopper/query_walk.cuh"
 #include "cuda/ptx/cluster.cuh"
 
 namespace mixed_attention::cuda::hopper {
-
-// The query tiles of a key segment that this block goes through.
-template <typename Config>
-struct QueryShare {
-  int first, count;
-
-  __device__ explicit QueryShare(const KeySegmentTiles& segment)
-      : first(segment.num_tiles * block_rank() / Config::kSplits),
-        count(segment.num_tiles * (block_rank() + 1) / Config::kSplits - first) {}
-
-  __device__ static int block_rank() { return blockIdx.x % Config::kSplits; }
-};
-
-// The items of this block, tiles of keys; the blocks of a cluster share theirs.
-template <typename Config>
-using KeyItems = WorkItems<Config::kBlockN, KeyWorkTable, Config::kSplits>;
 
 // Sends one sum to where the peer's warp has its `sums`, and adds the peer's part to the other; release_sums is to
 // follow. count: exchanges of this block so far.

@@ -69,7 +69,7 @@ __device__ inline void store_item(const FwdKernelParams& params, const ItemWalk<
                                   const float (&o)[Config::kHeadDim / 2], const OnlineSoftmax& softmax) {
   const ItemSplits& splits = params.table.splits;
   if (splits.has(item.item)) {
-    store_part<Config>(params, item.item - splits.begin, first_row, o, softmax);
+    store_part<Config>(params, splits.place(item.item), first_row, o, softmax);
   } else {
     store_result<Config>(params, item.rows(), first_row, o, softmax);
   }

@@ -69,7 +69,7 @@ struct ItemWalk {
     const int num_tiles = tiles().num_tiles;
     const ItemSplits& splits = table.splits;
     if (!splits.has(item)) return {0, num_tiles, tiles().num_partial};
-    const int part = (item - splits.begin) % splits.num_parts;
+    const int part = splits.part(item);
     return {num_tiles * part / splits.num_parts, num_tiles * (part + 1) / splits.num_parts, tiles().num_partial};
   }
 };
@@ -103,7 +103,7 @@ struct KeyTileIterator {
   int num_partial;
   int range = 0, tile = 0;
 
-  // Starts at the tile of this index.
+  // Starts at the tile of this index, which the segment has.
   __device__ KeyTileIterator(const WorkTable& table, const QueryTiles& segment, int first = 0)
       : ranges(table.ranges + segment.first_range), num_partial(segment.num_partial) {
     if (first < num_partial) {

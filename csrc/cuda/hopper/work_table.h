@@ -34,6 +34,10 @@ struct ItemSplits {
   constexpr int num_items() const { return num_whole * num_parts; }
   constexpr bool has(int item) const { return begin <= item && item < begin + num_items(); }
 
+  // Which of its item's parts a part is, and where it lies among the parts of all.
+  constexpr int part(int item) const { return place(item) % num_parts; }
+  constexpr int place(int item) const { return item - begin; }
+
   // Which item it is, or is a part of, in the count of whole ones.
   constexpr int number(int item) const {
     if (item < begin) return item;
