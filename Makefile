@@ -26,7 +26,7 @@ kernels: $(VENV)/ready ## the package with its CUDA kernels, on any machine with
 	cd $(WITH_CUDA) && $(abspath $(BIN))/python -c "import torch; from mixed_attention import ops; \
 	  assert ops.has_kernels('cuda', torch.float32), 'the CUDA kernels are not registered'"
 
-smoke: $(VENV)/ready ## the torch-free kernel library with its C++ test
+smoke: $(VENV)/ready ## the torch-free kernel library with its C++ tests
 	$(RUN) cmake -S . -B build/cmake -G Ninja -DCMAKE_BUILD_TYPE=Release
 	$(RUN) cmake --build build/cmake
 	$(RUN) ctest --test-dir build/cmake --output-on-failure
@@ -34,7 +34,8 @@ smoke: $(VENV)/ready ## the torch-free kernel library with its C++ test
 test: build smoke ## all tests but the long and the GPU ones
 	$(BIN)/python -m pytest -q
 
-test-long: build ## the long random sweep as well
+test-long: build smoke ## the long random sweep as well
+	build/cmake/walks 1000000
 	HYPOTHESIS_PROFILE=long $(BIN)/python -m pytest -q -m "not gpu"
 
 test-gpu: build ## what needs a CUDA device

@@ -19,8 +19,10 @@ class StepCount {
     return steps_of_longest_block(table_, block_n_, num_blocks_ / splits, splits, form == DqForm::kInTurn);
   }
 
-  // 2 where two halves end earlier than a whole. The kernels for padding masks do not split.
-  int best_splits(DqForm form) const { return !is_masked_ && steps(form, 2) < steps(form, 1) ? 2 : 1; }
+  // 2 where two halves end earlier than a whole, and may run side by side. The kernels for padding masks do not split.
+  int best_splits(DqForm form) const {
+    return !is_masked_ && num_blocks_ >= 2 && steps(form, 2) < steps(form, 1) ? 2 : 1;
+  }
 
   int64_t best_steps(DqForm form) const { return steps(form, best_splits(form)); }
 

@@ -96,6 +96,8 @@ __device__ inline void produce_units(const Fp32DqKernelParams& params, Fp32DqSha
   RingUse<Config::kStages> use{0};  // of key tiles, over all items
   for (Fp32QueryItems<Config> item(params.table); item.next();) {
     const int num_tiles = item.tiles().num_tiles;
+    if (num_tiles == 0) continue;
+
     const auto units_of = [&](const HalfInput& input) {
       return units_of_head(input, params.table.num_heads, params.seqlen_k, item.head, item.batch);
     };

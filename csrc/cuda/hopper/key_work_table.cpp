@@ -96,7 +96,7 @@ KeyWorkTable make_key_work_table(const AttentionParams& params, const std::vecto
   return table;
 }
 
-int steps_of_longest_block(const KeyWorkTable& table, int block_n, int num_blocks, int splits, bool takes_turns) {
+int64_t steps_of_longest_block(const KeyWorkTable& table, int block_n, int num_blocks, int splits, bool takes_turns) {
   constexpr int kStepsOfItem = 4;  // to begin and to end
   constexpr int kStepsOfExchange = 2;
   constexpr int kStepsOfTurn = 2;  // until the next block may add
@@ -106,7 +106,7 @@ int steps_of_longest_block(const KeyWorkTable& table, int block_n, int num_block
     const int64_t num_key_tiles = ceil_div(segment.row_end - segment.row_begin, block_n);
     return std::max(num_tiles, kStepsOfTurn * to_int(std::min<int64_t>(num_key_tiles, num_blocks)));
   };
-  int steps = 0;
+  int64_t steps = 0;
   const KeySegmentTiles* segment = table.segments;
   for (int item = 0; item < table.num_items; item += num_blocks) {
     while (item >= segment->item_end) ++segment;

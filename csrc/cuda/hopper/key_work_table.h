@@ -4,6 +4,7 @@
 // query_tiles.cuh.
 #pragma once
 
+#include <cstdint>
 #include <vector>
 
 #include "params.h"
@@ -56,6 +57,6 @@ KeyWorkTable make_key_work_table(const AttentionParams& params, const std::vecto
 
 // About how long a launch takes, in steps of a query tile: in each round of num_blocks items all wait for the longest.
 // takes_turns: additions to dq follow one another.
-int steps_of_longest_block(const KeyWorkTable& table, int block_n, int num_blocks, int splits, bool takes_turns);
+int64_t steps_of_longest_block(const KeyWorkTable& table, int block_n, int num_blocks, int splits, bool takes_turns);
 
 }  // namespace mixed_attention::cuda::hopper

@@ -1,6 +1,8 @@
 #include "cuda/hopper/split_items.h"
 
 #include <algorithm>
+#include <limits>
+#include <stdexcept>
 
 namespace mixed_attention::cuda::hopper {
 namespace {
@@ -30,8 +32,8 @@ int steps_of_item(const WorkTable& table, const ItemSplits& splits, int item) {
                           : num_steps + kStepsOfItem;
 }
 
-int steps_of_launch(const WorkTable& table, const ItemSplits& splits, int num_items, int num_blocks) {
-  int steps = splits.num_parts > 1 ? kStepsOfCombining : 0;
+int64_t steps_of_launch(const WorkTable& table, const ItemSplits& splits, int num_items, int num_blocks) {
+  int64_t steps = splits.num_parts > 1 ? kStepsOfCombining : 0;
   for (int first = 0; first < num_items; first += num_blocks) {
     // Items become shorter, but after the parts.
     const int parts_end = splits.begin + splits.num_items();
@@ -53,20 +55,37 @@ int num_items_of(const WorkTable& table, int least_steps) {
 
 }  // namespace
 
-int steps_of_launch(const WorkTable& table, int num_blocks) {
+int64_t steps_of_launch(const WorkTable& table, int num_blocks) {
   return steps_of_launch(table, table.splits, table.num_items, num_blocks);
+}
+
+int most_parts(const WorkTable& table, int begin, int end) {
+  int num_tiles = std::numeric_limits<int>::max();  // the least: items are in order of their steps, not of these
+  int first = 0;
+  for (const QueryTiles* segment = table.segments; first < end; first = segment++->item_end) {
+    if (begin < segment->item_end) num_tiles = std::min(num_tiles, segment->num_tiles);
+  }
+  return num_tiles;
+}
+
+void cut_items(WorkTable& table, const ItemSplits& splits) {
+  if (splits.num_parts > most_parts(table, splits.begin, splits.begin + splits.num_whole)) {
+    throw std::logic_error("cut_items: a part would be without a key tile");
+  }
+  table.num_items += splits.num_items() - splits.num_whole;
+  table.splits = splits;
 }
 
 void split_items(WorkTable& table, int num_blocks) {
   if (table.num_items == 0) return;
-  const int steps_of_whole = steps_of_launch(table, num_blocks);
-  int least_steps = steps_of_whole - steps_of_whole / kLeastGain;
+  const int64_t steps_of_whole = steps_of_launch(table, num_blocks);
+  int64_t least_steps = steps_of_whole - steps_of_whole / kLeastGain;
   ItemSplits best;
   const auto num_items = [&](const ItemSplits& splits) {
     return table.num_items + splits.num_items() - splits.num_whole;
   };
   const auto consider = [&](const ItemSplits& splits) {
-    const int steps = steps_of_launch(table, splits, num_items(splits), num_blocks);
+    const int64_t steps = steps_of_launch(table, splits, num_items(splits), num_blocks);
     if (steps < least_steps) {
       least_steps = steps;
       best = splits;
@@ -77,15 +96,14 @@ void split_items(WorkTable& table, int num_blocks) {
     const int end = num_items_of(table, least_steps_of_item);
     for (const int begin : {0, end / num_blocks * num_blocks}) {
       if (begin == end) continue;
-      const int limit = std::min(kMaxParts, segment_of(table, end - 1).num_tiles);  // no part is without a tile
+      const int limit = std::min(kMaxParts, most_parts(table, begin, end));
       for (int rounds = 1; rounds <= kMaxRounds; ++rounds) {
         const int num_parts = std::min(limit, rounds * num_blocks / (end - begin));
         if (num_parts > 1) consider({begin, end - begin, num_parts});
       }
     }
   }
-  table.num_items = num_items(best);
-  table.splits = best;
+  cut_items(table, best);
 }
 
 }  // namespace mixed_attention::cuda::hopper

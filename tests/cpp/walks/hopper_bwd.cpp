@@ -1,0 +1,319 @@
+// The backward on Hopper: key tiles and the queries that read them, in every form; dq by queries, or by its sums.
+#include <algorithm>
+#include <vector>
+
+#include "cuda/hopper/bwd_launch.h"
+#include "cuda/hopper/fp32_bwd_config.h"
+#include "cuda/hopper/persistent_blocks.h"
+#include "cuda/hopper/query_walk.cuh"
+#include "cuda/hopper/wide_dk_dv_config.h"
+#include "cuda/hopper/work_items.cuh"
+#include "hopper.h"
+#include "params.h"
+#include "visits.h"
+
+namespace walks {
+namespace {
+
+using hopper::BwdShare;
+using hopper::BwdWorkspace;
+using hopper::DqForm;
+
+// An addition to sums of dq, in the order of a block.
+struct Addition {
+  int64_t place;
+  int turn;
+};
+
+// Blocks wait for the turns of their additions, one after the other: all must come, each once.
+void expect_turns(const std::vector<std::vector<Addition>>& of_blocks, int64_t num_places) {
+  std::vector<int> counts(num_places);
+  std::vector<size_t> done(of_blocks.size());
+  size_t num_left = 0;
+  for (const std::vector<Addition>& additions : of_blocks) num_left += additions.size();
+  for (bool goes_on = true; goes_on;) {
+    goes_on = false;
+    for (size_t block = 0; block < of_blocks.size(); ++block) {
+      for (size_t& i = done[block]; i < of_blocks[block].size(); ++i, --num_left, goes_on = true) {
+        const Addition& addition = of_blocks[block][i];
+        if (counts[addition.place] != addition.turn) break;
+        ++counts[addition.place];
+      }
+    }
+  }
+  expect(num_left == 0, "blocks wait for turns to add to dq that never come");
+}
+
+// A share of a call, as the kernels behind the statistics get it.
+class ShareCheck {
+ public:
+  ShareCheck(const Problem& problem, const ma::BwdParams& whole, const BwdWorkspace& workspace, const BwdShare& share,
+             const std::vector<hopper::QueryRun>& runs, Visits& visits)
+      : problem_(problem),
+        params_(hopper::params_of(share, whole)),
+        sums_(hopper::sums_of(share, whole, workspace.dq_sums)),
+        first_sequence_(share.first * (whole.batch_size == 1 ? 1 : whole.num_heads)),
+        num_sequences_(params_.batch_size * params_.num_heads),
+        num_tiles_(hopper::num_query_tiles(runs)),
+        runs_(runs),
+        visits_(visits),
+        owners_(workspace.plan.dq_form == DqForm::kApart ? 0 : num_sequences_ * sums_.num_tiles, -1) {
+    check_addresses(whole, workspace, share);
+  }
+
+  // As the blocks of hopper_dk_dv_kernel and those of wide heads go; sum_rows: of dk and of dv that were written.
+  template <typename Config>
+  void walk_keys(Rows& dk, Rows& dv) {
+    const auto table = with_poison(*params_.schedule, hopper::make_key_work_table(params_, runs_, Config::kBlockN));
+    std::vector<std::vector<Addition>> additions;
+    for_each_block(hopper::num_persistent_blocks(table->num_items, kDevice, Config::kSplits), [&] {
+      additions.emplace_back();
+      for (hopper::KeyItems<Config> item(*table); item.next();) {
+        const ma::Range keys{item.row_begin, std::min(item.row_begin + Config::kBlockN, item.tiles().row_end)};
+        const int64_t sequence = sequence_of(item);
+        if (Config::kSplits == 1 || hopper::QueryShare<Config>::block_rank() == 0) dv.add(global(sequence), keys);
+        if (Config::kSplits == 1 || hopper::QueryShare<Config>::block_rank() == 1) dk.add(global(sequence), keys);
+        if (hopper::QueryShare<Config>(item.tiles()).count == 0) continue;
+        hopper::QueryWalk<Config> walk(*table, item);
+        for (int i = 0; i < walk.num_tiles(); ++i) {
+          const hopper::QueryTile tile = walk.next();
+          visit(sequence, tile, keys);
+          if constexpr (Config::kTakesTurns) {
+            additions.back().push_back({sequence * sums_.num_tiles + walk.place(), walk.turn()});
+            own(additions.back().back().place, sequence, tile.index);
+          } else if (!owners_.empty()) {
+            own(sequence * num_tiles_ + tile.index, sequence, tile.index);
+          }
+        }
+      }
+    });
+    if constexpr (Config::kTakesTurns) expect_turns(additions, num_sequences_ * sums_.num_tiles);
+  }
+
+  // As the blocks of hopper_fp32_dk_dv_kernel go.
+  template <typename Config>
+  void walk_fp32_keys(Rows& dk, Rows& dv) {
+    const auto table = with_poison(*params_.schedule, hopper::make_key_work_table(params_, runs_, Config::kBlockN));
+    for_each_block(hopper::num_persistent_blocks(table->num_items, kDevice), [&] {
+      for (hopper::WorkItems<Config::kBlockN, hopper::KeyWorkTable> item(*table); item.next();) {
+        const ma::Range keys{item.row_begin, std::min(item.row_begin + Config::kBlockN, item.tiles().row_end)};
+        dk.add(global(sequence_of(item)), keys);
+        dv.add(global(sequence_of(item)), keys);
+        if (item.tiles().num_tiles == 0) continue;
+        hopper::QueryTileIterator queries(*table, item.tiles(), 0);
+        for (int i = 0; i < item.tiles().num_tiles; ++i) visit(sequence_of(item), queries.next(), keys);
+      }
+    });
+  }
+
+  // As the blocks of hopper_dq_sums_kernel go: each reads what was added for its tile, and nothing else does.
+  void read_sums(DqForm form, Rows& dq) {
+    const std::vector<hopper::DqSumsRun> sums_runs = hopper::make_dq_sums_runs(*params_.schedule, runs_, form);
+    expect(sums_runs.size() <= hopper::KeyWorkTable::kMaxRanges, "more runs of sums than a kernel has room for");
+    for (int64_t sequence = 0; sequence < num_sequences_; ++sequence) {
+      for (int index = 0; index < num_tiles_; ++index) {
+        const hopper::QueryTile tile = hopper::query_tile(runs_.data(), static_cast<int>(runs_.size()), index);
+        dq.add(global(sequence), {tile.row_begin, tile.row_begin + tile.num_rows});
+        for (const hopper::DqSumsRun& run : sums_runs) {
+          const int tile_of_run = index - run.first_tile;
+          if (tile_of_run < 0 || tile_of_run >= run.num_tiles) continue;
+          int64_t& owner = owners_.at(sequence * sums_.num_tiles + run.first_sum + tile_of_run);
+          // Sums that are added as they come begin with zeros, which are read where nobody added.
+          const bool is_own = owner == sequence * num_tiles_ + index;
+          expect(is_own || (owner == -1 && form == DqForm::kAsItComes), "sums of dq are read as another tile's");
+          owner = kRead;
+        }
+      }
+    }
+    expect(std::none_of(owners_.begin(), owners_.end(), [](int64_t owner) { return owner >= 0; }),
+           "sums of dq are never read");
+  }
+
+ private:
+  static constexpr int64_t kRead = -2;
+
+  int64_t global(int64_t sequence) const { return first_sequence_ + sequence; }
+
+  template <class Item>
+  int64_t sequence_of(const Item& item) const {
+    return int64_t{item.batch} * params_.num_heads + item.head;
+  }
+
+  void visit(int64_t sequence, const hopper::QueryTile& tile, ma::Range keys) {
+    expect(0 <= tile.index && tile.index < num_tiles_, "a query tile has statistics that nobody makes");
+    const hopper::QueryTile same = hopper::query_tile(runs_.data(), static_cast<int>(runs_.size()), tile.index);
+    expect(same.row_begin == tile.row_begin && same.num_rows == tile.num_rows, "a tile has another one's statistics");
+    expect(0 < tile.num_rows && tile.num_rows <= hopper::kQueryTileRows, "a query tile has no rows or too many");
+    visits_.add(global(sequence), {tile.row_begin, tile.row_begin + tile.num_rows}, keys);
+  }
+
+  void own(int64_t place, int64_t sequence, int index) {
+    int64_t& owner = owners_.at(place);
+    const int64_t tile = sequence * num_tiles_ + index;
+    expect(owner == -1 || owner == tile, "two query tiles share the place of their sums of dq");
+    owner = tile;
+    expect(place < sums_.num_spare + sums_.num_others, "sums of dq lie where there is no room");
+  }
+
+  // Whether the share's tensors, statistics, sums and turns are those of its sequences, and within their memory.
+  void check_addresses(const ma::BwdParams& whole, const BwdWorkspace& workspace, const BwdShare& share) const {
+    const hopper::QueryStats stats =
+        hopper::stats_of(share, whole, {workspace.lse_log2, workspace.delta, static_cast<int>(num_tiles_)});
+    const int64_t skipped = first_sequence_ * num_tiles_ * hopper::kQueryTileRows;
+    expect(stats.lse_log2 == workspace.lse_log2 + skipped && stats.delta == workspace.delta + skipped,
+           "a share has other statistics than its own");
+    for (int64_t sequence = 0; sequence < num_sequences_; ++sequence) {
+      const auto expect_same = [&](const void* all, const void* own, const ma::Strides& strides) {
+        const auto offset = [&](int64_t index, int64_t num_heads) {
+          return 2 * (index / num_heads * strides.batch + index % num_heads * strides.head);
+        };
+        expect(
+            bytes_between(all, own) == offset(global(sequence), whole.num_heads) - offset(sequence, params_.num_heads),
+            "a share works on other heads or sequences than its own");
+      };
+      expect_same(whole.q, params_.q, whole.q_strides);
+      expect_same(whole.k, params_.k, whole.k_strides);
+      expect_same(whole.v, params_.v, whole.v_strides);
+      expect_same(whole.dout, params_.dout, whole.dout_strides);
+      expect_same(whole.dq, params_.dq, whole.dq_strides);
+      expect_same(whole.dk, params_.dk, whole.dk_strides);
+      expect_same(whole.dv, params_.dv, whole.dv_strides);
+    }
+    if (owners_.empty()) return;
+    const int64_t tile_bytes = hopper::kQueryTileRows * sizeof(float) *
+                               hopper::with_bwd_head_dim(params_.head_dim, []<int kHeadDim>() { return kHeadDim; });
+    const int64_t spare_bytes = 2 * whole.batch_size * whole.num_heads * whole.seqlen_q * whole.head_dim;
+    const auto end = static_cast<int64_t>(workspace.size);
+    expect(sums_.num_spare * tile_bytes <= (whole.spare_out == nullptr ? 0 : spare_bytes), "sums leave spare memory");
+    expect(bytes_between(whole.workspace, sums_.others) + sums_.num_others * tile_bytes <= end, "sums leave memory");
+    if (sums_.turns == nullptr) return;
+    expect(sums_.turns == workspace.dq_sums.turns + first_sequence_ * sums_.num_tiles,
+           "a share counts turns where another one does");
+    expect(bytes_between(whole.workspace, sums_.turns + num_sequences_ * sums_.num_tiles) <= end, "turns leave memory");
+  }
+
+  const Problem& problem_;
+  const ma::BwdParams params_;
+  const hopper::DqSums sums_;
+  const int64_t first_sequence_, num_sequences_, num_tiles_;
+  const std::vector<hopper::QueryRun>& runs_;
+  Visits& visits_;
+  std::vector<int64_t> owners_;  // of places of sums of dq: which tile of all sequences has added there
+};
+
+// As the blocks of hopper_dq_kernel go, and those for fp32.
+template <typename Config, typename Table>
+void check_dq_kernel(const Problem& problem, const Visits& listed, const ma::BwdParams& params) {
+  const auto copy = with_poison(problem, hopper::make_work_table(params, Config::kBlockM, Config::kBlockN));
+  const Table table{*copy};
+  Visits visits;
+  Rows dq;
+  for_each_block(hopper::num_persistent_blocks(table.num_items, kDevice, Config::kSplits), [&] {
+    for (hopper::WorkItems<Config::kBlockM, Table> item(table); item.next();) {
+      const int64_t sequence = int64_t{item.batch} * problem.num_heads + item.head;
+      const ma::Range rows{item.row_begin, std::min(item.row_begin + Config::kBlockM, item.tiles().row_end)};
+      dq.add(sequence, rows);
+      if (item.tiles().num_tiles == 0) continue;
+      hopper::KeyTileIterator<Config::kBlockN> keys(table, item.tiles());
+      for (int i = 0; i < item.tiles().num_tiles; ++i) {
+        const hopper::KeyTile tile = keys.next();
+        const bool is_partial = i < item.tiles().num_partial;
+        const int num_seen = is_partial ? table.ranges[item.tiles().first_range + i].tail : Config::kBlockN;
+        expect(tile.num_rows == num_seen, "columns are masked as those of another key tile");
+        visits.add(sequence, rows, {tile.row_begin, tile.row_begin + tile.num_rows});
+      }
+    }
+  });
+  visits.expect_equal(listed, "dq by queries on Hopper");
+  dq.expect_all(problem.num_sequences(), problem.seqlen_q(), "dq on Hopper");
+}
+
+void walk_16_bit(ShareCheck& check, DqForm form, int splits, bool is_wide, Rows& dk, Rows& dv) {
+  using Element = __half;
+  if (is_wide) return check.walk_keys<hopper::WideDkDvConfig<Element, 192, false>>(dk, dv);
+  switch (form) {
+    case DqForm::kApart: return check.walk_keys<hopper::DkDvConfig<Element, 64, false, DqForm::kApart>>(dk, dv);
+    case DqForm::kAsItComes:
+      return splits == 1 ? check.walk_keys<hopper::DkDvConfig<Element, 64, false, DqForm::kAsItComes>>(dk, dv)
+                         : check.walk_keys<hopper::DkDvConfig<Element, 64, false, DqForm::kAsItComes, 2>>(dk, dv);
+    case DqForm::kInTurn:
+      return splits == 1 ? check.walk_keys<hopper::DkDvConfig<Element, 64, false, DqForm::kInTurn>>(dk, dv)
+                         : check.walk_keys<hopper::DkDvConfig<Element, 64, false, DqForm::kInTurn, 2>>(dk, dv);
+  }
+}
+
+void check_plan(const Problem& problem, const Visits& listed, const ma::BwdParams& params,
+                const hopper::BwdPlan& plan) {
+  const std::vector<hopper::QueryRun> runs = hopper::make_query_runs(*params.schedule);
+  const BwdWorkspace workspace = hopper::bwd_workspace(params, runs, plan);
+  Visits visits;
+  Rows dq, dk, dv;
+  for (const BwdShare& share : plan.shares) {
+    ShareCheck check(problem, params, workspace, share, runs, visits);
+    if (params.dtype == ma::DType::kFloat32) {
+      check.walk_fp32_keys<hopper::Fp32DkDvConfig<1>>(dk, dv);
+    } else {
+      walk_16_bit(check, plan.dq_form, share.splits, hopper::is_wide(params.head_dim), dk, dv);
+    }
+    if (plan.dq_form != DqForm::kApart) check.read_sums(plan.dq_form, dq);
+  }
+  visits.expect_equal(listed, "dk and dv on Hopper");
+  dk.expect_all(problem.num_sequences(), problem.seqlen_k, "dk on Hopper");
+  dv.expect_all(problem.num_sequences(), problem.seqlen_k, "dv on Hopper");
+  if (plan.dq_form != DqForm::kApart) {
+    dq.expect_all(problem.num_sequences(), problem.seqlen_q(), "dq on Hopper");
+  } else if (params.dtype == ma::DType::kFloat32) {
+    check_dq_kernel<hopper::Fp32DqConfig<1>, hopper::WorkTable>(problem, listed, params);
+  } else {
+    hopper::with_bwd_head_dim(params.head_dim, [&]<int kHeadDim>() {
+      check_dq_kernel<hopper::DqConfig<__half, kHeadDim, false>, hopper::UncutWorkTable>(problem, listed, params);
+    });
+  }
+}
+
+// A form, splits and shares that the kernels have, whatever is quick.
+hopper::BwdPlan forced_plan(const Problem& problem, const ma::BwdParams& params) {
+  const int64_t size = params.batch_size == 1 ? params.num_heads : params.batch_size;
+  const bool is_masked = params.key_padding_mask != nullptr;
+  hopper::BwdPlan plan{DqForm::kApart, {{0, size, 1}}};
+  if (params.dtype == ma::DType::kFloat32 || !hopper::can_add_dq(params.head_dim)) return plan;
+  plan.dq_form = problem.choose(10, {DqForm::kApart, DqForm::kAsItComes, DqForm::kInTurn, DqForm::kInTurn});
+  if (plan.dq_form == DqForm::kApart) return plan;
+  const auto splits = [&](int die) {
+    return !is_masked && problem.num_multiprocessors > 1 ? 1 + static_cast<int>(problem.choose(die, 2)) : 1;
+  };
+  if (!is_masked && size > 1 && problem.choose(11, 2) == 0) {
+    plan.shares = {{0, (size + 1) / 2, splits(12)}, {(size + 1) / 2, size / 2, splits(13)}};
+  } else {
+    plan.shares.front().splits = splits(12);
+  }
+  return plan;
+}
+
+}  // namespace
+
+void check_hopper_bwd(const Problem& problem) {
+  const ma::Schedule schedule = schedule_of(problem);
+  const bool is_fp32 = problem.choose(4, 8) == 0;
+  ma::BwdParams params{};
+  fill(params, problem, schedule, is_fp32 ? ma::DType::kFloat32 : ma::DType::kFloat16,
+       is_fp32 ? 64 : problem.choose(5, {8, 32, 48, 64, 64, 96, 128, 192, 256}), !is_fp32 && problem.choose(6, 4) == 0);
+  params.out = address(3);
+  params.dout = address(4);
+  params.dq = address(5);
+  params.dk = address(6);
+  params.dv = address(7);
+  const int64_t row = params.num_heads * params.head_dim;
+  params.out_strides = params.dout_strides = {params.seqlen_q * row, row, params.head_dim};
+  params.dq_strides = params.q_strides;
+  params.dk_strides = params.dv_strides = params.k_strides;
+  if (problem.choose(7, 3) == 0) params.k_strides.batch = params.v_strides.batch = 0;
+  if (problem.choose(8, 2) == 0) params.spare_out = address(3);
+  params.deterministic = problem.choose(9, 2) == 0;
+  if (!hopper::fits_work_table(params) || !hopper::fits_key_work_table(params)) return;
+  const Visits listed = listed_visits(problem);
+  check_plan(problem, listed, params, hopper::plan_bwd(params, hopper::make_query_runs(schedule)));
+  check_plan(problem, listed, params, forced_plan(problem, params));
+}
+
+}  // namespace walks

@@ -1,0 +1,144 @@
+// The forward on Hopper: items, their parts, and what combines these.
+#include <algorithm>
+#include <limits>
+#include <memory>
+#include <vector>
+
+#include "cuda/hopper/config.h"
+#include "cuda/hopper/fwd_launch.h"
+#include "cuda/hopper/persistent_blocks.h"
+#include "cuda/hopper/rows_of_parts.cuh"
+#include "cuda/hopper/split_items.h"
+#include "hopper.h"
+#include "params.h"
+#include "visits.h"
+
+namespace walks {
+namespace {
+
+// Where a part's results were left, and by what.
+struct PartRows {
+  bool is_written;
+  int64_t sequence;
+  int row_begin;
+};
+
+// As the blocks of hopper_attention_fwd_kernel (fwd_kernel.cuh) and those of the combination go.
+template <int kBlockM, int kBlockN>
+void check_launch(const Problem& problem, const Visits& listed, const hopper::WorkTable& given) {
+  const std::unique_ptr<hopper::WorkTable> copy = with_poison(problem, given);
+  const hopper::WorkTable& table = *copy;
+  const hopper::ItemSplits& splits = table.splits;
+  Visits visits;
+  Rows stored;
+  std::vector<PartRows> parts(splits.num_items());
+  const auto sequence_of = [&](const hopper::ItemRows& rows) {
+    return int64_t{rows.batch} * problem.num_heads + rows.head;
+  };
+  const auto rows_of = [](const hopper::ItemRows& rows) {
+    return ma::Range{rows.row_begin, std::min(rows.row_begin + kBlockM, rows.row_end)};
+  };
+
+  for_each_block(hopper::num_persistent_blocks(table.num_items, kDevice), [&] {
+    hopper::ItemWalk<kBlockM> items(table);
+    while (items.next_with_keys()) {
+      const hopper::TileShare share = items.share();
+      const hopper::ItemRows rows = items.rows();
+      expect(share.begin < share.end, "a part has no key tile, but its producer copies one");
+      hopper::KeyTileIterator<kBlockN> keys(table, items.tiles(), share.begin);
+      for (int i = share.begin; i < share.end; ++i) {
+        const hopper::KeyTile tile = keys.next();
+        const bool is_partial = i < share.num_partial;
+        const int num_seen = is_partial ? table.ranges[items.tiles().first_range + i].tail : kBlockN;
+        expect(tile.num_rows == num_seen, "columns are masked as those of another key tile");
+        visits.add(sequence_of(rows), rows_of(rows), {tile.row_begin, tile.row_begin + tile.num_rows});
+      }
+      if (splits.has(items.item)) {
+        PartRows& part = parts.at(splits.place(items.item));
+        expect(!part.is_written, "two parts share a place");
+        part = {true, sequence_of(rows), rows.row_begin};
+      } else {
+        stored.add(sequence_of(rows), rows_of(rows));
+      }
+    }
+    for (bool is_left = items.item < table.num_items; is_left; is_left = items.next()) {
+      expect(items.tiles().num_tiles == 0 && !splits.has(items.item), "an item with keys comes behind one without");
+      stored.add(sequence_of(items.rows()), rows_of(items.rows()));
+    }
+  });
+
+  const hopper::RowsOfParts<kBlockM> rows_of_parts{table};
+  for (int item = 0; item < splits.num_whole; ++item) {
+    const auto find = [&](int row) { return rows_of_parts.find(int64_t{item} * kBlockM + row); };
+    const ma::cuda::SplitRow first = find(0);
+    int num_rows = 0;  // rows exist up to one from which on none does
+    for (int step = 256; step > 0; step /= 2) {
+      if (num_rows + step <= kBlockM && find(num_rows + step - 1).exists) num_rows += step;
+    }
+    const int64_t sequence = first.batch * problem.num_heads + first.head;
+    stored.add(sequence, {first.row, first.row + num_rows});
+    for (int i = 0; i < splits.num_parts; ++i) {
+      const int64_t row = first.first_part + i * first.part_step;
+      expect(row % kBlockM == 0, "a part is read from its middle on");
+      const PartRows& part = parts.at(row / kBlockM);
+      expect(part.is_written && part.sequence == sequence && part.row_begin == first.row,
+             "a part is read as another item's, or was never written");
+      const ma::cuda::SplitRow last = find(num_rows - 1);
+      expect(last.first_part - first.first_part == last.row - first.row, "rows of a part are exchanged");
+    }
+  }
+
+  visits.expect_equal(listed, "forward on Hopper");
+  stored.expect_all(problem.num_sequences(), problem.seqlen_q(), "output on Hopper");
+}
+
+// What the host has made room for.
+template <int kBlockM>
+void check_workspace(const hopper::FwdPlan& plan, const ma::FwdParams& params) {
+  const int64_t num_rows = int64_t{plan.table.splits.num_items()} * kBlockM;
+  if (num_rows == 0) return;
+  const int64_t out_end = bytes_between(params.workspace, plan.partial_out + num_rows * params.head_dim);
+  const int64_t lse_begin = bytes_between(params.workspace, plan.partial_lse);
+  const int64_t lse_end = bytes_between(params.workspace, plan.partial_lse + num_rows);
+  expect(out_end <= lse_begin && lse_end <= static_cast<int64_t>(plan.workspace_size), "parts leave the workspace");
+}
+
+// Any items with keys that follow one another, in as many parts as they allow.
+void force_parts(const Problem& problem, hopper::WorkTable& table) {
+  int num_with_keys = 0;
+  for (const hopper::QueryTiles* segment = table.segments; num_with_keys < table.num_items && segment->num_tiles > 0;
+       ++segment) {
+    num_with_keys = segment->item_end;
+  }
+  if (num_with_keys == 0) return;
+  const int begin = static_cast<int>(problem.choose(10, 2) * problem.choose(11, num_with_keys));
+  const int end = static_cast<int>(begin + 1 + problem.choose(12, num_with_keys - begin));
+  const int most = hopper::most_parts(table, begin, end);
+  const int num_parts = problem.choose(13, 2) == 0 ? most : static_cast<int>(1 + problem.choose(14, most));
+  if (num_parts > 1) hopper::cut_items(table, {begin, end - begin, num_parts});
+}
+
+}  // namespace
+
+void check_hopper_fwd(const Problem& problem) {
+  const ma::Schedule schedule = schedule_of(problem);
+  const bool is_fp32 = problem.choose(0, 3) == 0;
+  ma::FwdParams params{};
+  fill(params, problem, schedule, is_fp32 ? ma::DType::kFloat32 : ma::DType::kBFloat16,
+       is_fp32 ? problem.choose(1, {64, 128}) : problem.choose(1, {8, 64, 96, 128, 192, 256}),
+       !is_fp32 && problem.choose(2, 4) == 0);
+  params.allow_tf32 = problem.choose(3, 2) == 0;
+  if (!hopper::fits_work_table(params)) return;
+  const Visits listed = listed_visits(problem);
+  hopper::with_fwd_kernel(params, [&]<typename Element, int kHeadDim, int kParts>() {
+    using Config = hopper::FwdConfig<Element, kHeadDim, kParts, false>;
+    const hopper::FwdPlan plan = hopper::plan_fwd(params);
+    check_workspace<Config::kBlockM>(plan, params);
+    check_launch<Config::kBlockM, Config::kBlockN>(problem, listed, plan.table);
+    hopper::WorkTable table = hopper::make_work_table(params, Config::kBlockM, Config::kBlockN);
+    force_parts(problem, table);
+    check_launch<Config::kBlockM, Config::kBlockN>(problem, listed, table);
+  });
+}
+
+}  // namespace walks
