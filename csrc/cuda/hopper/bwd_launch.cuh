@@ -5,6 +5,7 @@
 #include <numbers>
 #include <vector>
 
+#include "cuda/allow_shared_memory.cuh"
 #include "cuda/hopper/bwd_launch.h"
 #include "cuda/hopper/bwd_stats_kernel.cuh"
 #include "cuda/hopper/dk_dv_kernel.cuh"

@@ -3,6 +3,7 @@
 
 #include <numbers>
 
+#include "cuda/allow_shared_memory.cuh"
 #include "cuda/combine_kernel.cuh"
 #include "cuda/hopper/fwd_kernel.cuh"
 #include "cuda/hopper/fwd_launch.h"

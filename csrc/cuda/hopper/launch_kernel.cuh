@@ -3,9 +3,6 @@
 
 #include <cuda_runtime_api.h>
 
-#include <atomic>
-#include <cstdint>
-
 #include "cuda/cuda_check.h"
 
 namespace mixed_attention::cuda::hopper {
@@ -28,16 +25,6 @@ struct LaunchShape {
   Start start = Start::kOverlapping;
   int cluster = 1;  // blocks of one
 };
-
-// Once for each device, because it takes some microseconds of the host.
-template <auto kKernel>
-void allow_shared_memory(int bytes, int device, const char* name) {
-  static std::atomic<uint64_t> allowed;  // by device
-  const uint64_t bit = device < 64 ? uint64_t{1} << device : 0;
-  if (allowed.load(std::memory_order_relaxed) & bit) return;
-  check(cudaFuncSetAttribute(kKernel, cudaFuncAttributeMaxDynamicSharedMemorySize, bytes), name);
-  allowed.fetch_or(bit, std::memory_order_relaxed);
-}
 
 // kSharedBytes: of dynamic shared memory; more than a kernel may have by default needs allow_shared_memory first.
 template <auto kKernel, int kSharedBytes = 0, typename... Params>

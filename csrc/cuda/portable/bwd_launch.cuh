@@ -12,7 +12,7 @@ void launch_dk_dv(const BwdArguments& args, const InlineWork& in_parameters, uns
   constexpr auto kKernel = portable_dk_dv_kernel<kArithmetic, kHeadDim, kGrads>;
   constexpr int kSharedBytes = sizeof(DkDvShared<kArithmetic, kHeadDim, kGrads>);
   static_assert(kSharedBytes <= kMaxSharedBytes);
-  allow_shared_memory<kKernel>(kSharedBytes);
+  allow_shared_memory<kKernel>(kSharedBytes, args.params.device, "cudaFuncSetAttribute(portable_dk_dv_kernel)");
   const auto stream = static_cast<cudaStream_t>(args.params.stream);
   kKernel<<<grid, dk_dv_tile(kArithmetic, kHeadDim).num_threads(), kSharedBytes, stream>>>(args, in_parameters);
   check(cudaGetLastError(), "portable_dk_dv_kernel");
@@ -53,8 +53,8 @@ void launch_by_query(BwdArguments& args, const BwdPlan& plan, unsigned grid) {
   constexpr auto kKernel = portable_dq_kernel<kArithmetic, kHeadDim>;
   constexpr int kSharedBytes = sizeof(DqShared<kArithmetic, kHeadDim>);
   static_assert(kSharedBytes <= kMaxSharedBytes);
-  allow_shared_memory<kKernel>(kSharedBytes);
   const BwdParams& params = args.params;
+  allow_shared_memory<kKernel>(kSharedBytes, params.device, "cudaFuncSetAttribute(portable_dq_kernel)");
   args.work = plan.by_query->table;
   const InlineWork in_parameters = bring(*plan.by_query, params.stream);
   kKernel<<<grid, dq_tile(kArithmetic, kHeadDim).num_threads(), kSharedBytes,

@@ -40,7 +40,7 @@ void launch_fwd(const FwdParams& params, const FwdPlan& plan) {
       plan.partial_out,
       plan.partial_lse,
   };
-  allow_shared_memory<kKernel>(kSharedBytes);
+  allow_shared_memory<kKernel>(kSharedBytes, params.device, "cudaFuncSetAttribute(portable_fwd_kernel)");
   const InlineWork in_parameters = bring(plan.pass, params.stream);
   kKernel<<<grid, fwd_tile(kArithmetic, kHeadDim).num_threads(), kSharedBytes, stream>>>(args, in_parameters);
   check(cudaGetLastError(), "portable_fwd_kernel");

@@ -5,6 +5,7 @@
 
 #include <cstdint>
 
+#include "cuda/allow_shared_memory.cuh"
 #include "cuda/cuda_check.h"
 #include "cuda/portable/plan.h"
 #include "cuda/tile_iterator.cuh"
@@ -32,13 +33,6 @@ inline InlineWork bring(const Pass& pass, void* stream) {
            pass.host.ranges.size() * sizeof(WorkRange), stream);
   }
   return in_parameters;
-}
-
-// Allows a kernel the shared memory that it uses, once a process: beyond 48 KiB it must be asked for.
-template <auto kKernel>
-void allow_shared_memory(int bytes) {
-  static const cudaError_t status = cudaFuncSetAttribute(kKernel, cudaFuncAttributeMaxDynamicSharedMemorySize, bytes);
-  check(status, "cudaFuncSetAttribute");
 }
 
 inline unsigned blocks_for(int64_t threads, int block_size) {
