@@ -9,6 +9,7 @@
 
 #include "attention.h"
 #include "cpu/launch.h"
+#include "environment.h"
 #include "layer.h"
 #include "ops.h"
 
@@ -87,6 +88,13 @@ PYBIND11_MODULE(TORCH_EXTENSION_NAME, m) {
   m.attr("build_flags") = "torch " TORCH_VERSION ", compiler " __VERSION__ ", without CUDA kernels";
 #endif
   m.def("cpu_instruction_set", &mixed_attention::cpu::instruction_set, "Instruction set of the CPU kernels here.");
+  m.def(
+      "check_environment",
+      [] {
+        mixed_attention::cpu::instruction_set();
+        mixed_attention::asks_for_portable_gpu_kernels();
+      },
+      "Raises ValueError where MIXED_ATTENTION_CPU or MIXED_ATTENTION_GPU asks for what there is not.");
   m.def("cuda_kernel", &mixed_attention::cuda_kernel, py::arg("dtype"), py::arg("head_dim"), py::arg("head_dim_v"),
         py::arg("device"), py::arg("backward"), "Family of the CUDA kernels for a problem, and why no faster one.");
   m.def(

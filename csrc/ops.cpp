@@ -15,6 +15,7 @@
 #ifdef MIXED_ATTENTION_WITH_CUDA
 #include "cuda/launch.h"
 #endif
+#include "environment.h"
 #include "params.h"
 #include "schedule.h"
 
@@ -61,9 +62,23 @@ bool allows_tf32() {
          at::Float32Precision::TF32;
 }
 
+// Refuses what the environment asks for in vain.
+void check_environment(const Tensor& tensor) {
+  try {
+    if (tensor.is_cpu()) {
+      cpu::instruction_set();
+    } else {
+      asks_for_portable_gpu_kernels();
+    }
+  } catch (const std::invalid_argument& error) {
+    TORCH_CHECK_VALUE(false, error.what());
+  }
+}
+
 // Fields that depend on where the call runs.
 template <class Params>
 void fill_device(Params& params, const Tensor& tensor) {
+  check_environment(tensor);
   if (tensor.is_cpu()) {
     params.parallel_for = parallel_for;
     params.num_threads = at::get_num_threads();

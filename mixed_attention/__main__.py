@@ -92,6 +92,16 @@ def _try(device: torch.device, dtype: torch.dtype) -> str:
     return "forward, backward"
 
 
-if __name__ == "__main__":
+def main() -> int:
+    """Prints the report; returns an exit code, 1 where nothing was compiled or the environment asks in vain."""
+    try:
+        ops.check_environment()
+    except ValueError as error:
+        print(error, file=sys.stderr)
+        return 1
     print(report())
-    sys.exit(0 if ops.is_compiled() else 1)
+    return 0 if ops.is_compiled() else 1
+
+
+if __name__ == "__main__":
+    sys.exit(main())

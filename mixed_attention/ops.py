@@ -56,6 +56,23 @@ def cpu_instruction_set() -> str:
     return _C.cpu_instruction_set()
 
 
+def check_environment() -> None:
+    """Checks the variables by which kernels are asked for. Calls that they concern raise the same.
+
+    Raises:
+        ValueError: ``MIXED_ATTENTION_CPU`` or ``MIXED_ATTENTION_GPU`` asks for what there is not, or not here.
+    """
+    if _C is not None:
+        _C.check_environment()
+
+
+def _index_of(device: torch.device) -> int:
+    """Number of a GPU; that of the current one, or 0 where there is none, if the device has no number."""
+    if device.index is not None:
+        return device.index
+    return torch.cuda.current_device() if torch.cuda.is_available() else 0
+
+
 def cuda_kernel(dtype: torch.dtype, head_dim: int, device: torch.device, *, backward: bool) -> tuple[str, str]:
     """Which family of kernels serves a call on a GPU, and why not a faster one; for people to read.
 
@@ -63,7 +80,7 @@ def cuda_kernel(dtype: torch.dtype, head_dim: int, device: torch.device, *, back
         ``"hopper"``, ``"portable"`` or ``"none"``, and a reason, empty where nothing was refused.
     """
     _require_compiled()
-    return _C.cuda_kernel(dtype, head_dim, head_dim, device.index or 0, backward)
+    return _C.cuda_kernel(dtype, head_dim, head_dim, _index_of(device), backward)
 
 
 class CudaLayout(NamedTuple):
@@ -99,7 +116,7 @@ def cuda_layout(
     """Tiles of the kernels that serve a plan on a GPU (`cuda_kernel` names them); for people to read."""
     _require_compiled()
     shape = (batch_size, num_heads, plan.num_queries, plan.num_keys, head_dim, head_dim)
-    return CudaLayout(*_C.cuda_layout(dtype, shape, plan.flat(), device.index or 0, backward))
+    return CudaLayout(*_C.cuda_layout(dtype, shape, plan.flat(), _index_of(device), backward))
 
 
 @cache

@@ -1,6 +1,7 @@
 """What the package says about itself, and how it behaves without its compiled part and its extras."""
 
 import os
+import re
 import subprocess
 import sys
 from pathlib import Path
@@ -16,9 +17,9 @@ from mixed_attention import ops
 ROOT = Path(__file__).parents[1]
 
 
-def run(code_or_module, *, module=False):
+def run(code_or_module, *, module=False, **variables):
     arguments = ["-m", code_or_module] if module else ["-c", code_or_module]
-    environment = {**os.environ, "PYTHONPATH": str(ROOT)}
+    environment = {**os.environ, "PYTHONPATH": str(ROOT), **variables}
     return subprocess.run([sys.executable, *arguments], capture_output=True, text=True, env=environment, check=False)
 
 
@@ -27,6 +28,54 @@ def test_report_of_this_machine():
     assert result.returncode == 0, result.stderr
     for fact in (torch.__version__, ops.cpu_instruction_set(), "float32", "bfloat16", "forward, backward", "CUDA"):
         assert fact in result.stdout
+
+
+VARIABLES = ["MIXED_ATTENTION_CPU", "MIXED_ATTENTION_GPU"]
+
+
+@pytest.mark.parametrize("variable", VARIABLES)
+@pytest.mark.parametrize("value", ["typo", "Portable", " portable"])
+def test_report_of_an_environment_that_asks_in_vain_is_one_line(variable, value):
+    result = run("mixed_attention", module=True, **{variable: value})
+    assert result.returncode == 1
+    assert result.stdout == ""
+    assert re.fullmatch(rf"{variable}: expected one of .*portable.*, got {value}\n", result.stderr)
+
+
+@pytest.mark.parametrize("variable", VARIABLES)
+@pytest.mark.parametrize("value", ["portable", ""])
+def test_environments_that_ask_for_what_there_is(variable, value):
+    result = run("mixed_attention", module=True, **{variable: value})
+    assert result.returncode == 0, result.stderr
+    assert value in result.stdout
+
+
+ON_A_CPU = """
+import torch
+import mixed_attention as ma
+plan = ma.AttentionPlan.compile([ma.TokenSpec("a", 3)], [ma.AttentionPattern(["a"], ["a"])])
+q = torch.ones(1, 3, 1, 8)
+calls = {
+    "attention": lambda: ma.attention(q, q, q, plan),
+    "operator": lambda: torch.ops.mixed_attention.forward(q, q, q, plan.flat(), 1.0),
+    "rotation": lambda: ma.apply_rope(q, torch.ones(1, 3, 4, dtype=torch.complex64)),
+}
+for name, call in calls.items():
+    try:
+        call()
+    except ValueError as error:
+        print(name, "raises", error)
+"""
+
+
+def test_calls_in_an_environment_that_asks_in_vain():
+    result = run(ON_A_CPU, MIXED_ATTENTION_CPU="typo")
+    assert result.returncode == 0, result.stderr
+    lines = result.stdout.splitlines()
+    assert [line.split()[0] for line in lines] == ["attention", "operator", "rotation"]
+    assert all(" raises MIXED_ATTENTION_CPU: expected one of " in line for line in lines)
+    # What no call on the CPU asks for does not stop it.
+    assert run(ON_A_CPU, MIXED_ATTENTION_GPU="typo").stdout == ""
 
 
 def test_report_says_why_something_is_refused(monkeypatch):

@@ -1,22 +1,25 @@
-#include <cstdlib>
-#include <stdexcept>
+#include <algorithm>
 #include <string>
+#include <vector>
 
 #include "cpu/kernels.h"
 #include "cpu/launch.h"
+#include "environment.h"
 
 namespace mixed_attention::cpu {
 namespace {
 
 const InstructionSet& choose() {
-  const char* wanted = std::getenv("MIXED_ATTENTION_CPU");
-  std::string available;
+  std::vector<const InstructionSet*> available;  // best first
+  std::vector<std::string> names;
   for (const InstructionSet* candidate : {&kAmx, &kAvx512Bf16, &kAvx512, &kAvx2, &kPortable}) {
     if (!candidate->is_available()) continue;
-    if (!wanted || std::string(wanted) == candidate->name) return *candidate;
-    available += std::string(available.empty() ? "" : ", ") + candidate->name;
+    available.push_back(candidate);
+    names.push_back(candidate->name);
   }
-  throw std::runtime_error("MIXED_ATTENTION_CPU: expected one of " + available + ", got " + wanted);
+  const std::string wanted = choice_of_environment("MIXED_ATTENTION_CPU", names, " (what this machine offers)");
+  const auto chosen = wanted.empty() ? names.begin() : std::find(names.begin(), names.end(), wanted);
+  return *available[chosen - names.begin()];
 }
 
 }  // namespace

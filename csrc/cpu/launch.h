@@ -10,7 +10,7 @@ void run_bwd(const BwdParams& params);
 void run_rope(const RopeParams& params);
 
 // Name of the instruction set that the kernels use on this machine: "AMX", "AVX512_BF16", "AVX512", "AVX2" or
-// "portable".
+// "portable". Throws std::invalid_argument where MIXED_ATTENTION_CPU asks for one that the machine does not offer.
 const char* instruction_set();
 
 }  // namespace mixed_attention::cpu

@@ -1,25 +1,17 @@
 // Which kernel family serves a call.
 #include "cuda/launch.h"
 
-#include <cstdlib>
-#include <string_view>
-
 #include "cuda/hopper/launch.h"
 #include "cuda/portable/launch.h"
+#include "environment.h"
 
 namespace mixed_attention::cuda {
 namespace {
 
 using Family = Choice::Family;
 
-// MIXED_ATTENTION_GPU=portable leaves the others out: for comparisons, and where one is under suspicion.
-bool only_portable() {
-  static const char* const family = std::getenv("MIXED_ATTENTION_GPU");
-  return family != nullptr && std::string_view(family) == "portable";
-}
-
 Choice choose(const Problem& problem, std::string hopper_refusal) {
-  if (only_portable()) hopper_refusal = "MIXED_ATTENTION_GPU asks for the portable kernels";
+  if (asks_for_portable_gpu_kernels()) hopper_refusal = "MIXED_ATTENTION_GPU asks for the portable kernels";
   if (hopper_refusal.empty()) return {Family::kHopper, ""};
   std::string portable_refusal = portable::refusal(problem);
   if (!portable_refusal.empty()) return {Family::kNone, std::move(portable_refusal)};
@@ -35,11 +27,11 @@ bool is_empty(const AttentionParams& params) { return params.batch_size == 0 || 
 
 // What a problem allows, the call at hand may still rule out.
 bool hopper_serves(const FwdParams& params) {
-  return !only_portable() && hopper::refusal_fwd(problem_of(params)).empty() && hopper::can_fwd(params);
+  return !asks_for_portable_gpu_kernels() && hopper::refusal_fwd(problem_of(params)).empty() && hopper::can_fwd(params);
 }
 
 bool hopper_serves(const BwdParams& params) {
-  return !only_portable() && hopper::refusal_bwd(problem_of(params)).empty() && hopper::can_bwd(params);
+  return !asks_for_portable_gpu_kernels() && hopper::refusal_bwd(problem_of(params)).empty() && hopper::can_bwd(params);
 }
 
 }  // namespace

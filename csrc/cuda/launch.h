@@ -22,6 +22,7 @@ struct Choice {
   std::string why;  // why not a faster family, or why none at all; empty where nothing was refused
 };
 
+// Both throw std::invalid_argument where MIXED_ATTENTION_GPU asks for what there is not.
 Choice choose_fwd(const Problem& problem);
 Choice choose_bwd(const Problem& problem);
 
