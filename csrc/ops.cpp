@@ -8,6 +8,7 @@
 #include <c10/core/impl/VirtualGuardImpl.h>
 
 #include <stdexcept>
+#include <string>
 #include <type_traits>
 
 #include "checks.h"
@@ -95,9 +96,9 @@ cuda::Problem problem_of(const AttentionParams& params) {
   return {params.dtype, params.head_dim, params.head_dim_v, params.device};
 }
 
-void check_served(const cuda::Choice& choice) {
-  TORCH_CHECK_NOT_IMPLEMENTED(choice.family != cuda::Choice::Family::kNone,
-                              "no CUDA kernel serves this call: ", choice.why,
+// refusal: empty where there is none.
+void check_served(const std::string& refusal) {
+  TORCH_CHECK_NOT_IMPLEMENTED(refusal.empty(), "no CUDA kernel serves this call: ", refusal,
                               "; mixed_attention.reference.attention computes it");
 }
 
@@ -110,7 +111,8 @@ Tensor allocate_workspace(size_t bytes, const Tensor& like) {
 void run_fwd(FwdParams& params, const Tensor& q) {
   if (q.is_cpu()) return cpu::run_fwd(params);
 #ifdef MIXED_ATTENTION_WITH_CUDA
-  check_served(cuda::choose_fwd(problem_of(params)));
+  check_served(cuda::choose_fwd(problem_of(params)).why_none());
+  check_served(cuda::refusal_of_sizes(params));
   const Tensor workspace = allocate_workspace(cuda::fwd_workspace_size(params), q);
   if (workspace.defined()) params.workspace = workspace.mutable_data_ptr();
   cuda::run_fwd(params);
@@ -120,7 +122,8 @@ void run_fwd(FwdParams& params, const Tensor& q) {
 void run_bwd(BwdParams& params, const Tensor& q) {
   if (q.is_cpu()) return cpu::run_bwd(params);
 #ifdef MIXED_ATTENTION_WITH_CUDA
-  check_served(cuda::choose_bwd(problem_of(params)));
+  check_served(cuda::choose_bwd(problem_of(params)).why_none());
+  check_served(cuda::refusal_of_sizes(params));
   const Tensor workspace = allocate_workspace(cuda::bwd_workspace_size(params), q);
   if (workspace.defined()) params.workspace = workspace.mutable_data_ptr();
   cuda::run_bwd(params);

@@ -20,11 +20,16 @@ struct Problem {
 struct Choice {
   enum class Family { kNone, kPortable, kHopper } family;
   std::string why;  // why not a faster family, or why none at all; empty where nothing was refused
+
+  std::string why_none() const { return family == Family::kNone ? why : ""; }
 };
 
 // Both throw std::invalid_argument where MIXED_ATTENTION_GPU asks for what there is not.
 Choice choose_fwd(const Problem& problem);
 Choice choose_bwd(const Problem& problem);
+
+// Why no family serves the sizes of a call; empty where they can be counted. It reads sizes and the schedule alone.
+std::string refusal_of_sizes(const AttentionParams& params);
 
 // How the device goes about a pass, for people to read.
 struct Layout {

@@ -58,6 +58,9 @@ struct HostWork {
   size_t device_bytes() const;
 };
 
+// Tables and kernels count rows, tiles and blocks in 32 bits, with room for a tile behind the last row.
+constexpr int64_t kMaxRows = (int64_t{1} << 31) - 1025;
+
 HostWork work_by_query(const Schedule& schedule, int tile_rows, int block_rows);
 HostWork work_by_key(const Schedule& schedule, int tile_rows, int block_rows);
 

@@ -1,7 +1,6 @@
 #include "cuda/hopper/split_items.h"
 
 #include <algorithm>
-#include <limits>
 #include <stdexcept>
 
 namespace mixed_attention::cuda::hopper {
@@ -12,7 +11,7 @@ constexpr int kStepsOfItem = 3;       // to begin and to end
 constexpr int kStepsOfPart = 2;       // beside, as its output leaves in fp32 and is read once more
 constexpr int kStepsOfCombining = 2;  // the second launch
 
-constexpr int kMaxParts = 32;   // the combination goes through them one by one
+constexpr int kMaxParts = 32;   // the combination goes through them one by one; times tiles they fit 32 bits
 constexpr int kMaxRounds = 3;   // that parts are made to fill
 constexpr int kLeastGain = 32;  // of the time, one in so many: the estimate is not better than that
 
@@ -60,17 +59,17 @@ int64_t steps_of_launch(const WorkTable& table, int num_blocks) {
 }
 
 int most_parts(const WorkTable& table, int begin, int end) {
-  int num_tiles = std::numeric_limits<int>::max();  // the least: items are in order of their steps, not of these
+  int num_parts = kMaxParts;  // items are in order of their steps, not of their tiles: all have a say
   int first = 0;
   for (const QueryTiles* segment = table.segments; first < end; first = segment++->item_end) {
-    if (begin < segment->item_end) num_tiles = std::min(num_tiles, segment->num_tiles);
+    if (begin < segment->item_end) num_parts = std::min(num_parts, segment->num_tiles);
   }
-  return num_tiles;
+  return num_parts;
 }
 
 void cut_items(WorkTable& table, const ItemSplits& splits) {
   if (splits.num_parts > most_parts(table, splits.begin, splits.begin + splits.num_whole)) {
-    throw std::logic_error("cut_items: a part would be without a key tile");
+    throw std::logic_error("cut_items: too many parts");
   }
   table.num_items += splits.num_items() - splits.num_whole;
   table.splits = splits;
@@ -96,7 +95,7 @@ void split_items(WorkTable& table, int num_blocks) {
     const int end = num_items_of(table, least_steps_of_item);
     for (const int begin : {0, end / num_blocks * num_blocks}) {
       if (begin == end) continue;
-      const int limit = std::min(kMaxParts, most_parts(table, begin, end));
+      const int limit = most_parts(table, begin, end);
       for (int rounds = 1; rounds <= kMaxRounds; ++rounds) {
         const int num_parts = std::min(limit, rounds * num_blocks / (end - begin));
         if (num_parts > 1) consider({begin, end - begin, num_parts});

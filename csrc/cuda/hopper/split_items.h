@@ -11,7 +11,8 @@ namespace mixed_attention::cuda::hopper {
 // the last round, which may be a few only. num_blocks: that run at a time.
 void split_items(WorkTable& table, int num_blocks);
 
-// The most parts that each of some items can be cut into: no part may be without a key tile, as the blocks rely on it.
+// The most parts that each of some items can be cut into: as many as one has key tiles, of which no part may be
+// without, as the blocks rely on it.
 // begin and end: of whole items.
 int most_parts(const WorkTable& table, int begin, int end);
 

@@ -132,6 +132,13 @@ Problem random_problem(uint64_t seed) {
   return problem;
 }
 
+std::vector<Problem> largest_problems(int64_t num_rows) {
+  Problem of_queries{{{num_rows, {{0, 3}, {1, 3}}}}, 3, 1, 1, 132, {}};
+  // Walks that end at the last row and go on elsewhere.
+  Problem of_keys{{{3, {{1, num_rows}, {0, 5}, {num_rows - 7, num_rows}, {2, 3}}}}, num_rows, 1, 1, 132, {}};
+  return {of_queries, of_keys};
+}
+
 std::vector<Problem> smaller_problems(const Problem& problem) {
   std::vector<Problem> smaller;
   const auto add = [&](const auto& change) {

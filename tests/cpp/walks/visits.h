@@ -24,7 +24,7 @@ class Visits {
  public:
   void add(int64_t sequence, ma::Range rows, ma::Range keys) {
     sum_ += weight(kSequences, {sequence, sequence + 1}) * weight(kQueries, rows) * weight(kKeys, keys);
-    visits_.push_back({sequence, rows, keys});
+    if (visits_.size() < kMostRemembered) visits_.push_back({sequence, rows, keys});
   }
 
   // Throws where the others are not the same; what: of the first difference.
@@ -45,6 +45,8 @@ class Visits {
     return mix(salt + static_cast<uint64_t>(range.end)) - mix(salt + static_cast<uint64_t>(range.begin));
   }
 
+  static constexpr size_t kMostRemembered = 1'000'000;
+
   // In words: the first place that is visited more or less often than listed.
   std::string difference(const Visits& listed) const {
     std::map<int64_t, std::map<int64_t, std::map<int64_t, int>>> steps;  // of the count, by sequence, row and key
@@ -57,6 +59,7 @@ class Visits {
         of_sequence[visit.rows.end][visit.keys.end] += count;
       }
     };
+    if (visits_.size() == kMostRemembered || listed.visits_.size() == kMostRemembered) return "somewhere";
     add(visits_, 1);
     add(listed.visits_, -1);
     for (const auto& [sequence, rows] : steps) {
