@@ -8,10 +8,12 @@ from dataclasses import dataclass
 from inspect import Parameter, signature
 from typing import Any, TypeVar
 
+from torch import SymInt
 
-def _as_size(name: str, size: Any) -> int | None:
-    """Accepts what upstream's lax validation accepts: 3, 3.0, "3", True, a 0-d integer tensor, None."""
-    if size is None or type(size) is int:
+
+def _as_size(name: str, size: Any) -> int | SymInt | None:
+    """Accepts what upstream's lax validation accepts: 3, 3.0, "3", True, a 0-d integer tensor, None; symbolic sizes."""
+    if size is None or type(size) is int or isinstance(size, SymInt):
         return size
     if isinstance(size, float) and not size.is_integer():
         raise ValueError(f"TokenSpec {name!r}: size must be a whole number, got {size}")
