@@ -40,6 +40,7 @@ class ProjectedAttention(nn.Module):
 
     def __init__(self, settings: DotProductAttentionConfig, kv_dim: int) -> None:
         super().__init__()
+        self._dim = settings.dim
         self.num_heads = settings.num_heads
         self.head_dim = settings.head_dim
         self.init_weights = settings.init_weights
@@ -65,43 +66,54 @@ class ProjectedAttention(nn.Module):
                 frequencies of all tokens, which rotate q and k.
         """
         names = [name for name in self.projections if any(slot in slots for slot in name for slots, _, _ in wanted)]
-        if all(is_plain(self._layer(name)) for name in names):
-            weight, bias = self._joined(names)
+        layers = [getattr(self, name) for name in names]
+        if is_plain(*layers):
+            for name, layer in zip(names, layers):
+                self._check_rows(name, len(layer.weight))
+            weight, bias = _joined(layers)
             made = "".join(names)
-            rows = weight.shape[0] // len(made)
+            rows = self.num_heads * self.head_dim
             begins = [made.index(slots[0]) for slots, _, _ in wanted]
             parts = [
                 Part(rows * begin, rows * (begin + len(slots)), runs) for begin, (slots, runs, _) in zip(begins, wanted)
             ]
             buffers = project(x, weight, bias, parts)
         else:
-            buffers = [self._call_projections(slots, take(x, runs)) for slots, runs, _ in wanted]
+            buffers = self._call(dict(zip(names, layers)), x, wanted)
         return [self._pack(buffer, x, *each) for buffer, each in zip(buffers, wanted)]
 
-    def _layer(self, name: str) -> Any:
-        return self._modules[name]
+    def _call(
+        self, layers: Mapping[str, Any], x: Tensor, wanted: Sequence[tuple[str, Runs | None, Freqs | None]]
+    ) -> list[Tensor]:
+        """Parts of what the layers make where each is called as it is: once, and on all tokens.
 
-    def _joined(self, names: Sequence[str]) -> tuple[Tensor, Tensor | None]:
-        """Weight and bias of some layers as if they were one."""
-        layers = [self._layer(name) for name in names]
-        if len(layers) == 1:
-            return layers[0].weight, layers[0].bias
-        # NOTE: joining separate weights and multiplying once is never slower than one product each, from 64 tokens on
-        # (measured on CPU, width 192, fp32 and bf16, forward and backward), and it writes the packed form directly.
-        weight = torch.cat([layer.weight for layer in layers])
-        if all(layer.bias is None for layer in layers):
-            return weight, None
-        biases = [layer.weight.new_zeros(len(layer.weight)) if layer.bias is None else layer.bias for layer in layers]
-        return weight, torch.cat(biases)
+        They are copies, because a hook may hold on to what it saw.
+        """
+        made: dict[str, Tensor] = {}
+        for name, layer in layers.items():
+            columns = layer(x)
+            self._check_rows(name, columns.shape[-1])
+            made.update(zip(name, columns.chunk(len(name), -1)))
+        return [torch.cat([take(made[slot], runs) for slot in slots], -1) for slots, runs, _ in wanted]
 
-    def _call_projections(self, slots: str, x: Tensor) -> Tensor:
-        """Some slots as the layers themselves make them, copied: a hook may hold on to what it saw."""
-        pieces: list[Tensor] = []
-        for name in self.projections:
-            if any(slot in slots for slot in name):
-                made = self.get_submodule(name)(x).flatten(0, 1).chunk(len(name), -1)
-                pieces.extend(piece for slot, piece in zip(name, made) if slot in slots)
-        return torch.cat(pieces, -1)
+    def _check_rows(self, name: str, num_rows: int) -> None:
+        """Checks what a projection makes against the heads.
+
+        A packed one takes no other number of heads than it was made with: some of its rows, as tensor parallelism
+        shards them, would be read as q, k and v of fewer heads, and are not.
+        """
+        heads = f"{self.num_heads} heads of {self.head_dim} channels"
+        if len(name) == 1 and num_rows != self.num_heads * self.head_dim:
+            raise ValueError(
+                f"{name}: expected {self.num_heads * self.head_dim} output features for {heads}, got {num_rows}; where "
+                "its rows are sharded, divide num_heads likewise"
+            )
+        if len(name) > 1 and (num_rows != len(name) * self._dim or self.num_heads * self.head_dim != self._dim):
+            raise ValueError(
+                f"{name}: expected {len(name) * self._dim} output features for {self._dim} channels in all heads, got "
+                f"{num_rows} for {heads}; it packs {', '.join(name)} and cannot be sharded by rows or heads: use the "
+                "layers of ma.noether, whose q, k and v are separate; either layout loads the checkpoints of the other"
+            )
 
     def _pack(self, buffer: Tensor, x: Tensor, slots: str, runs: Runs | None, freqs: Freqs | None) -> Packed:
         """What was projected from tokens ``x``, and how it is to be rotated."""
@@ -137,6 +149,19 @@ class ProjectedAttention(nn.Module):
 
     def extra_repr(self) -> str:
         return f"num_heads={self.num_heads}, head_dim={self.head_dim}, use_rope={self.use_rope}, dropout={self.dropout}"
+
+
+def _joined(layers: Sequence[Any]) -> tuple[Tensor, Tensor | None]:
+    """Weight and bias of some layers as if they were one."""
+    if len(layers) == 1:
+        return layers[0].weight, layers[0].bias
+    # NOTE: joining separate weights and multiplying once is never slower than one product each, from 64 tokens on
+    # (measured on CPU, width 192, fp32 and bf16, forward and backward), and it writes the packed form directly.
+    weight = torch.cat([layer.weight for layer in layers])
+    if all(layer.bias is None for layer in layers):
+        return weight, None
+    biases = [layer.weight.new_zeros(len(layer.weight)) if layer.bias is None else layer.bias for layer in layers]
+    return weight, torch.cat(biases)
 
 
 def _dense_plan(seqlen_q: int, seqlen_k: int) -> AttentionPlan:
