@@ -54,6 +54,11 @@ class ProjectedAttention(nn.Module):
         init_weights(self, settings.init_weights)
         self.register_load_state_dict_pre_hook(checkpoint.adapt_layout)
 
+    def reset_parameters(self) -> None:
+        """Draws new weights by ``init_weights``, one projection after the other, as calling theirs does."""
+        for name in (*self.projections, "proj"):
+            getattr(self, name).reset_parameters()
+
     def _linear(self, in_features: int, out_features: int, settings: DotProductAttentionConfig) -> nn.Module:
         return nn.Linear(in_features, out_features, bias=settings.bias)
 
