@@ -13,7 +13,7 @@ from mixed_attention import cache, checkpoint, packed
 from mixed_attention.cache import KVCache, KVEntry
 from mixed_attention.init import init_weights
 from mixed_attention.packed import Freqs, Packed, Rotated
-from mixed_attention.plan import AttentionPatternLike, AttentionPlan, Group, TokenSpecLike
+from mixed_attention.plan import AttentionPatternLike, AttentionPlan, Group, TokenSpecLike, read_patterns, read_specs
 from mixed_attention.projection import Part, Runs, is_plain, linear, project, take
 from mixed_attention.rope import check_freqs
 from mixed_attention.spec import (
@@ -40,6 +40,7 @@ class ProjectedAttention(nn.Module):
 
     def __init__(self, settings: DotProductAttentionConfig, kv_dim: int) -> None:
         super().__init__()
+        self._dim = settings.dim
         self.num_heads = settings.num_heads
         self.head_dim = settings.head_dim
         self.init_weights = settings.init_weights
@@ -53,6 +54,11 @@ class ProjectedAttention(nn.Module):
         init_weights(self, settings.init_weights)
         self.register_load_state_dict_pre_hook(checkpoint.adapt_layout)
 
+    def reset_parameters(self) -> None:
+        """Draws new weights by ``init_weights``, one projection after the other, as calling theirs does."""
+        for name in (*self.projections, "proj"):
+            getattr(self, name).reset_parameters()
+
     def _linear(self, in_features: int, out_features: int, settings: DotProductAttentionConfig) -> nn.Module:
         return nn.Linear(in_features, out_features, bias=settings.bias)
 
@@ -65,43 +71,54 @@ class ProjectedAttention(nn.Module):
                 frequencies of all tokens, which rotate q and k.
         """
         names = [name for name in self.projections if any(slot in slots for slot in name for slots, _, _ in wanted)]
-        if all(is_plain(self._layer(name)) for name in names):
-            weight, bias = self._joined(names)
+        layers = [getattr(self, name) for name in names]
+        if is_plain(*layers):
+            for name, layer in zip(names, layers):
+                self._check_rows(name, len(layer.weight))
+            weight, bias = _joined(layers)
             made = "".join(names)
-            rows = weight.shape[0] // len(made)
+            rows = self.num_heads * self.head_dim
             begins = [made.index(slots[0]) for slots, _, _ in wanted]
             parts = [
                 Part(rows * begin, rows * (begin + len(slots)), runs) for begin, (slots, runs, _) in zip(begins, wanted)
             ]
             buffers = project(x, weight, bias, parts)
         else:
-            buffers = [self._call_projections(slots, take(x, runs)) for slots, runs, _ in wanted]
+            buffers = self._call(dict(zip(names, layers)), x, wanted)
         return [self._pack(buffer, x, *each) for buffer, each in zip(buffers, wanted)]
 
-    def _layer(self, name: str) -> Any:
-        return self._modules[name]
+    def _call(
+        self, layers: Mapping[str, Any], x: Tensor, wanted: Sequence[tuple[str, Runs | None, Freqs | None]]
+    ) -> list[Tensor]:
+        """Parts of what the layers make where each is called as it is: once, and on all tokens.
 
-    def _joined(self, names: Sequence[str]) -> tuple[Tensor, Tensor | None]:
-        """Weight and bias of some layers as if they were one."""
-        layers = [self._layer(name) for name in names]
-        if len(layers) == 1:
-            return layers[0].weight, layers[0].bias
-        # NOTE: joining separate weights and multiplying once is never slower than one product each, from 64 tokens on
-        # (measured on CPU, width 192, fp32 and bf16, forward and backward), and it writes the packed form directly.
-        weight = torch.cat([layer.weight for layer in layers])
-        if all(layer.bias is None for layer in layers):
-            return weight, None
-        biases = [layer.weight.new_zeros(len(layer.weight)) if layer.bias is None else layer.bias for layer in layers]
-        return weight, torch.cat(biases)
+        They are copies, because a hook may hold on to what it saw.
+        """
+        made: dict[str, Tensor] = {}
+        for name, layer in layers.items():
+            columns = layer(x)
+            self._check_rows(name, columns.shape[-1])
+            made.update(zip(name, columns.chunk(len(name), -1)))
+        return [torch.cat([take(made[slot], runs) for slot in slots], -1) for slots, runs, _ in wanted]
 
-    def _call_projections(self, slots: str, x: Tensor) -> Tensor:
-        """Some slots as the layers themselves make them, copied: a hook may hold on to what it saw."""
-        pieces: list[Tensor] = []
-        for name in self.projections:
-            if any(slot in slots for slot in name):
-                made = self.get_submodule(name)(x).flatten(0, 1).chunk(len(name), -1)
-                pieces.extend(piece for slot, piece in zip(name, made) if slot in slots)
-        return torch.cat(pieces, -1)
+    def _check_rows(self, name: str, num_rows: int) -> None:
+        """Checks what a projection makes against the heads.
+
+        A packed one takes no other number of heads than it was made with: some of its rows, as tensor parallelism
+        shards them, would be read as q, k and v of fewer heads, and are not.
+        """
+        heads = f"{self.num_heads} heads of {self.head_dim} channels"
+        if len(name) == 1 and num_rows != self.num_heads * self.head_dim:
+            raise ValueError(
+                f"{name}: expected {self.num_heads * self.head_dim} output features for {heads}, got {num_rows}; where "
+                "its rows are sharded, divide num_heads likewise"
+            )
+        if len(name) > 1 and (num_rows != len(name) * self._dim or self.num_heads * self.head_dim != self._dim):
+            raise ValueError(
+                f"{name}: expected {len(name) * self._dim} output features for {self._dim} channels in all heads, got "
+                f"{num_rows} for {heads}; it packs {', '.join(name)} and cannot be sharded by rows or heads: use the "
+                "layers of ma.noether, whose q, k and v are separate; either layout loads the checkpoints of the other"
+            )
 
     def _pack(self, buffer: Tensor, x: Tensor, slots: str, runs: Runs | None, freqs: Freqs | None) -> Packed:
         """What was projected from tokens ``x``, and how it is to be rotated."""
@@ -137,6 +154,19 @@ class ProjectedAttention(nn.Module):
 
     def extra_repr(self) -> str:
         return f"num_heads={self.num_heads}, head_dim={self.head_dim}, use_rope={self.use_rope}, dropout={self.dropout}"
+
+
+def _joined(layers: Sequence[Any]) -> tuple[Tensor, Tensor | None]:
+    """Weight and bias of some layers as if they were one."""
+    if len(layers) == 1:
+        return layers[0].weight, layers[0].bias
+    # NOTE: joining separate weights and multiplying once is never slower than one product each, from 64 tokens on
+    # (measured on CPU, width 192, fp32 and bf16, forward and backward), and it writes the packed form directly.
+    weight = torch.cat([layer.weight for layer in layers])
+    if all(layer.bias is None for layer in layers):
+        return weight, None
+    biases = [layer.weight.new_zeros(len(layer.weight)) if layer.bias is None else layer.bias for layer in layers]
+    return weight, torch.cat(biases)
 
 
 def _dense_plan(seqlen_q: int, seqlen_k: int) -> AttentionPlan:
@@ -183,6 +213,7 @@ class DotProductAttention(ProjectedAttention):
         """
         if self.use_rope != (freqs is not None):
             raise AssertionError(_rope_mismatch(self.use_rope))
+        _check_rank("x", x)
         out, _ = self._attend_dense(self._project(x, ("qkv", None, freqs)), attn_mask)
         return self.proj_dropout(linear(out, self.proj))
 
@@ -256,7 +287,9 @@ class MixedAttention(DotProductAttention):
             all groups whose name contains ``_anchor``, keys after rotation; ``None`` if the call itself read a cache.
 
         Raises:
-            ValueError: If ``freqs``, the mask, the sizes, the patterns or the cache do not fit.
+            TypeError: If ``x`` is no floating-point tensor, or a group, a pattern or the cache not of the right kind.
+            ValueError: If ``freqs``, the mask, the sizes, the patterns or the cache do not fit, or the projections do
+                not make what the heads take; under tensor parallelism those of :mod:`mixed_attention.noether` do.
             NotImplementedError: If ``attention_mask`` is anything but a padding mask.
         """
         if attention_mask is not None:
@@ -280,7 +313,8 @@ class MixedAttention(DotProductAttention):
     ) -> tuple[Tensor, KVCache | None]:
         """The layer, but for what the published signatures disagree about."""
         self._check_rope(freqs)
-        check_tokens(x, token_specs, key_padding_mask)
+        token_specs = check_tokens(x, token_specs, key_padding_mask)
+        attention_patterns = read_patterns(attention_patterns)
         cached = [spec.name for spec in token_specs if spec.size is None]
         to_record = (
             [] if cached or not record else [spec.name for spec in token_specs if self._goes_to_cache(spec.name)]
@@ -360,17 +394,45 @@ def _as_padding_mask(attention_mask: Any, key_padding_mask: Tensor | None, x: Te
     return attention_mask
 
 
-def check_tokens(x: Tensor, token_specs: Sequence[TokenSpecLike], key_padding_mask: Tensor | None) -> None:
-    """Checks the mask and the sizes of the groups against ``x``, in upstream's order.
+def _check_kind(name: str, x: Any) -> None:
+    """Checks that tokens are a tensor of numbers that have gradients.
 
     Raises:
+        TypeError: If they are not.
+    """
+    if not isinstance(x, Tensor) or not x.is_floating_point():
+        got = x.dtype if isinstance(x, Tensor) else type(x).__name__
+        raise TypeError(f"{name}: expected a floating-point tensor (batch_size, n_tokens, dim), got {got}")
+
+
+def _check_rank(name: str, x: Any) -> None:
+    """Checks that tokens are a tensor of rank 3, for layers without sizes to compare.
+
+    Raises:
+        TypeError: If they are no floating-point tensor.
+        ValueError: If they have another rank.
+    """
+    _check_kind(name, x)
+    if x.ndim != 3:
+        raise ValueError(f"{name}: expected tokens (batch_size, n_tokens, dim), got shape {tuple(x.shape)}")
+
+
+def check_tokens(x: Tensor, token_specs: Any, key_padding_mask: Tensor | None) -> list[TokenSpec]:
+    """Checks the mask and the sizes of the groups against ``x``, in upstream's order.
+
+    Returns:
+        The groups, whatever their class was, see :func:`mixed_attention.plan.read_specs`.
+
+    Raises:
+        TypeError: If the tokens or the groups are of the wrong kind.
         ValueError: If one does not fit.
     """
+    _check_kind("x", x)
+    token_specs = read_specs(token_specs)
     if key_padding_mask is not None:
-        if key_padding_mask.dtype != torch.bool:
-            raise ValueError(
-                f"key_padding_mask: expected a bool tensor, True = real token, got {key_padding_mask.dtype}"
-            )
+        if not isinstance(key_padding_mask, Tensor) or key_padding_mask.dtype != torch.bool:
+            got = key_padding_mask.dtype if isinstance(key_padding_mask, Tensor) else type(key_padding_mask).__name__
+            raise ValueError(f"key_padding_mask: expected a bool tensor, True = real token, got {got}")
         if key_padding_mask.ndim != 2:
             raise ValueError(f"key_padding_mask: expected a 2D tensor, got shape {tuple(key_padding_mask.shape)}")
         if key_padding_mask.shape[1] != x.shape[1]:
@@ -383,6 +445,7 @@ def check_tokens(x: Tensor, token_specs: Sequence[TokenSpecLike], key_padding_ma
             f"Token specs total size {total} does not match x of shape {tuple(x.shape)}, "
             f"expected (batch_size, {total}, dim)"
         )
+    return token_specs
 
 
 LEAST_SKIPPED = {"cuda": 6_000_000}
@@ -478,8 +541,12 @@ class PerceiverAttention(ProjectedAttention):
             raise ValueError("Either kv or kv_cache must be provided")
         if self.use_rope and (q_freqs is None or (k_freqs is None and kv_cache is None)):
             raise AssertionError(_rope_mismatch(self.use_rope))
+        _check_rank("q", q)
         if kv_cache is None:
             assert kv is not None
+            _check_rank("kv", kv)
+            if kv.shape[0] not in (1, q.shape[0]):
+                raise ValueError(f"kv: expected batch_size {q.shape[0]} or 1 to match q, got {kv.shape[0]}")
             parts = [*self._project(q, ("q", None, q_freqs)), *self._project(kv, ("kv", None, k_freqs))]
         else:
             (queries,) = self._project(q, ("q", None, q_freqs))

@@ -149,6 +149,14 @@ class _PerDomainLinear(nn.Module):
         self.weight = nn.ParameterList(layer.weight for layer in layers)
         self.bias = nn.ParameterList(layer.bias for layer in layers) if bias else None
 
+    def reset_parameters(self) -> None:
+        """Draws new weights and biases as ``nn.Linear`` does."""
+        for weight in self.weight:
+            nn.init.kaiming_uniform_(weight, a=5**0.5)
+        for bias in self.bias or ():
+            bound = self.weight[0].shape[1] ** -0.5
+            nn.init.uniform_(bias, -bound, bound)
+
 
 class UntiedMixedAttention(MixedAttention):
     """:class:`MixedAttention` whose projections have one weight per domain; returns the output alone.

@@ -86,8 +86,9 @@ def rotated_slots(part: Packed, *, parallel: bool = True) -> list[Tensor]:
     packed = part.buffer.view(part.shape)
     if part.freqs is None:
         return list(packed.unbind(2))
-    # NOTE: one split, whose derivative is one concatenation, which a compiler fills in place.
-    heads, rest = packed.split([part.rotated, part.shape[2] - part.rotated], 2)
+    # NOTE: one split, whose derivative is one concatenation, which a compiler fills in place. No piece is empty: the
+    # unbind of an empty one makes no tensors, and exported programs with such a call cannot be loaded.
+    heads, *rest = packed.split([slots for slots in (part.rotated, part.shape[2] - part.rotated) if slots], 2)
     heads = heads.flatten(2, 3)
     if isinstance(part.freqs, tuple):
         heads = apply_rope(heads, tuple(take(angles, part.runs) for angles in part.freqs))
@@ -95,7 +96,7 @@ def rotated_slots(part: Packed, *, parallel: bool = True) -> list[Tensor]:
         heads = apply_rope(heads, take(part.freqs, part.runs))
     else:
         heads = ops.rotate_composite(heads, ops.real_freqs(take(part.freqs, part.runs), heads.dtype), False)
-    return [*heads.unflatten(2, (part.rotated, -1)).unbind(2), *rest.unbind(2)]
+    return [slot for slots in (heads.unflatten(2, (part.rotated, -1)), *rest) for slot in slots.unbind(2)]
 
 
 def _may_run_in_place(parts: Sequence[Packed]) -> bool:

@@ -8,11 +8,15 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from itertools import pairwise
-from typing import NamedTuple
+from types import ModuleType
+from typing import Any, NamedTuple
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
+from torch._subclasses.fake_tensor import FakeTensor
+from torch._subclasses.functional_tensor import FunctionalTensor
+from torch.utils._device import DeviceContext
 
 from mixed_attention import ops
 
@@ -30,19 +34,64 @@ class Part(NamedTuple):
 
 _AUTOCAST_FROM = (torch.float32, torch.bfloat16, torch.float16)
 
+_PLAIN_TENSORS = (Tensor, nn.Parameter, FakeTensor, FunctionalTensor)
+"""Those that are no more than their numbers; the last two are what tracers put in the place of such."""
 
-def is_plain(layer: nn.Module) -> bool:
-    """Whether calling a layer does nothing but multiply by its weight and add its bias.
 
-    Not so with hooks on it, with another module in its place (adapters, quantised layers), or with another forward.
+def _torchs_own(function: Any, module: ModuleType) -> Any:
+    """The function if its module defines it, else None: somebody may have patched it before we were imported."""
+    return function if getattr(function, "__globals__", None) is vars(module) else None
+
+
+_FORWARD = _torchs_own(nn.Linear.forward, nn.modules.linear)
+_CALL = _torchs_own(nn.Linear.__call__, nn.modules.module)
+_CALL_IMPL = _torchs_own(nn.Linear._call_impl, nn.modules.module)
+_LINEAR = torch._C._nn.linear
+
+
+def is_plain(*layers: Any) -> bool:
+    """Whether calling the layers does nothing but multiply by weights and add biases, which may be joined.
+
+    Whatever else can change what a call computes makes the answer no: hooks on a layer or on all modules, another
+    class (subclasses, parametrizations) or another module in its place (adapters), a forward set on the object or
+    patched on the class, ``module.compile()``, another ``F.linear``, a mode that overrides functions, weights and
+    biases that are tensor subclasses (quantised, distributed), or that are missing or differ in dtype or device.
     """
-    return type(layer) is nn.Linear and not (
-        layer._forward_pre_hooks
-        or layer._forward_hooks
-        or layer._backward_pre_hooks
-        or layer._backward_hooks
-        or "forward" in layer.__dict__
-    )
+    if not _calls_are_torchs():
+        return False
+    tensors = []
+    for layer in layers:
+        if type(layer) is not nn.Linear:
+            return False
+        # NOTE: dicts instead of attributes, which take several times as long of a module.
+        own = layer.__dict__
+        if own["_forward_pre_hooks"] or own["_forward_hooks"] or own["_backward_pre_hooks"] or own["_backward_hooks"]:
+            return False
+        if "forward" in own or "_call_impl" in own or "_compiled_call_impl" in own or "weight" in own or "bias" in own:
+            return False
+        parameters = own["_parameters"]
+        weight, bias = parameters.get("weight"), parameters.get("bias", "missing")
+        if type(weight) not in _PLAIN_TENSORS or not (bias is None or type(bias) in _PLAIN_TENSORS):
+            return False
+        tensors += [weight] if bias is None else [weight, bias]
+    return len(layers) == 1 or all(t.dtype == tensors[0].dtype and t.device == tensors[0].device for t in tensors)
+
+
+def _calls_are_torchs() -> bool:
+    """Whether nobody has changed what calling a linear layer runs, for all of them at once."""
+    if (
+        nn.Linear.forward is not _FORWARD
+        or nn.Linear.__call__ is not _CALL
+        or nn.Linear._call_impl is not _CALL_IMPL
+        or F.linear is not _LINEAR
+        or nn.modules.module._has_any_global_hook()
+    ):
+        return False
+    # NOTE: the compiler traces modes by itself, and products of parts are still calls of F.linear to them.
+    if not torch._C._len_torch_function_stack() or torch.compiler.is_compiling():
+        return True
+    modes = torch.overrides._get_current_function_mode_stack()
+    return all(type(mode) is DeviceContext for mode in modes)  # a default device; it changes no product
 
 
 def linear(x: Tensor, layer: nn.Module) -> Tensor:

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import warnings
+from collections.abc import Sequence
 from typing import Any
 
 import torch
@@ -28,11 +30,15 @@ def apply_rope(x: Tensor, freqs: Tensor | tuple[Tensor, ...]) -> Tensor:
         A new tensor, shape and dtype of ``x``.
 
     Raises:
-        AssertionError: If ``freqs`` is neither a complex tensor of rank 3 nor a tuple, or the slices of the legacy
-            form are wider than the head.
+        AssertionError: If ``freqs`` is neither a complex tensor of rank 3 nor a tuple of real ones, or the slices of
+            the legacy form are wider than the head.
         RuntimeError: If D is odd, or a size of ``freqs`` does not match ``x``.
+
+    Warns:
+        UserWarning: If angles come in 16 bits, in which they are off by up to whole radians.
     """
     if isinstance(freqs, tuple):
+        _warn_of_16_bits("freqs: angles", freqs, stacklevel=3)
         return _rotate_halves(x, freqs)
     check_freqs(freqs, x.shape[0], x.shape[1], x.shape[-1])
     return rotate(x, freqs)
@@ -58,10 +64,9 @@ def check_freqs(freqs: Any, batch_size: int, seqlen: int, head_dim: int) -> None
 
 def _rotate_halves(x: Tensor, angles: tuple[Tensor, ...]) -> Tensor:
     for axis in angles:
-        if axis.ndim != 3 or axis.is_complex():
-            raise AssertionError(
-                f"freqs: expected real angles (batch_size, seqlen, m), got {axis.dtype} {tuple(axis.shape)}"
-            )
+        if not isinstance(axis, Tensor) or axis.ndim != 3 or axis.is_complex():
+            got = f"{axis.dtype} {tuple(axis.shape)}" if isinstance(axis, Tensor) else type(axis).__name__
+            raise AssertionError(f"freqs: expected real angles (batch_size, seqlen, m), got {got}")
     widths = [axis.shape[-1] for axis in angles]
     if sum(widths) > x.shape[-1]:
         raise AssertionError(f"freqs: the axes rotate {sum(widths)} channels > head dimension {x.shape[-1]}")
@@ -72,6 +77,56 @@ def _rotate_halves(x: Tensor, angles: tuple[Tensor, ...]) -> Tensor:
         axis = axis.unsqueeze(2)
         rotated.append((part * axis.cos() + torch.cat((-second, first), -1) * axis.sin()).to(x.dtype))
     return torch.cat([*rotated, rest], -1)
+
+
+def _warn_of_16_bits(what: str, tensors: Sequence[Any], stacklevel: int) -> None:
+    """Says that the precision of positions is gone before we saw them; once per place that calls."""
+    dtypes = [tensor.dtype for tensor in tensors if isinstance(tensor, Tensor)]
+    rounded = [dtype for dtype in dtypes if dtype.is_floating_point and dtype.itemsize < 4]
+    if rounded:
+        message = (
+            f"{what} in {rounded[0]} are rounded too coarsely, rotations may be off by whole radians; keep coordinates "
+            "and angles in fp32. Where FSDP's mixed precision casts them, use "
+            "MixedPrecisionPolicy(cast_forward_inputs=False)"
+        )
+        _warn(message, stacklevel + 1)
+
+
+@torch.compiler.assume_constant_result  # the compiler, which cannot trace warnings, gives it once while it traces
+def _warn(message: str, stacklevel: int) -> None:
+    warnings.warn(message, stacklevel=stacklevel)
+
+
+_ROUNDINGS = (
+    (torch.float32,),
+    (torch.bfloat16,),
+    (torch.float16,),
+    (torch.bfloat16, torch.float16),
+    (torch.float16, torch.bfloat16),
+)
+"""What a file may have rounded frequencies to, one dtype after the other."""
+
+
+def _is_rounded(given: Tensor, exact: Tensor) -> bool:
+    """Whether given frequencies are the exact ones, but for roundings."""
+    given = given.detach().to("cpu", torch.float64)
+    # Another device's power function may differ in the last bits, and rounding is monotonic.
+    low, high = (exact.double() * (1 + side * 2**-20) for side in (-1, 1))
+    for dtypes in _ROUNDINGS:
+        lowest, highest = low, high
+        for dtype in dtypes:
+            lowest, highest = lowest.to(dtype), highest.to(dtype)
+        if bool(((lowest.double() <= given) & (given <= highest.double())).all()):
+            return True
+    return False
+
+
+def _restore_frequencies(module: Any, state_dict: dict[str, Any], prefix: str, *_: Any) -> None:
+    """Load hook of :class:`RopeFrequency`: what a file has rounded is loaded as it is defined."""
+    key = f"{prefix}omega"
+    given = state_dict.get(key)
+    if isinstance(given, Tensor) and type(given) in (Tensor, nn.Parameter) and given.shape == module.omega.shape:
+        state_dict[key] = module._restored(given, key)
 
 
 class RopeFrequency(nn.Module):
@@ -87,7 +142,9 @@ class RopeFrequency(nn.Module):
         implementation: ``"complex"``, the default, or ``"real"`` for the legacy form of :func:`apply_rope`.
 
     Attributes:
-        omega: The frequencies ``(e / 2,)``, fp32 whatever the module is cast to; part of the state dict.
+        omega: The frequencies ``(e / 2,)``, part of the state dict. They stay those of the definition, in fp32,
+            whatever the module is cast to, and where a file that rounded them is loaded. Loading others, those of
+            another ``max_wavelength``, warns and then uses them, because the weights beside them were trained so.
 
     Raises:
         ValueError: If a value is not allowed, or there are too few channels for the axes.
@@ -126,7 +183,43 @@ class RopeFrequency(nn.Module):
                 f"Effective hidden dimension per wave must be > 0, got {width} for {self.hidden_dim} channels "
                 f"and {self.input_dim} axes"
             )
-        self.register_buffer("omega", self.max_wavelength ** -(torch.arange(0, width, 2, dtype=torch.float32) / width))
+        self._width = width
+        self.register_buffer("omega", self._definition().to(torch.get_default_device()))
+        self.register_load_state_dict_pre_hook(_restore_frequencies)
+
+    def _definition(self) -> Tensor:
+        """The frequencies, computed on the CPU: there alone every machine finds the same bits."""
+        steps = torch.arange(0, self._width, 2, dtype=torch.float32, device="cpu")
+        return self.max_wavelength ** -(steps / self._width)
+
+    def reset_parameters(self) -> None:
+        """Makes the frequencies those of the definition again, e.g. where ``to_empty`` has left them uninitialised."""
+        self._set_omega(self._definition())
+
+    def _set_omega(self, omega: Tensor) -> None:
+        """Writes frequencies where they lie, so that what shares their memory sees it, but not in another dtype."""
+        if self.omega.dtype == omega.dtype:
+            with torch.no_grad():
+                self.omega.copy_(omega)
+        else:
+            self.omega = omega.to(self.omega.device)
+
+    def _checked(self, omega: Tensor) -> Tensor:
+        """Frequencies that may have been cast behind the back of the module, in fp32."""
+        return omega if omega.dtype == torch.float32 else self._restored(omega, "omega")
+
+    def _restored(self, given: Tensor, name: str) -> Tensor:
+        """Those of the definition in place of given ones that are rounded; others as they are, with a warning."""
+        exact = self._definition()
+        if given.is_meta or _is_rounded(given, exact):
+            return exact.to(given.device)
+        warnings.warn(
+            f"{name}: the frequencies given, from {given[0].item():g} to {given[-1].item():g}, are not those of "
+            f"max_wavelength={self.max_wavelength}, from {exact[0].item():g} to {exact[-1].item():g}; they are used as "
+            "given. Make RopeFrequency with the max_wavelength that they are of, or call reset_parameters()",
+            stacklevel=2,
+        )
+        return given.float()
 
     def forward(self, coords: Tensor) -> Tensor | tuple[Tensor, ...]:
         """Computes the rotations of tokens.
@@ -141,11 +234,20 @@ class RopeFrequency(nn.Module):
         Raises:
             AssertionError: If the last dim of ``coords`` is not ``input_dim``, or the channels left over are odd.
             NotImplementedError: If ``implementation`` is ``"real"`` and ``coords`` is not of rank 2 or 3.
+            TypeError: If ``coords`` is not a real tensor.
+
+        Warns:
+            UserWarning: If ``coords`` come in 16 bits, in which positions are rounded too coarsely.
         """
-        if coords.shape[-1] != self.input_dim:
+        if not isinstance(coords, Tensor) or coords.is_complex():
+            got = coords.dtype if isinstance(coords, Tensor) else type(coords).__name__
+            raise TypeError(f"coords: expected a real tensor (..., {self.input_dim}), got {got}")
+        if not coords.ndim or coords.shape[-1] != self.input_dim:
             raise AssertionError(f"coords: expected {self.input_dim} axes in the last dim, got {tuple(coords.shape)}")
+        _warn_of_16_bits("coords", [coords], stacklevel=5)  # the two before the user's place are those of nn.Module
+        omega = self._checked(self.omega)
         with torch.autocast(coords.device.type, enabled=False):
-            angles = coords.float().unsqueeze(-1) * self.omega
+            angles = coords.float().unsqueeze(-1) * omega
             if self.implementation == "real":
                 return self._angles_per_axis(angles)
             if self.padding % 2:
@@ -160,11 +262,11 @@ class RopeFrequency(nn.Module):
 
     def _apply(self, fn: Any, recurse: bool = True) -> RopeFrequency:
         # NOTE: 16-bit frequencies would be wrong by whole turns at coordinates of a thousand, so that casting a model
-        # must leave them alone; moving it to another device must not.
-        omega = self.omega
+        # must leave them alone; moving it to another device must not, and from meta there is nothing to move.
+        before = self.omega
         super()._apply(fn, recurse)
-        if self.omega.dtype != omega.dtype:
-            self.omega = omega.to(self.omega.device)
+        if self.omega is not before:
+            self._set_omega(self._definition() if before.is_meta else self._checked(before))
         return self
 
     def extra_repr(self) -> str:

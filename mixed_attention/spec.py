@@ -8,10 +8,12 @@ from dataclasses import dataclass
 from inspect import Parameter, signature
 from typing import Any, TypeVar
 
+from torch import SymInt
 
-def _as_size(name: str, size: Any) -> int | None:
-    """Accepts what upstream's lax validation accepts: 3, 3.0, "3", True, a 0-d integer tensor, None."""
-    if size is None or type(size) is int:
+
+def _as_size(name: str, size: Any) -> int | SymInt | None:
+    """Accepts what upstream's lax validation accepts: 3, 3.0, "3", True, a 0-d integer tensor, None; symbolic sizes."""
+    if size is None or type(size) is int or isinstance(size, SymInt):
         return size
     if isinstance(size, float) and not size.is_integer():
         raise ValueError(f"TokenSpec {name!r}: size must be a whole number, got {size}")
@@ -19,6 +21,11 @@ def _as_size(name: str, size: Any) -> int | None:
         return int(size) if isinstance(size, (str, float)) else operator.index(size)
     except (TypeError, ValueError) as error:
         raise ValueError(f"TokenSpec {name!r}: size must be a whole number or None, got {size!r}") from error
+
+
+def _as_plain(name: str) -> str:
+    """The same letters without the class of a subclass (an enum, a string of numpy), which may compare otherwise."""
+    return name if type(name) is str else str.__str__(name)
 
 
 @dataclass(frozen=True, slots=True)
@@ -44,6 +51,7 @@ class TokenSpec:
     def __post_init__(self) -> None:
         if not isinstance(self.name, str):
             raise ValueError(f"TokenSpec: name must be a string, got {type(self.name).__name__}")
+        object.__setattr__(self, "name", _as_plain(self.name))
         size = _as_size(self.name, self.size)
         if size is not None and size < 0:
             raise ValueError(f"TokenSpec {self.name!r}: size must be at least 0, got {size}")
@@ -83,7 +91,7 @@ def _as_names(field: str, names: Any) -> tuple[str, ...]:
     for name in names:
         if not isinstance(name, str):
             raise ValueError(f"AttentionPattern: {field} must hold group names, got {name!r}")
-    return tuple(names)
+    return tuple(map(_as_plain, names))
 
 
 @dataclass(frozen=True, slots=True)
