@@ -97,7 +97,16 @@ def read_entry(name: str, entry: Mapping[str, Any], q: Tensor) -> tuple[Tensor, 
 
 
 def cached_length(kv_cache: Mapping[str, Any] | None, name: str) -> int:
-    """The number of keys that a cache holds of a group; 0 where it holds no such thing (see :func:`check_names`)."""
+    """The number of keys that a cache holds of a group; 0 where it holds no such thing (see :func:`check_names`).
+
+    Raises:
+        TypeError: If the cache is no mapping.
+    """
+    if kv_cache is not None and not isinstance(kv_cache, Mapping):
+        raise TypeError(
+            "kv_cache: expected the mapping of group names to keys and values that a layer returned, got "
+            f"{type(kv_cache).__name__}; of the caches of a stack of blocks, every block takes its own"
+        )
     entry = (kv_cache or {}).get(name)
     k = entry.get("k") if isinstance(entry, Mapping) else None
     return k.shape[2] if isinstance(k, Tensor) and k.ndim == 4 else 0

@@ -13,7 +13,7 @@ from mixed_attention import cache, checkpoint, packed
 from mixed_attention.cache import KVCache, KVEntry
 from mixed_attention.init import init_weights
 from mixed_attention.packed import Freqs, Packed, Rotated
-from mixed_attention.plan import AttentionPatternLike, AttentionPlan, Group, TokenSpecLike
+from mixed_attention.plan import AttentionPatternLike, AttentionPlan, Group, TokenSpecLike, read_patterns, read_specs
 from mixed_attention.projection import Part, Runs, is_plain, linear, project, take
 from mixed_attention.rope import check_freqs
 from mixed_attention.spec import (
@@ -213,6 +213,7 @@ class DotProductAttention(ProjectedAttention):
         """
         if self.use_rope != (freqs is not None):
             raise AssertionError(_rope_mismatch(self.use_rope))
+        _check_rank("x", x)
         out, _ = self._attend_dense(self._project(x, ("qkv", None, freqs)), attn_mask)
         return self.proj_dropout(linear(out, self.proj))
 
@@ -286,7 +287,9 @@ class MixedAttention(DotProductAttention):
             all groups whose name contains ``_anchor``, keys after rotation; ``None`` if the call itself read a cache.
 
         Raises:
-            ValueError: If ``freqs``, the mask, the sizes, the patterns or the cache do not fit.
+            TypeError: If ``x`` is no floating-point tensor, or a group, a pattern or the cache not of the right kind.
+            ValueError: If ``freqs``, the mask, the sizes, the patterns or the cache do not fit, or the projections do
+                not make what the heads take; under tensor parallelism those of :mod:`mixed_attention.noether` do.
             NotImplementedError: If ``attention_mask`` is anything but a padding mask.
         """
         if attention_mask is not None:
@@ -310,7 +313,8 @@ class MixedAttention(DotProductAttention):
     ) -> tuple[Tensor, KVCache | None]:
         """The layer, but for what the published signatures disagree about."""
         self._check_rope(freqs)
-        check_tokens(x, token_specs, key_padding_mask)
+        token_specs = check_tokens(x, token_specs, key_padding_mask)
+        attention_patterns = read_patterns(attention_patterns)
         cached = [spec.name for spec in token_specs if spec.size is None]
         to_record = (
             [] if cached or not record else [spec.name for spec in token_specs if self._goes_to_cache(spec.name)]
@@ -390,17 +394,45 @@ def _as_padding_mask(attention_mask: Any, key_padding_mask: Tensor | None, x: Te
     return attention_mask
 
 
-def check_tokens(x: Tensor, token_specs: Sequence[TokenSpecLike], key_padding_mask: Tensor | None) -> None:
-    """Checks the mask and the sizes of the groups against ``x``, in upstream's order.
+def _check_kind(name: str, x: Any) -> None:
+    """Checks that tokens are a tensor of numbers that have gradients.
 
     Raises:
+        TypeError: If they are not.
+    """
+    if not isinstance(x, Tensor) or not x.is_floating_point():
+        got = x.dtype if isinstance(x, Tensor) else type(x).__name__
+        raise TypeError(f"{name}: expected a floating-point tensor (batch_size, n_tokens, dim), got {got}")
+
+
+def _check_rank(name: str, x: Any) -> None:
+    """Checks that tokens are a tensor of rank 3, for layers without sizes to compare.
+
+    Raises:
+        TypeError: If they are no floating-point tensor.
+        ValueError: If they have another rank.
+    """
+    _check_kind(name, x)
+    if x.ndim != 3:
+        raise ValueError(f"{name}: expected tokens (batch_size, n_tokens, dim), got shape {tuple(x.shape)}")
+
+
+def check_tokens(x: Tensor, token_specs: Any, key_padding_mask: Tensor | None) -> list[TokenSpec]:
+    """Checks the mask and the sizes of the groups against ``x``, in upstream's order.
+
+    Returns:
+        The groups, whatever their class was, see :func:`mixed_attention.plan.read_specs`.
+
+    Raises:
+        TypeError: If the tokens or the groups are of the wrong kind.
         ValueError: If one does not fit.
     """
+    _check_kind("x", x)
+    token_specs = read_specs(token_specs)
     if key_padding_mask is not None:
-        if key_padding_mask.dtype != torch.bool:
-            raise ValueError(
-                f"key_padding_mask: expected a bool tensor, True = real token, got {key_padding_mask.dtype}"
-            )
+        if not isinstance(key_padding_mask, Tensor) or key_padding_mask.dtype != torch.bool:
+            got = key_padding_mask.dtype if isinstance(key_padding_mask, Tensor) else type(key_padding_mask).__name__
+            raise ValueError(f"key_padding_mask: expected a bool tensor, True = real token, got {got}")
         if key_padding_mask.ndim != 2:
             raise ValueError(f"key_padding_mask: expected a 2D tensor, got shape {tuple(key_padding_mask.shape)}")
         if key_padding_mask.shape[1] != x.shape[1]:
@@ -413,6 +445,7 @@ def check_tokens(x: Tensor, token_specs: Sequence[TokenSpecLike], key_padding_ma
             f"Token specs total size {total} does not match x of shape {tuple(x.shape)}, "
             f"expected (batch_size, {total}, dim)"
         )
+    return token_specs
 
 
 LEAST_SKIPPED = {"cuda": 6_000_000}
@@ -508,8 +541,12 @@ class PerceiverAttention(ProjectedAttention):
             raise ValueError("Either kv or kv_cache must be provided")
         if self.use_rope and (q_freqs is None or (k_freqs is None and kv_cache is None)):
             raise AssertionError(_rope_mismatch(self.use_rope))
+        _check_rank("q", q)
         if kv_cache is None:
             assert kv is not None
+            _check_rank("kv", kv)
+            if kv.shape[0] not in (1, q.shape[0]):
+                raise ValueError(f"kv: expected batch_size {q.shape[0]} or 1 to match q, got {kv.shape[0]}")
             parts = [*self._project(q, ("q", None, q_freqs)), *self._project(kv, ("kv", None, k_freqs))]
         else:
             (queries,) = self._project(q, ("q", None, q_freqs))

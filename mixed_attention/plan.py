@@ -2,13 +2,15 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from functools import lru_cache, partial
 from pathlib import Path
-from typing import TYPE_CHECKING, Protocol
+from typing import TYPE_CHECKING, Any, Protocol
 
 import torch
+
+from mixed_attention.spec import AttentionPattern, TokenSpec
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -30,6 +32,66 @@ class AttentionPatternLike(Protocol):
     def query_tokens(self) -> Sequence[str]: ...
     @property
     def key_value_tokens(self) -> Sequence[str]: ...
+
+
+def read_specs(specs: Any, argument: str = "token_specs") -> list[TokenSpec]:
+    """Token groups of any class as ours, whose names are strings and whose sizes are integers and nothing else.
+
+    So equal arguments are the same ones: 5.0 and True, which a cache takes for 5 and 1, get no further.
+
+    Args:
+        specs: The groups.
+        argument: What they are called in messages.
+
+    Raises:
+        TypeError: If they are no sequence, or one lacks a name or a size.
+        ValueError: If a name is not a string, or a size neither an integer nor None.
+    """
+    return [spec if type(spec) is TokenSpec else _as_spec(spec, argument) for spec in _entries(specs, argument)]
+
+
+def read_patterns(patterns: Any) -> list[AttentionPattern]:
+    """Patterns of any class as ours.
+
+    Args:
+        patterns: The patterns.
+
+    Raises:
+        TypeError: If they are no sequence, or one lacks its queries or its keys.
+        ValueError: If a pattern names its groups by anything but lists or tuples of strings.
+    """
+    entries = _entries(patterns, "attention_patterns")
+    return [entry if type(entry) is AttentionPattern else _as_pattern(entry) for entry in entries]
+
+
+def _entries(entries: Any, argument: str) -> Iterable[Any]:
+    if type(entries) in (list, tuple):  # at once, because asking abstract classes takes longer than all else here
+        return entries
+    if isinstance(entries, (str, Mapping)) or not isinstance(entries, Iterable):
+        raise TypeError(f"{argument}: expected a list or a tuple, got {type(entries).__name__}")
+    return entries
+
+
+def _as_spec(spec: Any, argument: str) -> TokenSpec:
+    try:
+        name, size = spec.name, spec.size
+    except AttributeError:
+        raise TypeError(
+            f"{argument}: expected groups with a name and a size, TokenSpec(name, size), got {spec!r}"
+        ) from None
+    if size is not None and type(size) is not int and (isinstance(size, bool) or not hasattr(size, "__index__")):
+        raise ValueError(f"{argument}: the size of {name!r} must be an integer or None, got {size!r}")
+    return TokenSpec(name, size)
+
+
+def _as_pattern(pattern: Any) -> AttentionPattern:
+    try:
+        return AttentionPattern(pattern.query_tokens, pattern.key_value_tokens)
+    except AttributeError:
+        raise TypeError(
+            "attention_patterns: expected patterns with query_tokens and key_value_tokens, "
+            f"AttentionPattern(query_tokens, key_value_tokens), got {pattern!r}"
+        ) from None
 
 
 @dataclass(frozen=True, slots=True)
@@ -108,14 +170,17 @@ class AttentionPlan:
             ``token_specs``.
 
         Raises:
-            ValueError: If names are not unique, a pattern is empty or names an unknown group, a group is a query in
-                none or in several patterns, or a cached size is missing.
+            TypeError: If a group or a pattern lacks its attributes.
+            ValueError: If a name is not a string or a size not an integer, names are not unique, a pattern is empty or
+                names an unknown group, a group is a query in none or in several patterns, or a cached size is missing.
         """
+        token_specs, cached = read_specs(token_specs), read_specs(cached, "cached")
+        attention_patterns = read_patterns(attention_patterns)
         cached_sizes = {spec.name: spec.size for spec in cached}
         names = tuple(spec.name for spec in token_specs)
         present = tuple(spec.size is not None for spec in token_specs)
         sizes = tuple(cached_sizes.get(spec.name) if spec.size is None else spec.size for spec in token_specs)
-        patterns = tuple((tuple(p.query_tokens), tuple(p.key_value_tokens)) for p in attention_patterns)
+        patterns = tuple((pattern.query_tokens, pattern.key_value_tokens) for pattern in attention_patterns)
         if torch.compiler.is_compiling():  # sizes may be symbolic: they must not be hashed or compared
             return _compile(names, present, sizes, patterns, skip_unread_keys)
         return _compile_cached(names, present, sizes, patterns, skip_unread_keys)

@@ -23,6 +23,11 @@ def _as_size(name: str, size: Any) -> int | SymInt | None:
         raise ValueError(f"TokenSpec {name!r}: size must be a whole number or None, got {size!r}") from error
 
 
+def _as_plain(name: str) -> str:
+    """The same letters without the class of a subclass (an enum, a string of numpy), which may compare otherwise."""
+    return name if type(name) is str else str.__str__(name)
+
+
 @dataclass(frozen=True, slots=True)
 class TokenSpec:
     """A named, contiguous group of tokens in a sequence.
@@ -46,6 +51,7 @@ class TokenSpec:
     def __post_init__(self) -> None:
         if not isinstance(self.name, str):
             raise ValueError(f"TokenSpec: name must be a string, got {type(self.name).__name__}")
+        object.__setattr__(self, "name", _as_plain(self.name))
         size = _as_size(self.name, self.size)
         if size is not None and size < 0:
             raise ValueError(f"TokenSpec {self.name!r}: size must be at least 0, got {size}")
@@ -85,7 +91,7 @@ def _as_names(field: str, names: Any) -> tuple[str, ...]:
     for name in names:
         if not isinstance(name, str):
             raise ValueError(f"AttentionPattern: {field} must hold group names, got {name!r}")
-    return tuple(names)
+    return tuple(map(_as_plain, names))
 
 
 @dataclass(frozen=True, slots=True)
