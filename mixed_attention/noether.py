@@ -149,6 +149,11 @@ class _PerDomainLinear(nn.Module):
         self.weight = nn.ParameterList(layer.weight for layer in layers)
         self.bias = nn.ParameterList(layer.bias for layer in layers) if bias else None
 
+    def forward(self, x: Tensor, sizes: Sequence[int]) -> Tensor:
+        """Projects tokens ``(B, N, in_features)`` by the weights of their domains, which have some sizes each."""
+        biases = [None] * len(sizes) if self.bias is None else self.bias
+        return torch.cat([F.linear(*each) for each in zip(x.split(sizes, 1), self.weight, biases)], 1)
+
     def reset_parameters(self) -> None:
         """Draws new weights and biases as ``nn.Linear`` does."""
         for weight in self.weight:
@@ -214,7 +219,7 @@ class UntiedMixedAttention(MixedAttention):
         cache.check_names(kv_cache, [group.name for group in token_specs if group.size is None])
         plan = AttentionPlan.compile(token_specs, attention_patterns)
         sizes = self._domain_sizes(plan.groups)
-        buffer = self._per_domain(x, sizes, (self.q, self.k, self.v))
+        buffer = torch.cat([self.q(x, sizes), self.k(x, sizes), self.v(x, sizes)], -1)
         out, _ = packed.attend(
             [self._pack(buffer, x, "qkv", None, freqs)],
             plan,
@@ -222,7 +227,7 @@ class UntiedMixedAttention(MixedAttention):
             dropout_p=self._dropout_p,
             parallel=self.parallel,
         )
-        return self._per_domain(out, sizes, (self.proj,))
+        return self.proj(out, sizes)
 
     def _domain_sizes(self, groups: Sequence[Group]) -> list[int]:
         domains: dict[str, int] = {}
@@ -236,16 +241,6 @@ class UntiedMixedAttention(MixedAttention):
         if len(domains) > self.num_types:
             raise RuntimeError(f"sizes do not match: {len(domains)} domains {list(domains)}, {self.num_types} weights")
         return list(domains.values())
-
-    @staticmethod
-    def _per_domain(x: Tensor, sizes: Sequence[int], layers: Sequence[_PerDomainLinear]) -> Tensor:
-        """Projects the tokens of every domain by its own weights, those of several layers side by side."""
-        projected = []
-        for index, tokens in enumerate(x.split(sizes, 1)):
-            weight = torch.cat([layer.weight[index] for layer in layers])
-            biases = [layer.bias[index] for layer in layers if layer.bias is not None]
-            projected.append(F.linear(tokens, weight, torch.cat(biases) if biases else None))
-        return torch.cat(projected, 1)
 
 
 class _RealRopeFrequencyConfig(spec.RopeFrequencyConfig):

@@ -150,6 +150,18 @@ def test_published_names_of_untied_parameters():
     assert all(value.shape == ((DIM, DIM) if "weight" in name else (DIM,)) for name, value in state.items())
 
 
+@pytest.mark.parametrize("name", ["q", "k", "v", "proj"])
+def test_hooks_on_untied_projections(name):
+    torch.manual_seed(0)
+    untied, x = make_untied(), make_x(SELF)
+    doubled = copy.deepcopy(untied)
+    with torch.no_grad():
+        for parameter in getattr(doubled, name).parameters():
+            parameter.mul_(2)
+    getattr(untied, name).register_forward_hook(lambda _, arguments, out: 2 * out)
+    assert_equal_in_fp64(untied(x, SELF.specs, SELF.patterns), doubled(x, SELF.specs, SELF.patterns))
+
+
 def test_mask_with_untied_weights():
     torch.manual_seed(0)
     untied, x = make_untied(), make_x(SELF)
