@@ -470,7 +470,7 @@ class Ranks:
             self._start()
         for _, connection in self._workers:
             connection.send(row)
-        reports = [connection.recv() if connection.poll(60) else "no answer" for _, connection in self._workers]
+        reports = [connection.recv() if connection.poll(180) else "no answer" for _, connection in self._workers]
         if any(reports):
             self.stop()
             pytest.fail("\n".join(f"rank {rank}: {report}" for rank, report in enumerate(reports) if report))
@@ -494,7 +494,7 @@ class Ranks:
 
 def _work(rank, store, connection) -> None:
     torch.set_num_threads(1)
-    dist.init_process_group("gloo", init_method=store, rank=rank, world_size=NUM_RANKS, timeout=timedelta(seconds=20))
+    dist.init_process_group("gloo", init_method=store, rank=rank, world_size=NUM_RANKS, timeout=timedelta(seconds=60))
     while True:
         row = connection.recv()
         try:
