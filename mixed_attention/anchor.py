@@ -11,7 +11,7 @@ from torch import Tensor, nn
 from mixed_attention.cache import KVCache
 from mixed_attention.module import MixedAttention
 from mixed_attention.packed import Freqs
-from mixed_attention.plan import AttentionPatternLike, TokenSpecLike
+from mixed_attention.plan import AttentionPatternLike, TokenSpecLike, read_specs
 from mixed_attention.spec import AnchorAttentionConfig, AttentionPattern
 
 
@@ -83,6 +83,7 @@ class MultiBranchAnchorAttention(nn.Module, ABC):
             UnexpectedTokenError: If a group belongs to no branch.
             MissingBranchTokensError: If a branch has no group.
             MissingAnchorTokenError: If a branch has no anchors.
+            TypeError: If ``token_specs`` is no list of groups.
             ValueError: If groups belong to several branches, besides what
                 :meth:`mixed_attention.MixedAttention.forward` raises.
         """
@@ -109,6 +110,7 @@ class MultiBranchAnchorAttention(nn.Module, ABC):
 
     def _patterns(self, token_specs: Sequence[TokenSpecLike]) -> Sequence[AttentionPatternLike]:
         """The patterns for groups that were checked against the branches."""
+        token_specs = read_specs(token_specs)
         names = [spec.name for spec in token_specs]
         for name in names:
             if not name.startswith(tuple(self.branches)):

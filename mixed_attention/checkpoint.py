@@ -34,12 +34,22 @@ def convert_state_dict(
         A new state dict. What is not an attention projection, or has the layout already, is shared with the old one.
 
     Raises:
-        ValueError: If ``layout`` is not one of the two.
+        TypeError: If ``state_dict`` is no mapping, or ``perceiver`` a bare string.
+        ValueError: If ``layout`` is not one of the two, or a path of ``perceiver`` holds no attention.
     """
     if layout not in ("fused", "separate"):
         raise ValueError(f"layout: expected 'fused' or 'separate', got {layout!r}")
+    if not isinstance(state_dict, Mapping):
+        raise TypeError(f"state_dict: expected a mapping, as state_dict() returns, got {type(state_dict).__name__}")
+    if isinstance(perceiver, str):
+        raise TypeError(f"perceiver: expected a list of paths, got {perceiver!r}")
     converted = dict(state_dict)
-    for prefix in _prefixes(state_dict):
+    prefixes = _prefixes(state_dict)
+    paths = [prefix.removesuffix(".") for prefix in prefixes]
+    for path in perceiver:
+        if path not in paths:
+            raise ValueError(f"perceiver: no attention at {path!r}, expected some of {paths}")
+    for prefix in prefixes:
         if layout == "separate":
             _convert(converted, prefix, ("q", "k", "v"))
         elif prefix.removesuffix(".") in perceiver or _has_other_keys(state_dict, prefix):

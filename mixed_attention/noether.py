@@ -14,7 +14,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from mixed_attention import anchor, cache, module, packed, rope, spec
+from mixed_attention import anchor, cache, checkpoint, module, packed, rope, spec
 from mixed_attention.anchor import MissingAnchorTokenError, MissingBranchTokensError, UnexpectedTokenError
 from mixed_attention.cache import KVCache, KVEntry
 from mixed_attention.packed import Freqs
@@ -149,6 +149,11 @@ class _PerDomainLinear(nn.Module):
         self.weight = nn.ParameterList(layer.weight for layer in layers)
         self.bias = nn.ParameterList(layer.bias for layer in layers) if bias else None
 
+    def forward(self, x: Tensor, sizes: Sequence[int]) -> Tensor:
+        """Projects tokens ``(B, N, in_features)`` by the weights of their domains, which have some sizes each."""
+        biases = [None] * len(sizes) if self.bias is None else self.bias
+        return torch.cat([F.linear(*each) for each in zip(x.split(sizes, 1), self.weight, biases)], 1)
+
     def reset_parameters(self) -> None:
         """Draws new weights and biases as ``nn.Linear`` does."""
         for weight in self.weight:
@@ -214,7 +219,7 @@ class UntiedMixedAttention(MixedAttention):
         cache.check_names(kv_cache, [group.name for group in token_specs if group.size is None])
         plan = AttentionPlan.compile(token_specs, attention_patterns)
         sizes = self._domain_sizes(plan.groups)
-        buffer = self._per_domain(x, sizes, (self.q, self.k, self.v))
+        buffer = torch.cat([self.q(x, sizes), self.k(x, sizes), self.v(x, sizes)], -1)
         out, _ = packed.attend(
             [self._pack(buffer, x, "qkv", None, freqs)],
             plan,
@@ -222,7 +227,7 @@ class UntiedMixedAttention(MixedAttention):
             dropout_p=self._dropout_p,
             parallel=self.parallel,
         )
-        return self._per_domain(out, sizes, (self.proj,))
+        return self.proj(out, sizes)
 
     def _domain_sizes(self, groups: Sequence[Group]) -> list[int]:
         domains: dict[str, int] = {}
@@ -236,16 +241,6 @@ class UntiedMixedAttention(MixedAttention):
         if len(domains) > self.num_types:
             raise RuntimeError(f"sizes do not match: {len(domains)} domains {list(domains)}, {self.num_types} weights")
         return list(domains.values())
-
-    @staticmethod
-    def _per_domain(x: Tensor, sizes: Sequence[int], layers: Sequence[_PerDomainLinear]) -> Tensor:
-        """Projects the tokens of every domain by its own weights, those of several layers side by side."""
-        projected = []
-        for index, tokens in enumerate(x.split(sizes, 1)):
-            weight = torch.cat([layer.weight[index] for layer in layers])
-            biases = [layer.bias[index] for layer in layers if layer.bias is not None]
-            projected.append(F.linear(tokens, weight, torch.cat(biases) if biases else None))
-        return torch.cat(projected, 1)
 
 
 class _RealRopeFrequencyConfig(spec.RopeFrequencyConfig):
@@ -271,6 +266,7 @@ class RopeFrequency(rope.RopeFrequency):
             warnings.warn("RopeFrequency: implementation='complex' is recommended over 'real'", stacklevel=2)
 
 
+_PACKAGES = ("noether", "emmi")
 _FUSED_CLASSES: dict[str, type[nn.Module]] = {
     "DotProductAttention": module.DotProductAttention,
     "MixedAttention": module.MixedAttention,
@@ -290,86 +286,145 @@ _SEPARATE_CLASSES: dict[str, type[nn.Module]] = {
 
 
 def swap(model: nn.Module) -> int:
-    """Replaces upstream's attention modules inside a model by this package's, in place.
+    """Turns upstream's attention modules inside a model into this package's, in place.
 
-    A module is recognised by the name of its class and the package that defines it (``noether`` or ``emmi``);
-    subclasses defined elsewhere are left alone, because they may compute something else, and so is
-    ``UntiedMixedAttention``, because what upstream computes with its weights depends on the sizes of the groups. A
-    module with a fused projection is replaced by the class of the same name at the top of this package, one with
-    separate projections by that of this module; so signatures, return types and state dicts stay as they are. The
-    parameters are the very same objects: an optimiser made before keeps working.
+    A module is recognised by the name of its class and the package that defines it (``noether`` or ``emmi``). One with
+    a fused projection becomes an instance of the class of the same name at the top of this package, one with separate
+    projections of that of this module; so signatures, return types and state dicts stay as they are.
+
+    It is the class of a module that changes; the module remains the object it was. So whatever hangs on it stays where
+    it is: parameters with all that is true of them, so that an optimiser made before keeps working, projections with
+    their hooks, adapters and parametrizations, hooks of every kind with their handles, buffers, attributes, the mode of
+    every submodule, and references to it from anywhere.
+
+    Left alone, with a warning that names them, are modules that may compute something else: subclasses defined
+    elsewhere (which parametrizations and FSDP make, too), objects on which ``forward`` or another method was set, or
+    that were compiled by themselves, and ``UntiedMixedAttention``, because what upstream computes with its weights
+    depends on the sizes of the groups. All is planned before anything is changed: after an error the model is the one
+    it was.
 
     Args:
         model: A model that contains upstream's modules.
 
     Returns:
-        How many modules were replaced.
+        How many modules became this package's; one within another counts with that.
 
     Raises:
-        ValueError: If ``model`` is itself such a module, or the parameters of one are not the published ones.
+        TypeError: If ``model`` is no module.
+        ValueError: If ``model`` is itself such a module, or one has parameters, or lacks projections or attributes,
+            other than the published ones.
+
+    Warns:
+        UserWarning: If modules were left alone; with the reasons.
     """
-    if _replacement(model) is not None:
+    if not isinstance(model, nn.Module):
+        raise TypeError(f"model: expected a torch.nn.Module, got {type(model).__name__}")
+    if _has_counterpart(model):
         raise ValueError(f"swap replaces modules inside a model, but the model itself is a {type(model).__name__}")
-    replaced: dict[nn.Module, nn.Module] = {}
-    _swap_children(model, replaced, set())
-    return len(replaced)
-
-
-def _swap_children(parent: nn.Module, replaced: dict[nn.Module, nn.Module], visited: set[nn.Module]) -> None:
-    if parent in visited:
-        return
-    visited.add(parent)
-    for name, child in parent._modules.items():
-        if child is None:
+    templates: dict[nn.Module, nn.Module] = {}
+    inner: set[nn.Module] = set()
+    left_alone = []
+    for path, old in model.named_modules():
+        reason = _reason_against(old)
+        if reason:
+            left_alone.append(f"{path} ({type(old).__name__}): {reason}")
+        if reason != "" or old in inner:
             continue
-        replacement = _replacement(child)
-        if replacement is None:
-            _swap_children(child, replaced, visited)
-            continue
-        if child not in replaced:
-            replaced[child] = _rebuild(child, replacement)
-        parent._modules[name] = replaced[child]
+        templates[old] = template = _template_of(path, old)
+        if "mixed_attention" in old._modules:
+            inner.add(_core(old))
+            templates[_core(old)] = _core(template)
+    for old, template in templates.items():
+        _become(old, template)
+    if left_alone:
+        warnings.warn("swap left these modules alone: " + "; ".join(left_alone), stacklevel=2)
+    return len(templates.keys() - inner)
 
 
-def _replacement(old: nn.Module) -> type[nn.Module] | None:
-    """The class to put in the place of a module, None if it is not one of upstream's."""
-    if type(old).__module__.split(".")[0] not in ("noether", "emmi"):
+def _is_upstreams(cls: type) -> bool:
+    return cls.__module__.split(".")[0] in _PACKAGES
+
+
+def _has_counterpart(old: nn.Module) -> bool:
+    """Whether a module is upstream's own and of a class that this package has, too."""
+    return _is_upstreams(type(old)) and type(old).__name__ in _SEPARATE_CLASSES
+
+
+def _core(old: nn.Module) -> nn.Module:
+    """The module that has the projections."""
+    core = old._modules.get("mixed_attention")
+    return old if core is None else core
+
+
+def _replacement(old: nn.Module) -> type[nn.Module]:
+    fused = any(name in _core(old)._modules for name in ("qkv", "kv"))
+    return (_FUSED_CLASSES if fused else _SEPARATE_CLASSES)[type(old).__name__]
+
+
+def _reason_against(old: nn.Module) -> str | None:
+    """Why a module cannot become ours, empty if it can; None if it is nothing like upstream's."""
+    if not _has_counterpart(old):
+        if _is_upstreams(type(old)) and type(old).__name__ == "UntiedMixedAttention":
+            return "what it computes depends on the sizes of the groups"
+        if any(_is_upstreams(cls) and cls.__name__ in _SEPARATE_CLASSES for cls in type(old).__mro__):
+            return f"a subclass, defined in {type(old).__module__}"
         return None
-    core = getattr(old, "mixed_attention", old)
-    fused = any(name in core._modules for name in ("qkv", "kv"))
-    return (_FUSED_CLASSES if fused else _SEPARATE_CLASSES).get(type(old).__name__)
+    replacement = _replacement(old)
+    for name in vars(old):
+        # NOTE: what stands in an object hides what its class says, now in the old class, then in the new one.
+        if hasattr(replacement, name) or callable(getattr(type(old), name, None)):
+            return f"{name!r} was set on the object"
+    core = _core(old)
+    if core is old:
+        return ""
+    if type(core).__name__ != "MixedAttention" or not _has_counterpart(core):
+        return f"its mixed_attention is a {type(core).__module__}.{type(core).__name__}"
+    reason = _reason_against(core)
+    return f"of its mixed_attention, {reason}" if reason else ""
 
 
-def _rebuild(old: nn.Module, replacement: type[nn.Module]) -> nn.Module:
-    """A module of ours that computes what the old one does, with its parameters."""
-    with torch.device("meta"):  # neither memory nor random numbers
-        new = replacement(_config_of(old))
-    new.train(old.training)
-    parameters = dict(old.named_parameters(remove_duplicate=False))
-    if parameters.keys() != dict(new.named_parameters()).keys():
+def _template_of(path: str, old: nn.Module) -> nn.Module:
+    """A module of ours like the old one, to be read and thrown away."""
+    core: Any = _core(old)
+    try:
+        config = {name: getattr(core, name) for name in ("num_heads", "use_rope", "dropout")}
+        config |= {name: getattr(old, name) for name in ("branches", "anchor_suffix") if hasattr(old, name)}
+        config["dim"] = core.num_heads * core.head_dim
+        with torch.device("meta"):  # neither memory nor random numbers
+            template = _replacement(old)(config | {"init_weights": "torch"})
+    except (AttributeError, TypeError, ValueError) as error:
+        raise ValueError(f"{path}: this {type(old).__name__} is not the published one: {error}") from error
+    _check_parameters(path, old, template)
+    if core is not old:
+        _check_parameters(f"{path}.mixed_attention", core, _core(template))
+    return template
+
+
+def _check_parameters(path: str, old: nn.Module, template: nn.Module) -> None:
+    """Looks for parameters beside the published projections, whatever these have become, and for all of these."""
+    unknown = [name for name, _ in old.named_parameters(recurse=False)]
+    for name, child in old._modules.items():
+        if name not in template._modules and child is not None:
+            unknown += [f"{name}.{each}" for each, _ in child.named_parameters()]
+    if unknown:
         raise ValueError(
-            f"{type(old).__name__}: unknown parameters, expected the published ones, got {sorted(parameters)}"
+            f"{path}: {type(old).__name__}: unknown parameters, expected those of {list(template._modules)} alone, "
+            f"got {unknown}"
         )
-    for name, parameter in parameters.items():
-        path, _, leaf = name.rpartition(".")
-        setattr(new.get_submodule(path), leaf, parameter)
-    return new
+    for name, child in template.named_children():
+        if old._modules.get(name) is None and any(True for _ in child.parameters()):
+            raise ValueError(f"{path}: {type(old).__name__}: expected a layer {name!r}, got {list(old._modules)}")
 
 
-def _config_of(old: nn.Module) -> dict[str, Any]:
-    core: Any = getattr(old, "mixed_attention", old)
-    config = {
-        "dim": core.proj.in_features,
-        "num_heads": core.num_heads,
-        "use_rope": core.use_rope,
-        "bias": core.proj.bias is not None,
-        "init_weights": core.init_weights,
-        "dropout": core.dropout,
-    }
-    keys: Any = core._modules.get("kv", core._modules.get("k"))
-    if keys is not None:
-        config["kv_dim"] = keys.in_features
-    for name in ("branches", "anchor_suffix"):
-        if hasattr(old, name):
-            config[name] = getattr(old, name)
-    return config
+def _become(old: nn.Module, template: nn.Module) -> None:
+    """Makes a module one of the template's class, with what it lacks of the template's attributes."""
+    for name, value in vars(template).items():
+        vars(old).setdefault(name, value)
+    for name, child in template.named_children():
+        if old._modules.get(name) is None:  # a dropout, which has no parameters
+            old._modules[name] = child.train(old.training)
+    old.__class__ = type(template)
+    if isinstance(old, module.ProjectedAttention):
+        old.register_load_state_dict_pre_hook(checkpoint.adapt_layout)
+    if isinstance(old, module.MixedAttention) and isinstance(old.proj_dropout, nn.Dropout):
+        old.proj_dropout.p = old.dropout  # nobody calls it there, but it says how much the layer drops

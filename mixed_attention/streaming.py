@@ -2,14 +2,14 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Mapping
-from functools import partial
-from typing import Any, TypeVar
+import operator
+from collections.abc import Callable, Hashable, Mapping
+from typing import Any, NamedTuple, TypeVar
 
 import torch
 from torch import Tensor
 
-Tokens = TypeVar("Tokens", bound=Tensor | Mapping[str, Tensor])
+Tokens = TypeVar("Tokens", bound=Tensor | Mapping[Any, Tensor])
 
 
 def stream(
@@ -18,11 +18,11 @@ def stream(
     *,
     chunk_size: int = 65536,
     dim: int = 1,
-    device: torch.device | str | None = None,
-    output_device: torch.device | str | None = "cpu",
+    device: torch.device | str | int | None = None,
+    output_device: torch.device | str | int | None = "cpu",
     progress: bool | str = False,
 ) -> Any:
-    """Calls a model on chunks of its queries and puts the results together.
+    """Calls a model on chunks of its queries and puts the results together, those of one name behind each other.
 
     Meant for models whose queries do not see each other, but attend to anchors that a KV cache holds: there the result
     does not depend on the chunks. On ``device`` lies one chunk at a time, elsewhere the queries and the results; those
@@ -30,20 +30,24 @@ def stream(
 
     Args:
         predict: Takes a chunk of ``queries`` and returns a tensor, or a mapping of tensors, with as many entries along
-            ``dim`` as the chunk has. May be a whole model, a stack of blocks, or a closure over anchors and caches.
+            ``dim`` as the chunk has; for every chunk alike. It may be a whole model, a stack of blocks, or a closure
+            over anchors and caches. A chunk that need not be moved is a view of the queries. What is returned is
+            copied before the next call, so that it may be memory that every call writes anew.
         queries: A tensor, or a mapping of tensors, of equal size along ``dim``.
         chunk_size: Queries at a time.
-        dim: Along which the queries lie.
+        dim: Along which the queries lie, in every tensor; may count from the end.
         device: Where ``predict`` wants its chunks; by default where they are.
         output_device: Where the results go; None leaves them where they are made.
         progress: Whether to show a bar, which needs tqdm; a text stands before it.
 
     Returns:
-        What ``predict`` returns, for all queries.
+        What ``predict`` returns, for all queries: a tensor, or a dict in the order of the first chunk's mapping.
 
     Raises:
-        ValueError: If ``chunk_size`` is below 1, sizes along ``dim`` differ, or a result has another size there than
-            its chunk.
+        TypeError: If an argument is of a wrong kind, or ``predict`` returns anything but tensors.
+        ValueError: If ``chunk_size`` is below 1, a device or ``dim`` does not exist, sizes along ``dim`` differ, a
+            mapping is empty, a result has another size along ``dim`` than its chunk, or names, a dtype, a device, or
+            another size than those of the first chunk.
         ImportError: If a bar is asked for and tqdm is not installed.
 
     Example:
@@ -51,47 +55,138 @@ def stream(
         >>> stream(layer, torch.randn(1, 1000, 3), chunk_size=300).shape
         torch.Size([1, 1000, 2])
     """
+    if not callable(predict):
+        raise TypeError(f"predict: expected a function of a chunk, got {_kind(predict)}")
+    chunk_size, dim = _as_integer("chunk_size", chunk_size), _as_integer("dim", dim)
     if chunk_size < 1:
         raise ValueError(f"chunk_size: expected at least 1, got {chunk_size}")
-    sizes = {name: tensor.shape[dim] for name, tensor in _named(queries)}
+    chunk_device, results_device = _as_device("device", device), _as_device("output_device", output_device)
+    if not isinstance(progress, (bool, str)):
+        raise TypeError(f"progress: expected a bool or a text, got {_kind(progress)}")
+    tokens = _named("queries", queries, "")
+    sizes = {name: _size(_label("queries", name), tensor, dim) for name, tensor in tokens.items()}
     if len(set(sizes.values())) != 1:
         raise ValueError(f"queries: expected tensors of one size along dim {dim}, got {sizes}")
     (num_queries,) = set(sizes.values())
-    results: Any = None
+    expected: dict[Hashable, _Form] = {}
+    results: dict[Hashable, Tensor] = {}
     with torch.no_grad(), _bar(num_queries, progress) as bar:
         for start in range(0, max(num_queries, 1), chunk_size):
             length = min(chunk_size, num_queries - start)
-            made = predict(_map(partial(_chunk, dim=dim, start=start, length=length, device=device), queries))
-            for name, tensor in _named(made):
-                if tensor.shape[dim] != length:
-                    got = tuple(tensor.shape)
-                    raise ValueError(f"{name}: expected {length} results along dim {dim} for a chunk, got {got}")
-            if results is None:
-                results = _map(lambda t: _empty_like(t, dim, num_queries, output_device), made)
-            for (_, whole), (_, part) in zip(_named(results), _named(made)):
-                whole.narrow(dim, start, length).copy_(part)
+            chunk = {name: _chunk(tensor, dim, start, length, chunk_device) for name, tensor in tokens.items()}
+            made = _named(_RESULT, predict(_unnamed(chunk)), "; a function around the model may leave the rest out")
+            forms = {name: _form(_label(_RESULT, name), tensor, dim, length) for name, tensor in made.items()}
+            if not results:
+                expected = forms
+                results = {name: _empty_like(tensor, dim, num_queries, results_device) for name, tensor in made.items()}
+            _check_alike(forms, expected)
+            for name, tensor in made.items():
+                results[name].narrow(dim, start, length).copy_(tensor)
             bar.update(length)
-    return results
+    return _unnamed(results)
 
 
-def _named(tokens: Any) -> Iterator[tuple[str, Tensor]]:
-    return iter(tokens.items() if isinstance(tokens, Mapping) else [("tensor", tokens)])
+_RESULT = "predict's result"
+_BARE = object()  # the name of a tensor that stands by itself
 
 
-def _map(function: Callable[[Tensor], Tensor], tokens: Any) -> Any:
-    if isinstance(tokens, Mapping):
-        return {name: function(tensor) for name, tensor in tokens.items()}
-    return function(tokens)
+def _named(what: str, tokens: Any, way_out: str) -> dict[Hashable, Tensor]:
+    """A tensor or a mapping of tensors as a dict."""
+    if isinstance(tokens, Tensor):
+        return {_BARE: tokens}
+    if not isinstance(tokens, Mapping):
+        raise TypeError(f"{what}: expected a tensor or a mapping of tensors, got {_kind(tokens)}{way_out}")
+    if not tokens:
+        raise ValueError(f"{what}: expected a tensor or a mapping of tensors, got an empty mapping")
+    for name, tensor in tokens.items():
+        if not isinstance(tensor, Tensor):
+            raise TypeError(f"{_label(what, name)}: expected a tensor, got {_kind(tensor)}{way_out}")
+    return dict(tokens)
 
 
-def _chunk(tensor: Tensor, dim: int, start: int, length: int, device: torch.device | str | None) -> Tensor:
-    return tensor.narrow(dim, start, length).to(device or tensor.device)
+def _unnamed(tensors: dict[Any, Tensor]) -> Any:
+    """The inverse of :func:`_named`."""
+    return tensors.get(_BARE, tensors)
 
 
-def _empty_like(tensor: Tensor, dim: int, size: int, device: torch.device | str | None) -> Tensor:
+def _label(what: str, name: Hashable) -> str:
+    return what if name is _BARE else f"{what}[{name!r}]"
+
+
+class _Form(NamedTuple):
+    """What the results of all chunks must share."""
+
+    dtype: torch.dtype
+    device: torch.device
+    shape: str  # with a star in the place of the size along dim
+
+
+def _form(label: str, result: Tensor, dim: int, length: int) -> _Form:
+    if result.ndim == 0 or _size(label, result, dim) != length:
+        got = tuple(result.shape)
+        raise ValueError(f"{label}: expected {length} results along dim {dim} for a chunk, got {got}")
+    shape = [str(size) for size in result.shape]
+    shape[dim] = "*"
+    return _Form(result.dtype, result.device, f"({', '.join(shape)})")
+
+
+def _check_alike(forms: dict[Hashable, _Form], expected: dict[Hashable, _Form]) -> None:
+    """Holds the results of a chunk against those of the first."""
+    if forms.keys() != expected.keys():
+        names, first = ("a tensor" if _BARE in each else f"a mapping with {list(each)}" for each in (forms, expected))
+        raise ValueError(f"{_RESULT}: expected {first}, as for the first chunk, got {names}")
+    for name, form in forms.items():
+        for what, got, wanted in zip(_Form._fields, form, expected[name]):
+            if got != wanted:
+                raise ValueError(
+                    f"{_label(_RESULT, name)}: expected {what} {wanted}, as for the first chunk, got {got}"
+                )
+
+
+def _size(label: str, tensor: Tensor, dim: int) -> int:
+    if tensor.layout != torch.strided:
+        raise ValueError(f"{label}: expected a dense tensor, got layout {tensor.layout}")
+    if not -tensor.ndim <= dim < tensor.ndim:
+        raise ValueError(f"{label}: expected a tensor with dim {dim}, got shape {tuple(tensor.shape)}")
+    return tensor.shape[dim]
+
+
+def _chunk(tensor: Tensor, dim: int, start: int, length: int, device: torch.device | None) -> Tensor:
+    return tensor.narrow(dim, start, length).to(tensor.device if device is None else device)
+
+
+def _empty_like(tensor: Tensor, dim: int, size: int, device: torch.device | None) -> Tensor:
     shape = list(tensor.shape)
     shape[dim] = size
-    return torch.empty(shape, dtype=tensor.dtype, device=tensor.device if device is None else device)
+    return tensor.new_empty(shape, device=tensor.device if device is None else device)
+
+
+def _as_integer(name: str, value: Any) -> int:
+    if not isinstance(value, bool):
+        try:
+            return operator.index(value)
+        except TypeError:
+            pass
+    raise TypeError(f"{name}: expected an integer, got {value!r}")
+
+
+def _as_device(name: str, value: Any) -> torch.device | None:
+    if value is None:
+        return None
+    try:
+        return torch.device(value)
+    except TypeError as error:
+        raise TypeError(f"{name}: expected a device, its name or its index, got {value!r}") from error
+    except RuntimeError as error:
+        why = str(error).splitlines()[0]
+        raise ValueError(f"{name}: expected a device, its name or its index, got {value!r}: {why}") from error
+
+
+def _kind(value: Any) -> str:
+    """What a value is, for messages."""
+    if isinstance(value, (tuple, list)):
+        return f"{type(value).__name__} of {', '.join(type(each).__name__ for each in value[:4]) or 'nothing'}"
+    return type(value).__name__
 
 
 class _NoBar:

@@ -76,6 +76,15 @@ def test_names_that_do_not_fit_the_branches(cls, name):
     assert isinstance(info.value, ValueError)
 
 
+@pytest.mark.parametrize(
+    "specs", [[("surface_anchors", 6)], {"surface_anchors": 6}, ["surface_anchors"], None, 6], ids=str
+)
+@pytest.mark.parametrize("namespace", [ma, ma.noether], ids=["top", "noether"])
+def test_groups_of_a_wrong_kind_are_named(namespace, specs):
+    with pytest.raises(TypeError, match="^token_specs"):
+        make_layer(namespace.SelfAnchorAttention)(make_x(SELF), specs)
+
+
 def test_names_are_checked_in_order():
     layer, x = make_layer(ma.SelfAnchorAttention), torch.ones(1, 1, DIM, dtype=torch.float64)
     with pytest.raises(ma.UnexpectedTokenError):

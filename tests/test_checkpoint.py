@@ -146,6 +146,17 @@ def test_unknown_layout():
         CONVERTED({}, "packed")
 
 
+def test_paths_of_perceivers_are_those_of_modules():
+    """A path that is not there would fuse a Perceiver's projections like any other's, and so would a bare string."""
+    state = nn.ModuleDict({"a": make_layer(ma.noether.PerceiverAttention), "ab": make_layer()}).state_dict()
+    with pytest.raises(ValueError, match=r"perceiver: no attention at 'b', expected some of \['a', 'ab'\]"):
+        CONVERTED(state, "fused", perceiver=["a", "b"])
+    with pytest.raises(TypeError, match="perceiver: expected a list of paths, got 'ab'"):
+        CONVERTED(state, "fused", perceiver="ab")
+    with pytest.raises(TypeError, match="state_dict: expected a mapping, .* got ModuleDict"):
+        CONVERTED(nn.ModuleDict(), "fused")
+
+
 def make_untied():
     config = {"dim": DIM, "num_heads": NUM_HEADS, "num_types": 2, "init_weights": "torch"}
     return ma.noether.UntiedMixedAttention(config).double()
