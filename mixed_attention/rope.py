@@ -7,7 +7,8 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from mixed_attention.ops import rotate
+from mixed_attention.autocast import without_autocast
+from mixed_attention.ops import check_tensors, rotate
 from mixed_attention.spec import RopeFrequencyConfig
 
 
@@ -28,10 +29,12 @@ def apply_rope(x: Tensor, freqs: Tensor | tuple[Tensor, ...]) -> Tensor:
         A new tensor, shape and dtype of ``x``.
 
     Raises:
+        TypeError: If ``x`` is no tensor.
         AssertionError: If ``freqs`` is neither a complex tensor of rank 3 nor a tuple, or the slices of the legacy
             form are wider than the head.
         RuntimeError: If D is odd, or a size of ``freqs`` does not match ``x``.
     """
+    check_tensors(x=x)
     if isinstance(freqs, tuple):
         return _rotate_halves(x, freqs)
     check_freqs(freqs, x.shape[0], x.shape[1], x.shape[-1])
@@ -144,7 +147,7 @@ class RopeFrequency(nn.Module):
         """
         if coords.shape[-1] != self.input_dim:
             raise AssertionError(f"coords: expected {self.input_dim} axes in the last dim, got {tuple(coords.shape)}")
-        with torch.autocast(coords.device.type, enabled=False):
+        with without_autocast(coords.device.type):
             angles = coords.float().unsqueeze(-1) * self.omega
             if self.implementation == "real":
                 return self._angles_per_axis(angles)
