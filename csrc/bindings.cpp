@@ -3,11 +3,13 @@
 #include <ATen/core/dispatch/Dispatcher.h>
 #include <c10/core/GradMode.h>
 #include <pybind11/stl.h>
+#include <torch/csrc/autograd/variable.h>
 #include <torch/csrc/utils/pybind.h>
 #include <torch/library.h>
 #include <torch/version.h>
 
 #include "attention.h"
+#include "checks.h"
 #include "cpu/launch.h"
 #include "environment.h"
 #include "layer.h"
@@ -29,6 +31,50 @@ void refuse_derivatives(const c10::OperatorHandle& op, c10::DispatchKeySet keys,
   at::AutoDispatchBelowAutograd guard;
   op.redispatchBoxed(keys & c10::after_autograd_keyset, stack);
 }
+
+// Stands before operators that write into what they are given: whoever has saved such a tensor is to know.
+void bump_versions(const c10::OperatorHandle& op, c10::DispatchKeySet keys, torch::jit::Stack* stack) {
+  const auto& arguments = op.schema().arguments();
+  const auto values = torch::jit::last(*stack, arguments.size());
+  std::vector<at::Tensor> written;
+  for (size_t i = 0; i < arguments.size(); ++i) {
+    if (!arguments[i].alias_info() || !arguments[i].alias_info()->isWrite()) continue;
+    written.push_back(values[i].toTensor());
+    TORCH_CHECK_VALUE(!written.back().is_neg(), arguments[i].name(),
+                      ": expected the memory of numbers, got a view that stands for their negatives");
+  }
+  {
+    const at::AutoDispatchBelowADInplaceOrView guard;
+    op.redispatchBoxed(keys & c10::after_ADInplaceOrView_keyset, stack);
+  }
+  for (const at::Tensor& each : written) torch::autograd::impl::bump_version(each);
+}
+
+#ifdef MIXED_ATTENTION_WITH_CUDA
+constexpr const char* kPlaces = "the CPU or a GPU";
+#else
+constexpr const char* kPlaces = "the CPU (built without CUDA kernels)";
+#endif
+
+// Stands wherever there are no kernels, and says which argument has led there.
+void refuse_place(const c10::OperatorHandle& op, torch::jit::Stack* stack) {
+  const auto& arguments = op.schema().arguments();
+  const auto values = torch::jit::last(*stack, arguments.size());
+  const auto for_each_tensor = [&](const auto& check) {
+    for (size_t i = 0; i < arguments.size(); ++i) {
+      if (values[i].isTensor()) check(arguments[i].name().c_str(), values[i].toTensor());
+    }
+  };
+  for_each_tensor([](const char* name, const at::Tensor& tensor) { mixed_attention::check_dense(name, tensor); });
+  for_each_tensor([&](const char* name, const at::Tensor& tensor) {
+    const c10::DispatchKey backend = tensor.options().computeDispatchKey();
+    TORCH_CHECK_NOT_IMPLEMENTED(op.hasKernelForDispatchKey(backend), name, ": expected a tensor on ", kPlaces, ", got ",
+                                tensor.device(), "; mixed_attention.reference.attention computes it");
+  });
+  TORCH_CHECK_NOT_IMPLEMENTED(false, op.schema().name(), ": no kernel for tensors of these kinds");
+}
+
+using OptionalTensor = std::optional<at::Tensor>;
 
 // A function of Python's that C++ calls. NOTE: never freed, because static objects outlive the interpreter.
 template <class Result>
@@ -66,6 +112,12 @@ void implement(torch::Library& m) {
   m.impl("rope_out", &mixed_attention::rope_out);
 }
 
+void refuse(torch::Library& m) {
+  for (const char* name : {"forward", "backward", "backward_out", "rope_out"}) {
+    m.impl(name, torch::CppFunction::makeFromBoxedFunction<&refuse_place>());
+  }
+}
+
 }  // namespace
 
 TORCH_LIBRARY_IMPL(mixed_attention, CPU, m) { implement(m); }
@@ -73,6 +125,16 @@ TORCH_LIBRARY_IMPL(mixed_attention, CPU, m) { implement(m); }
 #ifdef MIXED_ATTENTION_WITH_CUDA
 TORCH_LIBRARY_IMPL(mixed_attention, CUDA, m) { implement(m); }
 #endif
+
+TORCH_LIBRARY_IMPL(mixed_attention, CompositeExplicitAutograd, m) { refuse(m); }
+TORCH_LIBRARY_IMPL(mixed_attention, NestedTensorCPU, m) { refuse(m); }
+TORCH_LIBRARY_IMPL(mixed_attention, NestedTensorCUDA, m) { refuse(m); }
+
+TORCH_LIBRARY_IMPL(mixed_attention, ADInplaceOrView, m) {
+  for (const char* name : {"backward_out", "rope_out"}) {
+    m.impl(name, torch::CppFunction::makeFromBoxedFunction<&bump_versions>());
+  }
+}
 
 TORCH_LIBRARY_IMPL(mixed_attention, Autograd, m) {
   for (const char* name : {"backward", "backward_out", "rope_out"}) {
@@ -103,13 +165,32 @@ PYBIND11_MODULE(TORCH_EXTENSION_NAME, m) {
          bool backward) { return mixed_attention::cuda_layout(dtype, shape, segments, device, backward); },
       py::arg("dtype"), py::arg("shape"), py::arg("segments"), py::arg("device"), py::arg("backward"),
       "Tiles of the CUDA kernels for a problem: rows, rows taken up at a time, parts, number, at a time, cut.");
+  using Segments = std::vector<c10::SymInt>;
   m.def(
       "check_forward",
-      [](const at::Tensor& q, const at::Tensor& k, const at::Tensor& v, const std::vector<int64_t>& segments,
-         const std::optional<at::Tensor>& key_padding_mask,
-         double dropout_p) { mixed_attention::check_forward(q, k, v, segments, key_padding_mask, dropout_p); },
-      py::arg("q"), py::arg("k"), py::arg("v"), py::arg("segments"), py::arg("key_padding_mask"), py::arg("dropout_p"),
+      [](const at::Tensor& q, const at::Tensor& k, const at::Tensor& v, const Segments& segments, double softmax_scale,
+         const OptionalTensor& key_padding_mask, double dropout_p, const OptionalTensor& dropout_seed) {
+        mixed_attention::check_forward(q, k, v, segments, softmax_scale, key_padding_mask, dropout_p, dropout_seed);
+      },
+      py::arg("q"), py::arg("k"), py::arg("v"), py::arg("segments"), py::arg("softmax_scale"),
+      py::arg("key_padding_mask"), py::arg("dropout_p"), py::arg("dropout_seed"),
       "Throws what the forward operator would throw, without computing.");
+  m.def(
+      "check_backward",
+      [](const at::Tensor& dout, const OptionalTensor& dlse, const at::Tensor& q, const at::Tensor& k,
+         const at::Tensor& v, const at::Tensor& out, const at::Tensor& lse, const Segments& segments,
+         double softmax_scale, const OptionalTensor& key_padding_mask, double dropout_p,
+         const OptionalTensor& dropout_seed, const std::vector<at::Tensor>& grads) {
+        mixed_attention::check_backward(dout, dlse, q, k, v, out, lse, segments, softmax_scale, key_padding_mask,
+                                        dropout_p, dropout_seed, grads);
+      },
+      py::arg("dout"), py::arg("dlse"), py::arg("q"), py::arg("k"), py::arg("v"), py::arg("out"), py::arg("lse"),
+      py::arg("segments"), py::arg("softmax_scale"), py::arg("key_padding_mask"), py::arg("dropout_p"),
+      py::arg("dropout_seed"), py::arg("grads"), "Throws what the backward operators would throw, without computing.");
+  m.def("check_dense", &mixed_attention::check_dense, py::arg("name"), py::arg("tensor"),
+        "Throws where a tensor is sparse, quantized or nested.");
+  m.def("check_rope", &mixed_attention::check_rope, py::arg("x"), py::arg("freqs"), py::arg("out"),
+        "Throws what rope_out would throw, without computing.");
   py::class_<mixed_attention::ProjectedPart>(m, "ProjectedPart", "Rows of a weight, and the tokens that they see.")
       .def(py::init<int64_t, int64_t, std::optional<mixed_attention::Ranges>>(), py::arg("row_begin"),
            py::arg("row_end"), py::arg("tokens"));

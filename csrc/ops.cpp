@@ -7,6 +7,8 @@
 #include <c10/core/DeviceGuard.h>
 #include <c10/core/impl/VirtualGuardImpl.h>
 
+#include <array>
+#include <cmath>
 #include <stdexcept>
 #include <string>
 #include <type_traits>
@@ -26,13 +28,13 @@ namespace {
 using at::Tensor;
 using OptionalTensor = std::optional<Tensor>;
 
-DType to_dtype(at::ScalarType dtype) {
+DType to_dtype(const char* name, at::ScalarType dtype) {
   switch (dtype) {
     case at::kFloat: return DType::kFloat32;
     case at::kDouble: return DType::kFloat64;
     case at::kBFloat16: return DType::kBFloat16;
     case at::kHalf: return DType::kFloat16;
-    default: TORCH_CHECK_VALUE(false, "q: expected dtype float32, float64, bfloat16 or float16, got ", dtype);
+    default: TORCH_CHECK_VALUE(false, name, ": expected dtype float32, float64, bfloat16 or float16, got ", dtype);
   }
 }
 
@@ -137,16 +139,34 @@ void run_rope(const RopeParams& params, const Tensor& x) {
 #endif
 }
 
-void check_inputs(const Tensor& q, const Tensor& k, const Tensor& v, const OptionalTensor& key_padding_mask,
-                  double dropout_p) {
+void check_inputs(const Tensor& q, const Tensor& k, const Tensor& v, double softmax_scale,
+                  const OptionalTensor& key_padding_mask, double dropout_p, const OptionalTensor& dropout_seed) {
+  check_dense("q", q);
+  check_dense("k", k);
+  check_dense("v", v);
   check_rank("q", q, 4, "(batch_size, seqlen_q, num_heads, head_dim)");
   check_rank("k", k, 4, "(batch_size or 1, seqlen_k, num_heads, head_dim)");
   check_rank("v", v, 4, "(batch_size or 1, seqlen_k, num_heads, head_dim_v)");
-  check_device("k", k, q.device());
-  check_device("v", v, q.device());
-  to_dtype(q.scalar_type());
+  check_device("k", k, q.device(), "like q");
+  check_device("v", v, q.device(), "like q");
+  to_dtype("q", q.scalar_type());
   check_dtype("k", k, q.scalar_type(), "like q");
   check_dtype("v", v, q.scalar_type(), "like q");
+  if (key_padding_mask) {
+    check_dense("key_padding_mask", *key_padding_mask);
+    check_device("key_padding_mask", *key_padding_mask, q.device(), "like q");
+    check_dtype("key_padding_mask", *key_padding_mask, at::kBool, "(True = real token)");
+    check_rank("key_padding_mask", *key_padding_mask, 2, "(batch_size or 1, seqlen_k)");
+  }
+  TORCH_CHECK_VALUE(std::isfinite(softmax_scale), "softmax_scale: expected a finite number, got ", softmax_scale);
+  TORCH_CHECK_VALUE(dropout_p >= 0 && dropout_p <= 1, "dropout_p: expected a probability, got ", dropout_p);
+  if (dropout_p > 0) {
+    TORCH_CHECK_VALUE(dropout_seed.has_value(), "dropout_seed: expected an int64 tensor of shape (1,), got None");
+    check_device("dropout_seed", *dropout_seed, q.device(), "like q");
+    check_dtype("dropout_seed", *dropout_seed, at::kLong, "(the seed of Philox)");
+    check_shape("dropout_seed", *dropout_seed, {1}, "(the seed of Philox)");
+  }
+  if (has_symbolic_sizes({&q, &k, &v}) || (key_padding_mask && has_symbolic_sizes({&*key_padding_mask}))) return;
   const int64_t batch_size = q.size(0), num_heads = q.size(2), head_dim = q.size(3);
   const int64_t batch_size_k = k.size(0) == 1 ? 1 : batch_size;
   check_shape("k", k, {batch_size_k, k.size(1), num_heads, head_dim}, "to match q");
@@ -155,13 +175,9 @@ void check_inputs(const Tensor& q, const Tensor& k, const Tensor& v, const Optio
   TORCH_CHECK_VALUE(head_dim > 0, "q: expected head_dim of at least 1, got ", q.sizes());
   TORCH_CHECK_VALUE(v.size(3) > 0, "v: expected head_dim of at least 1, got ", v.sizes());
   if (key_padding_mask) {
-    check_device("key_padding_mask", *key_padding_mask, q.device());
-    check_dtype("key_padding_mask", *key_padding_mask, at::kBool, "(True = real token)");
-    check_rank("key_padding_mask", *key_padding_mask, 2, "(batch_size or 1, seqlen_k)");
     const int64_t batch_size_mask = key_padding_mask->size(0) == 1 ? 1 : batch_size;
     check_shape("key_padding_mask", *key_padding_mask, {batch_size_mask, k.size(1)}, "to match q and k");
   }
-  TORCH_CHECK_VALUE(dropout_p >= 0 && dropout_p <= 1, "dropout_p: expected a probability, got ", dropout_p);
 }
 
 Schedule checked_schedule(at::IntArrayRef segments, const Tensor& q, const Tensor& k) {
@@ -178,17 +194,20 @@ struct Call {
   Schedule schedule;
 };
 
-Call prepare(const Tensor& q, const Tensor& k, const Tensor& v, at::IntArrayRef segments,
+Call prepare(const Tensor& q, const Tensor& k, const Tensor& v, at::IntArrayRef segments, double softmax_scale,
              const OptionalTensor& key_padding_mask, double dropout_p, const OptionalTensor& dropout_seed) {
-  check_inputs(q, k, v, key_padding_mask, dropout_p);
+  check_inputs(q, k, v, softmax_scale, key_padding_mask, dropout_p, dropout_seed);
+  check_memory("q", q);
+  check_memory("k", k);
+  check_memory("v", v);
   Call call{last_dim_contiguous(q),          last_dim_contiguous(k), last_dim_contiguous(v), {}, {},
             checked_schedule(segments, q, k)};
-  if (key_padding_mask) call.key_padding_mask = last_dim_contiguous(*key_padding_mask);
+  if (key_padding_mask) {
+    check_memory("key_padding_mask", *key_padding_mask);
+    call.key_padding_mask = last_dim_contiguous(*key_padding_mask);
+  }
   if (dropout_p > 0) {
-    TORCH_CHECK_VALUE(dropout_seed.has_value(), "dropout_seed: expected an int64 tensor of shape (1,), got None");
-    check_device("dropout_seed", *dropout_seed, q.device());
-    check_dtype("dropout_seed", *dropout_seed, at::kLong, "(the seed of Philox)");
-    check_shape("dropout_seed", *dropout_seed, {1}, "(the seed of Philox)");
+    check_memory("dropout_seed", *dropout_seed);
     call.dropout_seed = *dropout_seed;
   }
   return call;
@@ -196,7 +215,7 @@ Call prepare(const Tensor& q, const Tensor& k, const Tensor& v, at::IntArrayRef 
 
 void fill(AttentionParams& params, const Call& call, double softmax_scale, double dropout_p) {
   const Tensor &q = call.q, &k = call.k, &v = call.v;
-  params.dtype = to_dtype(q.scalar_type());
+  params.dtype = to_dtype("q", q.scalar_type());
   params.batch_size = q.size(0);
   params.num_heads = q.size(2);
   params.seqlen_q = q.size(1);
@@ -230,7 +249,7 @@ Tensor sum_broadcast(const Tensor& grad, const Tensor& input) {
 std::tuple<Tensor, Tensor> forward(const Tensor& q, const Tensor& k, const Tensor& v, at::IntArrayRef segments,
                                    double softmax_scale, const OptionalTensor& key_padding_mask, double dropout_p,
                                    const OptionalTensor& dropout_seed) {
-  const Call call = prepare(q, k, v, segments, key_padding_mask, dropout_p, dropout_seed);
+  const Call call = prepare(q, k, v, segments, softmax_scale, key_padding_mask, dropout_p, dropout_seed);
   const c10::DeviceGuard guard(q.device());
   Tensor out = at::empty({q.size(0), q.size(1), q.size(2), v.size(3)}, q.options());
   Tensor lse = at::empty({q.size(0), q.size(2), q.size(1)}, q.options().dtype(lse_dtype(q)));
@@ -252,53 +271,91 @@ bool can_overwrite_inputs(const BwdParams& params, const Tensor& q) {
   return false;
 }
 
+// Beside what check_inputs checks. Gradients are given, or none.
+void check_gradients(const Tensor& dout, const OptionalTensor& dlse, const Tensor& q, const Tensor& k, const Tensor& v,
+                     const Tensor& out, const Tensor& lse, at::TensorList grads) {
+  const auto check = [&](const char* name, const Tensor& tensor, at::ScalarType dtype, int64_t rank,
+                         const char* shape) {
+    check_dense(name, tensor);
+    check_device(name, tensor, q.device(), "like q");
+    check_dtype(name, tensor, dtype, "to match q");
+    check_rank(name, tensor, rank, shape);
+  };
+  check("dout", dout, q.scalar_type(), 4, "(batch_size, seqlen_q, num_heads, head_dim_v)");
+  check("out", out, q.scalar_type(), 4, "(batch_size, seqlen_q, num_heads, head_dim_v)");
+  check("lse", lse, lse_dtype(q), 3, "(batch_size, num_heads, seqlen_q)");
+  if (dlse) check("dlse", *dlse, lse_dtype(q), 3, "(batch_size, num_heads, seqlen_q)");
+  constexpr std::array names{"dq", "dk", "dv"};
+  for (size_t i = 0; i < grads.size(); ++i) {
+    check(names[i], grads[i], q.scalar_type(), 4, "of the input, for every sequence of the batch");
+  }
+  if (has_symbolic_sizes({&q, &k, &v, &dout, &out, &lse}) || (dlse && has_symbolic_sizes({&*dlse}))) return;
+  const at::DimVector out_shape{q.size(0), q.size(1), q.size(2), v.size(3)};
+  const at::DimVector lse_shape{q.size(0), q.size(2), q.size(1)};
+  check_shape("dout", dout, out_shape, "to match the inputs");
+  check_shape("out", out, out_shape, "to match the inputs");
+  check_shape("lse", lse, lse_shape, "to match the inputs");
+  if (dlse) check_shape("dlse", *dlse, lse_shape, "to match the inputs");
+  const std::array<const Tensor*, 3> inputs{&q, &k, &v};
+  for (size_t i = 0; i < grads.size(); ++i) {
+    if (has_symbolic_sizes({&grads[i]})) return;
+    at::DimVector shape(inputs[i]->sizes());
+    shape[0] = q.size(0);
+    check_shape(names[i], grads[i], shape, "to match the inputs");
+    TORCH_CHECK_VALUE(grads[i].stride(3) == 1 || grads[i].size(3) == 1, names[i],
+                      ": expected a last dim of stride 1, got strides ", grads[i].strides());
+  }
+}
+
 // Whether it ran: where the gradients are the inputs themselves, only if kernels can do that. spare_out: as BwdParams
 // has it.
 bool run_backward(const Tensor& dout, const OptionalTensor& dlse, const Tensor& q, const Tensor& k, const Tensor& v,
                   const Tensor& out, const Tensor& lse, at::IntArrayRef segments, double softmax_scale,
                   const OptionalTensor& key_padding_mask, double dropout_p, const OptionalTensor& dropout_seed,
-                  const Tensor& dq, const Tensor& dk, const Tensor& dv, bool is_in_place, void* spare_out) {
-  const Call call = prepare(q, k, v, segments, key_padding_mask, dropout_p, dropout_seed);
-  const at::DimVector out_shape{q.size(0), q.size(1), q.size(2), v.size(3)};
-  const at::DimVector lse_shape{q.size(0), q.size(2), q.size(1)};
-  const at::DimVector dk_shape{q.size(0), k.size(1), k.size(2), k.size(3)};
-  const at::DimVector dv_shape{q.size(0), v.size(1), v.size(2), v.size(3)};
-  const auto check = [&](const char* name, const Tensor& tensor, at::ScalarType dtype, at::IntArrayRef shape) {
-    check_device(name, tensor, q.device());
-    check_dtype(name, tensor, dtype, "to match q");
-    check_shape(name, tensor, shape, "to match the inputs");
-  };
-  check("dout", dout, q.scalar_type(), out_shape);
-  check("out", out, q.scalar_type(), out_shape);
-  check("lse", lse, lse_dtype(q), lse_shape);
-  if (dlse) check("dlse", *dlse, lse_dtype(q), lse_shape);
-  check("dq", dq, q.scalar_type(), q.sizes());
-  check("dk", dk, q.scalar_type(), dk_shape);
-  check("dv", dv, q.scalar_type(), dv_shape);
-  for (const Tensor& grad : {dq, dk, dv}) {
-    TORCH_CHECK_VALUE(grad.stride(-1) == 1 || grad.size(-1) == 1, "gradients must be contiguous in their last dim");
+                  const Tensor& dq, const Tensor& dk, const Tensor& dv, bool is_in_place, bool may_overwrite_out) {
+  const Call call = prepare(q, k, v, segments, softmax_scale, key_padding_mask, dropout_p, dropout_seed);
+  check_gradients(dout, dlse, q, k, v, out, lse, {dq, dk, dv});
+  for (const auto& [name, tensor] :
+       {Named{"dout", &dout}, {"out", &out}, {"lse", &lse}, {"dq", &dq}, {"dk", &dk}, {"dv", &dv}}) {
+    check_memory(name, *tensor);
+  }
+  if (dlse) check_memory("dlse", *dlse);
+  if (!is_in_place) {
+    c10::SmallVector<Named, 9> read{{"q", &q}, {"k", &k}, {"v", &v}, {"dout", &dout}, {"out", &out}, {"lse", &lse}};
+    if (dlse) read.emplace_back("dlse", &*dlse);
+    if (key_padding_mask) read.emplace_back("key_padding_mask", &*key_padding_mask);
+    if (dropout_p > 0) read.emplace_back("dropout_seed", &*dropout_seed);
+    check_overlap({{"dq", &dq}, {"dk", &dk}, {"dv", &dv}}, read);
   }
   const c10::DeviceGuard guard(q.device());
   const Tensor dout_rows = last_dim_contiguous(dout), out_rows = last_dim_contiguous(out);
   const Tensor lse_rows = lse.contiguous(), dlse_rows = dlse ? dlse->contiguous() : Tensor();
   BwdParams params{};
+  params.dq = dq.mutable_data_ptr();
+  params.dk = dk.mutable_data_ptr();
+  params.dv = dv.mutable_data_ptr();
+  if (may_overwrite_out && out.is_contiguous()) params.spare_out = out.mutable_data_ptr();
   fill(params, call, softmax_scale, dropout_p);
   params.out = out_rows.const_data_ptr();
   params.lse = lse_rows.const_data_ptr();
   params.dout = dout_rows.const_data_ptr();
   if (dlse) params.dlse = dlse_rows.const_data_ptr();
-  params.dq = dq.mutable_data_ptr();
-  params.dk = dk.mutable_data_ptr();
-  params.dv = dv.mutable_data_ptr();
   params.out_strides = strides(out_rows);
   params.dout_strides = strides(dout_rows);
   params.dq_strides = strides(dq);
   params.dk_strides = strides(dk);
   params.dv_strides = strides(dv);
-  params.spare_out = spare_out;
   params.deterministic = at::globalContext().deterministicAlgorithms();
   if (is_in_place && !can_overwrite_inputs(params, q)) return false;
   run_bwd(params, q);
+  return true;
+}
+
+bool is_same_memory(const Tensor& a, const Tensor& b) {
+  if (!a.storage().is_alias_of(b.storage()) || a.storage_offset() != b.storage_offset()) return false;
+  for (int64_t dim = 0; dim < a.dim(); ++dim) {
+    if (a.size(dim) > 1 && a.stride(dim) != b.stride(dim)) return false;
+  }
   return true;
 }
 
@@ -309,16 +366,20 @@ void backward_out(const Tensor& dout, const OptionalTensor& dlse, const Tensor& 
                   const OptionalTensor& key_padding_mask, double dropout_p, const OptionalTensor& dropout_seed,
                   const Tensor& dq, const Tensor& dk, const Tensor& dv) {
   run_backward(dout, dlse, q, k, v, out, lse, segments, softmax_scale, key_padding_mask, dropout_p, dropout_seed, dq,
-               dk, dv, false, nullptr);
+               dk, dv, false, false);
 }
 
 bool backward_in_place(const Tensor& dout, const OptionalTensor& dlse, const Tensor& q, const Tensor& k,
                        const Tensor& v, const Tensor& out, const Tensor& lse, at::IntArrayRef segments,
                        double softmax_scale, const OptionalTensor& key_padding_mask, double dropout_p,
                        const OptionalTensor& dropout_seed, bool may_overwrite_out) {
-  void* const spare_out = may_overwrite_out && out.is_contiguous() ? out.mutable_data_ptr() : nullptr;
+  // NOTE: this is no operator, so that nobody has resolved what stands for other numbers than those in its memory.
+  const c10::DispatchKeySet lazy{c10::DispatchKey::Negative, c10::DispatchKey::ZeroTensor, c10::DispatchKey::Python};
+  for (const Tensor* each : {&q, &k, &v, &dout, &out, &lse}) {
+    if (!each->is_cuda() || each->key_set().has_any(lazy)) return false;
+  }
   return run_backward(dout, dlse, q, k, v, out, lse, segments, softmax_scale, key_padding_mask, dropout_p, dropout_seed,
-                      q, k, v, true, spare_out);
+                      q, k, v, true, may_overwrite_out);
 }
 
 std::tuple<Tensor, Tensor, Tensor> backward(const Tensor& dout, const OptionalTensor& dlse, const Tensor& q,
@@ -326,7 +387,7 @@ std::tuple<Tensor, Tensor, Tensor> backward(const Tensor& dout, const OptionalTe
                                             at::IntArrayRef segments, double softmax_scale,
                                             const OptionalTensor& key_padding_mask, double dropout_p,
                                             const OptionalTensor& dropout_seed) {
-  check_inputs(q, k, v, key_padding_mask, dropout_p);
+  check_inputs(q, k, v, softmax_scale, key_padding_mask, dropout_p, dropout_seed);
   const int64_t batch_size = q.size(0);
   const Tensor dq = at::empty(q.sizes(), q.options());
   const Tensor dk = at::empty({batch_size, k.size(1), k.size(2), k.size(3)}, k.options());
@@ -336,31 +397,45 @@ std::tuple<Tensor, Tensor, Tensor> backward(const Tensor& dout, const OptionalTe
   return {dq, sum_broadcast(dk, k), sum_broadcast(dv, v)};
 }
 
-void rope_out(const Tensor& x, const Tensor& freqs, bool conjugate, const Tensor& out) {
+void check_rope(const Tensor& x, const Tensor& freqs, const Tensor& out) {
+  check_dense("x", x);
+  check_dense("freqs", freqs);
+  check_dense("out", out);
   check_rank("x", x, 4, "(batch_size, seqlen, num_heads, head_dim)");
-  to_dtype(x.scalar_type());
-  check_shape("out", out, x.sizes(), "like x");
-  check_dtype("out", out, x.scalar_type(), "like x");
-  check_device("out", out, x.device());
-  check_device("freqs", freqs, x.device());
+  to_dtype("x", x.scalar_type());
+  check_device("freqs", freqs, x.device(), "like x");
+  check_device("out", out, x.device(), "like x");
   check_dtype("freqs", freqs, x.scalar_type() == at::kDouble ? at::kDouble : at::kFloat,
               "(fp64 for fp64 inputs, fp32 for all others)");
+  check_dtype("out", out, x.scalar_type(), "like x");
   check_rank("freqs", freqs, 4, "(batch_size or 1, seqlen, head_dim / 2, 2)");
+  if (has_symbolic_sizes({&x, &freqs, &out})) return;
+  check_shape("out", out, x.sizes(), "like x");
   TORCH_CHECK_VALUE(x.size(3) % 2 == 0, "x: expected an even head_dim, got ", x.sizes());
   const int64_t batch_size_freqs = freqs.size(0) == 1 ? 1 : x.size(0);
   check_shape("freqs", freqs, {batch_size_freqs, x.size(1), x.size(3) / 2, 2}, "to match x");
-  TORCH_CHECK_VALUE((x.stride(3) == 1 && out.stride(3) == 1) || x.size(3) == 0,
-                    "x and out must be contiguous in their last dim");
+  for (const auto& [name, tensor] : {Named{"x", &x}, {"out", &out}}) {
+    TORCH_CHECK_VALUE(tensor->stride(3) == 1 || tensor->size(3) == 0, name,
+                      ": expected a last dim of stride 1, got strides ", tensor->strides());
+  }
+}
+
+void rope_out(const Tensor& x, const Tensor& freqs, bool conjugate, const Tensor& out) {
+  check_rope(x, freqs, out);
+  for (const auto& [name, tensor] : {Named{"x", &x}, {"freqs", &freqs}, {"out", &out}}) check_memory(name, *tensor);
+  c10::SmallVector<Named, 2> read{{"freqs", &freqs}};
+  if (!is_same_memory(x, out)) read.emplace_back("x", &x);
+  check_overlap({{"out", &out}}, read);
   const c10::DeviceGuard guard(x.device());
   const Tensor rows = freqs.stride(3) == 1 && freqs.stride(2) == 2 ? freqs : freqs.contiguous();
   RopeParams params{};
-  params.dtype = to_dtype(x.scalar_type());
+  params.dtype = to_dtype("x", x.scalar_type());
   params.batch_size = x.size(0);
   params.seqlen = x.size(1);
   params.num_heads = x.size(2);
   params.head_dim = x.size(3);
-  params.x = x.const_data_ptr();
   params.out = out.mutable_data_ptr();
+  params.x = x.const_data_ptr();
   params.x_strides = strides(x);
   params.out_strides = strides(out);
   params.freqs = rows.const_data_ptr();
@@ -371,16 +446,26 @@ void rope_out(const Tensor& x, const Tensor& freqs, bool conjugate, const Tensor
   run_rope(params, x);
 }
 
-void check_forward(const Tensor& q, const Tensor& k, const Tensor& v, at::IntArrayRef segments,
-                   const OptionalTensor& key_padding_mask, double dropout_p) {
-  check_inputs(q, k, v, key_padding_mask, dropout_p);
-  checked_schedule(segments, q, k);
+void check_forward(const Tensor& q, const Tensor& k, const Tensor& v, c10::SymIntArrayRef segments,
+                   double softmax_scale, const OptionalTensor& key_padding_mask, double dropout_p,
+                   const OptionalTensor& dropout_seed) {
+  check_inputs(q, k, v, softmax_scale, key_padding_mask, dropout_p, dropout_seed);
+  const auto numbers = c10::asIntArrayRefSlowOpt(segments);
+  if (numbers && !has_symbolic_sizes({&q, &k})) checked_schedule(*numbers, q, k);
+}
+
+void check_backward(const Tensor& dout, const OptionalTensor& dlse, const Tensor& q, const Tensor& k, const Tensor& v,
+                    const Tensor& out, const Tensor& lse, c10::SymIntArrayRef segments, double softmax_scale,
+                    const OptionalTensor& key_padding_mask, double dropout_p, const OptionalTensor& dropout_seed,
+                    at::TensorList grads) {
+  check_forward(q, k, v, segments, softmax_scale, key_padding_mask, dropout_p, dropout_seed);
+  check_gradients(dout, dlse, q, k, v, out, lse, grads);
 }
 
 std::pair<std::string, std::string> cuda_kernel(at::ScalarType dtype, int64_t head_dim, int64_t head_dim_v, int device,
                                                 bool backward) {
 #ifdef MIXED_ATTENTION_WITH_CUDA
-  const cuda::Problem problem{to_dtype(dtype), head_dim, head_dim_v, device};
+  const cuda::Problem problem{to_dtype("dtype", dtype), head_dim, head_dim_v, device};
   const cuda::Choice choice = backward ? cuda::choose_bwd(problem) : cuda::choose_fwd(problem);
   switch (choice.family) {
     case cuda::Choice::Family::kNone: return {"none", choice.why};
@@ -397,7 +482,7 @@ std::tuple<int, int, int, int64_t, int, int64_t> cuda_layout(at::ScalarType dtyp
   const auto [batch_size, num_heads, seqlen_q, seqlen_k, head_dim, head_dim_v] = shape;
   const Schedule schedule = make_schedule(segments.data(), segments.size(), seqlen_q, seqlen_k);
   BwdParams params{};
-  params.dtype = to_dtype(dtype);
+  params.dtype = to_dtype("dtype", dtype);
   params.batch_size = batch_size;
   params.num_heads = num_heads;
   params.seqlen_q = seqlen_q;

@@ -20,7 +20,7 @@ std::tuple<at::Tensor, at::Tensor, at::Tensor> backward(
     const at::Tensor& v, const at::Tensor& out, const at::Tensor& lse, at::IntArrayRef segments, double softmax_scale,
     const std::optional<at::Tensor>& key_padding_mask, double dropout_p, const std::optional<at::Tensor>& dropout_seed);
 
-// The same, into tensors of the caller's: slices of one packed gradient, say.
+// The same, into tensors of the caller's: slices of one packed gradient, say. They share memory with nothing else.
 void backward_out(const at::Tensor& dout, const std::optional<at::Tensor>& dlse, const at::Tensor& q,
                   const at::Tensor& k, const at::Tensor& v, const at::Tensor& out, const at::Tensor& lse,
                   at::IntArrayRef segments, double softmax_scale, const std::optional<at::Tensor>& key_padding_mask,
@@ -35,12 +35,20 @@ bool backward_in_place(const at::Tensor& dout, const std::optional<at::Tensor>& 
                        const std::optional<at::Tensor>& key_padding_mask, double dropout_p,
                        const std::optional<at::Tensor>& dropout_seed, bool may_overwrite_out);
 
-// Multiplies channel pairs by freqs, or its conjugate, into out; out may be x itself.
+// Multiplies channel pairs by freqs, or its conjugate, into out; out may be x itself, or shares no memory with it.
 void rope_out(const at::Tensor& x, const at::Tensor& freqs, bool conjugate, const at::Tensor& out);
 
-// Throws what forward would throw, without computing: for the paths that do not reach a kernel.
-void check_forward(const at::Tensor& q, const at::Tensor& k, const at::Tensor& v, at::IntArrayRef segments,
-                   const std::optional<at::Tensor>& key_padding_mask, double dropout_p);
+// Throw what the operators would throw, without computing and without a look at memory: for the paths that do not reach
+// a kernel. What depends on symbolic sizes is left to the kernels. grads: dq, dk and dv, or none.
+void check_forward(const at::Tensor& q, const at::Tensor& k, const at::Tensor& v, c10::SymIntArrayRef segments,
+                   double softmax_scale, const std::optional<at::Tensor>& key_padding_mask, double dropout_p,
+                   const std::optional<at::Tensor>& dropout_seed);
+void check_backward(const at::Tensor& dout, const std::optional<at::Tensor>& dlse, const at::Tensor& q,
+                    const at::Tensor& k, const at::Tensor& v, const at::Tensor& out, const at::Tensor& lse,
+                    c10::SymIntArrayRef segments, double softmax_scale,
+                    const std::optional<at::Tensor>& key_padding_mask, double dropout_p,
+                    const std::optional<at::Tensor>& dropout_seed, at::TensorList grads);
+void check_rope(const at::Tensor& x, const at::Tensor& freqs, const at::Tensor& out);
 
 // Family of the CUDA kernels that serves a problem, "portable", "hopper" or "none", and why no faster one does.
 std::pair<std::string, std::string> cuda_kernel(at::ScalarType dtype, int64_t head_dim, int64_t head_dim_v, int device,

@@ -11,8 +11,32 @@ def cuda_layout(
     dtype: dtype, shape: tuple[int, int, int, int, int, int], segments: Sequence[int], device: int, backward: bool
 ) -> tuple[int, int, int, int, int, int]: ...
 def check_forward(
-    q: Tensor, k: Tensor, v: Tensor, segments: Sequence[int], key_padding_mask: Tensor | None, dropout_p: float
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    segments: Sequence[int],
+    softmax_scale: float,
+    key_padding_mask: Tensor | None,
+    dropout_p: float,
+    dropout_seed: Tensor | None,
 ) -> None: ...
+def check_backward(
+    dout: Tensor,
+    dlse: Tensor | None,
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    out: Tensor,
+    lse: Tensor,
+    segments: Sequence[int],
+    softmax_scale: float,
+    key_padding_mask: Tensor | None,
+    dropout_p: float,
+    dropout_seed: Tensor | None,
+    grads: Sequence[Tensor],
+) -> None: ...
+def check_dense(name: str, tensor: Tensor) -> None: ...
+def check_rope(x: Tensor, freqs: Tensor, out: Tensor) -> None: ...
 
 class ProjectedPart:
     def __init__(self, row_begin: int, row_end: int, tokens: Sequence[tuple[int, int]] | None) -> None: ...

@@ -12,6 +12,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from mixed_attention.autocast import autocast_dtype
 from mixed_attention.plan import AttentionPlan
 
 KVEntry = dict[str, Tensor]
@@ -72,7 +73,7 @@ def read_entry(name: str, entry: Mapping[str, Any], q: Tensor) -> tuple[Tensor, 
         if not isinstance(entry, Mapping) or not isinstance(entry.get(which), Tensor):
             raise ValueError(f"kv_cache entry {name!r}: expected a dict with the tensors 'k' and 'v'")
     k, v = entry["k"], entry["v"]
-    if torch.is_autocast_enabled(q.device.type):
+    if autocast_dtype(q.device.type) is not None:
         k, v = (t.to(q.dtype) if t.dtype == torch.float32 else t for t in (k, v))
     for which, tensor in (("k", k), ("v", v)):
         if tensor.ndim != 4:

@@ -13,13 +13,16 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Sequence
 from functools import cache
-from typing import Literal, NamedTuple, overload
+from numbers import Real
+from typing import Any, Literal, NamedTuple, overload
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 from torch.autograd import forward_ad
+from torch.utils._device import DeviceContext
 
 from mixed_attention import reference
+from mixed_attention.autocast import autocast_dtype
 from mixed_attention.plan import AttentionPlan, QuerySegment
 
 try:
@@ -131,6 +134,20 @@ def has_kernels(device_type: str, dtype: torch.dtype) -> bool:
     return torch._C._dispatch_has_kernel_for_dispatch_key("mixed_attention::forward", key)
 
 
+def is_plain(*tensors: Tensor) -> bool:
+    """Whether these are torch's own tensors and nobody intercepts its functions.
+
+    Only then may steps in C++ stand for calls of torch's functions. A mode that says where new tensors are made
+    (``torch.device`` as a context) intercepts nothing of ours.
+    """
+    for tensor in tensors:
+        if type(tensor) is not Tensor and type(tensor) is not nn.Parameter:
+            return False
+    return not torch._C._is_torch_function_mode_enabled() or all(
+        isinstance(mode, DeviceContext) for mode in torch.overrides._get_current_function_mode_stack()
+    )
+
+
 def needs_composite(*tensors: Tensor | None) -> bool:
     """Whether a transform is active that only a composition of framework operators answers rightly."""
     if torch._C._functorch.peek_interpreter_stack() is not None:
@@ -153,7 +170,7 @@ def attention(
     v: Tensor,
     plan: AttentionPlan,
     *,
-    softmax_scale: float | None = ...,
+    softmax_scale: float | Tensor | None = ...,
     key_padding_mask: Tensor | None = ...,
     dropout_p: float = ...,
     return_lse: Literal[False] = ...,
@@ -165,7 +182,7 @@ def attention(
     v: Tensor,
     plan: AttentionPlan,
     *,
-    softmax_scale: float | None = ...,
+    softmax_scale: float | Tensor | None = ...,
     key_padding_mask: Tensor | None = ...,
     dropout_p: float = ...,
     return_lse: Literal[True],
@@ -177,7 +194,7 @@ def attention(
     v: Tensor,
     plan: AttentionPlan,
     *,
-    softmax_scale: float | None = ...,
+    softmax_scale: float | Tensor | None = ...,
     key_padding_mask: Tensor | None = ...,
     dropout_p: float = ...,
     return_lse: bool,
@@ -188,21 +205,26 @@ def attention(
     v: Tensor,
     plan: AttentionPlan,
     *,
-    softmax_scale: float | None = None,
+    softmax_scale: float | Tensor | None = None,
     key_padding_mask: Tensor | None = None,
     dropout_p: float = 0.0,
     return_lse: bool = False,
 ) -> Tensor | tuple[Tensor, Tensor]:
     """Structured attention: every query attends to the keys that the plan gives it, under one softmax.
 
-    The definition is :mod:`mixed_attention.reference`. Differentiable in q, k and v, in any mode and order.
+    The definition is :mod:`mixed_attention.reference`. Differentiable in q, k, v and a scale that is a tensor, in any
+    mode and order. On the meta device, and for fake tensors, it computes shapes; tensor subclasses and modes see
+    ``torch.ops.mixed_attention.forward``.
 
     Args:
         q: Queries ``(B, Nq, H, D)``; fp32, fp64, bf16 or fp16; last dim contiguous, other strides free.
         k: Keys ``(B or 1, Nk, H, D)``, dtype and device of ``q``. With 1, one sequence serves the whole batch.
         v: Values ``(B or 1, Nk, H, Dv)``, likewise.
         plan: The compiled patterns; ``plan.num_queries`` = Nq, ``plan.num_keys`` = Nk.
-        softmax_scale: Factor on the products q·k; default ``D ** -0.5``.
+        softmax_scale: Factor on the products q·k; default ``D ** -0.5``. A number, which must be finite; or a
+            floating-point tensor on the device of ``q``, of shape ``()`` or ``(1,)``, or ``(H,)`` or ``(1, 1, H, 1)``
+            with one for each head, which q is multiplied by and rounded to its dtype (under autocast, to that of the
+            products).
         key_padding_mask: Boolean ``(B or 1, Nk)``, True = real token. Masked keys get no weight from anybody.
         dropout_p: Probability with which an attention weight is dropped, applied whenever it is above 0. Rounded to
             a multiple of 1/65536.
@@ -213,23 +235,85 @@ def attention(
         the scores, ``(B, H, Nq)``, fp32 (fp64 for fp64). A row without keys: out 0, log-sum-exp -inf, gradients 0.
 
     Raises:
-        ValueError: If a rank, shape, dtype, device or probability does not fit, or the plan was made for other sizes.
-        NotImplementedError: If the device has no kernels.
+        TypeError: If an argument is not of the kind that stands above.
+        ValueError: If a rank, shape, dtype, device, scale or probability does not fit, the plan was made for other
+            sizes, or the memory of a tensor was freed.
+        NotImplementedError: If the device has no kernels, or a tensor is not a dense one.
         ImportError: If the compiled part of the package is missing.
     """
     _require_compiled()
-    scale = max(q.shape[-1], 1) ** -0.5 if softmax_scale is None else softmax_scale  # 0 channels are refused below
-    if torch.is_autocast_enabled(q.device.type):
-        dtype = torch.get_autocast_dtype(q.device.type)
+    tensors = (q, k, v) if key_padding_mask is None else (q, k, v, key_padding_mask)
+    by_dispatcher = torch.compiler.is_compiling() or not is_plain(*tensors)
+    if by_dispatcher:
+        check_tensors(**dict(zip(("q", "k", "v", "key_padding_mask"), tensors)))
+    if not isinstance(plan, AttentionPlan):
+        raise TypeError(
+            f"plan: expected an AttentionPlan, got {type(plan).__name__}; "
+            "AttentionPlan.compile(token_specs, attention_patterns) makes one"
+        )
+    dropout_p = _number("dropout_p", dropout_p, "a number")
+    if softmax_scale is None:
+        scale = max(q.size(-1), 1) ** -0.5 if q.dim() == 4 else 1.0  # what does not fit is refused below
+    elif isinstance(softmax_scale, Tensor):
+        q, scale = _scale_queries(q, softmax_scale), 1.0
+    else:
+        scale = _number("softmax_scale", softmax_scale, "a number, a tensor or None")
+    dtype = autocast_dtype(q.device.type)
+    if dtype is not None:
         q, k, v = (t.to(dtype) if t.dtype == torch.float32 else t for t in (q, k, v))
     seed = draw_seed(q.device) if dropout_p > 0 else None
     path: Callable[..., tuple[Tensor, Tensor]]
-    if torch.compiler.is_compiling():
+    if by_dispatcher:
         path = torch.ops.mixed_attention.forward
     else:
         path = _composite if _needs_reference(q, k, v) else _C.attend
     out, lse = path(q, k, v, plan.flat(), scale, key_padding_mask, dropout_p, seed)
     return (out, lse) if return_lse else out
+
+
+def check_tensors(**arguments: Any) -> None:
+    """Checks that arguments are dense tensors.
+
+    Raises:
+        TypeError: If one is no tensor.
+        NotImplementedError: If one is sparse, quantized or nested.
+    """
+    for name, value in arguments.items():
+        if not isinstance(value, Tensor):
+            raise TypeError(f"{name}: expected a tensor, got {type(value).__name__}")
+        if _C is not None and not torch.compiler.is_compiling():
+            _C.check_dense(name, value)
+
+
+def _number(name: str, value: Any, expected: str) -> Any:
+    if isinstance(value, (float, int, torch.SymFloat, torch.SymInt)):
+        return value
+    if isinstance(value, Real):  # numpy's
+        return float(value)
+    raise TypeError(f"{name}: expected {expected}, got {type(value).__name__}")
+
+
+_DTYPES = (torch.float32, torch.float64, torch.bfloat16, torch.float16)
+
+
+def _scale_queries(q: Tensor, scale: Tensor) -> Tensor:
+    """Queries whose products with keys need no scale any more."""
+    check_tensors(q=q, softmax_scale=scale)
+    if scale.dtype not in _DTYPES:
+        raise ValueError(f"softmax_scale: expected dtype float32, float64, bfloat16 or float16, got {scale.dtype}")
+    if scale.device != q.device:
+        raise ValueError(f"softmax_scale: expected device {q.device} like q, got {scale.device}")
+    if q.dtype not in _DTYPES or q.dim() != 4:  # refused behind this
+        return q
+    shape, num_heads = tuple(scale.shape), q.size(2)
+    if shape == (num_heads,):
+        scale = scale.reshape(num_heads, 1)
+    elif shape not in ((), (1,), (1, 1, num_heads, 1)):
+        raise ValueError(
+            f"softmax_scale: expected shape () or (1,), or ({num_heads},) or (1, 1, {num_heads}, 1) "
+            f"with one for each head, got {shape}"
+        )
+    return (q * scale).to(q.dtype)
 
 
 def rotate(x: Tensor, freqs: Tensor, *, conjugate: bool = False) -> Tensor:
@@ -247,19 +331,28 @@ def rotate(x: Tensor, freqs: Tensor, *, conjugate: bool = False) -> Tensor:
         A new tensor, shape and dtype of ``x``.
 
     Raises:
-        ValueError: If a shape or device does not fit.
+        TypeError: If one is not a tensor.
+        ValueError: If a shape, dtype or device does not fit.
+        NotImplementedError: If a tensor is not a dense one.
         ImportError: If the compiled part of the package is missing.
     """
-    pairs = real_freqs(freqs, x.dtype)
-    if torch.compiler.is_compiling() or needs_composite(x, pairs):
-        return rotate_composite(x, pairs, conjugate)
+    check_tensors(freqs=freqs)  # of x apply_rope has asked
+    if freqs.device != x.device:
+        raise ValueError(f"freqs: expected device {x.device} like x, got {freqs.device}")
+    if torch.compiler.is_compiling():
+        return rotate_composite(x, real_freqs(freqs, x.dtype), conjugate)
     _require_compiled()
+    pairs = real_freqs(freqs, x.dtype)
+    if not is_plain(x, pairs) or needs_composite(x, pairs):
+        _C.check_rope(x, pairs, x)
+        return rotate_composite(x, pairs, conjugate)
     return _Rotate.apply(x, pairs, conjugate)
 
 
 def real_freqs(freqs: Tensor, dtype: torch.dtype) -> Tensor:
     """Complex frequencies as the kernels take them: ``(…, 2)`` in fp32, or in fp64 where x has that dtype."""
-    return torch.view_as_real(freqs.to(torch.complex128 if dtype == torch.float64 else torch.complex64))
+    freqs = freqs.to(torch.complex128 if dtype == torch.float64 else torch.complex64)
+    return torch.view_as_real(freqs.resolve_conj())
 
 
 def draw_seed(device: torch.device) -> Tensor:
@@ -351,8 +444,7 @@ def set_backward_composite(composite: Callable[..., list[Tensor | None]]) -> Non
 
 
 def _composite(q, k, v, segments, scale, key_padding_mask, dropout_p, seed):
-    if not any(isinstance(n, torch.SymInt) for n in (*segments, *q.shape, *k.shape, *v.shape)):
-        _C.check_forward(q, k, v, segments, key_padding_mask, dropout_p)
+    _C.check_forward(q, k, v, segments, scale, key_padding_mask, dropout_p, seed)
     out, lse = reference.attend(q, k, v, query_segments(segments), scale, key_padding_mask, dropout_p, seed)
     return out, lse if q.dtype == torch.float64 else lse.float()
 
@@ -455,24 +547,34 @@ def _freqs_grad(x: Tensor, dout: Tensor, pairs: Tensor, conjugate: bool) -> Tens
 if _C is not None:
     _C.set_attention_composite(_attention_composite)
 
+    # On meta and for fake tensors the operators check what the kernels check, but for memory and symbolic sizes.
+
     @torch.library.register_fake("mixed_attention::forward")
     def _forward_fake(q, k, v, segments, softmax_scale, key_padding_mask=None, dropout_p=0.0, dropout_seed=None):
+        _C.check_forward(q, k, v, segments, softmax_scale, key_padding_mask, dropout_p, dropout_seed)
         batch_size, seqlen_q, num_heads, _ = q.shape
         lse_dtype = torch.float64 if q.dtype == torch.float64 else torch.float32
         out = q.new_empty((batch_size, seqlen_q, num_heads, v.shape[-1]))
         return out, q.new_empty((batch_size, num_heads, seqlen_q), dtype=lse_dtype)
 
     @torch.library.register_fake("mixed_attention::backward")
-    def _backward_fake(dout, dlse, q, k, v, out, lse, segments, softmax_scale, *_):
+    def _backward_fake(
+        dout, dlse, q, k, v, out, lse, segments, softmax_scale, mask=None, dropout_p=0.0, dropout_seed=None
+    ):
+        arguments = dout, dlse, q, k, v, out, lse, segments, softmax_scale, mask, dropout_p, dropout_seed
+        _C.check_backward(*arguments, [])
         return q.new_empty(q.shape), k.new_empty(k.shape), v.new_empty(v.shape)
 
     @torch.library.register_fake("mixed_attention::backward_out")
-    def _backward_out_fake(*_):
-        return None
+    def _backward_out_fake(
+        dout, dlse, q, k, v, out, lse, segments, softmax_scale, mask, dropout_p, dropout_seed, dq, dk, dv
+    ):
+        arguments = dout, dlse, q, k, v, out, lse, segments, softmax_scale, mask, dropout_p, dropout_seed
+        _C.check_backward(*arguments, [dq, dk, dv])
 
     @torch.library.register_fake("mixed_attention::rope_out")
     def _rope_out_fake(x, freqs, conjugate, out):
-        return None
+        _C.check_rope(x, freqs, out)
 
     _library = torch.library.Library("mixed_attention", "IMPL")  # holds the registration as long as it lives
     _library.impl("forward", _forward, "Autograd")

@@ -109,7 +109,8 @@ def _may_run_in_place(parts: Sequence[Packed]) -> bool:
             return False
         if part.freqs is not None and (isinstance(part.freqs, tuple) or part.freqs.requires_grad):
             return False
-        if ops.needs_composite(part.buffer, part.freqs):
+        tensors = (part.buffer,) if part.freqs is None else (part.buffer, part.freqs)
+        if not ops.is_plain(*tensors) or ops.needs_composite(*tensors):
             return False
     return True
 

@@ -19,6 +19,7 @@ from torch._subclasses.functional_tensor import FunctionalTensor
 from torch.utils._device import DeviceContext
 
 from mixed_attention import ops
+from mixed_attention.autocast import autocast_dtype
 
 Runs = tuple[tuple[int, bool], ...]
 """Neighbouring tokens: how many, and whether they are taken; they add up to the sequence."""
@@ -117,8 +118,9 @@ def project(x: Tensor, weight: Tensor, bias: Tensor | None, parts: Sequence[Part
     products = _project_in_one_step(x, weight, bias, parts)
     if products is not None:
         return products
-    if torch.is_autocast_enabled(x.device.type) and x.dtype == torch.float32 and len(parts) > 1:
-        x = x.to(torch.get_autocast_dtype(x.device.type))  # once for all
+    by_autocast = autocast_dtype(x.device.type)
+    if by_autocast is not None and x.dtype == torch.float32 and len(parts) > 1:
+        x = x.to(by_autocast)  # once for all
     # NOTE: rank 2 in, so that the product is no view and can be overwritten without a copy of its gradient.
     seen = (take(x, part.runs).flatten(0, 1) for part in parts)
     biases = [None] * len(parts) if bias is None else _split(bias, parts)
@@ -164,13 +166,15 @@ def _project_in_one_step(x: Tensor, weight: Tensor, bias: Tensor | None, parts: 
 def _dtype_of_product(tensors: Sequence[Tensor]) -> torch.dtype | None:
     """What plain tensors of one device are multiplied in: the dtype of all, or autocast's; else None."""
     first = tensors[0]
-    by_autocast = torch.is_autocast_enabled(first.device.type)
+    by_autocast = autocast_dtype(first.device.type)
+    if not ops.is_plain(*tensors):
+        return None
     for tensor in tensors:
-        if type(tensor) not in (Tensor, nn.Parameter) or tensor.device != first.device:
+        if tensor.device != first.device:
             return None
-        if tensor.dtype not in _AUTOCAST_FROM if by_autocast else tensor.dtype != first.dtype:
+        if tensor.dtype != first.dtype if by_autocast is None else tensor.dtype not in _AUTOCAST_FROM:
             return None
-    return torch.get_autocast_dtype(first.device.type) if by_autocast else first.dtype
+    return by_autocast or first.dtype
 
 
 def taken_ranges(runs: Runs) -> list[tuple[int, int]]:

@@ -9,7 +9,8 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from mixed_attention.ops import rotate
+from mixed_attention.autocast import without_autocast
+from mixed_attention.ops import check_tensors, rotate
 from mixed_attention.spec import RopeFrequencyConfig
 
 
@@ -30,6 +31,7 @@ def apply_rope(x: Tensor, freqs: Tensor | tuple[Tensor, ...]) -> Tensor:
         A new tensor, shape and dtype of ``x``.
 
     Raises:
+        TypeError: If ``x`` is no tensor.
         AssertionError: If ``freqs`` is neither a complex tensor of rank 3 nor a tuple of real ones, or the slices of
             the legacy form are wider than the head.
         RuntimeError: If D is odd, or a size of ``freqs`` does not match ``x``.
@@ -37,6 +39,7 @@ def apply_rope(x: Tensor, freqs: Tensor | tuple[Tensor, ...]) -> Tensor:
     Warns:
         UserWarning: If angles come in 16 bits, in which they are off by up to whole radians.
     """
+    check_tensors(x=x)
     if isinstance(freqs, tuple):
         _warn_of_16_bits("freqs: angles", freqs, stacklevel=3)
         return _rotate_halves(x, freqs)
@@ -246,7 +249,7 @@ class RopeFrequency(nn.Module):
             raise AssertionError(f"coords: expected {self.input_dim} axes in the last dim, got {tuple(coords.shape)}")
         _warn_of_16_bits("coords", [coords], stacklevel=5)  # the two before the user's place are those of nn.Module
         omega = self._checked(self.omega)
-        with torch.autocast(coords.device.type, enabled=False):
+        with without_autocast(coords.device.type):
             angles = coords.float().unsqueeze(-1) * omega
             if self.implementation == "real":
                 return self._angles_per_axis(angles)
