@@ -351,7 +351,7 @@ def judge_every_number(actual: Results, inputs: Inputs, *, exact_scores: bool = 
         torch_error = torch.where(is_finite, (torchs.double() - expected).abs(), 0).amax(others, True)
         smallest = torch.finfo(got.dtype).smallest_normal  # below it kernels may round to zero
         one_rounding = torch.where(is_finite & off.isfinite(), off, 0).amax(others, True)
-        bound = (one_rounding if exact_scores else 2 * torch_error + one_rounding) + smallest
+        bound = 2 * torch_error + one_rounding + smallest
         wrong = error > bound
         if wrong.any():
             place = tuple(int(i) for i in torch.unravel_index((error / bound).argmax(), error.shape))

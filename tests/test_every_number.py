@@ -52,11 +52,12 @@ def logits(dtype: torch.dtype) -> list[float]:
     return [1e2, 1e4, 1e6, 1e7, 1e8, 1e10, 1e20, 1e30, 1e37]
 
 
-def huge(case: Case, device: torch.device, aligned: bool) -> Inputs:
+def huge(case: Case, device: torch.device, aligned: bool) -> tuple[Inputs, Tensor]:
     """Queries and keys whose scores have a magnitude a head.
 
     Rows whose greatest score is not above the others by more than these are off by get no gradient: nobody can tell
-    their weights. With `aligned` each query is near one of its keys, which makes such rows rare.
+    their weights. With `aligned` each query is near one of its keys, which makes such rows rare. Second, ``(B, H, Nq)``:
+    the other rows.
     """
     sizes = logits(case.dtype)
     inputs = make_inputs(case.with_(num_heads=len(sizes)), device)
@@ -65,7 +66,7 @@ def huge(case: Case, device: torch.device, aligned: bool) -> Inputs:
     with torch.no_grad():
         if aligned:
             partner = inputs.weights[0].argmax(-1) + torch.arange(len(q[0]), device=device) % SIZES[0]
-            q.copy_(k[:, partner] + q / 8)
+            q.copy_(k[:, partner].nan_to_num(0, 0, 0) + q / 8)
             if case.scale < 0:
                 q.neg_()
         for t in (q, k):
@@ -217,8 +218,8 @@ def test_values_up_to_the_largest(dtype: torch.dtype, path: Path, device: torch.
     results = path(inputs)
     exact, rounding = oracle(inputs)
     assert results.out.isfinite().all()
-    off = (results.out.double() - exact.out).abs()
-    assert (off <= rounding.out + 2 * torch.finfo(dtype).eps * exact.out.abs()).all()
+    off = (results.out.double() - exact.out).abs().amax((0, 1, 3))
+    assert (off <= 2 * rounding.out.amax((0, 1, 3))).all(), off / exact.out.abs().amax((0, 1, 3))
     assert results.dv.isfinite().all()
 
 
