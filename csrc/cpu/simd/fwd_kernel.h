@@ -33,9 +33,9 @@ struct ScoreScale {
   explicit ScoreScale(double softmax_scale) : query(scale_sign<Acc>(softmax_scale)) {
     double rest = std::abs(softmax_scale);
     if constexpr (kTerms<F> == 1) {  // pairs of bf16 are packed as they are
-      int exponent = 0;
-      if (rest < 1) rest = std::frexp(rest, &exponent);
-      query *= static_cast<Acc>(rest == 0 ? 0 : std::ldexp(1.0, exponent));
+      int exponent = 1;
+      if (rest < 1) rest = 2 * std::frexp(rest, &exponent);  // 1 to 2, or 0
+      query *= static_cast<Acc>(rest == 0 ? 0 : std::ldexp(0.5, exponent));
       if (rest == 0) rest = 1;
     }
     constexpr double kLowest = std::numeric_limits<Acc>::min(), kLargest = std::numeric_limits<Acc>::max();
