@@ -88,8 +88,8 @@ def attend(
         s_max = s.detach().amax(-1, keepdim=True).clamp(min=torch.finfo(s.dtype).min) if s.shape[-1] else 0.0
         p = torch.exp(s - s_max)
         p_sum = p.sum(-1, keepdim=True)
-        # The greatest score has a weight of 1: the sum is 0 only where there is no score above -inf. Not "> 0": a NaN that
-        # a query may see must show.
+        # The greatest score has a weight of 1: the sum is 0 only where there is no score above -inf. Not "> 0": a NaN
+        # that a query may see must show.
         has_scores = p_sum != 0
         p_sum = torch.where(has_scores, p_sum, 1)
         p = p / p_sum

@@ -107,8 +107,8 @@ std::vector<FwdTask> tasks_to_measure(const BwdParams& params) {
 // What weights of rows with a large log-sum-exp are relative to: for each row of a call a maximum, then for each the
 // logarithm of a sum. Only these are written; nothing is there without such rows.
 AlignedMemory measure_rows(const BwdParams& params, const AttentionKernels& kernels, int64_t num_rows) {
-  const std::vector<FwdTask> tasks = params.dtype == DType::kFloat64 ? tasks_to_measure<double>(params)
-                                                                     : tasks_to_measure<float>(params);
+  const std::vector<FwdTask> tasks =
+      params.dtype == DType::kFloat64 ? tasks_to_measure<double>(params) : tasks_to_measure<float>(params);
   if (tasks.empty()) return nullptr;
   const int64_t size = num_rows * accumulator_size(params.dtype);
   AlignedMemory rows = allocate(2 * size);
@@ -142,7 +142,8 @@ void run_bwd(const BwdParams& params) {
                 });
   for (const Range& rows : plan.unvisited) zero_rows(params, rows);
 
-  BwdShared shared{delta.get(), params.dq, params.dq_strides, nullptr, nullptr, nullptr, plan.tiles_per_head, wait_until};
+  BwdShared shared{delta.get(), params.dq, params.dq_strides,   nullptr,
+                   nullptr,     nullptr,   plan.tiles_per_head, wait_until};
   if (measured) {
     shared.row_max = measured.get();
     shared.row_log2_sum = measured.get() + num_rows * accumulator_size(params.dtype);

@@ -20,8 +20,8 @@ inline constexpr int64_t kBwdBlockM = 96, kBwdBlockN = 192;
 
 constexpr int64_t round_up(int64_t value, int64_t multiple) { return (value + multiple - 1) / multiple * multiple; }
 
-// Up to here what the exponents of weights are relative to, to base 2, may be rounded: weights are off by that rounding,
-// which takes eight of their bits at most. Beyond it scores have it subtracted before they are scaled.
+// Up to here what the exponents of weights are relative to, to base 2, may be rounded: weights are off by that
+// rounding, which takes eight of their bits at most. Beyond it scores have it subtracted before they are scaled.
 inline constexpr double kLargestBase = 256;
 
 // Whether the backward measures anew what the weights of a row are relative to. Not without keys, nor where nobody can.

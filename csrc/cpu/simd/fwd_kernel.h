@@ -73,7 +73,8 @@ class FwdTile {
         depth_(depth_of<F>(p.head_dim)),
         width_v_(round_up(p.head_dim_v, kLane)),
         scale_(p.softmax_scale),
-        headroom_(std::numeric_limits<Acc>::max() < kHeadroom / scale_.log2 ? std::numeric_limits<Acc>::max() : kHeadroom / scale_.log2),
+        headroom_(std::numeric_limits<Acc>::max() < kHeadroom / scale_.log2 ? std::numeric_limits<Acc>::max()
+                                                                            : kHeadroom / scale_.log2),
         dropout_(p) {
     Scratch scratch(memory);
     q_ = scratch.take<F>(padded_rows_ * depth_);
@@ -163,8 +164,8 @@ class FwdTile {
     for (int64_t i = 0; i < kRows; ++i) {
       Acc* s = s_ + i * kFwdBlockN;
       F* p = p_tile_ + i * kFwdBlockN / kTerms<F>;
-      kValues && p_.dropout_p > 0 ? softmax<true>(first + i, s, count, columns, p)
-                                  : softmax<false>(first + i, s, count, columns, p);
+      kValues&& p_.dropout_p > 0 ? softmax<true>(first + i, s, count, columns, p)
+                                 : softmax<false>(first + i, s, count, columns, p);
     }
     if constexpr (!kValues) return;
     gemm<Update::kAdd>(kRows, width_v_, depth_of<F>(count), Operand<F>{p_tile_, kFwdBlockN / kTerms<F>, 1}, v_,
@@ -225,8 +226,7 @@ class FwdTile {
 
   void raise_max(int64_t row, V tile_max) {
     const Base before = base_of(max_[row]), after = base_of(max_[row] = reduce_max<Acc>(tile_max));
-    const Acc change =
-        std::fma(scale_.log2, before.subtracted - after.subtracted, before.scaled - after.scaled);
+    const Acc change = std::fma(scale_.log2, before.subtracted - after.subtracted, before.scaled - after.scaled);
     const V factor = exp2<Acc>(broadcast(change < 0 ? change : Acc(0)));
     store(sum_ + row * kLane, load(sum_ + row * kLane) * factor);
     Acc* out = out_ + row * width_v_;
@@ -259,7 +259,8 @@ class FwdTile {
 
   // In fp64, for no digit of the result shall be lost on the way.
   Acc lse_of(int64_t row, Acc sum) const {
-    return static_cast<Acc>((static_cast<double>(scale_.log2) * max_[row] + std::log2(static_cast<double>(sum))) * kLn2);
+    return static_cast<Acc>((static_cast<double>(scale_.log2) * max_[row] + std::log2(static_cast<double>(sum))) *
+                            kLn2);
   }
 
   bool is_finite(const Acc* row, Acc scale) const {
@@ -275,7 +276,8 @@ class FwdTile {
       if (stored - stored == 0) continue;
       Acc mean = in[i] * inverse;
       // A mean of finite numbers is not above the largest of them, but for its roundings.
-      if (in[i] - in[i] == 0 && p_.dropout_p == 0) mean = mean > kLargest ? kLargest : mean < -kLargest ? -kLargest : mean;
+      if (in[i] - in[i] == 0 && p_.dropout_p == 0)
+        mean = mean > kLargest ? kLargest : mean < -kLargest ? -kLargest : mean;
       from_accumulator(mean, out[i]);
     }
   }
