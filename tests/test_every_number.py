@@ -54,8 +54,8 @@ def huge(case: Case, device: torch.device, aligned: bool) -> tuple[Inputs, Tenso
     """Queries and keys whose scores have a magnitude a head.
 
     Rows whose greatest score is not above the others by more than these are off by get no gradient: nobody can tell
-    their weights. With `aligned` each query is near one of its keys, which makes such rows rare. Second, the other rows,
-    ``(B, H, Nq)``.
+    their weights. With `aligned` each query is near one of its keys, which makes such rows rare. Second, the
+    other rows, ``(B, H, Nq)``.
     """
     sizes = logits(case.dtype)
     inputs = make_inputs(case.with_(num_heads=len(sizes)), device)
