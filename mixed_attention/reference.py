@@ -3,8 +3,8 @@
 For a query row ``i`` of a segment with listed keys ``j`` (ranges in order, a range listed twice visited twice)::
 
     s_ij  = softmax_scale * <q_i, k_j>          for keys that the padding mask leaves, else absent
-    lse_i = log sum_j exp(s_ij)                 -inf where no key is left
-    p_ij  = exp(s_ij - lse_i)
+    lse_i = log sum_j exp(s_ij)                 -inf where no key is left, or all s_ij are -inf
+    p_ij  = exp(s_ij - lse_i)                   0 there, as in torch's own attention
     out_i = sum_j m_ij p_ij v_j                 0 where no key is left
 
 with ``m_ij = 1`` without dropout, and ``keep_ij / (1 - dropout_p)`` with it (:func:`dropout_keep`).
@@ -59,7 +59,14 @@ def attend(
     dropout_seed: Tensor | None,
 ) -> tuple[Tensor, Tensor]:
     """:func:`attention` over the query segments of a plan; always returns both, out and log-sum-exp."""
+    if torch.amp.is_autocast_available(q.device.type) and torch.is_autocast_enabled(q.device.type):
+        with torch.autocast(q.device.type, enabled=False):
+            return attend(q, k, v, query_segments, softmax_scale, key_padding_mask, dropout_p, dropout_seed)
     batch_size, _, num_heads, _ = q.shape
+    dtype = q.dtype
+    if dtype in (torch.float16, torch.bfloat16):
+        # As the kernels do: 16 bits would not hold large scores, nor tell one from another.
+        q, k, v = q.float(), k.float(), v.float()
     k, v = k.expand(batch_size, -1, -1, -1), v.expand(batch_size, -1, -1, -1)
     if key_padding_mask is not None:
         # Masked keys must not matter even as NaN, neither in the products nor in their derivatives.
@@ -81,8 +88,10 @@ def attend(
         s_max = s.detach().amax(-1, keepdim=True).clamp(min=torch.finfo(s.dtype).min) if s.shape[-1] else 0.0
         p = torch.exp(s - s_max)
         p_sum = p.sum(-1, keepdim=True)
-        has_keys = p_sum != 0  # not "> 0": a NaN that a query may see must show
-        p_sum = torch.where(has_keys, p_sum, 1)
+        # The greatest score has a weight of 1: the sum is 0 only where there is no score above -inf. Not "> 0": a NaN
+        # that a query may see must show.
+        has_scores = p_sum != 0
+        p_sum = torch.where(has_scores, p_sum, 1)
         p = p / p_sum
         if dropout_p > 0:
             if dropout_seed is None:
@@ -90,8 +99,8 @@ def attend(
             keep, keep_probability = dropout_keep(segment, batch_size, num_heads, dropout_p, dropout_seed)
             p = p * keep / keep_probability
         outs.append(torch.einsum("bhqk,bkhd->bqhd", p, v_rows))
-        lses.append(torch.where(has_keys, s_max + torch.log(p_sum), -torch.inf).squeeze(-1))
-    return torch.cat(outs, 1), torch.cat(lses, 2)
+        lses.append(torch.where(has_scores, s_max + torch.log(p_sum), -torch.inf).squeeze(-1))
+    return torch.cat(outs, 1).to(dtype), torch.cat(lses, 2)
 
 
 def dropout_keep(

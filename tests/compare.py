@@ -12,7 +12,7 @@ added.
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, fields
 
@@ -20,6 +20,7 @@ import torch
 import torch.nn.functional as F
 from cases import Case, Inputs, make_inputs
 from torch import Tensor
+from torch.nn.attention import SDPBackend, sdpa_kernel
 
 import mixed_attention as ma
 
@@ -134,8 +135,13 @@ def _largest(tensor: Tensor) -> float:
     return float(tensor.max()) if tensor.numel() else 0.0
 
 
-def oracle(inputs: Inputs) -> tuple[Results, Results]:
-    """Dense attention in fp64 over all pairs, by the multiplicities of the case; and what one rounding makes of it."""
+def oracle(inputs: Inputs, *, exact_scores: bool = False) -> tuple[Results, Results]:
+    """Dense attention in fp64 over all pairs, by the multiplicities of the case; and what one rounding makes of it.
+
+    With `exact_scores` no rounding of the scores counts, and none of a log-sum-exp beyond `LARGE_LSE`, but in the
+    log-sum-exp that is returned. So it is where the products are sums without rounding, or where one score of a row
+    is above all others by more than they can be off: weights are then as exact as of small scores.
+    """
     case, weights = inputs.case, inputs.weights[:, None]  # (B, 1, Nq, Nk)
     visible = inputs.weights.any(1)[:, :, None, None]
     batch = case.batch_size
@@ -164,6 +170,9 @@ def oracle(inputs: Inputs) -> tuple[Results, Results]:
     stored = w + units.lost * 64 / 8
     off_s = _off_sum(case.scale * q, k, units) + u * s.abs()  # summed, and scaled
     log_sum, lse_size = torch.where(has_keys, torch.log(p_sum), 0.0).abs(), torch.where(has_keys, lse, 0.0).abs()
+    off_own_lse = _norm(p * off_s, -1, keepdim=True) + u * lse_size
+    if exact_scores:
+        off_s, lse_size = torch.zeros_like(s), lse_size.clamp(max=LARGE_LSE)
     off_exp = p * torch.sqrt(off_s**2 + units.exponential**2)
     off_lse = _norm(off_exp, -1, keepdim=True) + u * (1 + log_sum + lse_size)  # the sum, its logarithm, their whole
     off_p = torch.sqrt(off_exp**2 + (p * w) ** 2 + (p * units.product) ** 2)  # without what the row shares
@@ -189,12 +198,16 @@ def oracle(inputs: Inputs) -> tuple[Results, Results]:
     )
     rounding = Results(
         rows_first(off_out, inputs.dout),
-        off_lse.squeeze(-1),
+        (off_lse + off_own_lse if exact_scores else off_lse).squeeze(-1),
         rows_first(off_dq, inputs.q),
         rows_first(off_dk, inputs.k),
         rows_first(off_dv, inputs.v),
     )
     return exact, rounding
+
+
+# Up to here the backward may take weights from a log-sum-exp that was rounded, and which they then are off by.
+LARGE_LSE = 2.0**8
 
 
 @dataclass(frozen=True)
@@ -267,7 +280,7 @@ def _largest_difference(got: Tensor, expected: Tensor) -> float:
     return _largest(torch.where(torch.isfinite(expected), (got.double() - expected).abs(), 0.0))
 
 
-def run_torch(inputs: Inputs) -> Results:
+def run_torch(inputs: Inputs, lse_of: Callable[[Tensor], Tensor] = lambda s: s.logsumexp(-1)) -> Results:
     """``scaled_dot_product_attention`` for each sequence and each set of queries that count keys alike.
 
     The log-sum-exp, which torch does not give, and its part of the gradients come from a matrix product and
@@ -286,7 +299,7 @@ def run_torch(inputs: Inputs) -> Results:
             q_rows, k_rows, v_rows = (t.transpose(0, 1)[None] for t in parts)
             o = F.scaled_dot_product_attention(q_rows, k_rows, v_rows, scale=case.scale)
             outputs, grads_in = [o], [inputs.dout[batch_idx, rows].transpose(0, 1)[None]]
-            pattern_lse = (case.scale * (q_rows.to(accumulator) @ k_rows.to(accumulator).mT)).logsumexp(-1)
+            pattern_lse = lse_of(case.scale * (q_rows.to(accumulator) @ k_rows.to(accumulator).mT))
             if inputs.dlse is not None:
                 outputs, grads_in = [*outputs, pattern_lse], [*grads_in, inputs.dlse[batch_idx, :, rows][None]]
             for total, grad in zip(totals, torch.autograd.grad(outputs, (q, k, v), grads_in)):
@@ -294,6 +307,67 @@ def run_torch(inputs: Inputs) -> Results:
             out[batch_idx, rows] = o.detach()[0].transpose(0, 1)
             lse[batch_idx, :, rows] = pattern_lse.detach()[0]
     return Results(out, lse, *totals)
+
+
+def run_math(inputs: Inputs, dtype: torch.dtype) -> Results:
+    """:func:`run_torch` in another dtype, by the composition that torch documents as the meaning of its attention."""
+    q, k, v, dout = (t.detach().to(dtype) for t in (inputs.q, inputs.k, inputs.v, inputs.dout))
+    accumulator = torch.float64 if dtype == torch.float64 else torch.float32
+    dlse = None if inputs.dlse is None else inputs.dlse.to(accumulator)
+    case = inputs.case.with_(dtype=dtype)
+    with sdpa_kernel(SDPBackend.MATH):
+        return run_torch(Inputs(case, q, k, v, inputs.key_padding_mask, dout, dlse, inputs.weights), _stable_lse)
+
+
+def _stable_lse(s: Tensor) -> Tensor:
+    """The log-sum-exp with the derivative of a softmax: torch's own takes it from a rounded result."""
+    largest = s.detach().amax(-1, True).clamp(min=torch.finfo(s.dtype).min)
+    total = (s - largest).exp().sum(-1)
+    has_scores = total != 0
+    return torch.where(has_scores, largest[..., 0] + torch.where(has_scores, total, 1).log(), -torch.inf)
+
+
+def judge_every_number(actual: Results, inputs: Inputs, *, exact_scores: bool = False) -> None:
+    """Holds results against torch's own composition in fp64 where numbers may be anything; head by head.
+
+    A result has to be finite, and right, where it is finite in exact arithmetic and does not overflow in torch's own
+    arithmetic of the same dtype, and not finite where it is in neither. Infinity or NaN is the same here: a weight
+    that is zero after rounding makes a NaN of an infinite value, one that is not an infinity.
+
+    Raises:
+        AssertionError: Naming the tensor, the place and both numbers.
+    """
+    exact, own = run_math(inputs, torch.float64), run_math(inputs, inputs.case.dtype)
+    _, rounding = oracle(inputs, exact_scores=exact_scores)
+    for field in fields(Results):
+        name = field.name
+        got, expected, torchs, off = (getattr(results, name).detach() for results in (actual, exact, own, rounding))
+        assert got.shape == expected.shape, f"{name}: shape {tuple(got.shape)}, expected {tuple(expected.shape)}"
+        assert got.dtype == _dtype(name, inputs), f"{name}: dtype {got.dtype}"
+        is_finite = expected.to(got.dtype).isfinite() & torchs.isfinite()
+        is_not = ~expected.isfinite() & ~torchs.isfinite()
+        for wrong in (is_finite & ~got.isfinite(), is_not & got.isfinite()):
+            if wrong.any():
+                place = tuple(wrong.nonzero()[0].tolist())
+                raise AssertionError(
+                    f"{name}{list(place)} is {got[place]}, expected {expected[place]}, torch's own {torchs[place]}; "
+                    f"{int(wrong.sum())} of {got.numel()} like this; {inputs.case}"
+                )
+        heads = 1 if name == "lse" else 2
+        others = [dim for dim in range(got.ndim) if dim != heads]
+        error = torch.where(is_finite, (got.double() - expected).abs(), 0)
+        torch_error = torch.where(is_finite, (torchs.double() - expected).abs(), 0).amax(others, True)
+        smallest = torch.finfo(got.dtype).smallest_normal  # below it kernels may round to zero
+        one_rounding = torch.where(is_finite & off.isfinite(), off, 0).amax(others, True)
+        bound = 2 * (torch_error + one_rounding) + smallest  # twice too: of a head there may be few numbers
+        wrong = error > bound
+        if wrong.any():
+            place = tuple(int(i) for i in torch.unravel_index((error / bound).argmax(), error.shape))
+            raise AssertionError(
+                f"{name}{list(place)} is {got[place]:.9g}, expected {expected[place]:.9g}, torch's own "
+                f"{torchs[place]:.9g}, allowed {float(bound.expand_as(error)[place]):.3g}; "
+                f"{int(wrong.sum())} of {got.numel()} like this; {inputs.case}"
+            )
 
 
 def _patterns(weights: Tensor) -> list[tuple[Tensor, Tensor]]:

@@ -84,6 +84,42 @@ void zero_rows(const BwdParams& params, Range rows) {
   }
 }
 
+// The tiles of query rows, as the backward visits them, with a row whose log-sum-exp is large.
+template <class Acc>
+std::vector<FwdTask> tasks_to_measure(const BwdParams& params) {
+  std::vector<FwdTask> tasks;
+  const Acc* lse = static_cast<const Acc*>(params.lse);
+  for (int64_t batch = 0; batch < params.batch_size; ++batch) {
+    for (int64_t head = 0; head < params.num_heads; ++head, lse += params.seqlen_q) {
+      for (const QuerySegment& segment : params.schedule->query_segments) {
+        for (int64_t begin = segment.rows.begin; begin < segment.rows.end; begin += kBwdBlockM) {
+          const Range rows{begin, std::min(begin + kBwdBlockM, segment.rows.end)};
+          if (std::any_of(lse + rows.begin, lse + rows.end, is_large_lse)) {
+            tasks.push_back({batch, head, rows, segment.keys.data(), static_cast<int64_t>(segment.keys.size()), 0});
+          }
+        }
+      }
+    }
+  }
+  return tasks;
+}
+
+// What weights of rows with a large log-sum-exp are relative to: for each row of a call a maximum, then for each the
+// logarithm of a sum. Only these are written; nothing is there without such rows.
+AlignedMemory measure_rows(const BwdParams& params, const AttentionKernels& kernels, int64_t num_rows) {
+  const std::vector<FwdTask> tasks =
+      params.dtype == DType::kFloat64 ? tasks_to_measure<double>(params) : tasks_to_measure<float>(params);
+  if (tasks.empty()) return nullptr;
+  const int64_t size = num_rows * accumulator_size(params.dtype);
+  AlignedMemory rows = allocate(2 * size);
+  const int64_t num_tasks = static_cast<int64_t>(tasks.size()), operations = num_tasks * kOperationsPerThread;
+  for_each_task(params.parallel_for, num_workers(params, num_tasks, operations), num_tasks,
+                fwd_scratch_size(params, kernels, kBwdBlockM), [&](int64_t index, void* scratch) {
+                  kernels.measure(params, tasks[index], scratch, rows.get(), rows.get() + size);
+                });
+  return rows;
+}
+
 }  // namespace
 
 void run_bwd(const BwdParams& params) {
@@ -92,7 +128,9 @@ void run_bwd(const BwdParams& params) {
   const int64_t batch_heads = params.batch_size * params.num_heads;
   const int64_t operations = params.schedule->num_pairs * batch_heads * 3 * (params.head_dim + params.head_dim_v);
 
-  const AlignedMemory delta = allocate(batch_heads * params.seqlen_q * accumulator_size(params.dtype));
+  const int64_t num_rows = batch_heads * params.seqlen_q;
+  const AlignedMemory measured = measure_rows(params, kernels, num_rows);
+  const AlignedMemory delta = allocate(num_rows * accumulator_size(params.dtype));
   constexpr int64_t kDeltaRows = 1024;
   const int64_t delta_tiles = (params.seqlen_q + kDeltaRows - 1) / kDeltaRows;
   const int64_t num_delta_tasks = batch_heads * delta_tiles;
@@ -104,7 +142,12 @@ void run_bwd(const BwdParams& params) {
                 });
   for (const Range& rows : plan.unvisited) zero_rows(params, rows);
 
-  BwdShared shared{delta.get(), params.dq, params.dq_strides, nullptr, plan.tiles_per_head, wait_until};
+  BwdShared shared{delta.get(), params.dq, params.dq_strides,   nullptr,
+                   nullptr,     nullptr,   plan.tiles_per_head, wait_until};
+  if (measured) {
+    shared.row_max = measured.get();
+    shared.row_log2_sum = measured.get() + num_rows * accumulator_size(params.dtype);
+  }
   const bool is_16_bit = element_size(params.dtype) == 2;
   const int64_t row = params.num_heads * params.head_dim;
   const AlignedMemory dq_acc = allocate(is_16_bit ? params.batch_size * params.seqlen_q * row * 4 : 0);

@@ -20,6 +20,16 @@ inline constexpr int64_t kBwdBlockM = 96, kBwdBlockN = 192;
 
 constexpr int64_t round_up(int64_t value, int64_t multiple) { return (value + multiple - 1) / multiple * multiple; }
 
+// Up to here what the exponents of weights are relative to, to base 2, may be rounded: weights are off by that
+// rounding, which takes eight of their bits at most. Beyond it scores have it subtracted before they are scaled.
+inline constexpr double kLargestBase = 256;
+
+// Whether the backward measures anew what the weights of a row are relative to. Not without keys, nor where nobody can.
+inline bool is_large_lse(double lse) {
+  constexpr double kLargest = kLargestBase * 0.69314718055994530942;
+  return lse > kLargest || (lse < -kLargest && lse - lse == 0);
+}
+
 // Query rows of one segment against all keys of that segment, for one batch and head.
 struct FwdTask {
   int64_t batch, head;
@@ -52,6 +62,9 @@ struct BwdShared {
   const void* delta;  // (batch_size, num_heads, seqlen_q) of Acc: row sums of out * dout, less dlse
   void* dq_acc;       // sums of dq in Acc, with the strides below: dq itself, or scratch for 16-bit types
   Strides dq_acc_strides;
+  // Of rows whose log-sum-exp is large, (batch_size, num_heads, seqlen_q) of Acc: a score, as the products make it, and
+  // log2 of the sum of exp2(scale * (s - max)). Null where there are no such rows.
+  const void *row_max, *row_log2_sum;
   int* progress;  // per (batch, head, query tile): visits that have added their part to dq
   int64_t tiles_per_head;
   void (*wait_until)(const int* progress, int rank);
@@ -62,6 +75,7 @@ struct AttentionKernels {
   int64_t row_block;    // rows of a register block of the matrix products; row counts of tiles are rounded up to it
   int64_t factor_size;  // bytes of an element as the products read it
   void (*fwd)(const FwdParams&, const FwdTask&, void* scratch);
+  void (*measure)(const AttentionParams&, const FwdTask&, void* scratch, void* row_max, void* row_log2_sum);
   void (*delta)(const BwdParams&, int64_t batch, int64_t head, Range rows, void* delta);
   void (*bwd)(const BwdParams&, const BwdShared&, const BwdTask&, void* scratch);
   void (*rope)(const RopeParams&, int64_t batch, Range rows);
@@ -93,7 +107,7 @@ inline int64_t fwd_scratch_size(const AttentionParams& p, const AttentionKernels
 inline int64_t bwd_scratch_size(const AttentionParams& p, const AttentionKernels& kernels) {
   const int64_t d = round_up(p.head_dim, kColumnBlock), dv = round_up(p.head_dim_v, kColumnBlock);
   const int64_t keys = kBwdBlockN * (2 * d + dv + d + dv);
-  const int64_t queries = kBwdBlockM * (2 * (d + dv) + d + 2 + 2 * kBwdBlockN);
+  const int64_t queries = kBwdBlockM * (2 * (d + dv) + d + 3 + 2 * kBwdBlockN);
   const int64_t strips = 3 * kernels.row_block * 4 * kColumnBlock;
   return (keys + queries + strips) * accumulator_size(p.dtype) + kBwdBlockN * 32 + 2048;
 }

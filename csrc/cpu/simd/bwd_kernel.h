@@ -4,6 +4,9 @@
 // order of the tasks, whoever runs them: a task waits until the task before it has added its own. So the sum, bit for
 // bit, does not depend on the number of threads; and as tasks start in order and walk the queries in the same order,
 // they follow each other at a distance of one tile and rarely wait.
+//
+// Weights come from the log-sum-exp. A large one is too coarse for that (kLargestBase); of such rows what they are
+// relative to has been measured anew, by the forward's own products, which make the same scores bit for bit.
 #pragma once
 
 #include "cpu/simd/fwd_kernel.h"
@@ -54,7 +57,7 @@ class BwdTile {
         depth_(depth_of<F>(p.head_dim)),
         depth_v_(depth_of<F>(p.head_dim_v)),
         width_(round_up(p.head_dim, kLane)),
-        scale_log2_(scale_log2<Acc>(p.softmax_scale)),
+        scale_(p.softmax_scale),
         dropout_(p),
         p_tile_(scratch),
         ds_tile_(scratch),
@@ -66,6 +69,7 @@ class BwdTile {
     q_ = scratch.take<F>(kBwdBlockM * depth_);
     dout_ = scratch.take<F>(kBwdBlockM * depth_v_);
     dq_ = scratch.take<Acc>(kBwdBlockM * width_);
+    max_ = scratch.take<Acc>(kBwdBlockM);
     lse_log2_ = scratch.take<Acc>(kBwdBlockM);
     delta_ = scratch.take<Acc>(kBwdBlockM);
     s_ = scratch.take<Acc>(kRows * kStrip);
@@ -131,7 +135,7 @@ class BwdTile {
     const auto dout = rows_of(at(p_.dout, p_.dout_strides, rows.begin), p_.dout_strides.row);
     const Acc sign = scale_sign<Acc>(p_.softmax_scale);
     for (int64_t row = 0; row < padded_rows; ++row) {
-      pack_row(q(row), p_.head_dim, sign, q_ + row * depth_, depth_);
+      pack_row(q(row), p_.head_dim, scale_.query, q_ + row * depth_, depth_);
       pack_row(dout(row), p_.head_dim_v, Acc(1), dout_ + row * depth_v_, depth_v_);
     }
     dk_.pack(padded_rows, sign, q);
@@ -139,10 +143,16 @@ class BwdTile {
     const int64_t first = batch_head_ * p_.seqlen_q + rows.begin;
     for (int64_t row = 0; row < padded_rows; ++row) {
       const bool is_row = row < rows.end - rows.begin;
-      // Rows behind the last have weights of 0.
-      lse_log2_[row] =
-          is_row ? static_cast<Acc>(static_cast<const Acc*>(p_.lse)[first + row] * kLog2E) : static_cast<Acc>(INFINITY);
+      max_[row] = 0;
+      lse_log2_[row] = is_row ? static_cast<Acc>(static_cast<const Acc*>(p_.lse)[first + row] * kLog2E) : Acc(0);
       delta_[row] = is_row ? static_cast<const Acc*>(shared_.delta)[first + row] : Acc(0);
+      if (!is_row || lse_log2_[row] == -static_cast<Acc>(INFINITY)) {
+        // Rows behind the last, and those whose scores are all -inf, have weights of 0.
+        lse_log2_[row] = static_cast<Acc>(INFINITY);
+      } else if (shared_.row_max && is_large_lse(static_cast<const Acc*>(p_.lse)[first + row])) {
+        max_[row] = static_cast<const Acc*>(shared_.row_max)[first + row];
+        lse_log2_[row] = static_cast<const Acc*>(shared_.row_log2_sum)[first + row];
+      }
     }
   }
 
@@ -177,6 +187,12 @@ class BwdTile {
   // Scores and dp of kRows rows and the columns of a strip -> p (times dropout's factors, as dv needs it) and ds.
   template <bool kDropout>
   void differentiate(int64_t first_row, int64_t first_column, int64_t width) {
+    const Acc scale_log2 = scale_.log2;
+    for (int64_t row = 0; row < kRows; ++row) {
+      const Acc max = max_[first_row + row];
+      Acc* s = s_ + row * kStrip;
+      for (int64_t i = 0; i < width && max != 0; i += kLane) store(s + i, load(s + i) - max);
+    }
     for (int64_t row = 0; row < kRows; row += 2) {
       for (int64_t column = 0; column < width; column += 2 * kLane) {
         V p[2][2], ds[2][2];
@@ -184,7 +200,7 @@ class BwdTile {
           const Acc lse_log2 = lse_log2_[first_row + row + i], delta = delta_[first_row + row + i];
           for (int j = 0; j < 2; ++j) {
             const int64_t at = (row + i) * kStrip + column + j * kLane;
-            const V weight = exp2<Acc>(scale_log2_ * load(s_ + at) - lse_log2);
+            const V weight = exp2<Acc>(scale_log2 * load(s_ + at) - lse_log2);
             if constexpr (kDropout) {
               const V kept = load(kept_ + at);
               p[i][j] = kept * weight;
@@ -254,7 +270,7 @@ class BwdTile {
   const BwdShared& shared_;
   const BwdTask& task_;
   const int64_t batch_head_, depth_, depth_v_, width_;
-  const Acc scale_log2_;
+  const ScoreScale<F> scale_;
   const Dropout dropout_;
   WeightTile<F, false> p_tile_;
   WeightTile<F, true> ds_tile_;
@@ -263,10 +279,11 @@ class BwdTile {
   F* k_;             // [keys / kTerms][width]
   F* k_transposed_;  // [depth][kBwdBlockN]
   F* v_transposed_;  // [depth_v][kBwdBlockN]
-  F* q_;             // [rows][depth], with the sign of the softmax scale
+  F* q_;             // [rows][depth], with their part of the softmax scale
   F* dout_;          // [rows][depth_v]
   Acc* dq_;          // [rows][width], this task's part
-  Acc* lse_log2_;    // [rows]
+  Acc* max_;         // [rows], the score that weights are relative to, where the log-sum-exp is large; otherwise 0
+  Acc* lse_log2_;    // [rows], of the scores less max_
   Acc* delta_;       // [rows]
   Acc* s_;           // [kRows][kStrip], scores
   Acc* dp_;          // [kRows][kStrip]

@@ -1,7 +1,8 @@
 // Forward: one tile of query rows against all keys of its segment, by online softmax.
 //
 // Scores are scaled to base 2 where they are read, so that p = exp2(scale * s - base): 16-bit queries are
-// multiplied as they are.
+// multiplied as they are. The base is scale * m for a score m of the row, rounded. Where that rounding is large, m is
+// subtracted first, exactly where it matters: p = exp2(scale * (s - m)).
 #pragma once
 
 #include <cmath>
@@ -22,12 +23,33 @@ Acc scale_sign(double softmax_scale) {
   return softmax_scale < 0 ? Acc(-1) : Acc(1);
 }
 
-// The scale without its sign, to base 2. Never 0: the scores of columns without a key are -inf and have to stay so.
+// How the softmax scale is shared between queries, as they are packed for scores, and scores. Queries take its sign
+// and, of a scale below 1, its power of two: so a product overflows only where the score would.
+template <class F>
+struct ScoreScale {
+  using Acc = SumOf<F>;
+  Acc query, log2;  // the latter is positive, to base 2: scores of columns without a key are -inf and have to stay so
+
+  explicit ScoreScale(double softmax_scale) : query(scale_sign<Acc>(softmax_scale)) {
+    double rest = std::abs(softmax_scale);
+    if constexpr (kTerms<F> == 1) {  // pairs of bf16 are packed as they are
+      int exponent = 1;
+      if (rest < 1) rest = 2 * std::frexp(rest, &exponent);  // 1 to 2, or 0
+      query *= static_cast<Acc>(rest == 0 ? 0 : std::ldexp(0.5, exponent));
+      if (rest == 0) rest = 1;
+    }
+    constexpr double kLowest = std::numeric_limits<Acc>::min(), kLargest = std::numeric_limits<Acc>::max();
+    rest *= kLog2E;
+    log2 = static_cast<Acc>(rest < kLowest ? kLowest : rest > kLargest ? kLargest : rest);
+  }
+};
+
+// What a row's weights are relative to: p = exp2(scale * (s - max)) / 2^log2_sum.
 template <class Acc>
-Acc scale_log2(double softmax_scale) {
-  const Acc scale = static_cast<Acc>(std::abs(softmax_scale) * kLog2E);
-  return scale < std::numeric_limits<Acc>::min() ? std::numeric_limits<Acc>::min() : scale;
-}
+struct RowSums {
+  Acc* max;       // (batch_size, num_heads, seqlen_q)
+  Acc* log2_sum;  // likewise
+};
 
 template <class Element>
 class FwdTile {
@@ -36,24 +58,28 @@ class FwdTile {
   using V = Vec<Acc>;
   static constexpr int kLane = kLanes<Acc>;
   static constexpr int64_t kRows = kRowBlock<F>;  // whose scores are made at a time
-  // How far above the base a score may come before the base is raised to it: weights up to 2^8 are as exact as up to 1,
+  // How far above m a score may come, to base 2, before m is raised to it: weights up to 2^8 are as exact as up to 1,
   // and after its first tile a row hardly ever has to rescale.
   static constexpr Acc kHeadroom = 8;
+  // Weights of at most 2^(8 - 64) keep sums of as many of the largest values as there can be finite.
+  static constexpr Acc kLift = 64;
 
  public:
-  FwdTile(const FwdParams& p, const FwdTask& task, void* memory)
+  FwdTile(const AttentionParams& p, const FwdTask& task, void* memory)
       : p_(p),
         task_(task),
         rows_(task.rows.end - task.rows.begin),
         padded_rows_(round_up(rows_, kRows)),
         depth_(depth_of<F>(p.head_dim)),
         width_v_(round_up(p.head_dim_v, kLane)),
-        scale_log2_(scale_log2<Acc>(p.softmax_scale)),
+        scale_(p.softmax_scale),
+        headroom_(std::numeric_limits<Acc>::max() < kHeadroom / scale_.log2 ? std::numeric_limits<Acc>::max()
+                                                                            : kHeadroom / scale_.log2),
         dropout_(p) {
     Scratch scratch(memory);
     q_ = scratch.take<F>(padded_rows_ * depth_);
     out_ = scratch.take<Acc>(padded_rows_ * width_v_);
-    base_ = scratch.take<Acc>(padded_rows_);
+    max_ = scratch.take<Acc>(padded_rows_);
     sum_ = scratch.take<Acc>(padded_rows_ * kLane);
     k_transposed_ = scratch.take<F>(depth_ * kFwdBlockN);
     v_ = scratch.take<F>(num_factors<F>(kFwdBlockN) * width_v_);
@@ -63,36 +89,65 @@ class FwdTile {
     keys_ = scratch.take<Key>(kFwdBlockN);
   }
 
-  void run() {
+  void run(const FwdParams& p) {
     load_queries();
-    KeyCursor cursor(task_.keys, task_.num_key_ranges, mask_of(p_, task_.batch));
-    while (const int64_t count = cursor.next(keys_, kFwdBlockN)) {
-      load_keys(count);
-      for (int64_t row = 0; row < padded_rows_; row += kRows) attend(row, count);
+    walk_keys<true>();
+    if (!store_rows(p)) return;
+    // Sums of values have overflowed. Their means may not, and come from weights that are small throughout.
+    lift_ = kLift;
+    walk_keys<true>();
+    store_rows(p);
+  }
+
+  // No values, only what the rows' weights are relative to.
+  void measure(RowSums<Acc> result) {
+    load_queries();
+    walk_keys<false>();
+    const int64_t first = (task_.batch * p_.num_heads + task_.head) * p_.seqlen_q + task_.rows.begin;
+    for (int64_t row = 0; row < rows_; ++row) {
+      result.max[first + row] = max_[row];
+      result.log2_sum[first + row] = std::log2(sum_of(row));
     }
-    store_rows();
   }
 
  private:
+  template <bool kValues>
+  void walk_keys() {
+    for (int64_t i = 0; i < padded_rows_ * width_v_; ++i) out_[i] = 0;
+    for (int64_t i = 0; i < padded_rows_; ++i) max_[i] = -static_cast<Acc>(INFINITY);
+    for (int64_t i = 0; i < padded_rows_ * kLane; ++i) sum_[i] = 0;
+    KeyCursor cursor(task_.keys, task_.num_key_ranges, mask_of(p_, task_.batch));
+    while (const int64_t count = cursor.next(keys_, kFwdBlockN)) {
+      load_keys<kValues>(count);
+      for (int64_t row = 0; row < padded_rows_; row += kRows) attend<kValues>(row, count);
+    }
+  }
+
+  // The score up to which m stays. It is finite once m is, so that an infinite one is above it.
+  Acc limit_of(Acc max) const {
+    constexpr Acc kLargest = std::numeric_limits<Acc>::max();
+    const Acc limit = max + headroom_;
+    return limit < kLargest ? limit : kLargest;
+  }
+
   void load_queries() {
     const Element* q = static_cast<const Element*>(p_.q) + task_.batch * p_.q_strides.batch +
                        task_.head * p_.q_strides.head + task_.rows.begin * p_.q_strides.row;
-    const Acc sign = scale_sign<Acc>(p_.softmax_scale);
     for (int64_t row = 0; row < padded_rows_; ++row) {
-      pack_row(row < rows_ ? q + row * p_.q_strides.row : nullptr, p_.head_dim, sign, q_ + row * depth_, depth_);
+      pack_row(row < rows_ ? q + row * p_.q_strides.row : nullptr, p_.head_dim, scale_.query, q_ + row * depth_,
+               depth_);
     }
-    for (int64_t i = 0; i < padded_rows_ * width_v_; ++i) out_[i] = 0;
-    for (int64_t i = 0; i < padded_rows_; ++i) base_[i] = -static_cast<Acc>(INFINITY);
-    for (int64_t i = 0; i < padded_rows_ * kLane; ++i) sum_[i] = 0;
   }
 
+  template <bool kValues>
   void load_keys(int64_t count) {
     const Element* k =
         static_cast<const Element*>(p_.k) + task_.batch * p_.k_strides.batch + task_.head * p_.k_strides.head;
-    const Element* v =
-        static_cast<const Element*>(p_.v) + task_.batch * p_.v_strides.batch + task_.head * p_.v_strides.head;
     pack_columns<Element>(count, p_.head_dim, KeyRows{k, p_.k_strides.row, keys_, count}, k_transposed_,
                           columns_of(count), kFwdBlockN);
+    if constexpr (!kValues) return;
+    const Element* v =
+        static_cast<const Element*>(p_.v) + task_.batch * p_.v_strides.batch + task_.head * p_.v_strides.head;
     pack_rows<Element>(depth_of<F>(count) * kTerms<F>, p_.head_dim_v, Acc(1),
                        KeyRows{v, p_.v_strides.row, keys_, count}, v_, width_v_);
   }
@@ -101,6 +156,7 @@ class FwdTile {
   static int64_t columns_of(int64_t count) { return round_up(count, 2 * kLane); }
 
   // kRows rows from `first` on against the keys of the tile.
+  template <bool kValues>
   void attend(int64_t first, int64_t count) {
     const int64_t columns = columns_of(count);
     gemm<Update::kSet>(kRows, columns, depth_, Operand<F>{q_ + first * depth_, depth_, 1}, k_transposed_, kFwdBlockN,
@@ -108,9 +164,10 @@ class FwdTile {
     for (int64_t i = 0; i < kRows; ++i) {
       Acc* s = s_ + i * kFwdBlockN;
       F* p = p_tile_ + i * kFwdBlockN / kTerms<F>;
-      p_.dropout_p > 0 ? softmax<true>(first + i, s, count, columns, p)
-                       : softmax<false>(first + i, s, count, columns, p);
+      kValues&& p_.dropout_p > 0 ? softmax<true>(first + i, s, count, columns, p)
+                                 : softmax<false>(first + i, s, count, columns, p);
     }
+    if constexpr (!kValues) return;
     gemm<Update::kAdd>(kRows, width_v_, depth_of<F>(count), Operand<F>{p_tile_, kFwdBlockN / kTerms<F>, 1}, v_,
                        width_v_, out_ + first * width_v_, width_v_);
   }
@@ -124,19 +181,22 @@ class FwdTile {
     }
   }
 
-  // Turns a row of scores into weights relative to the row's base, and what was summed so far with it.
+  // Turns a row of scores into weights relative to the row's m, and what was summed so far with it.
   template <bool kDropout>
   void softmax(int64_t row, Acc* s, int64_t count, int64_t columns, F* p) {
     for (int64_t i = count; i < columns; ++i) s[i] = -static_cast<Acc>(INFINITY);
     V tile_max = load(s);
     for (int64_t i = kLane; i < columns; i += kLane) tile_max = max<Acc>(load(s + i), tile_max);
-    if (any_above<Acc>(scale_log2_ * tile_max, base_[row] + kHeadroom)) raise_base(row, tile_max);
+    if (any_above<Acc>(tile_max, limit_of(max_[row]))) raise_max(row, tile_max);
     if constexpr (kDropout) draw_dropout(row, count, columns);
-    const Acc base = base_[row];
+    const Base base = base_of(max_[row]);
+    for (int64_t i = 0; i < columns && base.subtracted != 0; i += kLane) store(s + i, load(s + i) - base.subtracted);
+    const Acc scaled = base.scaled + lift_;
+    const Acc scale_log2 = scale_.log2;
     V sum = load(sum_ + row * kLane);
     for (int64_t i = 0; i < columns; i += 2 * kLane) {
-      V first = exp2<Acc>(scale_log2_ * load(s + i) - base);
-      V second = exp2<Acc>(scale_log2_ * load(s + i + kLane) - base);
+      V first = exp2<Acc>(scale_log2 * load(s + i) - scaled);
+      V second = exp2<Acc>(scale_log2 * load(s + i + kLane) - scaled);
       sum += first + second;
       if constexpr (kDropout) {
         first *= load(kept_ + i);
@@ -152,35 +212,86 @@ class FwdTile {
     for (int64_t i = count; i < columns; ++i) kept_[i] = 0;
   }
 
-  void raise_base(int64_t row, V tile_max) {
-    const Acc old_base = base_[row];
-    base_[row] = scale_log2_ * reduce_max<Acc>(tile_max);
-    const V factor = exp2<Acc>(broadcast(old_base - base_[row]));
+  // Exponents of weights are scale * (s - subtracted) - scaled.
+  struct Base {
+    Acc subtracted, scaled;
+  };
+
+  Base base_of(Acc max) const {
+    const Acc scaled = scale_.log2 * max;
+    if (std::abs(scaled) <= kLargestBase) return {0, scaled};
+    // As long as all scores are -inf their weights are 0.
+    return {max == -static_cast<Acc>(INFINITY) ? 0 : max, 0};
+  }
+
+  void raise_max(int64_t row, V tile_max) {
+    const Base before = base_of(max_[row]), after = base_of(max_[row] = reduce_max<Acc>(tile_max));
+    const Acc change = std::fma(scale_.log2, before.subtracted - after.subtracted, before.scaled - after.scaled);
+    const V factor = exp2<Acc>(broadcast(change < 0 ? change : Acc(0)));
     store(sum_ + row * kLane, load(sum_ + row * kLane) * factor);
     Acc* out = out_ + row * width_v_;
     for (int64_t i = 0; i < width_v_; i += kLane) store(out + i, load(out + i) * factor);
   }
 
-  void store_rows() {
-    Element* out = static_cast<Element*>(p_.out) + task_.batch * p_.out_strides.batch +
-                   task_.head * p_.out_strides.head + task_.rows.begin * p_.out_strides.row;
-    Acc* lse = static_cast<Acc*>(p_.lse) + (task_.batch * p_.num_heads + task_.head) * p_.seqlen_q + task_.rows.begin;
+  Acc sum_of(int64_t row) const { return reduce_sum<Acc>(load(sum_ + row * kLane)); }
+
+  // Rows without a key, or whose scores are all -inf, have a sum of 0: in others some score has a weight of about 1.
+  // Returns whether numbers that are not finite were stored, of rows whose weights are; later they are replaced alone.
+  bool store_rows(const FwdParams& p) {
+    Element* out = static_cast<Element*>(p.out) + task_.batch * p.out_strides.batch + task_.head * p.out_strides.head +
+                   task_.rows.begin * p.out_strides.row;
+    Acc* lse = static_cast<Acc*>(p.lse) + (task_.batch * p.num_heads + task_.head) * p.seqlen_q + task_.rows.begin;
+    bool has_overflown = false;
     for (int64_t row = 0; row < rows_; ++row) {
-      const Acc sum = reduce_sum<Acc>(load(sum_ + row * kLane));
-      const bool has_keys = sum != 0;
-      store_row(out_ + row * width_v_, p_.head_dim_v, has_keys ? 1 / sum : Acc(0), out + row * p_.out_strides.row);
-      lse[row] = has_keys ? static_cast<Acc>((base_[row] + std::log2(sum)) * kLn2) : -static_cast<Acc>(INFINITY);
+      const Acc sum = sum_of(row), inverse = sum != 0 ? 1 / sum : Acc(0);
+      const Acc* in = out_ + row * width_v_;
+      Element* out_row = out + row * p.out_strides.row;
+      if (lift_ == 0) {
+        store_row(in, p.head_dim_v, inverse, out_row);
+        lse[row] = sum != 0 ? lse_of(row, sum) : -static_cast<Acc>(INFINITY);
+        has_overflown |= sum - sum == 0 && !is_finite(in, inverse);
+      } else {
+        replace_overflown(in, p.head_dim_v, inverse, out_row);
+      }
+    }
+    return has_overflown;
+  }
+
+  // In fp64, for no digit of the result shall be lost on the way.
+  Acc lse_of(int64_t row, Acc sum) const {
+    return static_cast<Acc>((static_cast<double>(scale_.log2) * max_[row] + std::log2(static_cast<double>(sum))) *
+                            kLn2);
+  }
+
+  bool is_finite(const Acc* row, Acc scale) const {
+    V zero = {};
+    for (int64_t i = 0; i < width_v_; i += kLane) zero += load(row + i) * scale * 0;
+    return reduce_sum<Acc>(zero) == 0;
+  }
+
+  void replace_overflown(const Acc* in, int64_t size, Acc inverse, Element* out) const {
+    constexpr Acc kLargest = std::numeric_limits<Acc>::max();
+    for (int64_t i = 0; i < size; ++i) {
+      const Acc stored = to_accumulator(out[i]);
+      if (stored - stored == 0) continue;
+      Acc mean = in[i] * inverse;
+      // A mean of finite numbers is not above the largest of them, but for its roundings.
+      if (in[i] - in[i] == 0 && p_.dropout_p == 0)
+        mean = mean > kLargest ? kLargest : mean < -kLargest ? -kLargest : mean;
+      from_accumulator(mean, out[i]);
     }
   }
 
-  const FwdParams& p_;
+  const AttentionParams& p_;
   const FwdTask& task_;
   const int64_t rows_, padded_rows_, depth_, width_v_;
-  const Acc scale_log2_;
+  const ScoreScale<F> scale_;
+  const Acc headroom_;  // kHeadroom, before scores are scaled
   const Dropout dropout_;
-  F* q_;             // [rows][depth], with the sign of the softmax scale
+  Acc lift_ = 0;     // that weights are smaller by, to base 2
+  F* q_;             // [rows][depth], with their part of the softmax scale
   Acc* out_;         // [rows][width_v], not yet divided by the sum
-  Acc* base_;        // [rows], what the exponents of weights are relative to
+  Acc* max_;         // [rows], m, the score that weights are relative to
   Acc* sum_;         // [rows][lanes]
   F* k_transposed_;  // [depth][kFwdBlockN]
   F* v_;             // [kFwdBlockN / kTerms][width_v]
@@ -193,7 +304,14 @@ class FwdTile {
 template <class Element>
 void fwd(const FwdParams& params, const FwdTask& task, void* scratch) {
   [[maybe_unused]] const TileRegistersFor<Factor<Element>> registers;
-  FwdTile<Element>(params, task, scratch).run();
+  FwdTile<Element>(params, task, scratch).run(params);
+}
+
+template <class Element>
+void measure(const AttentionParams& params, const FwdTask& task, void* scratch, void* max, void* log2_sum) {
+  [[maybe_unused]] const TileRegistersFor<Factor<Element>> registers;
+  using Acc = Accumulator<Element>;
+  FwdTile<Element>(params, task, scratch).measure({static_cast<Acc*>(max), static_cast<Acc*>(log2_sum)});
 }
 
 }  // namespace mixed_attention::cpu::MIXED_ATTENTION_ISA

@@ -10,7 +10,8 @@ namespace mixed_attention::cpu::MIXED_ATTENTION_ISA {
 template <class Element>
 constexpr AttentionKernels kernels() {
   using F = Factor<Element>;
-  return {kRowBlock<F>, sizeof(F) / kTerms<F>, fwd<Element>, delta<Element>, bwd<Element>, rope<Element>};
+  return {kRowBlock<F>,   sizeof(F) / kTerms<F>, fwd<Element>, measure<Element>,
+          delta<Element>, bwd<Element>,          rope<Element>};
 }
 
 // In the order of DType.
