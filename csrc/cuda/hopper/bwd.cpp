@@ -2,6 +2,7 @@
 #include <cuda_fp16.h>
 
 #include <algorithm>
+#include <numbers>
 #include <string>
 
 #include "cuda/cuda_check.h"
@@ -13,6 +14,7 @@
 #include "cuda/hopper/launch.h"
 #include "cuda/hopper/work_table.h"
 #include "cuda/scratch.h"
+#include "schedule.h"
 
 namespace mixed_attention::cuda::hopper {
 namespace {
@@ -73,11 +75,12 @@ BwdWorkspace bwd_workspace(const BwdParams& params) {
   const std::vector<QueryRun> runs = make_query_runs(*params.schedule);
   const BwdPlan plan = plan_bwd(params, runs);
   // Every query segment may end in a tile that is filled up.
-  const int64_t size = num_sequences(params) * num_query_tiles(runs) * kQueryTileRows;
+  const int64_t size = num_sequences(params) * num_query_tiles(runs) * kStatsTileFloats;
   BwdWorkspace workspace{};
   workspace.plan = plan;
   workspace.lse_log2 = scratch.take<float>(size);
   workspace.delta = scratch.take<float>(size);
+  workspace.references = take_references(params, scratch);
   if (plan.dq_form != DqForm::kApart) {
     workspace.dq_sums = take_dq_sums(params, plan, runs, scratch);
   } else {
@@ -87,6 +90,35 @@ BwdWorkspace bwd_workspace(const BwdParams& params) {
   if (params.key_padding_mask != nullptr) workspace.masked_keys = plan_masked_keys(params, scratch, true);
   workspace.size = scratch.bytes();
   return workspace;
+}
+
+RowReference* take_references(const BwdParams& params, Scratch& scratch) {
+  return scratch.take<RowReference>(num_rows(params) + kQueryTileRows);
+}
+
+ScoreSource score_source(const BwdParams& params, RowReference* references) {
+  // By mode: what is multiplied, and what tensor cores cut off when they add.
+  const float unit = params.dtype != DType::kFloat32 ? 0x1p-21f : params.allow_tf32 ? 0x1p-10f : 0x1p-20f;
+  ScoreSource source{params.q,
+                     params.k,
+                     params.q_strides,
+                     params.k_strides,
+                     params.key_padding_mask,
+                     params.key_padding_mask_batch_stride,
+                     static_cast<int>(params.head_dim),
+                     static_cast<float>(params.softmax_scale * std::numbers::log2e),
+                     unit,
+                     references,
+                     {},
+                     {}};
+  int run = 0, num_ranges = 0;
+  for (const QuerySegment& segment : params.schedule->query_segments) {
+    for (const Range& keys : segment.keys) {
+      source.ranges[num_ranges++] = {static_cast<int>(keys.begin), static_cast<int>(keys.end)};
+    }
+    source.first_range[++run] = num_ranges;
+  }
+  return source;
 }
 
 void move_dq(const BwdParams& params, const BwdWorkspace& workspace) {
@@ -119,10 +151,11 @@ bool can_bwd(const BwdParams& params) {
   if (params.dtype == DType::kFloat32) return can_fp32_bwd(params);
   const BwdTensors tensors = bwd_tensors(params);
   // Keys past a range's end get the score -inf, whose weight is zero only under a positive scale.
-  return params.softmax_scale > 0 && params.dropout_p == 0 && can_map(tensors.q) && can_map(tensors.k) &&
-         can_map(tensors.v) && can_map(tensors.dout) && can_store(params.out, params.out_strides) &&
-         can_store(params.dq, params.dq_strides) && can_store(params.dk, params.dk_strides) &&
-         can_store(params.dv, params.dv_strides) && fits_work_table(params) && fits_key_work_table(params);
+  return static_cast<float>(params.softmax_scale) > 0 && params.dropout_p == 0 && can_map(tensors.q) &&
+         can_map(tensors.k) && can_map(tensors.v) && can_map(tensors.dout) &&
+         can_store(params.out, params.out_strides) && can_store(params.dq, params.dq_strides) &&
+         can_store(params.dk, params.dk_strides) && can_store(params.dv, params.dv_strides) &&
+         fits_work_table(params) && fits_key_work_table(params);
 }
 
 // The last kernel that reads keys and values is the one for their gradients: there they are read by those alone who

@@ -47,9 +47,9 @@ bool can_fwd(const FwdParams& params) {
   const FwdTensors tensors = fwd_tensors(params);
   const bool is_fp32 = params.dtype == DType::kFloat32;
   // The maximum of the scores is the maximum of the exponents only under a positive scale.
-  return params.softmax_scale > 0 && params.dropout_p == 0 && (!is_fp32 || params.key_padding_mask == nullptr) &&
-         can_load(tensors.q) && can_load(tensors.k) && can_load(tensors.v) &&
-         can_store(params.out, params.out_strides, is_fp32 ? 4 : 2) && fits_work_table(params);
+  return static_cast<float>(params.softmax_scale) > 0 && params.dropout_p == 0 &&
+         (!is_fp32 || params.key_padding_mask == nullptr) && can_load(tensors.q) && can_load(tensors.k) &&
+         can_load(tensors.v) && can_store(params.out, params.out_strides, is_fp32 ? 4 : 2) && fits_work_table(params);
 }
 
 FwdPlan plan_fwd(const FwdParams& params) {
@@ -61,7 +61,7 @@ FwdPlan plan_fwd(const FwdParams& params) {
     split_items(plan.table, num_multiprocessors(params.device));
     if (const int64_t num_parts = plan.table.splits.num_items(); num_parts > 0) {
       plan.partial_out = scratch.take<float>(num_parts * kBlockM * params.head_dim);
-      plan.partial_lse = scratch.take<float>(num_parts * kBlockM);
+      plan.row_parts = scratch.take<RowPart>(num_parts * kBlockM);
     }
     if (params.key_padding_mask != nullptr) plan.masked_keys = plan_masked_keys(params, scratch, false);
     if (kHasUnits<Element>) {

@@ -34,7 +34,7 @@ FwdKernelParams make_fwd_kernel_params(const FwdParams& params, const FwdPlan& p
           params.seqlen_q,
           static_cast<int>(params.head_dim),
           plan.partial_out,
-          plan.partial_lse,
+          plan.row_parts,
           plan.masked_keys.visible,
           plan.masked_keys.visible_step(),
           static_cast<float>(params.softmax_scale),
@@ -48,6 +48,10 @@ FwdKernelParams make_fwd_kernel_params(const FwdParams& params, const FwdPlan& p
 template <int kBlockM>
 struct RowsOfParts {
   WorkTable table;
+  float softmax_scale, softmax_scale_log2;
+  const float* q_units;  // null of 16-bit inputs
+  int q_batch_step;
+  int64_t seqlen_q;
 
   __device__ SplitRow find(int64_t index) const {
     const int item = static_cast<int>(index / kBlockM);  // of those
@@ -56,12 +60,20 @@ struct RowsOfParts {
     int segment = 0;
     while (number >= table.segments[segment].item_end) ++segment;
     const ItemRows rows = rows_of_item<kBlockM>(table, number, segment);
-    return {rows.row_begin + row < rows.row_end,
+    const bool exists = rows.row_begin + row < rows.row_end;
+    const auto scaled = [&](float scale) {
+      if (!exists || q_units == nullptr) return scale;
+      const float* units = units_of_head(q_units, rows, q_batch_step, table.num_heads, seqlen_q);
+      return scale_of_row(scale, units[rows.row_begin + row]);
+    };
+    return {exists,
             rows.batch,
             rows.head,
             rows.row_begin + row,
             int64_t{item} * table.splits.num_parts * kBlockM + row,
-            kBlockM};
+            kBlockM,
+            scaled(softmax_scale),
+            scaled(softmax_scale_log2)};
   }
 };
 
@@ -69,10 +81,15 @@ template <typename Element, int kBlockM>
 void launch_combine(const FwdParams& params, const FwdPlan& plan) {
   constexpr int kRowsOfBlock = 8;
   static_assert(kBlockM % kRowsOfBlock == 0 && sizeof(FwdParams) + sizeof(RowsOfParts<kBlockM>) <= 4000);
-  const RowsOfParts<kBlockM> rows{plan.table};
+  const RowsOfParts<kBlockM> rows{plan.table,
+                                  static_cast<float>(params.softmax_scale),
+                                  static_cast<float>(params.softmax_scale * std::numbers::log2e),
+                                  plan.q_parts.units,
+                                  batch_step(params.q_strides),
+                                  params.seqlen_q};
   const LaunchShape shape{plan.table.splits.num_whole * (kBlockM / kRowsOfBlock), 32 * kRowsOfBlock};
   launch_kernel<attention_combine_kernel<Element, RowsOfParts<kBlockM>>>(
-      "launch of attention_combine_kernel", shape, params.stream, params, plan.partial_out, plan.partial_lse,
+      "launch of attention_combine_kernel", shape, params.stream, params, plan.partial_out, plan.row_parts,
       plan.table.splits.num_parts, rows);
 }
 

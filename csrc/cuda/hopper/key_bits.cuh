@@ -21,9 +21,10 @@ __device__ inline void gather_key_bits(uint32_t (&bits)[kKeyBitWords], const uin
   }
 }
 
-// Scores of keys that are not visible become -inf, whatever they are.
+// Scores of keys that are not visible become -inf, whatever they are. Returns bits, some of them set if a key is
+// visible.
 template <int kCount>
-__device__ inline void mask_keys(float (&scores)[kCount], const uint32_t (&bits)[kKeyBitWords]) {
+__device__ inline uint32_t mask_keys(float (&scores)[kCount], const uint32_t (&bits)[kKeyBitWords]) {
   static_assert(2 * kCount <= 32 * kKeyBitWords && kKeyBitWords == 4);
   const uint4 words = *reinterpret_cast<const uint4*>(bits);
   __syncwarp();  // all have read: from here on one thread of the warp may release the tile
@@ -35,6 +36,7 @@ __device__ inline void mask_keys(float (&scores)[kCount], const uint32_t (&bits)
     const int column = 8 * (i / 4) + i % 2;  // from the first one on
     if ((own[column / 32] >> column % 32 & 1) == 0) scores[i] = -INFINITY;
   }
+  return words.x | words.y | words.z | words.w;
 }
 
 }  // namespace mixed_attention::cuda::hopper

@@ -60,7 +60,7 @@ __device__ inline void produce_queries(const DkDvKernelParams& params, SharedSto
     QueryWalk<Config> walk(params.table, item);
     for (int i = 0; i < walk.num_tiles(); ++i, ++num_loaded) {
       const QueryTile tile = walk.next();
-      const int64_t stats = (first_tile + tile.index) * kBlockM;
+      const int64_t stats = (first_tile + tile.index) * kStatsTileFloats;
 
       const RingUse<Config::kStagesQ> q{num_loaded};
       ptx::Mbarrier& q_full = shared.q_full[q.stage()];

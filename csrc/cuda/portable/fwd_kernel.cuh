@@ -3,6 +3,7 @@
 // asynchronous copies, a block, or with one buffer each a product, ahead.
 #pragma once
 
+#include "cuda/log_sum_exp.cuh"
 #include "cuda/portable/config.h"
 #include "cuda/portable/scores.cuh"
 #include "cuda/portable/tensor_core.cuh"
@@ -15,12 +16,38 @@ struct FwdArguments {
   FwdParams params;
   WorkTable work;
   DropoutParams dropout;
-  float scale_log2;    // |softmax_scale| * log2(e), above 0
+  float scale;         // |softmax_scale|
+  float scale_log2;    // the same times log2(e), above 0
   bool negate;         // softmax_scale is negative: the scores change their sign
   bool aligned;        // rows of q, k, v and out start at multiples of 16 bytes
   float* partial_out;  // FwdPlan
-  float* partial_lse;
+  RowPart* row_parts;
 };
+
+// Whether a warp that goes this way meets a visible key.
+template <int kBlockRows>
+__device__ bool sees_keys(BlockWalk<kBlockRows> walk, const bool* mask) {
+  for (; !walk.done(); walk.advance()) {
+    const Block block = walk.block();
+    bool sees_key = mask == nullptr;
+    for (int row = threadIdx.x % 32; row < block.num_rows; row += 32) {
+      sees_key |= mask != nullptr && mask[block.row_begin + row];
+    }
+    if (__any_sync(0xFFFFFFFF, sees_key)) return true;
+  }
+  return false;
+}
+
+// The output of rows whose keys all have the score -inf, whose parts are zeros.
+template <int kTilesM, int kTilesN>
+__device__ void make_nan(float (&out)[kTilesM][kTilesN][4], const RowPart (&rows)[2 * kTilesM]) {
+#pragma unroll
+  for (int i = 0; i < 2 * kTilesM; ++i) {
+    if (rows[i].has_sum() || !rows[i].has_keys()) continue;
+#pragma unroll
+    for (int n = 0; n < kTilesN; ++n) out[i / 2][n][i % 2 * 2] = out[i / 2][n][i % 2 * 2 + 1] = NAN;
+  }
+}
 
 template <Arithmetic kArithmetic, int kHeadDim>
 struct FwdShared {
@@ -56,7 +83,7 @@ __global__ void __launch_bounds__(fwd_tile(kArithmetic, kHeadDim).num_threads(),
   const int thread_row = warp_row + threadIdx.x % 32 / 4;
 
   float out[kTilesM][kHeadDim / 8][4] = {};
-  OnlineSoftmax<kTilesM> softmax;
+  OnlineSoftmax<kTilesM, (kArithmetic == Arithmetic::kFloat16 ? 0 : 20)> softmax;
 
   // The queries and the first block of keys
   BlockWalk<kTile.block_rows> walk(work, item, args.work.num_splits);
@@ -120,19 +147,31 @@ __global__ void __launch_bounds__(fwd_tile(kArithmetic, kHeadDim).num_threads(),
     }
   }
 
-  float lse[2 * kTilesM];
-  softmax.finish(out, lse, drops ? args.dropout.inverse_keep_probability : 1.0f);
+  RowPart row_parts[2 * kTilesM];
+  softmax.finish(out, row_parts, drops ? args.dropout.inverse_keep_probability : 1.0f);
+  bool lacks_sum = false;
+#pragma unroll
+  for (const RowPart& row : row_parts) lacks_sum |= !row.has_sum();
+  if (__any_sync(0xFFFFFFFF, lacks_sum) &&
+      sees_keys(BlockWalk<kTile.block_rows>(work, item, args.work.num_splits), mask)) {
+#pragma unroll
+    for (RowPart& row : row_parts) row.base = row.has_sum() ? row.base : 1;
+  }
 
   // Log-sum-exps, by the first of the four lanes that share a row
   const bool is_split = args.work.num_splits > 1;
   const int64_t copy = static_cast<int64_t>(item.batch) * params.num_heads + item.head;
   const int64_t split_copy = copy + static_cast<int64_t>(item.split) * params.batch_size * params.num_heads;
-  float* lse_rows = is_split ? args.partial_lse + split_copy * params.seqlen_q
-                             : static_cast<float*>(params.lse) + copy * params.seqlen_q;
 #pragma unroll
   for (int i = 0; i < 2 * kTilesM; ++i) {
     const int row = thread_row + 8 * i;
-    if (threadIdx.x % 4 == 0 && row < item.num_rows) lse_rows[item.row_begin + row] = lse[i];
+    if (threadIdx.x % 4 != 0 || row >= item.num_rows) continue;
+    if (is_split) {
+      args.row_parts[split_copy * params.seqlen_q + item.row_begin + row] = row_parts[i];
+    } else {
+      static_cast<float*>(params.lse)[copy * params.seqlen_q + item.row_begin + row] =
+          log_sum_exp(row_parts[i], args.scale);
+    }
   }
 
   // The output: through shared memory, for whole rows to be written at a time. A warp meets only its own rows there.
@@ -142,6 +181,7 @@ __global__ void __launch_bounds__(fwd_tile(kArithmetic, kHeadDim).num_threads(),
     store_fp32(rows, params.head_dim_v, num_rows, 0, out);
     return;
   }
+  make_nan(out, row_parts);
   ptx::cp_async_wait_all();  // of the queries, where there was no key
   __syncthreads();
   put_accumulators(shared.q, warp_row, 0, out);
