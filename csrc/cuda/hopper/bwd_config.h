@@ -34,8 +34,8 @@ constexpr int place_of_stats(int row) { return row / 16 * 16 + row % 8 / 2 * 4 +
 
 // A tile of statistics: a number for each query; then, of log-sum-exps, where the references of the tile's rows begin
 // (row_reference.h), 8 bytes, and a number that is not 0 if a row has one; and 4 bytes, as the copy engine moves 16.
-inline constexpr int kStatsTileFloats = kQueryTileRows + 4;
-inline constexpr int kReferencesPlace = kQueryTileRows, kMarkPlace = kQueryTileRows + 2;
+inline constexpr int kReferencesFloats = 4, kMarkPlace = 2;
+inline constexpr int kStatsTileFloats = kQueryTileRows + kReferencesFloats;
 
 // Key rows of an item of that kernel.
 constexpr int key_tile_rows(int64_t head_dim) { return is_wide(head_dim) ? kWarpgroupRows : 2 * kWarpgroupRows; }
@@ -80,9 +80,6 @@ struct DkDvTuning<128> {
 // turn.
 enum class DqForm { kApart, kAsItComes, kInTurn };
 
-// Spills: hopper_dk_dv_kernel in hopper_bwd_*16_d64 for sm_90a, 92 bytes: where dq is added in turn by all blocks alone,
-// whose registers were full before there was a branch for rows that have references
-//
 // Each warpgroup owns 64 keys of a tile. kIsMasked: by a key padding mask. The queries of a tile are split over the
 // kSplits blocks of a cluster.
 template <typename Element, int kHeadDim, bool kIsMasked_, DqForm kDqForm, int kSplits_ = 1>
@@ -90,7 +87,7 @@ struct DkDvConfig : DkDvTuning<kHeadDim>, BwdTiles<Element, kHeadDim, kQueryTile
   using Tiles = BwdTiles<Element, kHeadDim, kQueryTileRows, key_tile_rows(kHeadDim)>;
   static constexpr bool kIsMasked = kIsMasked_;
   static constexpr int kConsumers = Tiles::kBlockN / kWarpgroupRows;
-  static constexpr int kStatsBytes = kStatsTileFloats * sizeof(float);
+  static constexpr int kStatsBytes = Tiles::kBlockM * sizeof(float);
   static constexpr int kScoreBytes = Tiles::kBlockN * Tiles::kBlockM * sizeof(Element);
   static constexpr int kDqTileFloats = Tiles::kBlockM * kHeadDim;
 
@@ -139,8 +136,9 @@ struct DkDvSharedStorage {
   alignas(1024) Element dout[Config::kStagesDout][Config::kBlockM * Config::kHeadDim];
   // By warp: 16 rows of a result on their way out, or, where queries are split, its fp32 sums of the other block.
   alignas(1024) Element staging[Config::kConsumers * kWarpgroup / 32][Config::kSplits * 16 * Config::kHeadDim];
-  alignas(128) float lse_log2[Config::kStagesQ][kStatsTileFloats];
-  alignas(128) float delta[Config::kStagesDout][kStatsTileFloats];
+  alignas(128) float lse_log2[Config::kStagesQ][Config::kBlockM];
+  alignas(128) float delta[Config::kStagesDout][Config::kBlockM];
+  alignas(16) float references[Config::kStagesQ][kReferencesFloats];  // what follows lse_log2
 
   uint64_t kv_full, kv_empty;
   uint64_t q_full[Config::kStagesQ], q_empty[Config::kStagesQ];

@@ -47,13 +47,13 @@ class ColumnStats {
   float4 fours_[kColumns / 16];
 };
 
-// Whether a query of the tile with these log-sum-exps has a reference.
+// Whether a query of a tile has a reference; stats: what follows its log-sum-exps.
 __device__ inline bool has_references(const float* stats) { return stats[kMarkPlace] != 0; }
 
 // NOTE: a call, which the compiler would make of what many kernels share, costs them registers.
 template <int kCount>
 __device__ __forceinline__ void relate_columns(float (&s)[kCount], const float* stats) {
-  const auto* own = *reinterpret_cast<const RowReference* const*>(stats + kReferencesPlace) + 2 * (threadIdx.x % 4);
+  const auto* own = *reinterpret_cast<const RowReference* const*>(stats) + 2 * (threadIdx.x % 4);
 #pragma unroll
   for (int i = 0; i < kCount; i += 4) {
 #pragma unroll
