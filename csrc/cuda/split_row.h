@@ -5,11 +5,12 @@
 
 namespace mixed_attention::cuda {
 
-// A row of the output, and where its parts lie among the rows of all parts.
+// A row of the output, and where its parts lie among the rows of all parts. Its scores are in units of their own.
 struct SplitRow {
   bool exists;
   int64_t batch, head, row;
   int64_t first_part, part_step;
+  float scale, scale_log2;  // of raw scores, positive
 };
 
 }  // namespace mixed_attention::cuda

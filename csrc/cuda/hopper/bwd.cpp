@@ -54,10 +54,11 @@ bool can_bwd(const BwdParams& params) {
   if (params.dtype == DType::kFloat32) return can_fp32_bwd(params);
   const BwdTensors tensors = bwd_tensors(params);
   // Keys past a range's end get the score -inf, whose weight is zero only under a positive scale.
-  return params.softmax_scale > 0 && params.dropout_p == 0 && can_map(tensors.q) && can_map(tensors.k) &&
-         can_map(tensors.v) && can_map(tensors.dout) && can_store(params.out, params.out_strides) &&
-         can_store(params.dq, params.dq_strides) && can_store(params.dk, params.dk_strides) &&
-         can_store(params.dv, params.dv_strides) && fits_work_table(params) && fits_key_work_table(params);
+  return static_cast<float>(params.softmax_scale) > 0 && params.dropout_p == 0 && can_map(tensors.q) &&
+         can_map(tensors.k) && can_map(tensors.v) && can_map(tensors.dout) &&
+         can_store(params.out, params.out_strides) && can_store(params.dq, params.dq_strides) &&
+         can_store(params.dk, params.dk_strides) && can_store(params.dv, params.dv_strides) &&
+         fits_work_table(params) && fits_key_work_table(params);
 }
 
 // The last kernel that reads keys and values is the one for their gradients: there they are read by those alone who

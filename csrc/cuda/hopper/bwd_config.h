@@ -32,6 +32,11 @@ inline constexpr int kQueryTileRows = 64;
 // every eight: those out of sixteen lie side by side, to be read at once.
 constexpr int place_of_stats(int row) { return row / 16 * 16 + row % 8 / 2 * 4 + row / 8 % 2 * 2 + row % 2; }
 
+// A tile of statistics: a number for each query; then, of log-sum-exps, where the references of the tile's rows begin
+// (row_reference.h), 8 bytes, and a number that is not 0 if a row has one; and 4 bytes, as the copy engine moves 16.
+inline constexpr int kReferencesFloats = 4, kMarkPlace = 2;
+inline constexpr int kStatsTileFloats = kQueryTileRows + kReferencesFloats;
+
 // Key rows of an item of that kernel.
 constexpr int key_tile_rows(int64_t head_dim) { return is_wide(head_dim) ? kWarpgroupRows : 2 * kWarpgroupRows; }
 
@@ -133,6 +138,7 @@ struct DkDvSharedStorage {
   alignas(1024) Element staging[Config::kConsumers * kWarpgroup / 32][Config::kSplits * 16 * Config::kHeadDim];
   alignas(128) float lse_log2[Config::kStagesQ][Config::kBlockM];
   alignas(128) float delta[Config::kStagesDout][Config::kBlockM];
+  alignas(16) float references[Config::kStagesQ][kReferencesFloats];  // what follows lse_log2
 
   uint64_t kv_full, kv_empty;
   uint64_t q_full[Config::kStagesQ], q_empty[Config::kStagesQ];

@@ -8,6 +8,8 @@
 #include "cuda/hopper/dq_sums.h"
 #include "cuda/hopper/mask.h"
 #include "cuda/hopper/tensor_map.h"
+#include "cuda/row_reference.h"
+#include "cuda/scratch.h"
 #include "params.h"
 
 namespace mixed_attention::cuda::hopper {
@@ -28,8 +30,9 @@ struct BwdWorkspace {
   BwdPlan plan;
   float* lse_log2;  // QueryStats
   float* delta;
-  float* delta_of_rows;  // (batch_size, num_heads, seqlen_q), for the kernel that owns dq; else null
-  DqSums dq_sums;        // of a share; turns of all
+  float* delta_of_rows;      // (batch_size, num_heads, seqlen_q), for the kernel that owns dq; else null
+  RowReference* references;  // ScoreSource
+  DqSums dq_sums;            // of a share; turns of all
   DqTensor dq;  // as the kernel that owns it writes it: the result, or apart from the queries where these lie there
   MaskedKeys masked_keys;  // none without a mask
   size_t size;
@@ -41,6 +44,8 @@ BwdWorkspace bwd_workspace(const BwdParams& params);
 
 // The same with the work cut as a plan says, whatever is best; runs: make_query_runs.
 BwdWorkspace bwd_workspace(const BwdParams& params, const std::vector<QueryRun>& runs, BwdPlan plan);
+// Room for one of every query, and a tile more, which may be read.
+RowReference* take_references(const BwdParams& params, Scratch& scratch);
 
 // Enqueues the way of dq to where the queries were, if it was written apart from them.
 void move_dq(const BwdParams& params, const BwdWorkspace& workspace);

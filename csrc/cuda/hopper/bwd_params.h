@@ -6,16 +6,38 @@
 #include "cuda/hopper/dq_sums.h"
 #include "cuda/hopper/key_work_table.h"
 #include "cuda/hopper/work_table.h"
+#include "cuda/row_reference.h"
 #include "params.h"
 
 namespace mixed_attention::cuda::hopper {
 
-// Two numbers for each query, by tiles of kQueryTileRows rows: (batch_size, num_heads, num_tiles, kQueryTileRows).
+// Two numbers for each query, by tiles of kQueryTileRows rows: (batch_size, num_heads, num_tiles, kStatsTileFloats).
 struct QueryStats {
   float* lse_log2;  // +inf where there is no key, and where there is no query: their probabilities are zero
   float* delta;     // row sum of out * dout, less dlse
   int num_tiles;
 };
+
+// What the scores of queries are made of, for those that are computed once more, and where references go.
+struct ScoreSource {
+  struct KeyRange {
+    int begin, end;
+  };
+
+  const void* q;
+  const void* k;
+  Strides q_strides, k_strides;
+  const bool* mask;  // or null
+  int64_t mask_batch_stride;
+  int head_dim;
+  float scale_log2;
+  float unit;                // by how much tensor cores may be off, relative to the sum of the products' sizes
+  RowReference* references;  // (batch_size, num_heads, seqlen_q), and a tile more
+  int first_range[WorkTable::kMaxSegments + 1];  // of every run of queries
+  KeyRange ranges[WorkTable::kMaxRanges];
+};
+
+ScoreSource score_source(const BwdParams& params, RowReference* references);
 
 struct BwdStatsKernelParams {
   static constexpr int kMaxRuns = WorkTable::kMaxSegments;
@@ -29,8 +51,9 @@ struct BwdStatsKernelParams {
   int64_t seqlen_q;
   QueryStats stats;
   float* delta_of_rows;  // delta once more as (batch_size, num_heads, seqlen_q); or null
-  DqSums dq_sums;        // set to zero; none where there are turns
-  uint32_t* dq_turns;    // likewise, num_dq_turns of them; or null
+  ScoreSource scores;
+  DqSums dq_sums;      // set to zero; none where there are turns
+  uint32_t* dq_turns;  // likewise, num_dq_turns of them; or null
   int64_t num_dq_turns;
   int num_runs;
   QueryRun runs[kMaxRuns];
@@ -74,8 +97,9 @@ struct DqKernelParams {
   int q_batch_step, dout_batch_step, k_batch_step, v_batch_step;
   void* dq;
   Strides dq_strides;
-  const float* lse;    // (batch_size, num_heads, seqlen_q)
-  const float* delta;  // likewise
+  const float* lse;                // (batch_size, num_heads, seqlen_q)
+  const float* delta;              // likewise
+  const RowReference* references;  // likewise
   int64_t seqlen_q;
   int head_dim;
   const uint32_t* visible;  // mask.h; null without a mask

@@ -95,7 +95,7 @@ BwdParams params_of(const BwdShare& share, const BwdParams& params) {
 }
 
 QueryStats stats_of(const BwdShare& share, const BwdParams& params, const QueryStats& stats) {
-  const int64_t skipped = num_before(share, params) * stats.num_tiles * kQueryTileRows;
+  const int64_t skipped = num_before(share, params) * stats.num_tiles * kStatsTileFloats;
   return {stats.lse_log2 + skipped, stats.delta + skipped, stats.num_tiles};
 }
 

@@ -1,4 +1,5 @@
 // Weights and gradients of scores over the fragments of wgmma: p = exp2(scale_log2 s - lse_log2), ds = p (dp - delta).
+// Scores of rows that have a reference (row_reference.h) become relative to it before.
 //
 // Where queries are rows, a thread keeps the statistics of its two rows; where they are columns, it reads those of a
 // tile while it waits for the scores.
@@ -6,9 +7,11 @@
 
 #include <cstdint>
 
+#include "cuda/hopper/bwd_config.h"
 #include "cuda/hopper/softmax.cuh"
 #include "cuda/ptx/math.cuh"
 #include "cuda/ptx/wgmma.cuh"
+#include "cuda/row_reference.cuh"
 
 namespace mixed_attention::cuda::hopper {
 
@@ -43,6 +46,32 @@ class ColumnStats {
  private:
   float4 fours_[kColumns / 16];
 };
+
+// Whether a query of a tile has a reference; stats: what follows its log-sum-exps.
+__device__ inline bool has_references(const float* stats) { return stats[kMarkPlace] != 0; }
+
+// NOTE: a call, which the compiler would make of what many kernels share, costs them registers.
+template <int kCount>
+__device__ __forceinline__ void relate_columns(float (&s)[kCount], const float* stats) {
+  const auto* own = *reinterpret_cast<const RowReference* const*>(stats) + 2 * (threadIdx.x % 4);
+#pragma unroll
+  for (int i = 0; i < kCount; i += 4) {
+#pragma unroll
+    for (int column = 0; column < 2; ++column) {
+      const RowReference reference = own[2 * i + column];
+      s[i + column] = relative_score(s[i + column], reference);
+      s[i + 2 + column] = relative_score(s[i + 2 + column], reference);
+    }
+  }
+}
+
+// references: that of the thread's first row.
+template <int kCount>
+__device__ __forceinline__ void relate_rows(float (&s)[kCount], const RowReference* references) {
+  const RowReference own[2] = {references[0], references[8]};
+#pragma unroll
+  for (int i = 0; i < kCount; ++i) s[i] = relative_score(s[i], own[row_of(i)]);
+}
 
 // Exponents of the weights, computed here: without pin the compiler would do so behind the next barrier.
 template <int kCount>

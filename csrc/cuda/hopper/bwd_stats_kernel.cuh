@@ -11,6 +11,7 @@
 #include "cuda/hopper/bwd_config.h"
 #include "cuda/hopper/bwd_params.h"
 #include "cuda/hopper/query_tiles.cuh"
+#include "cuda/hopper/row_references.cuh"
 #include "cuda/ptx/dependent_grids.cuh"
 
 namespace mixed_attention::cuda::hopper {
@@ -61,7 +62,8 @@ __global__ void __launch_bounds__(BwdStatsShape<Element, kHeadDim>::kThreads)
   const int tile = blockIdx.x % params.stats.num_tiles;
   const int64_t sequence = blockIdx.x / params.stats.num_tiles;
   const int64_t head = sequence % params.num_heads, batch = sequence / params.num_heads;
-  const QueryTile queries = query_tile(params.runs, params.num_runs, tile);
+  const int run = run_of_tile(params.runs, params.num_runs, tile);
+  const QueryTile queries = query_tile(params.runs, run, tile);
   const int chunk = threadIdx.x % Shape::kThreadsPerRow;
 
   const int64_t first_other = params.dq_sums.num_spare;
@@ -77,6 +79,9 @@ __global__ void __launch_bounds__(BwdStatsShape<Element, kHeadDim>::kThreads)
     params.dq_turns[i] = 0;
   }
 
+  float* const lse_of_tile = params.stats.lse_log2 + int64_t{blockIdx.x} * kStatsTileFloats;
+  float* const delta_of_tile = params.stats.delta + int64_t{blockIdx.x} * kStatsTileFloats;
+  bool has_references = false;
 #pragma unroll
   for (int half = 0; half < 2; ++half) {
     const int row_of_tile = threadIdx.x / Shape::kThreadsPerRow + half * (kQueryTileRows / 2);
@@ -106,12 +111,23 @@ __global__ void __launch_bounds__(BwdStatsShape<Element, kHeadDim>::kThreads)
       const int64_t index = sequence * params.seqlen_q + row;
       if (params.dlse != nullptr) delta -= params.dlse[index];
       if (params.lse[index] != -INFINITY) lse_log2 = params.lse[index] * std::numbers::log2e_v<float>;
+      has_references |= params.lse[index] != -INFINITY && needs_reference(lse_log2);
       if (params.delta_of_rows != nullptr) params.delta_of_rows[index] = delta;
     }
-    const int64_t place = (sequence * params.stats.num_tiles + tile) * kQueryTileRows + place_of_stats(row_of_tile);
-    params.stats.lse_log2[place] = lse_log2;
-    params.stats.delta[place] = delta;
+    lse_of_tile[place_of_stats(row_of_tile)] = lse_log2;
+    delta_of_tile[place_of_stats(row_of_tile)] = delta;
   }
+
+  has_references = __syncthreads_or(has_references);
+  const int64_t first_row = sequence * params.seqlen_q + queries.row_begin;
+  RowReference* const references = params.scores.references + first_row;
+  if (threadIdx.x == 0) {
+    *reinterpret_cast<RowReference**>(lse_of_tile + kQueryTileRows) = references;
+    lse_of_tile[kQueryTileRows + kMarkPlace] = has_references;
+  }
+  if (!has_references) return;
+  find_references<Element>(params.scores, run, queries, batch, head, params.lse + first_row, references,
+                           [&](int row, float lse_log2) { lse_of_tile[place_of_stats(row)] = lse_log2; });
 }
 
 }  // namespace mixed_attention::cuda::hopper

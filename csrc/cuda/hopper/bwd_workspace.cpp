@@ -1,4 +1,5 @@
 #include <algorithm>
+#include <numbers>
 #include <utility>
 #include <vector>
 
@@ -7,6 +8,7 @@
 #include "cuda/hopper/bwd_plan.h"
 #include "cuda/hopper/key_work_table.h"
 #include "cuda/scratch.h"
+#include "schedule.h"
 
 namespace mixed_attention::cuda::hopper {
 namespace {
@@ -63,11 +65,12 @@ BwdWorkspace bwd_workspace(const BwdParams& params) {
 BwdWorkspace bwd_workspace(const BwdParams& params, const std::vector<QueryRun>& runs, BwdPlan plan) {
   Scratch scratch(params.workspace);
   // Every query segment may end in a tile that is filled up.
-  const int64_t size = num_sequences(params) * num_query_tiles(runs) * kQueryTileRows;
+  const int64_t size = num_sequences(params) * num_query_tiles(runs) * kStatsTileFloats;
   BwdWorkspace workspace{};
   workspace.plan = std::move(plan);
   workspace.lse_log2 = scratch.take<float>(size);
   workspace.delta = scratch.take<float>(size);
+  workspace.references = take_references(params, scratch);
   if (workspace.plan.dq_form != DqForm::kApart) {
     workspace.dq_sums = take_dq_sums(params, workspace.plan, runs, scratch);
   } else {
@@ -77,6 +80,35 @@ BwdWorkspace bwd_workspace(const BwdParams& params, const std::vector<QueryRun>&
   if (params.key_padding_mask != nullptr) workspace.masked_keys = plan_masked_keys(params, scratch, true);
   workspace.size = scratch.bytes();
   return workspace;
+}
+
+RowReference* take_references(const BwdParams& params, Scratch& scratch) {
+  return scratch.take<RowReference>(num_rows(params) + kQueryTileRows);
+}
+
+ScoreSource score_source(const BwdParams& params, RowReference* references) {
+  // By mode: what is multiplied, and what tensor cores cut off when they add.
+  const float unit = params.dtype != DType::kFloat32 ? 0x1p-21f : params.allow_tf32 ? 0x1p-10f : 0x1p-20f;
+  ScoreSource source{params.q,
+                     params.k,
+                     params.q_strides,
+                     params.k_strides,
+                     params.key_padding_mask,
+                     params.key_padding_mask_batch_stride,
+                     static_cast<int>(params.head_dim),
+                     static_cast<float>(params.softmax_scale * std::numbers::log2e),
+                     unit,
+                     references,
+                     {},
+                     {}};
+  int run = 0, num_ranges = 0;
+  for (const QuerySegment& segment : params.schedule->query_segments) {
+    for (const Range& keys : segment.keys) {
+      source.ranges[num_ranges++] = {static_cast<int>(keys.begin), static_cast<int>(keys.end)};
+    }
+    source.first_range[++run] = num_ranges;
+  }
+  return source;
 }
 
 }  // namespace mixed_attention::cuda::hopper

@@ -126,6 +126,7 @@ struct FwdPartsTuning;
 
 // Numbers of two parts. Scores, weights, output and what a tile adds to it take 192 registers, which leaves two
 // warpgroups; as products take three times as long as those of one part, they hide the softmax all the same.
+// Spills: hopper_attention_fwd_kernel in hopper_fwd_fp32_d64 for sm_90a, 8 bytes: one word, once an item
 template <>
 struct FwdPartsTuning<64, 2> {
   static constexpr int kConsumers = 2, kBlockN = 128, kStages = 2, kProducerRegisters = 40, kConsumerRegisters = 232;
@@ -133,7 +134,7 @@ struct FwdPartsTuning<64, 2> {
 };
 
 // The output and what a tile adds to it take twice the registers: half as many keys.
-// Spills: hopper_attention_fwd_kernel in hopper_fwd_fp32_d128 for sm_90a, 120 bytes: numbers of barriers and the like,
+// Spills: hopper_attention_fwd_kernel in hopper_fwd_fp32_d128 for sm_90a, 152 bytes: numbers of barriers and the like,
 // five words read in the loop over tiles, where the addresses of 36 products want registers as well.
 template <>
 struct FwdPartsTuning<128, 2> {
@@ -224,6 +225,7 @@ struct FwdSharedStorage {
   uint64_t v_full[Config::kStages], v_empty[Config::kStages];
 
   alignas(16) uint32_t key_bits[Config::kStages][kKeyBitWords];  // of k's tiles; only under a mask
+  float bases[2][Config::kBlockM];                               // of the rows of two items, by turns: OnlineSoftmax
   std::conditional_t<Config::kHasUnits, UnitsRing<Config>, NoUnits> units;
 };
 

@@ -128,6 +128,8 @@ __device__ inline void consume(const DkDvKernelParams& params, DkDvSharedStorage
 
         issue_column_products<Element>(dk, ds_operand, previous_q);
         v.template issue_transposed_scores<true>(dp, dout_tile);
+        const float* stats = shared.references[QRing{num_used}.stage()];
+        if (has_references(stats)) relate_columns(s, stats);
         scale_columns(s, params.softmax_scale_log2, lse_log2);
         // NOTE: behind a wait, a branch, ptxas spreads the handing over among the last exponentials; without one it
         // does so with the products alone. Where dq is added to in turn that takes more registers than there are.

@@ -140,17 +140,23 @@ __device__ inline void consume(const DqKernelParams& params, DqSharedStorage<Con
 
     if (num_tiles > 0) {
       float lse_log2[2] = {}, delta[2] = {};
+      bool has_reference = false;
       const int64_t stats = (int64_t{item.batch} * params.table.num_heads + item.head) * params.seqlen_q + row_begin;
 #pragma unroll
       for (int i = 0; i < 2; ++i) {
         const int row = lane / 4 + 8 * i;
         if (row < num_rows) {
           lse_log2[i] = params.lse[stats + row] * std::numbers::log2e_v<float>;
+          if (needs_reference(lse_log2[i])) {
+            has_reference = true;
+            lse_log2[i] = params.references[stats + row].sum_log2;
+          }
           // A row that sees no key has no weights: exp2(-inf - inf).
           if (Config::kIsMasked && lse_log2[i] == -INFINITY) lse_log2[i] = INFINITY;
           delta[i] = params.delta[stats + row];
         }
       }
+      has_reference = __any_sync(0xffffffff, has_reference);
 
       float s[kBlockN / 2], dp[kBlockN / 2];
       uint32_t ds_operand[kBlockN / 4];
@@ -165,6 +171,7 @@ __device__ inline void consume(const DqKernelParams& params, DqSharedStorage<Con
         } else if (tile < item.tiles().num_partial) {
           mask_columns(s, params.table.ranges[item.tiles().first_range + tile].tail);
         }
+        if (has_reference) relate_rows(s, params.references + stats + lane / 4);
         weigh_rows(s, params.softmax_scale_log2, lse_log2);
         hold_weights(s, ptx::shared_address(&shared));
         ptx::wgmma_wait<0>(dp);

@@ -75,7 +75,8 @@ __global__ void __launch_bounds__(kWarpgroup) hopper_dq_sums_kernel(const __grid
   constexpr int kChunksOfRow = kHeadDim / 8;
   __shared__ __align__(16) Element rows[kQueryTileRows * kRowElements];
   const int64_t sequence = blockIdx.x / params.num_tiles;
-  const QueryTile tile = query_tile(params.runs, params.num_runs, blockIdx.x % params.num_tiles);
+  const int index = blockIdx.x % params.num_tiles;
+  const QueryTile tile = query_tile(params.runs, run_of_tile(params.runs, params.num_runs, index), index);
 
   float4 sums[kQueryTileRows * kHeadDim / 4 / kWarpgroup] = {};
   load_sums(sums, params, sequence, tile.index);

@@ -20,6 +20,7 @@ Fp32BwdWorkspace fp32_bwd_workspace(const BwdParams& params) {
   workspace.q_numbers = scratch.take<QueryNumbers>(num_tiles);
   workspace.dout_numbers = scratch.take<DoutNumbers>(num_tiles);
   workspace.delta = scratch.take<float>(num_sequences * params.seqlen_q);
+  workspace.references = take_references(params, scratch);
   workspace.size = scratch.bytes();
   return workspace;
 }
@@ -27,7 +28,7 @@ Fp32BwdWorkspace fp32_bwd_workspace(const BwdParams& params) {
 bool can_fp32_bwd(const BwdParams& params) {
   const BwdTensors tensors = bwd_tensors(params);
   // Keys past a range's end get the score -inf, whose weight is zero only under a positive scale.
-  return params.softmax_scale > 0 && params.dropout_p == 0 && params.key_padding_mask == nullptr &&
+  return static_cast<float>(params.softmax_scale) > 0 && params.dropout_p == 0 && params.key_padding_mask == nullptr &&
          can_map_parts(tensors.q) && can_map_parts(tensors.k) && can_map_parts(tensors.v) &&
          can_map_parts(tensors.dout) && can_store(params.out, params.out_strides, sizeof(float)) &&
          can_store(params.dout, params.dout_strides, sizeof(float)) &&

@@ -9,6 +9,7 @@
 
 #include "cuda/hopper/bwd_config.h"
 #include "cuda/hopper/config.h"
+#include "cuda/row_reference.h"
 
 namespace mixed_attention::cuda::hopper {
 
@@ -26,7 +27,8 @@ struct DoutNumbers {
   float delta[kQueryTileRows];    // row sum of out * dout, less dlse
   float factors[kQueryTileRows];  // 2^15 at most
   float unit;
-  float padding[3];  // the copy engine moves 16 bytes at a time
+  float padding;                   // the copy engine moves 16 bytes at a time
+  const RowReference* references;  // of the tile's rows; null if none has one
 };
 
 // The parts of a tile of rows.

@@ -39,6 +39,7 @@ void launch_stats(const BwdParams& params, const Fp32BwdWorkspace& workspace, co
                                          workspace.q_numbers,
                                          workspace.dout_numbers,
                                          workspace.delta,
+                                         score_source(params, workspace.references),
                                          static_cast<int>(runs.size()),
                                          {}};
   std::copy(runs.begin(), runs.end(), kernel_params.runs);
@@ -89,6 +90,7 @@ void launch_dq(const BwdParams& params, const BwdTensors& tensors, const Fp32Bwd
                                          half_input(workspace.v),
                                          static_cast<const float*>(params.lse),
                                          workspace.delta,
+                                         workspace.references,
                                          params.seqlen_q,
                                          params.seqlen_k,
                                          static_cast<float*>(params.dq),

@@ -15,6 +15,7 @@ struct Fp32BwdWorkspace {
   QueryNumbers* q_numbers;    // (batch_size, num_heads, num_tiles)
   DoutNumbers* dout_numbers;  // likewise
   float* delta;               // (batch_size, num_heads, seqlen_q)
+  RowReference* references;   // ScoreSource
   size_t size;
 };
 

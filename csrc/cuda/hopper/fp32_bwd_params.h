@@ -3,6 +3,7 @@
 
 #include <cuda.h>
 
+#include "cuda/hopper/bwd_params.h"
 #include "cuda/hopper/fp32_bwd_config.h"
 #include "cuda/hopper/key_work_table.h"
 #include "cuda/hopper/work_table.h"
@@ -32,6 +33,7 @@ struct Fp32BwdStatsKernelParams {
   QueryNumbers* q_numbers;    // (batch_size, num_heads, num_tiles)
   DoutNumbers* dout_numbers;  // likewise
   float* delta_of_rows;       // (batch_size, num_heads, seqlen_q)
+  ScoreSource scores;
   int num_runs;
   QueryRun runs[kMaxRuns];
 };
@@ -54,8 +56,9 @@ struct Fp32DkDvKernelParams {
 struct Fp32DqKernelParams {
   CUtensorMap q_map, dout_map, k_map, v_map;
   HalfInput q, dout, k, v;
-  const float* lse;    // (batch_size, num_heads, seqlen_q)
-  const float* delta;  // likewise
+  const float* lse;                // (batch_size, num_heads, seqlen_q)
+  const float* delta;              // likewise
+  const RowReference* references;  // likewise
   int64_t seqlen_q, seqlen_k;
   float* dq;
   Strides dq_strides;

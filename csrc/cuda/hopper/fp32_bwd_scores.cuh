@@ -3,8 +3,28 @@
 #pragma once
 
 #include "cuda/ptx/math.cuh"
+#include "cuda/row_reference.cuh"
 
 namespace mixed_attention::cuda::hopper {
+
+// The exponent of a unit, a power of two.
+__device__ inline int exponent_of(float unit) { return (__float_as_int(unit) >> 23) - 127; }
+
+// As relate_columns and relate_rows: references(i) is that of accumulator i, whose score is in units of
+// units[i] * others[i] / others_scale. Where there is no row or column, units[i] is 0, and so is the score.
+template <int kCount, typename References, typename Units, typename OtherUnits>
+__device__ __forceinline__ void relate(float (&s)[kCount], const References& references, const Units& units,
+                                       const OtherUnits& others, float others_scale) {
+#pragma unroll
+  for (int i = 0; i < kCount; ++i) {
+    if (units[i] == 0) continue;
+    const int exponent = exponent_of(units[i]) + exponent_of(others[i] / others_scale);
+    RowReference reference = references(i);
+    reference.score = scalbnf(reference.score, -exponent);
+    reference.slack = scalbnf(reference.slack, -exponent);
+    s[i] = relative_score(s[i], reference);
+  }
+}
 
 // p = exp2(s * units * scaled_units - lse_log2); the latter units have the scale in them. The others are powers of two,
 // so that all is rounded once.

@@ -7,6 +7,7 @@
 #include "cuda/hopper/fp32_bwd_params.h"
 #include "cuda/hopper/fp32_rows.cuh"
 #include "cuda/hopper/query_tiles.cuh"
+#include "cuda/hopper/row_references.cuh"
 #include "cuda/ptx/dependent_grids.cuh"
 
 namespace mixed_attention::cuda::hopper {
@@ -25,6 +26,8 @@ __device__ inline float block_max(float x) {
 }
 
 // One block to a tile of queries of one head, four threads to a row.
+//
+// Spills: hopper_fp32_bwd_stats_kernel in fp32_bwd_launch for sm_90a, 24 bytes: of what finds references, seldom run
 __global__ void __launch_bounds__(kFp32StatsThreads)
     hopper_fp32_bwd_stats_kernel(const __grid_constant__ Fp32BwdStatsKernelParams params) {
   ptx::allow_next_grid();
@@ -32,7 +35,8 @@ __global__ void __launch_bounds__(kFp32StatsThreads)
   const int tile = blockIdx.x % params.num_tiles;
   const int64_t sequence = blockIdx.x / params.num_tiles;
   const int64_t head = sequence % params.num_heads, batch = sequence / params.num_heads;
-  const QueryTile queries = query_tile(params.runs, params.num_runs, tile);
+  const int run = run_of_tile(params.runs, params.num_runs, tile);
+  const QueryTile queries = query_tile(params.runs, run, tile);
   const int row_of_tile = threadIdx.x / kFp32StatsThreadsPerRow, thread_of_row = threadIdx.x % kFp32StatsThreadsPerRow;
   const int row = queries.row_begin + row_of_tile;
   const bool exists = row_of_tile < queries.num_rows;
@@ -73,14 +77,24 @@ __global__ void __launch_bounds__(kFp32StatsThreads)
   }
   const float largest_unit = block_max(dout_unit);
 
-  if (thread_of_row != 0) return;
   QueryNumbers& q_numbers = params.q_numbers[blockIdx.x];
-  q_numbers.lse_log2[row_of_tile] = lse_log2;
-  q_numbers.units[row_of_tile] = q_unit;
   DoutNumbers& dout_numbers = params.dout_numbers[blockIdx.x];
-  dout_numbers.delta[row_of_tile] = delta;
-  dout_numbers.factors[row_of_tile] = dout_unit / largest_unit * 0x1p15f;
-  if (row_of_tile == 0) dout_numbers.unit = largest_unit * 0x1p-15f;
+  if (thread_of_row == 0) {
+    q_numbers.lse_log2[row_of_tile] = lse_log2;
+    q_numbers.units[row_of_tile] = q_unit;
+    dout_numbers.delta[row_of_tile] = delta;
+    dout_numbers.factors[row_of_tile] = dout_unit / largest_unit * 0x1p15f;
+  }
+  const bool has_references = __syncthreads_or(lse_log2 != INFINITY && needs_reference(lse_log2));
+  const int64_t first_row = sequence * params.seqlen_q + queries.row_begin;
+  RowReference* const references = params.scores.references + first_row;
+  if (threadIdx.x == 0) {
+    dout_numbers.unit = largest_unit * 0x1p-15f;
+    dout_numbers.references = has_references ? references : nullptr;
+  }
+  if (!has_references) return;
+  find_references<float>(params.scores, run, queries, batch, head, params.lse + first_row, references,
+                         [&](int row, float lse_log2) { q_numbers.lse_log2[row] = lse_log2; });
 }
 
 }  // namespace mixed_attention::cuda::hopper

@@ -168,6 +168,11 @@ __device__ inline void consume(const Fp32DkDvKernelParams& params, Fp32DkDvShare
         ptx::mbarrier_wait(shared.dout_full[stage], use.full_parity());
         issue_transposed_scores(dp, anew(v), dout_tile);
         add_rows(dk, sum, lift.inverse);
+        if (const RowReference* own = shared.dout_numbers[stage].references) {
+          relate(
+              s, [&](int i) { return own[8 * (i / 4) + 2 * (lane % 4) + i % 2]; }, q_units, k_units,
+              params.softmax_scale_log2);
+        }
         weigh(s, q_units, k_units, lse_log2);
         split_operand(operand, s, dout_factors);
         issue_half_column_products<Config::kPartBytesM>(sum, operand, dout_tile);

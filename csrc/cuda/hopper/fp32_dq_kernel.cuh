@@ -151,6 +151,7 @@ __device__ inline void consume(const Fp32DqKernelParams& params, Fp32DqSharedSto
 
     if (num_tiles > 0) {
       RowNumbers lse_log2{}, delta{}, q_units{}, dout_units{};
+      bool has_reference = false;
       const int64_t stats = (int64_t{item.batch} * params.table.num_heads + item.head) * params.seqlen_q;
       const auto units_of = [&](const HalfInput& input) {
         return units_of_head(input, params.table.num_heads, params.seqlen_q, item.head, item.batch);
@@ -160,11 +161,16 @@ __device__ inline void consume(const Fp32DqKernelParams& params, Fp32DqSharedSto
         const int row = row_begin + lane / 4 + 8 * i;
         if (row < item.tiles().row_end) {
           lse_log2.of_row[i] = params.lse[stats + row] * std::numbers::log2e_v<float>;
+          if (needs_reference(lse_log2.of_row[i])) {
+            has_reference = true;
+            lse_log2.of_row[i] = params.references[stats + row].sum_log2;
+          }
           delta.of_row[i] = params.delta[stats + row];
           q_units.of_row[i] = units_of(params.q)[row] * params.softmax_scale_log2;
           dout_units.of_row[i] = units_of(params.dout)[row];
         }
       }
+      has_reference = __any_sync(0xffffffff, has_reference);
 
       float s[kBlockN / 2], dp[kBlockN / 2], sum[kHeadDim / 2] = {};
       HalfOperand<Config::kParts, kBlockN / 4> operand;
@@ -187,6 +193,10 @@ __device__ inline void consume(const Fp32DqKernelParams& params, Fp32DqSharedSto
         add_rows(dq, sum, lift.inverse);
         if (tile < item.tiles().num_partial) {
           mask_columns(s, params.table.ranges[item.tiles().first_range + tile].tail);
+        }
+        if (has_reference) {
+          const RowReference* own = params.references + stats + row_begin + lane / 4;
+          relate(s, [&](int i) { return own[8 * row_of(i)]; }, k_units, q_units, params.softmax_scale_log2);
         }
         weigh(s, k_units, q_units, lse_log2);
         hold_weights(s, ptx::shared_address(&shared.q_full));

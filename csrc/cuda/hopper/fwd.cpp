@@ -37,9 +37,9 @@ bool can_fwd(const FwdParams& params) {
   const FwdTensors tensors = fwd_tensors(params);
   const bool is_fp32 = params.dtype == DType::kFloat32;
   // The maximum of the scores is the maximum of the exponents only under a positive scale.
-  return params.softmax_scale > 0 && params.dropout_p == 0 && (!is_fp32 || params.key_padding_mask == nullptr) &&
-         can_load(tensors.q) && can_load(tensors.k) && can_load(tensors.v) &&
-         can_store(params.out, params.out_strides, is_fp32 ? 4 : 2) && fits_work_table(params);
+  return static_cast<float>(params.softmax_scale) > 0 && params.dropout_p == 0 &&
+         (!is_fp32 || params.key_padding_mask == nullptr) && can_load(tensors.q) && can_load(tensors.k) &&
+         can_load(tensors.v) && can_store(params.out, params.out_strides, is_fp32 ? 4 : 2) && fits_work_table(params);
 }
 
 size_t fwd_workspace_size(const FwdParams& params) { return plan_fwd(params).workspace_size; }

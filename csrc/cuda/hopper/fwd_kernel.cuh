@@ -134,11 +134,11 @@ __device__ inline void produce_units(const FwdKernelParams& params, FwdSharedSto
   for (ItemWalk<Config::kBlockM> items(params.table); items.next_with_keys();) {
     const TileShare share = items.share();
     const ItemRows queries = items.rows();
-    const auto units_of_head = [&](const float* units, int batch_step) {
-      return units + (queries.batch * batch_step * params.table.num_heads + queries.head) * params.units.seqlen_k;
+    const auto units_of_keys = [&](const float* units, int batch_step) {
+      return units_of_head(units, queries, batch_step, params.table.num_heads, params.units.seqlen_k);
     };
-    const float* k_units = units_of_head(params.units.k, params.k_batch_step);
-    const float* v_units = units_of_head(params.units.v, params.v_batch_step);
+    const float* k_units = units_of_keys(params.units.k, params.k_batch_step);
+    const float* v_units = units_of_keys(params.units.v, params.v_batch_step);
     KeyTileIterator<Config::kBlockN> keys(params.table, items.tiles(), share.begin);
     for (int i = share.begin; i < share.end; ++i, ++use.count) {
       const TileUnitsLoad<Config::kBlockN> load(k_units, v_units, keys.next());
@@ -207,7 +207,12 @@ __device__ inline void consume(const FwdKernelParams& params, FwdSharedStorage<C
       mask_columns(s, params.table.ranges[items.tiles().first_range + tile].tail);
     }
   };
-  const auto weigh = [&] { softmax.weigh<Config::kPolynomialEvery>(s, products.scale_log2); };
+  // Where this thread has a base of an item, beside its neighbour's; two threads share it.
+  const auto base_of = [&](uint32_t item) -> float& {
+    return shared.bases[item % 2][consumer * kWarpgroupRows + threadIdx.x % kWarpgroup / 4 * 2 + threadIdx.x % 2];
+  };
+  const auto own_base = [&]() -> float& { return base_of(q_use.count); };
+  const auto weigh = [&] { softmax.weigh<Config::kPolynomialEvery>(s, products.scale_log2, own_base()); };
   // NOTE: the answer depends on all exponentials. Without a barrier at this place ptxas moves most of them behind the
   // wait for the product that they should run under.
   const auto overflows = [&] {
@@ -232,7 +237,7 @@ __device__ inline void consume(const FwdKernelParams& params, FwdSharedStorage<C
     ptx::wgmma_wait<0>(s);
     finish_s(share.begin);
     release(shared.k_empty[0]);
-    softmax.start<Element>(s, products.scale_log2);
+    softmax.start<Element>(s, products.scale_log2, own_base());
     weigh();
     softmax.settle<Element>();
     softmax.add_tile();
@@ -256,7 +261,7 @@ __device__ inline void consume(const FwdKernelParams& params, FwdSharedStorage<C
         issue_s();
         ptx::wgmma_wait<0>(s);
         finish_s(tile);
-        softmax.raise<Element>(s, products.scale_log2, factor);
+        softmax.raise<Element>(s, products.scale_log2, factor, own_base());
         weigh();
         softmax.settle<Element>();
         scale_rows(o, factor);
@@ -280,7 +285,7 @@ __device__ inline void consume(const FwdKernelParams& params, FwdSharedStorage<C
       begin_item();
       finish_s(share.begin);
       release(shared.k_empty[k_use.stage()]);
-      softmax.start<Element>(s, products.scale_log2);
+      softmax.start<Element>(s, products.scale_log2, own_base());
       weigh();
       overflows();
       products.wait();
@@ -292,11 +297,11 @@ __device__ inline void consume(const FwdKernelParams& params, FwdSharedStorage<C
       products.wait();
     }
     release(shared.v_empty[v_use.stage()]);
-    store_item<Config>(params, finished, first_row, o, total);
+    store_item<Config>(params, finished, first_row, o, total, base_of(q_use.count - 1));
   }
   for (bool is_left = items.item < params.table.num_items; is_left; is_left = items.next()) {
     clear(o);
-    store_result<Config>(params, items.rows(), first_row, o, OnlineSoftmax{});
+    store_result<Config>(params, items.rows(), first_row, o, OnlineSoftmax{}, 0);
   }
 }
 

@@ -35,7 +35,7 @@ FwdKernelParams make_fwd_kernel_params(const FwdParams& params, const FwdPlan& p
           params.seqlen_q,
           static_cast<int>(params.head_dim),
           plan.partial_out,
-          plan.partial_lse,
+          plan.row_parts,
           plan.masked_keys.visible,
           plan.masked_keys.visible_step(),
           static_cast<float>(params.softmax_scale),
@@ -45,14 +45,39 @@ FwdKernelParams make_fwd_kernel_params(const FwdParams& params, const FwdPlan& p
           plan.table};
 }
 
+// The same with the scale of a row's scores.
+template <int kBlockM>
+struct ScaledRowsOfParts : RowsOfParts<kBlockM> {
+  float softmax_scale, softmax_scale_log2;
+  const float* q_units;  // null of 16-bit inputs
+  int q_batch_step;
+  int64_t seqlen_q;
+
+  __device__ SplitRow find(int64_t index) const {
+    SplitRow row = RowsOfParts<kBlockM>::find(index);
+    float unit = 1;
+    if (row.exists && q_units != nullptr) {
+      unit = units_of_head(q_units, row, q_batch_step, this->table.num_heads, seqlen_q)[row.row];
+    }
+    row.scale = q_units == nullptr ? softmax_scale : scale_of_row(softmax_scale, unit);
+    row.scale_log2 = q_units == nullptr ? softmax_scale_log2 : scale_of_row(softmax_scale_log2, unit);
+    return row;
+  }
+};
+
 template <typename Element, int kBlockM>
 void launch_combine(const FwdParams& params, const FwdPlan& plan) {
   constexpr int kRowsOfBlock = 8;
-  static_assert(kBlockM % kRowsOfBlock == 0 && sizeof(FwdParams) + sizeof(RowsOfParts<kBlockM>) <= 4000);
-  const RowsOfParts<kBlockM> rows{plan.table};
+  static_assert(kBlockM % kRowsOfBlock == 0 && sizeof(FwdParams) + sizeof(ScaledRowsOfParts<kBlockM>) <= 4000);
+  const ScaledRowsOfParts<kBlockM> rows{{plan.table},
+                                        static_cast<float>(params.softmax_scale),
+                                        static_cast<float>(params.softmax_scale * std::numbers::log2e),
+                                        plan.q_parts.units,
+                                        batch_step(params.q_strides),
+                                        params.seqlen_q};
   const LaunchShape shape{plan.table.splits.num_whole * (kBlockM / kRowsOfBlock), 32 * kRowsOfBlock};
-  launch_kernel<attention_combine_kernel<Element, RowsOfParts<kBlockM>>>(
-      "launch of attention_combine_kernel", shape, params.stream, params, plan.partial_out, plan.partial_lse,
+  launch_kernel<attention_combine_kernel<Element, ScaledRowsOfParts<kBlockM>>>(
+      "launch of attention_combine_kernel", shape, params.stream, params, plan.partial_out, plan.row_parts,
       plan.table.splits.num_parts, rows);
 }
 

@@ -5,6 +5,7 @@
 #include "cuda/hopper/mask.h"
 #include "cuda/hopper/tensor_map.h"
 #include "cuda/hopper/work_table.h"
+#include "cuda/row_part.h"
 #include "params.h"
 
 namespace mixed_attention::cuda::hopper {
@@ -19,10 +20,10 @@ FwdTensors fwd_tensors(const FwdParams& params);
 // What the host decides about a launch before it.
 struct FwdPlan {
   WorkTable table;
-  // What the parts of items come to: (parts, kBlockM, head_dim), normalised, and (parts, kBlockM), natural; null where
-  // there are none.
+  // What the parts of items come to: (parts, kBlockM, head_dim), normalised, and (parts, kBlockM); null where there are
+  // none.
   float* partial_out = nullptr;
-  float* partial_lse = nullptr;
+  RowPart* row_parts = nullptr;
   MaskedKeys masked_keys{};                   // none without a mask
   HalfParts q_parts{}, k_parts{}, v_parts{};  // of fp32 inputs, none of others
   size_t workspace_size = 0;

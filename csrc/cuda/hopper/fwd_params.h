@@ -6,6 +6,7 @@
 #include <cstdint>
 
 #include "cuda/hopper/work_table.h"
+#include "cuda/row_part.h"
 #include "params.h"
 
 namespace mixed_attention::cuda::hopper {
@@ -27,7 +28,7 @@ struct FwdKernelParams {
   int64_t seqlen_q;
   int head_dim;        // at most the kernel's
   float* partial_out;  // fwd_launch.h
-  float* partial_lse;
+  RowPart* row_parts;
   const uint32_t* visible;  // mask.h; null without a mask
   int visible_step;         // words from one sequence to the next
   float softmax_scale, softmax_scale_log2;

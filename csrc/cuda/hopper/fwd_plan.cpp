@@ -24,7 +24,7 @@ FwdPlan plan_fwd(const FwdParams& params) {
     split_items(plan.table, num_multiprocessors(params.device));
     if (const int64_t num_parts = plan.table.splits.num_items(); num_parts > 0) {
       plan.partial_out = scratch.take<float>(num_parts * kBlockM * params.head_dim);
-      plan.partial_lse = scratch.take<float>(num_parts * kBlockM);
+      plan.row_parts = scratch.take<RowPart>(num_parts * kBlockM);
     }
     if (params.key_padding_mask != nullptr) plan.masked_keys = plan_masked_keys(params, scratch, false);
     if (kHasUnits<Element>) {

@@ -11,6 +11,7 @@
 #include "cuda/hopper/ring.cuh"
 #include "cuda/hopper/softmax.cuh"
 #include "cuda/hopper/store_output.cuh"
+#include "cuda/hopper/tile_units.cuh"
 #include "cuda/hopper/work_items.cuh"
 #include "cuda/ptx/mbarrier.cuh"
 #include "cuda/ptx/wgmma.cuh"
@@ -89,12 +90,12 @@ struct FwdProducts<Config> {
 
   // first_row: of this warp in the tile.
   __device__ void start_item(const FwdKernelParams& params, const ItemRows& rows, int first_row) {
-    const int sequence = rows.batch * params.q_batch_step * params.table.num_heads + rows.head;
-    const float* units = params.units.q + sequence * params.seqlen_q;
+    const float* units =
+        units_of_head(params.units.q, rows, params.q_batch_step, params.table.num_heads, params.seqlen_q);
     const int row = rows.row_begin + first_row + threadIdx.x % 32 / 4;
 #pragma unroll
     for (int i = 0; i < 2; ++i) {
-      scale_log2[i] = params.softmax_scale_log2 * units[min(row + 8 * i, rows.row_end - 1)];
+      scale_log2[i] = scale_of_row(params.softmax_scale_log2, units[min(row + 8 * i, rows.row_end - 1)]);
     }
   }
 

@@ -3,17 +3,18 @@
 
 namespace mixed_attention::cuda::hopper {
 
-// 2^(scale * a - offset), as exact as the exponential unit's, for exponents that are clamped to +-125: 16-bit weights
-// would do with less, but their sum goes into the log-sum-exp, which is fp32. NaN gives 2^125: more than any weight may
-// be, so that whoever checks for overflow finds it.
+// 2^(scale * a - offset), as exact as the exponential unit's, for exponents that are clamped to [-127, 125]: 16-bit
+// weights would do with less, but their sum goes into the log-sum-exp, which is fp32. NaN gives 2^125: more than any
+// weight may be, so that whoever checks for overflow finds it. The least one comes out as 2^-149, which in 16 bits is
+// zero: the largest value times it is to be nothing.
 struct PolynomialExp2 {
-  static constexpr float kRange = 125.f;
+  static constexpr float kLeast = -127.f, kMost = 125.f;
   static constexpr float kRounding = 12582912.f;  // 1.5 * 2^23: adding it rounds to an integer, in the low bits
 
   float scale, offset;
 
   __device__ float operator()(float a) const {
-    const float exponent = fmaxf(fminf(fmaf(a, scale, -offset), kRange), -kRange);
+    const float exponent = fmaxf(fminf(fmaf(a, scale, -offset), kMost), kLeast);
     const float rounded = exponent + kRounding;
     const float x = exponent - (rounded - kRounding);       // in [-0.5, 0.5], exact
     float power = fmaf(x, 0.00132764725f, 0.00967554096f);  // to a relative 7.5e-8, if not for fp32

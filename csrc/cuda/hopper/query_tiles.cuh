@@ -11,10 +11,15 @@ struct QueryTile {
   int index;  // among the tiles of all segments, by which the statistics lie
 };
 
-// The tile of this index; runs: all of them, in order.
-__device__ inline QueryTile query_tile(const QueryRun* runs, int num_runs, int index) {
+// The run of the tile of this index; runs: all of them, in order.
+__device__ inline int run_of_tile(const QueryRun* runs, int num_runs, int index) {
   int run = 0;
   while (run + 1 < num_runs && runs[run + 1].first_tile <= index) ++run;
+  return run;
+}
+
+// The tile of this index; run: its.
+__device__ inline QueryTile query_tile(const QueryRun* runs, int run, int index) {
   const int row_begin = runs[run].row_begin + (index - runs[run].first_tile) * kQueryTileRows;
   return {row_begin, min(kQueryTileRows, runs[run].row_end - row_begin), index};
 }

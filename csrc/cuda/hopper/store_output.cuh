@@ -6,7 +6,9 @@
 #include "cuda/hopper/fwd_params.h"
 #include "cuda/hopper/softmax.cuh"
 #include "cuda/hopper/store_rows.cuh"
+#include "cuda/hopper/tile_units.cuh"
 #include "cuda/hopper/work_items.cuh"
+#include "cuda/log_sum_exp.cuh"
 
 namespace mixed_attention::cuda::hopper {
 
@@ -16,12 +18,26 @@ __device__ inline void clear(float (&o)[kCount]) {
   for (int i = 0; i < kCount; ++i) o[i] = 0;
 }
 
-constexpr float kLn2 = 0.693147180559945f;
+// What a row is multiplied by at its end: zero without keys, or where all their scores are -inf.
+template <typename Config>
+__device__ inline float inverse_of(float sum) {
+  constexpr float kWhole = Config::kHasUnits ? 1 / kValueUnitShare : 1;
+  return sum == 0 ? 0 : __fdividef(kWhole, sum);
+}
+
+// Of a row's raw scores; row: among all of its head.
+template <typename Config>
+__device__ inline float scale_of(const FwdKernelParams& params, const ItemRows& tile, int row) {
+  if constexpr (!Config::kHasUnits) return params.softmax_scale;
+  const float* units =
+      units_of_head(params.units.q, tile, params.q_batch_step, params.table.num_heads, params.seqlen_q);
+  return scale_of_row(params.softmax_scale, units[row]);
+}
 
 // Writes this warp's 16 rows of a tile's output and log-sum-exp, those that exist.
 template <typename Config>
 __device__ inline void store_result(const FwdKernelParams& params, const ItemRows& tile, int first_row,
-                                    const float (&o)[Config::kHeadDim / 2], OnlineSoftmax softmax) {
+                                    const float (&o)[Config::kHeadDim / 2], OnlineSoftmax softmax, float own_base) {
   using Element = typename Config::Element;
   const int lane = threadIdx.x % 32;
   const int row_begin = tile.row_begin + first_row + lane / 4;
@@ -32,17 +48,20 @@ __device__ inline void store_result(const FwdKernelParams& params, const ItemRow
 #pragma unroll
   for (int i = 0; i < 2; ++i) {
     const float sum = softmax.row_sum[i];
-    const float inverse = sum == 0 ? 0 : __fdividef(1.f, sum);
-    const bool exists = row_begin + 8 * i < tile.row_end;
-    store_row(out + 8 * i * params.out_strides.row, params.head_dim, o, i, inverse, exists);
-    if (exists && lane % 4 == 0) lse[8 * i] = sum == 0 ? -INFINITY : kLn2 * (softmax.offset[i] + log2f(sum));
+    const int row = row_begin + 8 * i;
+    const bool exists = row < tile.row_end;
+    const RowPart part = softmax.part(i, own_base);
+    store_row(out + 8 * i * params.out_strides.row, params.head_dim, o, i, inverse_of<Config>(sum), exists);
+    if (exists && lane % 4 == 0) {
+      lse[8 * i] = log_sum_exp(part, part.base != 0 ? scale_of<Config>(params, tile, row) : 0);
+    }
   }
 }
 
 // Writes this warp's 16 rows of what a part of an item comes to, whether they exist or not.
 template <typename Config>
 __device__ inline void store_part(const FwdKernelParams& params, int part, int first_row,
-                                  const float (&o)[Config::kHeadDim / 2], OnlineSoftmax softmax) {
+                                  const float (&o)[Config::kHeadDim / 2], OnlineSoftmax softmax, float own_base) {
   const int lane = threadIdx.x % 32;
   const int64_t row = int64_t{part} * Config::kBlockM + first_row + lane / 4;
   softmax.finish();
@@ -50,7 +69,7 @@ __device__ inline void store_part(const FwdKernelParams& params, int part, int f
   for (int i = 0; i < 2; ++i) {
     float* out = params.partial_out + (row + 8 * i) * params.head_dim + lane % 4 * 2;
     const float sum = softmax.row_sum[i];
-    const float inverse = sum == 0 ? 0 : __fdividef(1.f, sum);
+    const float inverse = inverse_of<Config>(sum);
 #pragma unroll
     for (int column = 0; column < Config::kHeadDim; column += 8) {
       const float* pair = o + column / 2 + 2 * i;
@@ -58,20 +77,20 @@ __device__ inline void store_part(const FwdKernelParams& params, int part, int f
         *reinterpret_cast<float2*>(out + column) = make_float2(pair[0] * inverse, pair[1] * inverse);
       }
     }
-    if (lane % 4 == 0) {
-      params.partial_lse[row + 8 * i] = sum == 0 ? -INFINITY : kLn2 * (softmax.offset[i] + log2f(sum));
-    }
+    const RowPart part = softmax.part(i, own_base);
+    if (lane % 4 == 0) params.row_parts[row + 8 * i] = part;
   }
 }
 
 template <typename Config>
 __device__ inline void store_item(const FwdKernelParams& params, const ItemWalk<Config::kBlockM>& item, int first_row,
-                                  const float (&o)[Config::kHeadDim / 2], const OnlineSoftmax& softmax) {
+                                  const float (&o)[Config::kHeadDim / 2], const OnlineSoftmax& softmax,
+                                  float own_base) {
   const ItemSplits& splits = params.table.splits;
   if (splits.has(item.item)) {
-    store_part<Config>(params, splits.place(item.item), first_row, o, softmax);
+    store_part<Config>(params, splits.place(item.item), first_row, o, softmax, own_base);
   } else {
-    store_result<Config>(params, item.rows(), first_row, o, softmax);
+    store_result<Config>(params, item.rows(), first_row, o, softmax, own_base);
   }
 }
 

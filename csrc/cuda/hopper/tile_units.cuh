@@ -1,10 +1,32 @@
 // The units of a key tile's rows on their way from global memory to the scores and weights that they multiply.
 #pragma once
 
+#include <limits>
+
 #include "cuda/hopper/config.h"
 #include "cuda/hopper/work_items.cuh"
 
 namespace mixed_attention::cuda::hopper {
+
+// Scores are products of fp16 parts, up to 2^37, times units of keys, up to 2^113: these leave a part of theirs to the
+// queries' rows, so that a key of the largest numbers there are has finite scores.
+inline constexpr float kKeyUnitShare = 0x1p-16f;
+
+// The output is summed up in such a share of itself, as its weights begin at 2^8 and are divided by their sum at the
+// end.
+inline constexpr float kValueUnitShare = 0x1p-22f;
+
+// The scale of a row's scores, whose unit is that of its query.
+__device__ inline float scale_of_row(float scale, float unit) {
+  return fminf(scale / kKeyUnitShare * unit, std::numeric_limits<float>::max());
+}
+
+// The units of a head's rows, from row 0 on; batch_step: 1, or 0 where one sequence serves the whole batch.
+template <typename Rows>
+__device__ inline const float* units_of_head(const float* units, const Rows& rows, int batch_step, int num_heads,
+                                             int64_t seqlen) {
+  return units + (rows.batch * batch_step * num_heads + rows.head) * seqlen;
+}
 
 // A warp's share of them, a few rows in each lane.
 template <int kBlockN>
@@ -37,10 +59,10 @@ struct TileUnitsLoad {
 #pragma unroll
     for (int i = 0; i < kRows; ++i) {
       const int row = threadIdx.x % 32 + 32 * i;
-      units.k[row] = k[i];
+      units.k[row] = k[i] * kKeyUnitShare;
       units.v[row] = v[i] * inverse;
     }
-    if (threadIdx.x % 32 == 0) units.largest_v = largest;
+    if (threadIdx.x % 32 == 0) units.largest_v = largest * kValueUnitShare;
   }
 };
 

@@ -47,6 +47,7 @@ struct WideDkDvSharedStorage {
   alignas(1024) Element dout[Config::kStagesDout][Config::kBlockM * Config::kHeadDim];
   alignas(128) float lse_log2[Config::kStagesQ][Config::kBlockM];
   alignas(128) float delta[Config::kStagesDout][Config::kBlockM];
+  alignas(16) float references[Config::kStagesQ][kReferencesFloats];  // what follows lse_log2
 
   uint64_t kv_full, kv_empty, kv_kept;
   uint64_t q_full[Config::kStagesQ], q_empty[Config::kStagesQ];

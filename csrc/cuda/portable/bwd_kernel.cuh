@@ -28,35 +28,88 @@ struct BwdArguments {
   DropoutParams dropout;
   float softmax_scale, scale_log2;
   bool aligned;     // rows of all tensors start at multiples of 16 bytes
+  float unit;       // by how much tensor cores may be off, relative to the sum of the products' sizes
   float* lse_log2;  // BwdPlan
   float* delta;
+  RowReference* references;
   float *partial_dq, *partial_dk, *partial_dv;
   DqSum dq_sum;
 };
 
-// One warp to a row (batch, head, query) of lse_log2 and delta.
-template <class Element>
-__global__ void portable_bwd_stats_kernel(const __grid_constant__ BwdArguments args) {
-  const BwdParams& params = args.params;
-  const int64_t index = (static_cast<int64_t>(blockIdx.x) * blockDim.x + threadIdx.x) / 32;
-  if (index >= params.batch_size * params.num_heads * params.seqlen_q) return;
-  const int64_t row = index % params.seqlen_q, copy = index / params.seqlen_q;
-  const int64_t head = copy % params.num_heads, batch = copy / params.num_heads;
-  const auto at = [&](const void* tensor, const Strides& strides) {
+// A row of queries among all (batch, head, query).
+struct QueryRow {
+  int64_t batch, head, row;
+
+  __device__ QueryRow(const BwdParams& params, int64_t index)
+      : batch(index / params.seqlen_q / params.num_heads),
+        head(index / params.seqlen_q % params.num_heads),
+        row(index % params.seqlen_q) {}
+
+  // Where it begins.
+  template <class Element>
+  __device__ const Element* in(const void* tensor, const Strides& strides) const {
     return static_cast<const Element*>(tensor) + batch * strides.batch + row * strides.row + head * strides.head;
+  }
+};
+
+// By eight lanes. work: key segments, each with the queries that read it.
+template <class Element>
+__device__ RowReference find_reference(const BwdArguments& args, const WorkView& work, const QueryRow& query) {
+  const BwdParams& params = args.params;
+  const Element* k = query.in<Element>(params.k, {params.k_strides.batch, 0, params.k_strides.head});
+  const bool* mask = params.key_padding_mask;
+  if (mask != nullptr) mask += query.batch * params.key_padding_mask_batch_stride;
+  const auto for_each_key = [&](const auto& visit) {
+    for (int i = 0; i < args.work.num_segments; ++i) {
+      const WorkSegment& segment = work.segments[i];
+      for (int j = 0; j < segment.num_ranges; ++j) {
+        const WorkRange& readers = work.ranges[segment.first_range + j];
+        if (query.row < readers.begin || query.row >= readers.end) continue;
+        for (int key = segment.row_begin; key < segment.row_end; ++key) {
+          if (mask == nullptr || mask[key]) visit(k + key * params.k_strides.row);
+        }
+      }
+    }
   };
-  const Element *out = at(params.out, params.out_strides), *dout = at(params.dout, params.dout_strides);
+  return cuda::find_reference(query.in<Element>(params.q, params.q_strides), static_cast<int>(params.head_dim),
+                              args.scale_log2, args.unit, for_each_key);
+}
+
+// One warp to a row (batch, head, query) of lse_log2, delta and references.
+template <class Element>
+__global__ void portable_bwd_stats_kernel(const __grid_constant__ BwdArguments args,
+                                          const __grid_constant__ InlineWork in_parameters) {
+  const BwdParams& params = args.params;
+  const int64_t num_rows = params.batch_size * params.num_heads * params.seqlen_q;
+  const auto index_of = [](int lanes) {
+    return (static_cast<int64_t>(blockIdx.x) * blockDim.x) / 32 + static_cast<int>(threadIdx.x) / lanes;
+  };
+  const int64_t index = min(index_of(32), num_rows - 1);
+  const QueryRow query(params, index);
+  const auto* out = query.in<Element>(params.out, params.out_strides);
+  const auto* dout = query.in<Element>(params.dout, params.dout_strides);
   float delta = 0;
   for (int64_t col = threadIdx.x % 32; col < params.head_dim_v; col += 32) {
     delta += static_cast<float>(out[col]) * static_cast<float>(dout[col]);
   }
 #pragma unroll
   for (int lanes = 16; lanes > 0; lanes /= 2) delta += __shfl_xor_sync(0xFFFFFFFF, delta, lanes);
-  if (threadIdx.x % 32 != 0) return;
-  const float lse = static_cast<const float*>(params.lse)[index];
-  // +inf makes the probabilities of a row without keys zero.
-  args.lse_log2[index] = lse == -INFINITY ? INFINITY : lse * kLog2E;
-  args.delta[index] = params.dlse == nullptr ? delta : delta - static_cast<const float*>(params.dlse)[index];
+  const float* lse = static_cast<const float*>(params.lse);
+  if (threadIdx.x % 32 == 0) {
+    // +inf makes the probabilities of a row without keys zero.
+    args.lse_log2[index] = lse[index] == -INFINITY ? INFINITY : lse[index] * kLog2E;
+    args.delta[index] = params.dlse == nullptr ? delta : delta - static_cast<const float*>(params.dlse)[index];
+    args.references[index] = {0, -INFINITY, 0};
+  }
+  if (!__syncthreads_or(needs_reference(lse[index] * kLog2E))) return;
+
+  constexpr int kLanes = RowProducts<Element>::kLanes;
+  const int64_t own = index_of(kLanes);
+  if (threadIdx.x >= blockDim.x / 32 * kLanes || own >= num_rows || !needs_reference(lse[own] * kLog2E)) return;
+  const RowReference reference = find_reference<Element>(args, view(args.work, in_parameters), QueryRow(params, own));
+  if (threadIdx.x % kLanes != 0) return;
+  args.references[own] = reference;
+  args.lse_log2[own] = reference.sum_log2;
 }
 
 // The way out of dq's sum, one warp to a row.
@@ -145,14 +198,17 @@ __global__ void __launch_bounds__(dq_tile(kArithmetic, kHeadDim).num_threads(), 
                       item.num_rows);
   if (!walk.done()) load_next(0);
 
+  const int64_t first_row = copy * params.seqlen_q + item.row_begin + thread_row;
   float lse_log2[2 * kTilesM], delta[2 * kTilesM];
+  bool has_reference = false;
 #pragma unroll
   for (int i = 0; i < 2 * kTilesM; ++i) {
     const bool is_row = thread_row + 8 * i < item.num_rows;
-    const int64_t index = copy * params.seqlen_q + item.row_begin + thread_row + 8 * i;
-    lse_log2[i] = is_row ? args.lse_log2[index] : INFINITY;
-    delta[i] = is_row ? args.delta[index] : 0;
+    lse_log2[i] = is_row ? args.lse_log2[first_row + 8 * i] : INFINITY;
+    delta[i] = is_row ? args.delta[first_row + 8 * i] : 0;
+    has_reference |= is_row && args.references[first_row + 8 * i].score != 0;
   }
+  has_reference = __any_sync(0xFFFFFFFF, has_reference);
 
   const LaneTile lane_q(shared.q);
   float dq[kTilesM][kHeadDim / 8][4] = {};
@@ -164,6 +220,9 @@ __global__ void __launch_bounds__(dq_tile(kArithmetic, kHeadDim).num_threads(), 
 
     float s[kTilesM][kTilesN][4] = {}, dp[kTilesM][kTilesN][4] = {};
     multiply_rows<Products>(s, lane_q, warp_row, lane_q.at(shared.k[stage]));
+    if (has_reference) {
+      relate_rows(s, args.references + first_row, item.num_rows - thread_row, copysignf(1, args.scale_log2));
+    }
     multiply_rows<Products>(dp, lane_q.at(shared.dout), warp_row, lane_q.at(shared.v[stage]));
     // Behind the products, whose last results take a while.
     if (kTile.stages == 2 && !walk.done()) load_next(stage ^ 1);
@@ -310,6 +369,7 @@ struct DkDvShared {
   SharedTile<Element, kTile.rows, kHeadDim> k, v;  // and dk, dv, at the end
   SharedTile<Element, kTile.block_rows, kHeadDim> q[kTile.stages], dout[kTile.stages];
   float lse_log2[kTile.stages][kTile.block_rows], delta[kTile.stages][kTile.block_rows];
+  float reference[kTile.stages][kTile.block_rows];  // the score alone, 0 of rows that have none
   // ds for dq. Where warps share keys, each takes p and ds, by turns, of all the block's queries from here.
   [[no_unique_address]] std::conditional_t<kGrads == Grads::kAll || (kTile.sharing > 1),
                                            SharedTile<Element, kTile.rows, kTile.block_rows>, Nothing> scores;
@@ -406,6 +466,7 @@ __global__ void __launch_bounds__(dk_dv_tile(kArithmetic, kHeadDim).num_threads(
       const int64_t row = first_query + (bytes ? block.row_begin + threadIdx.x : 0);
       ptx::cp_async_4(&shared.lse_log2[stage][threadIdx.x], args.lse_log2 + row, bytes);
       ptx::cp_async_4(&shared.delta[stage][threadIdx.x], args.delta + row, bytes);
+      ptx::cp_async_4(&shared.reference[stage][threadIdx.x], &args.references[row].score, bytes);
     }
   };
   load_tile<kThreads>(shared.k, rows(params.k, params.k_strides, params.head_dim), item.row_begin, item.num_rows, mask);
@@ -427,7 +488,8 @@ __global__ void __launch_bounds__(dk_dv_tile(kArithmetic, kHeadDim).num_threads(
   float dk[kWantsDk ? kTilesM : 1][kWarpCols / 8][4] = {}, dv[kWantsDv ? kTilesM : 1][kWarpCols / 8][4] = {};
   for (int stage = 0; !walk.done(); stage = (stage + 1) % kTile.stages) {
     ptx::cp_async_wait_all();
-    __syncthreads();
+    const bool has_references =
+        __syncthreads_or(threadIdx.x < kTile.block_rows && shared.reference[stage][threadIdx.x] != 0);
     const Block block = walk.block();
     walk.advance();
     if (kTile.stages == 2 && !walk.done()) load_next(stage ^ 1);
@@ -450,6 +512,10 @@ __global__ void __launch_bounds__(dk_dv_tile(kArithmetic, kHeadDim).num_threads(
       const int query = (turn * kTile.sharing + sharer) * kScoreRows;
       float p[kTilesM][kScoreRows / 8][4] = {}, ds[kTilesM][kScoreRows / 8][4] = {};
       multiply_rows<Products>(p, lane_k, warp_row, lane_q, query);
+      if (has_references) {
+        relate_columns(p, args.references + first_query + block.row_begin + query, block.num_rows - query,
+                       copysignf(1, args.scale_log2));
+      }
       if constexpr (kWantsDk) multiply_rows<Products>(ds, lane_k.at(shared.v), warp_row, lane_dout, query);
       // The exponentials run under the second product: nothing may stand between them.
       to_probabilities(p, shared.lse_log2[stage] + query, args.scale_log2);

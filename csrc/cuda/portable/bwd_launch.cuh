@@ -30,11 +30,9 @@ void sum_parts(const BwdParams& params, const float* partial, int num_splits, in
 }
 
 template <Arithmetic kArithmetic, int kHeadDim>
-void launch_by_key(BwdArguments& args, const BwdPlan& plan, unsigned grid) {
+void launch_by_key(const BwdArguments& args, const InlineWork& in_parameters, const BwdPlan& plan, unsigned grid) {
   using Element = typename ProductsOf<kArithmetic>::Element;
   const BwdParams& params = args.params;
-  args.work = plan.by_key.table;
-  const InlineWork in_parameters = bring(plan.by_key, params.stream);
   if constexpr (!fuses_dk_dv(kHeadDim)) {
     launch_dk_dv<kArithmetic, kHeadDim, Grads::kKey>(args, in_parameters, grid);
     launch_dk_dv<kArithmetic, kHeadDim, Grads::kValue>(args, in_parameters, grid);
@@ -74,6 +72,7 @@ void launch_bwd(const BwdParams& params, const BwdPlan& plan) {
   };
   BwdArguments args{
       .params = params,
+      .work = plan.by_key.table,
       .dropout = dropout_params(params),
       .softmax_scale = static_cast<float>(params.softmax_scale),
       .scale_log2 = static_cast<float>(params.softmax_scale * 1.44269504088896340736),
@@ -81,21 +80,28 @@ void launch_bwd(const BwdParams& params, const BwdPlan& plan) {
                  aligned(params.v, params.v_strides) && aligned(params.dout, params.dout_strides) &&
                  aligned(params.dq, params.dq_strides) && aligned(params.dk, params.dk_strides) &&
                  aligned(params.dv, params.dv_strides),
+      .unit = is_16_bit(kArithmetic)             ? 0x1p-21f
+              : kArithmetic == Arithmetic::kTf32 ? 0x1p-10f
+                                                 : 0x1p-20f,
       .lse_log2 = plan.lse_log2,
       .delta = plan.delta,
+      .references = plan.references,
       .partial_dq = plan.partial_dq,
       .partial_dk = plan.partial_dk,
       .partial_dv = plan.partial_dv,
       .dq_sum = {plan.dq_sum, plan.dq_sum_cols},
   };
+  const InlineWork in_parameters = bring(plan.by_key, params.stream);
   if (rows > 0) {
-    portable_bwd_stats_kernel<Element><<<blocks_for(32 * rows, 256), 256, 0, stream>>>(args);
+    portable_bwd_stats_kernel<Element><<<blocks_for(32 * rows, 256), 256, 0, stream>>>(args, in_parameters);
     check(cudaGetLastError(), "portable_bwd_stats_kernel");
   }
   if (plan.adds_dq) {
     check(cudaMemsetAsync(plan.dq_sum, 0, plan.dq_sum_size * sizeof(float), stream), "cudaMemsetAsync");
   }
-  if (const unsigned grid = plan.by_key.grid(copies)) launch_by_key<kArithmetic, kHeadDim>(args, plan, grid);
+  if (const unsigned grid = plan.by_key.grid(copies)) {
+    launch_by_key<kArithmetic, kHeadDim>(args, in_parameters, plan, grid);
+  }
   if (plan.adds_dq) {
     if (rows == 0) return;
     portable_dq_sum_kernel<Element><<<blocks_for(32 * rows, 256), 256, 0, stream>>>(args);

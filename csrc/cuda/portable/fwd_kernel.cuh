@@ -3,6 +3,7 @@
 // asynchronous copies, a block, or with one buffer each a product, ahead.
 #pragma once
 
+#include "cuda/log_sum_exp.cuh"
 #include "cuda/portable/config.h"
 #include "cuda/portable/scores.cuh"
 #include "cuda/portable/tensor_core.cuh"
@@ -15,11 +16,12 @@ struct FwdArguments {
   FwdParams params;
   WorkTable work;
   DropoutParams dropout;
-  float scale_log2;    // |softmax_scale| * log2(e), above 0
+  float scale;         // |softmax_scale|
+  float scale_log2;    // the same times log2(e), above 0
   bool negate;         // softmax_scale is negative: the scores change their sign
   bool aligned;        // rows of q, k, v and out start at multiples of 16 bytes
   float* partial_out;  // FwdPlan
-  float* partial_lse;
+  RowPart* row_parts;
 };
 
 template <Arithmetic kArithmetic, int kHeadDim>
@@ -56,7 +58,7 @@ __global__ void __launch_bounds__(fwd_tile(kArithmetic, kHeadDim).num_threads(),
   const int thread_row = warp_row + threadIdx.x % 32 / 4;
 
   float out[kTilesM][kHeadDim / 8][4] = {};
-  OnlineSoftmax<kTilesM> softmax;
+  OnlineSoftmax<kTilesM, (kArithmetic == Arithmetic::kFloat16 ? 0 : 20)> softmax;
 
   // The queries and the first block of keys
   BlockWalk<kTile.block_rows> walk(work, item, args.work.num_splits);
@@ -120,19 +122,23 @@ __global__ void __launch_bounds__(fwd_tile(kArithmetic, kHeadDim).num_threads(),
     }
   }
 
-  float lse[2 * kTilesM];
-  softmax.finish(out, lse, drops ? args.dropout.inverse_keep_probability : 1.0f);
+  RowPart row_parts[2 * kTilesM];
+  softmax.finish(out, row_parts, drops ? args.dropout.inverse_keep_probability : 1.0f);
 
   // Log-sum-exps, by the first of the four lanes that share a row
   const bool is_split = args.work.num_splits > 1;
   const int64_t copy = static_cast<int64_t>(item.batch) * params.num_heads + item.head;
   const int64_t split_copy = copy + static_cast<int64_t>(item.split) * params.batch_size * params.num_heads;
-  float* lse_rows = is_split ? args.partial_lse + split_copy * params.seqlen_q
-                             : static_cast<float*>(params.lse) + copy * params.seqlen_q;
 #pragma unroll
   for (int i = 0; i < 2 * kTilesM; ++i) {
     const int row = thread_row + 8 * i;
-    if (threadIdx.x % 4 == 0 && row < item.num_rows) lse_rows[item.row_begin + row] = lse[i];
+    if (threadIdx.x % 4 != 0 || row >= item.num_rows) continue;
+    if (is_split) {
+      args.row_parts[split_copy * params.seqlen_q + item.row_begin + row] = row_parts[i];
+    } else {
+      static_cast<float*>(params.lse)[copy * params.seqlen_q + item.row_begin + row] =
+          log_sum_exp(row_parts[i], args.scale);
+    }
   }
 
   // The output: through shared memory, for whole rows to be written at a time. A warp meets only its own rows there.

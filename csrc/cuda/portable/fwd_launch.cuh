@@ -10,10 +10,11 @@ namespace mixed_attention::cuda::portable {
 // All rows of the output; their parts (num_splits, batch_size, num_heads, seqlen_q).
 struct AllRows {
   int64_t num_heads, seqlen_q, num_rows;
+  float scale, scale_log2;
 
   __device__ SplitRow find(int64_t index) const {
     const int64_t copy = index / seqlen_q;
-    return {index < num_rows, copy / num_heads, copy % num_heads, index % seqlen_q, index, num_rows};
+    return {index < num_rows, copy / num_heads, copy % num_heads, index % seqlen_q, index, num_rows, scale, scale_log2};
   }
 };
 
@@ -32,13 +33,14 @@ void launch_fwd(const FwdParams& params, const FwdPlan& plan) {
       params,
       plan.pass.table,
       dropout_params(params),
-      // Not 0, by which the -inf of blocked keys would become NaN.
-      std::max(static_cast<float>(std::abs(scale_log2)), std::numeric_limits<float>::min()),
+      static_cast<float>(std::abs(params.softmax_scale)),
+      // Not 0, by which the -inf of blocked keys would become NaN, but next to it even times the largest score.
+      std::max(static_cast<float>(std::abs(scale_log2)), std::numeric_limits<float>::denorm_min()),
       scale_log2 < 0,
       is_aligned(params.q, params.q_strides, kSize) && is_aligned(params.k, params.k_strides, kSize) &&
           is_aligned(params.v, params.v_strides, kSize) && is_aligned(params.out, params.out_strides, kSize),
       plan.partial_out,
-      plan.partial_lse,
+      plan.row_parts,
   };
   allow_shared_memory<kKernel>(kSharedBytes, params.device, "cudaFuncSetAttribute(portable_fwd_kernel)");
   const InlineWork in_parameters = bring(plan.pass, params.stream);
@@ -47,8 +49,8 @@ void launch_fwd(const FwdParams& params, const FwdPlan& plan) {
   if (plan.partial_out == nullptr) return;
   const int64_t rows = copies * params.seqlen_q;
   attention_combine_kernel<Element><<<blocks_for(32 * rows, 256), 256, 0, stream>>>(
-      params, plan.partial_out, plan.partial_lse, plan.pass.table.num_splits,
-      AllRows{params.num_heads, params.seqlen_q, rows});
+      params, plan.partial_out, plan.row_parts, plan.pass.table.num_splits,
+      AllRows{params.num_heads, params.seqlen_q, rows, args.scale, args.scale_log2});
   check(cudaGetLastError(), "attention_combine_kernel");
 }
 

@@ -76,7 +76,7 @@ FwdPlan plan_fwd(const FwdParams& params) {
   };
   if (const int64_t splits = plan.pass.table.num_splits; splits > 1) {
     plan.partial_out = scratch.take<float>(splits * copies * params.seqlen_q * params.head_dim_v);
-    plan.partial_lse = scratch.take<float>(splits * copies * params.seqlen_q);
+    plan.row_parts = scratch.take<RowPart>(splits * copies * params.seqlen_q);
   }
   plan.workspace_size = scratch.bytes();
   return plan;
@@ -95,6 +95,7 @@ BwdPlan plan_bwd(const BwdParams& params) {
       .by_key = Pass(work_by_key(*params.schedule, tile.rows, tile.block_rows), tile, copies, params.device, scratch),
       .lse_log2 = scratch.take<float>(copies * params.seqlen_q),
       .delta = scratch.take<float>(copies * params.seqlen_q),
+      .references = scratch.take<RowReference>(copies * params.seqlen_q),
   };
   if (plan.adds_dq) {
     plan.dq_sum_cols = static_cast<int>((params.head_dim + 7) / 8 * 8);

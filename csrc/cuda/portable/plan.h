@@ -5,6 +5,8 @@
 
 #include "cuda/portable/config.h"
 #include "cuda/portable/launch.h"
+#include "cuda/row_part.h"
+#include "cuda/row_reference.h"
 #include "cuda/scratch.h"
 #include "cuda/work_table.h"
 
@@ -25,7 +27,7 @@ struct FwdPlan {
   int head_dim;  // padded
   Pass pass;
   float* partial_out;  // (num_splits, batch_size, num_heads, seqlen_q, head_dim_v); null without splits
-  float* partial_lse;  // (num_splits, batch_size, num_heads, seqlen_q), natural
+  RowPart* row_parts;  // (num_splits, batch_size, num_heads, seqlen_q)
   size_t workspace_size;
 };
 
@@ -37,6 +39,7 @@ struct BwdPlan {
   Pass by_key;
   float* lse_log2;                 // (batch_size, num_heads, seqlen_q); +inf for rows without keys
   float* delta;                    // likewise
+  RowReference* references;        // likewise
   float* dq_sum;                   // DqSum; null unless adds_dq
   int dq_sum_cols;                 // head_dim of the problem, rounded up to a multiple of 8
   int64_t dq_sum_size;             // in numbers

@@ -1,9 +1,10 @@
-// Changes to a warp's scores in registers: sign, mask, dropout.
+// Changes to a warp's scores in registers: sign, reference, mask, dropout.
 //
 // A thread's elements [m][n][e] stand at rows 16m + lane / 4 + e / 2 * 8 and columns 8n + lane % 4 * 2 + e % 2.
 #pragma once
 
 #include "cuda/dropout.cuh"
+#include "cuda/row_reference.cuh"
 
 namespace mixed_attention::cuda::portable {
 
@@ -15,6 +16,45 @@ __device__ void negate(float (&s)[kTilesM][kTilesN][4]) {
     for (int n = 0; n < kTilesN; ++n) {
 #pragma unroll
       for (int e = 0; e < 4; ++e) s[m][n][e] = -s[m][n][e];
+    }
+  }
+}
+
+// Scores of rows that have a reference become relative to it; references: from that of this thread's first row on, of
+// which num_rows exist.
+template <int kTilesM, int kTilesN>
+__device__ void relate_rows(float (&s)[kTilesM][kTilesN][4], const RowReference* references, int num_rows, float sign) {
+#pragma unroll
+  for (int i = 0; i < 2 * kTilesM; ++i) {
+    if (8 * i >= num_rows) continue;
+    const RowReference own = references[8 * i];
+#pragma unroll
+    for (int n = 0; n < kTilesN; ++n) {
+#pragma unroll
+      for (int e = 0; e < 2; ++e) {
+        float& score = s[i / 2][n][i % 2 * 2 + e];
+        score = relative_score(score, own, sign);
+      }
+    }
+  }
+}
+
+// The same of columns; references: from that of column 0 on.
+template <int kTilesM, int kTilesN>
+__device__ void relate_columns(float (&s)[kTilesM][kTilesN][4], const RowReference* references, int num_columns,
+                               float sign) {
+#pragma unroll
+  for (int n = 0; n < kTilesN; ++n) {
+#pragma unroll
+    for (int e = 0; e < 2; ++e) {
+      const int column = 8 * n + threadIdx.x % 4 * 2 + e;
+      if (column >= num_columns) continue;
+      const RowReference own = references[column];
+#pragma unroll
+      for (int i = 0; i < 2 * kTilesM; ++i) {
+        float& score = s[i / 2][n][i % 2 * 2 + e];
+        score = relative_score(score, own, sign);
+      }
     }
   }
 }
