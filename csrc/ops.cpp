@@ -353,6 +353,13 @@ void rope_out(const Tensor& x, const Tensor& freqs, bool conjugate, const Tensor
   run_rope(params, x);
 }
 
+Tensor rope(const Tensor& x, const Tensor& freqs, bool conjugate) {
+  check_rank("x", x, 4, "(batch_size, seqlen, num_heads, head_dim)");
+  const Tensor out = at::empty(x.sizes(), x.options());
+  rope_out(last_dim_contiguous(x), freqs, conjugate, out);
+  return out;
+}
+
 void check_forward(const Tensor& q, const Tensor& k, const Tensor& v, at::IntArrayRef segments,
                    const OptionalTensor& key_padding_mask, double dropout_p) {
   check_inputs(q, k, v, key_padding_mask, dropout_p);

@@ -35,7 +35,8 @@ bool backward_in_place(const at::Tensor& dout, const std::optional<at::Tensor>& 
                        const std::optional<at::Tensor>& key_padding_mask, double dropout_p,
                        const std::optional<at::Tensor>& dropout_seed, bool may_overwrite_out);
 
-// Multiplies channel pairs by freqs, or its conjugate, into out; out may be x itself.
+// Multiplies channel pairs by freqs, or its conjugate; into out, which may be x itself.
+at::Tensor rope(const at::Tensor& x, const at::Tensor& freqs, bool conjugate);
 void rope_out(const at::Tensor& x, const at::Tensor& freqs, bool conjugate, const at::Tensor& out);
 
 // Throws what forward would throw, without computing: for the paths that do not reach a kernel.

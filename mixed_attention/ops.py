@@ -411,10 +411,7 @@ class _Rotate(torch.autograd.Function):
     def forward(ctx, x, pairs, conjugate):
         ctx.save_for_backward(x if ctx.needs_input_grad[1] else None, pairs)
         ctx.conjugate = conjugate
-        out = torch.empty(x.shape, dtype=x.dtype, device=x.device)
-        rows = x if x.stride(-1) == 1 else x.contiguous()  # a gradient comes in with any strides
-        torch.ops.mixed_attention.rope_out.default(rows, pairs, conjugate, out)
-        return out
+        return torch.ops.mixed_attention.rope.default(x, pairs, conjugate)
 
     @staticmethod
     def backward(ctx, dout):
@@ -452,6 +449,10 @@ if _C is not None:
     @torch.library.register_fake("mixed_attention::backward_out")
     def _backward_out_fake(*_):
         return None
+
+    @torch.library.register_fake("mixed_attention::rope")
+    def _rope_fake(x, freqs, conjugate):
+        return x.new_empty(x.shape)
 
     @torch.library.register_fake("mixed_attention::rope_out")
     def _rope_out_fake(x, freqs, conjugate, out):
