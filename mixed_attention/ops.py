@@ -375,8 +375,9 @@ class _Attention(torch.autograd.Function):
 
 def _backward_composite(inputs, grads_out, needs_grad, arguments):
     """The derivative through the reference, so that it has derivatives of its own."""
-    wanted = [t for t, needed in zip(inputs, needs_grad) if needed]
     with torch.enable_grad():
+        inputs = [unhooked(t) if needed else t for t, needed in zip(inputs, needs_grad)]
+        wanted = [t for t, needed in zip(inputs, needs_grad) if needed]
         outputs = _composite(*inputs, *arguments)
         pairs = [(o, g) for o, g in zip(outputs, grads_out) if g is not None]
         grads = iter(
@@ -385,6 +386,11 @@ def _backward_composite(inputs, grads_out, needs_grad, arguments):
             )
         )
     return [next(grads) if needed else None for _, needed in zip(inputs, needs_grad)]
+
+
+def unhooked(x: Tensor) -> Tensor:
+    """The same tensor to differentiate by, without the hooks on it: they see the gradient of the whole graph, once."""
+    return x.view_as(x)
 
 
 def _attention_composite(qkv, grads_out, needs_grad, key_padding_mask, seed, call):

@@ -471,6 +471,17 @@ def test_hooks_on_tensors(case, kind):
     case.assert_close(got, wanted)
 
 
+@pytest.mark.parametrize("create_graph", [False, True], ids=["first derivative", "differentiable"])
+def test_hooks_on_what_attention_takes_run_once(create_graph):
+    plan = ma.AttentionPlan.compile(JOINT.specs, JOINT.patterns)
+    q, k, v = (torch.randn(1, JOINT.num_tokens, 2, 4, dtype=torch.float64, requires_grad=True) for _ in range(3))
+    wanted = torch.autograd.grad(ma.attention(q, k, v, plan).square().sum(), [q, k, v])
+    for tensor in (q, k, v):
+        tensor.register_hook(lambda grad: 2 * grad)
+    got = torch.autograd.grad(ma.attention(q, k, v, plan).square().sum(), [q, k, v], create_graph=create_graph)
+    torch.testing.assert_close(got, tuple(2 * grad for grad in wanted))
+
+
 # --- what is changed between forward and backward, and what is saved at all ---
 
 
