@@ -100,6 +100,7 @@ TORCH_LIBRARY(mixed_attention, m) {
       "backward_out(Tensor dout, Tensor? dlse, Tensor q, Tensor k, Tensor v, Tensor out, Tensor lse, "
       "SymInt[] segments, float softmax_scale, Tensor? key_padding_mask, float dropout_p, Tensor? dropout_seed, "
       "Tensor(a!) dq, Tensor(b!) dk, Tensor(c!) dv) -> ()");
+  m.def("rope(Tensor x, Tensor freqs, bool conjugate) -> Tensor");
   m.def("rope_out(Tensor x, Tensor freqs, bool conjugate, Tensor(a!) out) -> ()");
 }
 
@@ -109,11 +110,12 @@ void implement(torch::Library& m) {
   m.impl("forward", &mixed_attention::forward);
   m.impl("backward", &mixed_attention::backward);
   m.impl("backward_out", &mixed_attention::backward_out);
+  m.impl("rope", &mixed_attention::rope);
   m.impl("rope_out", &mixed_attention::rope_out);
 }
 
 void refuse(torch::Library& m) {
-  for (const char* name : {"forward", "backward", "backward_out", "rope_out"}) {
+  for (const char* name : {"forward", "backward", "backward_out", "rope", "rope_out"}) {
     m.impl(name, torch::CppFunction::makeFromBoxedFunction<&refuse_place>());
   }
 }
@@ -137,7 +139,7 @@ TORCH_LIBRARY_IMPL(mixed_attention, ADInplaceOrView, m) {
 }
 
 TORCH_LIBRARY_IMPL(mixed_attention, Autograd, m) {
-  for (const char* name : {"backward", "backward_out", "rope_out"}) {
+  for (const char* name : {"backward", "backward_out", "rope", "rope_out"}) {
     m.impl(name, torch::CppFunction::makeFromBoxedFunction<&refuse_derivatives>());
   }
 }

@@ -1,10 +1,13 @@
 // What our nodes of autograd's graph share.
 #pragma once
 
+#include <ATen/SavedTensorHooks.h>
 #include <ATen/core/Tensor.h>
 #include <ATen/core/ivalue.h>
 #include <c10/core/GradMode.h>
 #include <c10/core/impl/LocalDispatchKeySet.h>
+#include <torch/csrc/autograd/custom_function.h>
+#include <torch/csrc/autograd/graph_task.h>
 
 #include <algorithm>
 #include <optional>
@@ -20,6 +23,8 @@ inline std::optional<at::Tensor> optional_tensor(const at::Tensor& tensor) {
 }
 
 // What a node keeps from its forward to its backward beside tensors.
+// NOTE: tensors are asked for first, before this and before any guard. Hooks of others run then, a whole recomputation
+// among them, and they must find torch as they left it.
 template <typename Value>
 struct Kept : torch::CustomClassHolder {
   explicit Kept(Value given) : value(std::move(given)) {}
@@ -27,7 +32,7 @@ struct Kept : torch::CustomClassHolder {
   static c10::IValue make(Value value) {
     return c10::IValue::make_capsule(c10::make_intrusive<Kept>(std::move(value)));
   }
-  static const Value& of(const c10::IValue& kept) { return static_cast<const Kept&>(*kept.toCapsule()).value; }
+  static Value& of(const c10::IValue& kept) { return static_cast<Kept&>(*kept.toCapsule()).value; }
 
   Value value;
 };
@@ -42,5 +47,39 @@ inline bool needs_composite(const std::vector<at::Tensor>& grads) {
          c10::impl::tls_is_dispatch_key_included(c10::DispatchKey::FuncTorchDynamicLayerFrontMode) ||
          std::any_of(grads.begin(), grads.end(), is_transformed);
 }
+
+// Of the memory that a node has saved: whether the node may give it away, and whether it has. To be made while the node
+// saves.
+class SavedMemory {
+ public:
+  // Raises torch's own error in a node that is called again after it gave away what it needs. That happens where it
+  // failed half way, for want of memory, say: otherwise the engine frees what a node saved and raises by itself.
+  void check() const { TORCH_CHECK(!is_given_, torch::autograd::ERR_BACKWARD_TWICE); }
+
+  // Whether this is the last call of the node, and no hook has seen what was saved and may hold it. The last call is
+  // one that the engine makes in a backward that does not keep the graph; a call by hand says nothing of that,
+  // whatever backward it lies in. A hook of the node itself may call the node by hand, or fail after the node is done,
+  // so that it is called again.
+  template <class Function>
+  bool may_be_given(const torch::autograd::AutogradContext* ctx) const {
+    if (is_hooked_ || torch::autograd::get_current_graph_task_keep_graph()) return false;
+    const auto evaluated = torch::autograd::get_current_node();
+    auto* node = dynamic_cast<torch::autograd::CppNode<Function>*>(evaluated.get());
+    return node != nullptr && &node->ctx_ == ctx && node->pre_hooks().empty() && node->tensor_pre_hooks().empty() &&
+           node->post_hooks().empty();
+  }
+
+  void give() { is_given_ = true; }
+  void take_back() { is_given_ = false; }
+
+ private:
+  // NOTE: hooks bring along tensors of their own, too, so that nobody could say who else holds the memory.
+  bool is_hooked_ = at::SavedTensorDefaultHooks::get_hooks().has_value();
+  bool is_given_ = false;
+};
+
+// Of an output that a node has saved: whether beside what is saved and what came of it nobody sees the memory; a
+// recorded cache, say. Inputs have another number, which says nothing of who else holds them.
+inline bool is_seen_by_nobody_else(const at::Tensor& unpacked) { return unpacked.storage().use_count() == 2; }
 
 }  // namespace mixed_attention

@@ -2,14 +2,17 @@
 
 #include <ATen/DimVector.h>
 #include <ATen/Functions.h>
-#include <ATen/SavedTensorHooks.h>
 #include <ATen/TensorOperators.h>
 #include <ATen/core/LegacyTypeDispatch.h>
 #include <ATen/core/dispatch/Dispatcher.h>
 #include <c10/core/impl/LocalDispatchKeySet.h>
+#include <c10/core/impl/TorchDispatchModeTLS.h>
+#include <c10/util/accumulate.h>
 #include <torch/csrc/autograd/custom_function.h>
-#include <torch/csrc/autograd/graph_task.h>
 
+#include <algorithm>
+
+#include "checks.h"
 #include "ops.h"
 
 namespace mixed_attention {
@@ -26,11 +29,11 @@ Tensor take(const Tensor& x, const std::optional<Ranges>& ranges) {
   return pieces.empty() ? x.slice(1, 0, 0) : pieces.size() == 1 ? pieces[0] : at::cat(pieces, 1);
 }
 
-// The inverse: rows of the tokens that were taken, with zeros between them, as many tokens as `like` has.
-Tensor put_back(const Tensor& rows, const Ranges& ranges, const Tensor& like) {
+// The inverse: rows of the tokens that were taken, with zeros between them.
+Tensor put_back(const Tensor& rows, const Ranges& ranges, int64_t num_tokens) {
   std::vector<Tensor> pieces;
   const auto skip = [&](int64_t from, int64_t to) {
-    if (from < to) pieces.push_back(at::zeros({like.size(0), to - from, like.size(2)}, rows.options()));
+    if (from < to) pieces.push_back(at::zeros({rows.size(0), to - from, rows.size(2)}, rows.options()));
   };
   int64_t place = 0, taken = 0;
   for (const auto& [start, end] : ranges) {
@@ -39,7 +42,7 @@ Tensor put_back(const Tensor& rows, const Ranges& ranges, const Tensor& like) {
     taken += end - start;
     place = end;
   }
-  skip(place, like.size(1));
+  skip(place, num_tokens);
   return at::cat(pieces, 1);
 }
 
@@ -78,11 +81,19 @@ Tensor sum_rows(const Tensor& rows, at::ScalarType dtype, bool differentiable) {
   return at::mm(at::ones({1, rows.size(0)}, rows.options()), rows, at::kFloat).squeeze(0).to(dtype);
 }
 
+// Whether Python sees every operation, as selective checkpointing does to keep results: then what was made must stay as
+// it is, and be made by operations that return it, as one that writes elsewhere might be left out of a recomputation.
+bool is_watched() { return c10::impl::dispatch_mode_enabled(); }
+
 // Tensors in another dtype, those that have it as they are. The others take one launch together where they can.
 variable_list cast_all(const variable_list& tensors, at::ScalarType dtype) {
   variable_list result = tensors, from, to;
   for (Tensor& each : result) {
     if (each.scalar_type() == dtype) continue;
+    if (is_watched()) {
+      each = each.to(dtype);
+      continue;
+    }
     from.push_back(each);
     each = at::empty_like(each, each.options().dtype(dtype));
     to.push_back(each);
@@ -91,21 +102,7 @@ variable_list cast_all(const variable_list& tensors, at::ScalarType dtype) {
   return result;
 }
 
-// To be asked while a node saves its outputs, for may_overwrite.
-void note_hooks(AutogradContext* ctx) {
-  ctx->saved_data["is_hooked"] = at::SavedTensorDefaultHooks::get_hooks().has_value();
-}
-
-// Of an output that a node has saved: whether nobody needs it any more. This is the last time that a backward goes
-// through the graph, no hook has seen what was saved and may hold it, and beside what is saved and what came of it
-// nobody sees the memory; a recorded cache, say. NOTE: hooks bring along tensors of their own, and another number.
-// Inputs have another one, too, which says nothing of who else holds them.
-bool may_overwrite(AutogradContext* ctx, const Tensor& unpacked) {
-  return !torch::autograd::get_current_graph_task_keep_graph() && !ctx->saved_data["is_hooked"].toBool() &&
-         unpacked.storage().use_count() == 2;
-}
-
-// The tokens, cast, and what comes of them.
+// The tokens and the weight, cast, and what comes of them.
 struct Projected {
   Tensor tokens, weight;
   variable_list products;
@@ -113,6 +110,8 @@ struct Projected {
 
 Projected run_project(const Tensor& x, const Tensor& weight, const std::optional<Tensor>& bias,
                       const std::vector<ProjectedPart>& parts, at::ScalarType dtype) {
+  const c10::impl::ExcludeDispatchKeyGuard no_autocast(c10::autocast_dispatch_keyset);
+  const at::AutoDispatchBelowADInplaceOrView guard;
   variable_list given{x, weight};
   if (bias) given.push_back(*bias);
   const variable_list cast = cast_all(given, dtype);
@@ -128,15 +127,17 @@ Projected run_project(const Tensor& x, const Tensor& weight, const std::optional
   return result;
 }
 
-// One gradient out of those of neighbouring rows, with zeros where there is none.
-Tensor join_rows(const variable_list& grads, const std::vector<ProjectedPart>& parts, const Tensor& like) {
-  if (grads.size() == 1 && grads[0].defined() && grads[0].size(0) == like.size(0)) return grads[0];
+// One gradient out of those of neighbouring rows, with zeros where there is none; undefined if there is none at all.
+Tensor join_rows(const variable_list& grads, const std::vector<ProjectedPart>& parts, int64_t num_rows) {
+  const auto some = std::find_if(grads.begin(), grads.end(), [](const Tensor& grad) { return grad.defined(); });
+  if (some == grads.end()) return {};
+  if (some->size(0) == num_rows) return *some;
   variable_list pieces;
   const auto skip = [&](int64_t from, int64_t to) {
     if (from == to) return;
-    at::DimVector shape(like.sizes());
+    at::DimVector shape(some->sizes());
     shape[0] = to - from;
-    pieces.push_back(at::zeros(shape, like.options()));
+    pieces.push_back(at::zeros(shape, some->options()));
   };
   int64_t place = 0;
   for (size_t part = 0; part < parts.size(); ++part) {
@@ -145,73 +146,100 @@ Tensor join_rows(const variable_list& grads, const std::vector<ProjectedPart>& p
     pieces.push_back(grads[part]);
     place = parts[part].row_end;
   }
-  skip(place, like.size(0));
+  skip(place, num_rows);
   return at::cat(pieces);
 }
 
-// NOTE: the tokens as they were multiplied are an output where they had to be cast, so that what is saved for the
-// backward is connected to the graph, and a second derivative finds the way from it to the input.
+// What a projection knows of its inputs, most of which it does not save.
+struct ProjectState {
+  std::vector<ProjectedPart> parts;
+  int64_t num_tokens, num_rows;
+  at::ScalarType x_dtype, weight_dtype;
+  std::optional<at::ScalarType> bias_dtype;  // if there is one
+  bool has_cast_tokens;                      // as the last output
+  torch::autograd::Edge weight_edge;         // where gradients of the weight go, if it was cast
+  SavedMemory memory;
+
+  // The saved cast of the weight as a part of the graph, so that a second derivative finds the way to the weight. What
+  // lies between is as good as the weight: a rounded number is rounded to itself.
+  Tensor connected(const Tensor& cast_weight) const {
+    if (!cast_weight.defined() || !weight_edge.is_valid()) return cast_weight;
+    const Tensor stand_in = cast_weight.detach().to(weight_dtype);
+    torch::autograd::impl::set_gradient_edge(stand_in, weight_edge);
+    return stand_in.to(cast_weight.scalar_type());
+  }
+};
+
+// NOTE: saved is what nn.Linear saves: the tokens if the weight needs a gradient, the weight if the tokens do. Where
+// tokens had to be cast and both need one, they are an output, so that what is saved is connected to the graph, and a
+// second derivative finds the way from it to the input.
 struct Project : torch::autograd::Function<Project> {
   static variable_list forward(AutogradContext* ctx, const Tensor& x, const Tensor& weight,
                                const std::optional<Tensor>& bias, const std::vector<ProjectedPart>& parts,
                                at::ScalarType dtype) {
-    const at::AutoDispatchBelowADInplaceOrView guard;
-    Projected projected = run_project(x, weight, bias, parts, dtype);
-    const bool is_cast = x.scalar_type() != dtype;
-    ctx->save_for_backward({projected.tokens, projected.weight, weight, bias.value_or(Tensor())});
-    ctx->saved_data["parts"] = Kept<std::vector<ProjectedPart>>::make(parts);
-    ctx->saved_data["x_dtype"] = x.scalar_type();
-    note_hooks(ctx);
+    auto [tokens, cast_weight, outputs] = run_project(x, weight, bias, parts, dtype);
+    const bool both = x.requires_grad() && weight.requires_grad();
+    const bool has_cast_tokens = both && x.scalar_type() != dtype,
+               has_cast_weight = both && weight.scalar_type() != dtype;
+    if (has_cast_tokens) outputs.push_back(tokens);
+    ctx->save_for_backward({weight.requires_grad() ? tokens : Tensor(), x.requires_grad() ? cast_weight : Tensor()});
+    ctx->saved_data["state"] = Kept<ProjectState>::make(
+        {parts,
+         x.size(1),
+         weight.size(0),
+         x.scalar_type(),
+         weight.scalar_type(),
+         bias ? std::optional(bias->scalar_type()) : std::nullopt,
+         has_cast_tokens,
+         has_cast_weight ? torch::autograd::impl::gradient_edge(weight) : torch::autograd::Edge(),
+         {}});
     ctx->set_materialize_grads(false);
-    if (is_cast && !x.requires_grad()) ctx->mark_non_differentiable({projected.tokens});
-    if (is_cast) projected.products.push_back(projected.tokens);
-    return projected.products;
+    return outputs;
   }
 
   static variable_list backward(AutogradContext* ctx, variable_list grads) {
+    const variable_list saved = ctx->get_saved_variables();
+    ProjectState& state = Kept<ProjectState>::of(ctx->saved_data["state"]);
+    state.memory.check();
     const c10::impl::ExcludeDispatchKeyGuard no_autocast(c10::autocast_dispatch_keyset);
     const bool differentiable = needs_composite(grads);
     std::optional<at::AutoDispatchBelowADInplaceOrView> guard;
     if (!differentiable) guard.emplace();
-    const variable_list saved = ctx->get_saved_variables();
-    const Tensor &tokens = saved[0], &original = saved[2], &bias = saved[3];
-    const Tensor weight = differentiable ? original.to(tokens.scalar_type()) : saved[1];
-    const auto& parts = Kept<std::vector<ProjectedPart>>::of(ctx->saved_data["parts"]);
-    const auto x_dtype = ctx->saved_data["x_dtype"].toScalarType();
-    const bool is_cast = grads.size() > parts.size();
-    Tensor dx = is_cast && grads.back().defined() ? grads.back().to(x_dtype) : Tensor();
+    const Tensor& tokens = saved[0];
+    const Tensor weight = differentiable ? state.connected(saved[1]) : saved[1];
+    const auto& parts = state.parts;
     variable_list dweights(parts.size()), dbiases(parts.size());
-    bool has_grad = false;
     for (size_t i = 0; i < parts.size(); ++i) {
       if (!grads[i].defined()) continue;
-      has_grad = true;
       const Tensor rows = two_dims(grads[i]);
       if (ctx->needs_input_grad(1)) {
         const Tensor seen = two_dims(take(tokens, parts[i].tokens));
-        dweights[i] = multiply(rows.t(), seen, original.scalar_type(), differentiable);
+        dweights[i] = multiply(rows.t(), seen, state.weight_dtype, differentiable);
       }
-      if (bias.defined() && ctx->needs_input_grad(2)) {
-        dbiases[i] = sum_rows(rows, bias.scalar_type(), differentiable);
-      }
+      if (state.bias_dtype && ctx->needs_input_grad(2)) dbiases[i] = sum_rows(rows, *state.bias_dtype, differentiable);
     }
+    variable_list result(5);
+    result[1] = join_rows(dweights, parts, state.num_rows);
+    result[2] = join_rows(dbiases, parts, state.num_rows);
+    if (!ctx->needs_input_grad(0)) return result;
     // Cast tokens give their memory back: their gradient takes most of all that is needed from here on.
-    if (is_cast && !differentiable && may_overwrite(ctx, tokens)) {
+    if (state.has_cast_tokens && !differentiable && is_seen_by_nobody_else(tokens) &&
+        state.memory.may_be_given<Project>(ctx)) {
+      state.memory.give();
       tokens.storage().unsafeGetStorageImpl()->release_resources();
     }
+    Tensor dx = state.has_cast_tokens && grads.back().defined() ? grads.back().to(state.x_dtype) : Tensor();
     for (size_t i = 0; i < parts.size(); ++i) {
-      if (!grads[i].defined() || !ctx->needs_input_grad(0)) continue;
+      if (!grads[i].defined()) continue;
       const Tensor columns = weight.slice(0, parts[i].row_begin, parts[i].row_end);
       if (dx.defined() && dx.size(0) == 1 && !differentiable) {
         add_products(dx[0], grads[i][0], columns, parts[i].tokens);
       } else {
-        const Tensor through = multiply(two_dims(grads[i]), columns, x_dtype, differentiable);
-        dx = add_to_tokens(dx, three_dims(through, grads[i]), parts[i].tokens, tokens, differentiable);
+        const Tensor through = multiply(two_dims(grads[i]), columns, state.x_dtype, differentiable);
+        dx = add_to_tokens(dx, three_dims(through, grads[i]), parts[i].tokens, state.num_tokens, differentiable);
       }
     }
-    variable_list result(5);
     result[0] = dx;
-    if (has_grad && ctx->needs_input_grad(1)) result[1] = join_rows(dweights, parts, original);
-    if (has_grad && bias.defined() && ctx->needs_input_grad(2)) result[2] = join_rows(dbiases, parts, bias);
     return result;
   }
 
@@ -226,15 +254,15 @@ struct Project : torch::autograd::Function<Project> {
     }
   }
 
-  // The gradient of the tokens `like`, given that of some.
+  // The gradient of all tokens, given that of some.
   static Tensor add_to_tokens(const Tensor& sum, const Tensor& rows, const std::optional<Ranges>& ranges,
-                              const Tensor& like, bool differentiable) {
+                              int64_t num_tokens, bool differentiable) {
     if (!sum.defined() || differentiable) {
-      const Tensor whole = ranges ? put_back(rows, *ranges, like) : rows;
+      const Tensor whole = ranges ? put_back(rows, *ranges, num_tokens) : rows;
       return sum.defined() ? sum + whole : whole;
     }
     int64_t taken = 0;
-    for (const auto& [start, end] : ranges.value_or(Ranges{{0, like.size(1)}})) {
+    for (const auto& [start, end] : ranges.value_or(Ranges{{0, num_tokens}})) {
       sum.slice(1, start, end).add_(rows.slice(1, taken, taken + end - start));
       taken += end - start;
     }
@@ -271,6 +299,17 @@ void rotate_in_place(const Tensor& buffer, const std::vector<int64_t>& shape, in
   }
 }
 
+// The same into new memory, by operations that return what they make.
+Tensor rotate_copy(const Tensor& buffer, const std::vector<int64_t>& shape, int64_t rotated, const Tensor& freqs,
+                   const std::optional<Ranges>& tokens) {
+  static const auto op =
+      c10::Dispatcher::singleton().findSchemaOrThrow("mixed_attention::rope", "").typed<decltype(rope)>();
+  const int64_t num_heads = shape[3], num_rotated = rotated * num_heads;
+  const Tensor heads = buffer.view({shape[0], shape[1], shape[2] * num_heads, shape[4]});
+  const Tensor turned = op.call(heads.slice(2, 0, num_rotated), take(freqs, tokens), false);
+  return at::cat({turned, heads.slice(2, num_rotated)}, 2).view(buffer.sizes());
+}
+
 OptionalTensors optional_tensors(variable_list::const_iterator begin, size_t count) {
   OptionalTensors result;
   for (auto each = begin; each != begin + count; ++each) {
@@ -284,31 +323,49 @@ BackwardComposite& backward_composite() {
   return composite;
 }
 
-// Rotates the buffers where they lie. Returns the output and the log-sum-exp.
-std::pair<Tensor, Tensor> run_attend_in_place(at::TensorList buffers, const OptionalTensors& freqs,
-                                              const std::optional<Tensor>& key_padding_mask,
-                                              const std::optional<Tensor>& dropout_seed, const PackedCall& call) {
+// Whether somebody may see a product beside the one who hands it over: another tensor over its memory, or whoever
+// watches.
+bool is_seen(const Tensor& buffer) { return is_watched() || buffer.storage().use_count() != 1; }
+
+struct Attended {
+  Tensor out, lse;
+  variable_list buffers;  // as they were read
+  variable_list rotated;  // those of them that have frequencies
+  variable_list written;  // those of them that were rotated where they lie
+};
+
+// Rotates the buffers that have frequencies, where they lie if nobody sees it, and attends.
+Attended run_attend(at::TensorList given, const OptionalTensors& freqs, const std::optional<Tensor>& key_padding_mask,
+                    const std::optional<Tensor>& dropout_seed, const PackedCall& call) {
   static const auto op = c10::Dispatcher::singleton()
                              .findSchemaOrThrow("mixed_attention::forward", "")
                              .typed<decltype(mixed_attention::forward)>();
-  for (size_t part = 0; part < buffers.size(); ++part) {
+  const c10::impl::ExcludeDispatchKeyGuard no_autocast(c10::autocast_dispatch_keyset);
+  const at::AutoDispatchBelowADInplaceOrView guard;
+  Attended result{{}, {}, given.vec(), {}, {}};
+  for (size_t part = 0; part < given.size(); ++part) {
     if (!freqs[part]) continue;
-    rotate_in_place(buffers[part], call.shapes[part], call.rotated[part], *freqs[part], call.tokens[part], false);
+    Tensor& buffer = result.buffers[part];
+    if (is_seen(buffer)) {
+      buffer = rotate_copy(buffer, call.shapes[part], call.rotated[part], *freqs[part], call.tokens[part]);
+    } else {
+      rotate_in_place(buffer, call.shapes[part], call.rotated[part], *freqs[part], call.tokens[part], false);
+      result.written.push_back(buffer);
+    }
+    result.rotated.push_back(buffer);
   }
-  const std::vector<Tensor> qkv = slots(buffers, call.shapes);
+  const std::vector<Tensor> qkv = slots(result.buffers, call.shapes);
   const auto [heads, lse] = op.call(qkv[0], qkv[1], qkv[2], call.segments, call.softmax_scale, key_padding_mask,
                                     call.dropout_p, dropout_seed);
-  return {heads.flatten(2), lse};
+  result.out = heads.flatten(2);
+  result.lse = lse;
+  return result;
 }
 
-// Those that have frequencies.
-variable_list rotated_buffers(at::TensorList buffers, const OptionalTensors& freqs) {
-  variable_list rotated;
-  for (size_t part = 0; part < buffers.size(); ++part) {
-    if (freqs[part]) rotated.push_back(buffers[part]);
-  }
-  return rotated;
-}
+struct AttendState {
+  PackedCall call;
+  SavedMemory memory;
+};
 
 // NOTE: what is saved are the rotated buffers, as outputs: so a second derivative finds the way through this node's own
 // rotation, and a KV cache that is taken from them stays attached. Where nobody needs them after the backward, their
@@ -317,30 +374,29 @@ struct AttendInPlace : torch::autograd::Function<AttendInPlace> {
   static variable_list forward(AutogradContext* ctx, at::TensorList buffers, const OptionalTensors& freqs,
                                const std::optional<Tensor>& key_padding_mask, const std::optional<Tensor>& dropout_seed,
                                const PackedCall& call) {
-    const at::AutoDispatchBelowADInplaceOrView guard;
-    const auto [out, lse] = run_attend_in_place(buffers, freqs, key_padding_mask, dropout_seed, call);
-    const variable_list rotated = rotated_buffers(buffers, freqs);
-    ctx->mark_dirty(rotated);
+    Attended attended = run_attend(buffers, freqs, key_padding_mask, dropout_seed, call);
+    ctx->mark_dirty(attended.written);
     ctx->set_materialize_grads(false);
-    variable_list saved{out, lse, key_padding_mask.value_or(Tensor()), dropout_seed.value_or(Tensor())};
-    saved.insert(saved.end(), buffers.begin(), buffers.end());
+    variable_list saved{attended.out, attended.lse, key_padding_mask.value_or(Tensor()),
+                        dropout_seed.value_or(Tensor())};
+    saved.insert(saved.end(), attended.buffers.begin(), attended.buffers.end());
     for (const std::optional<Tensor>& each : freqs) saved.push_back(each.value_or(Tensor()));
     ctx->save_for_backward(saved);
-    ctx->saved_data["call"] = Kept<PackedCall>::make(call);
-    note_hooks(ctx);
-    variable_list results{out};
-    results.insert(results.end(), rotated.begin(), rotated.end());
-    return results;
+    ctx->saved_data["state"] = Kept<AttendState>::make({call, {}});
+    attended.rotated.insert(attended.rotated.begin(), attended.out);
+    return attended.rotated;
   }
 
   static variable_list backward(AutogradContext* ctx, variable_list grads) {
-    const c10::impl::ExcludeDispatchKeyGuard no_autocast(c10::autocast_dispatch_keyset);
     const variable_list saved = ctx->get_saved_variables();
+    AttendState& state = Kept<AttendState>::of(ctx->saved_data["state"]);
+    state.memory.check();
+    const c10::impl::ExcludeDispatchKeyGuard no_autocast(c10::autocast_dispatch_keyset);
+    const PackedCall& call = state.call;
     const size_t num_parts = (saved.size() - 4) / 2;
     const variable_list buffers(saved.begin() + 4, saved.begin() + 4 + num_parts);
     const variable_list freqs(saved.begin() + 4 + num_parts, saved.end());
     const std::optional<Tensor> mask = optional_tensor(saved[2]), seed = optional_tensor(saved[3]);
-    const PackedCall& call = Kept<PackedCall>::of(ctx->saved_data["call"]);
     const Tensor dout = grads[0].defined() ? grads[0] : at::zeros_like(saved[0]);
     OptionalTensors drotated;  // of every buffer, also those that are no outputs because nothing rotates them
     size_t next = 1;
@@ -353,23 +409,25 @@ struct AttendInPlace : torch::autograd::Function<AttendInPlace> {
       return result;
     }
     const at::AutoDispatchBelowADInplaceOrView guard;
-    // Those buffers are outputs that were rotated. The projection that took the output has run by now, and holds it no
+    // Outputs are those buffers that were rotated. The projection that took the output has run by now, and holds it no
     // more.
-    bool may_overwrite_buffers = true;
+    bool may_overwrite_buffers = state.memory.may_be_given<AttendInPlace>(ctx);
     for (size_t part = 0; part < num_parts; ++part) {
-      may_overwrite_buffers = may_overwrite_buffers && freqs[part].defined() && may_overwrite(ctx, buffers[part]);
+      may_overwrite_buffers = may_overwrite_buffers && freqs[part].defined() && is_seen_by_nobody_else(buffers[part]);
     }
-    const bool may_overwrite_out = may_overwrite(ctx, saved[0]);
+    const bool may_overwrite_out = may_overwrite_buffers && is_seen_by_nobody_else(saved[0]);
     const int64_t num_heads = call.shapes[0][3], head_dim = call.shapes[0][4];
     const Tensor dheads = dout.unflatten(2, {num_heads, head_dim}),
                  heads = saved[0].unflatten(2, {num_heads, head_dim});
     const std::vector<Tensor> qkv = slots(buffers, call.shapes);
     variable_list dbuffers;
+    if (may_overwrite_buffers) state.memory.give();
     if (may_overwrite_buffers &&
         backward_in_place(dheads, std::nullopt, qkv[0], qkv[1], qkv[2], heads, saved[1], call.segments,
                           call.softmax_scale, mask, call.dropout_p, seed, may_overwrite_out)) {
       for (const Tensor& buffer : buffers) dbuffers.push_back(buffer.detach());
     } else {
+      state.memory.take_back();
       for (const Tensor& buffer : buffers) dbuffers.push_back(at::empty_like(buffer));
       static const auto op = c10::Dispatcher::singleton()
                                  .findSchemaOrThrow("mixed_attention::backward_out", "")
@@ -389,29 +447,85 @@ struct AttendInPlace : torch::autograd::Function<AttendInPlace> {
   }
 };
 
+// Checks the ranges of some tokens: ascending, and inside. Returns how many they are.
+int64_t check_ranges(const char* name, const Ranges& ranges, int64_t num_tokens) {
+  int64_t place = 0, count = 0;
+  for (const auto& [start, end] : ranges) {
+    TORCH_CHECK_VALUE(place <= start && start <= end && end <= num_tokens, name, ": expected ascending ranges of ",
+                      num_tokens, " tokens, got [", start, ", ", end, ") after ", place);
+    place = end;
+    count += end - start;
+  }
+  return count;
+}
+
+void check_project(const Tensor& x, const Tensor& weight, const std::optional<Tensor>& bias,
+                   const std::vector<ProjectedPart>& parts) {
+  check_rank("x", x, 3, "(batch_size, seqlen, channels)");
+  check_rank("weight", weight, 2, "(rows, channels)");
+  check_shape("weight", weight, {weight.size(0), x.size(2)}, "to match x");
+  if (bias) check_shape("bias", *bias, {weight.size(0)}, "to match weight");
+  int64_t place = 0;
+  for (const ProjectedPart& part : parts) {
+    TORCH_CHECK_VALUE(place <= part.row_begin && part.row_begin <= part.row_end && part.row_end <= weight.size(0),
+                      "parts: expected ascending ranges of ", weight.size(0), " rows, got [", part.row_begin, ", ",
+                      part.row_end, ") after ", place);
+    place = part.row_end;
+    if (part.tokens) check_ranges("parts", *part.tokens, x.size(1));
+  }
+}
+
+void check_packed(at::TensorList buffers, const OptionalTensors& freqs, const PackedCall& call) {
+  const size_t num_parts = buffers.size();
+  TORCH_CHECK_VALUE(freqs.size() == num_parts && call.shapes.size() == num_parts && call.rotated.size() == num_parts &&
+                        call.tokens.size() == num_parts,
+                    "call: expected as many freqs, shapes, rotated and tokens as there are buffers, ", num_parts,
+                    ", got ", freqs.size(), ", ", call.shapes.size(), ", ", call.rotated.size(), " and ",
+                    call.tokens.size());
+  int64_t num_slots = 0;
+  for (size_t part = 0; part < num_parts; ++part) {
+    const at::IntArrayRef shape = call.shapes[part];
+    TORCH_CHECK_VALUE(shape.size() == 5 && std::all_of(shape.begin(), shape.end(), [](int64_t n) { return n >= 0; }),
+                      "shapes: expected (batch_size, seqlen, slots, num_heads, head_dim), got ", shape);
+    TORCH_CHECK_VALUE(buffers[part].defined() && buffers[part].numel() == c10::multiply_integers(shape),
+                      "buffers: expected as many numbers as shape ", shape, " has, got ",
+                      buffers[part].defined() ? buffers[part].numel() : 0);
+    num_slots += shape[2];
+    if (!freqs[part]) continue;
+    TORCH_CHECK_VALUE(buffers[part].is_contiguous(), "buffers: expected contiguous ones to rotate, got strides ",
+                      buffers[part].strides());
+    TORCH_CHECK_VALUE(0 <= call.rotated[part] && call.rotated[part] <= shape[2], "rotated: expected at most ", shape[2],
+                      " slots, got ", call.rotated[part]);
+    check_rank("freqs", *freqs[part], 4, "(batch_size or 1, seqlen, head_dim / 2, 2)");
+    if (!call.tokens[part]) continue;
+    const int64_t count = check_ranges("tokens", *call.tokens[part], freqs[part]->size(1));
+    TORCH_CHECK_VALUE(count == shape[1], "tokens: expected ranges of ", shape[1], " tokens, got ", count);
+  }
+  TORCH_CHECK_VALUE(num_slots == 3, "shapes: expected three slots, q, k and v, got ", num_slots);
+}
+
 }  // namespace
 
 std::vector<Tensor> project(const Tensor& x, const Tensor& weight, const std::optional<Tensor>& bias,
                             const std::vector<ProjectedPart>& parts, at::ScalarType dtype) {
-  const c10::impl::ExcludeDispatchKeyGuard no_autocast(c10::autocast_dispatch_keyset);
-  if (!c10::GradMode::is_enabled()) {
-    const at::AutoDispatchBelowADInplaceOrView guard;
-    return run_project(x, weight, bias, parts, dtype).products;
-  }
+  check_project(x, weight, bias, parts);
+  if (!c10::GradMode::is_enabled()) return run_project(x, weight, bias, parts, dtype).products;
   variable_list results = Project::apply(x, weight, bias, parts, dtype);
-  results.resize(parts.size());  // without the cast tokens
+  results.resize(parts.size());  // without what was cast
   return results;
 }
 
 std::vector<Tensor> attend_in_place(const std::vector<Tensor>& buffers, const OptionalTensors& freqs,
                                     const std::optional<Tensor>& key_padding_mask,
                                     const std::optional<Tensor>& dropout_seed, const PackedCall& call) {
-  const c10::impl::ExcludeDispatchKeyGuard no_autocast(c10::autocast_dispatch_keyset);
+  check_packed(buffers, freqs, call);
   if (!c10::GradMode::is_enabled()) {
-    const at::AutoDispatchBelowADInplaceOrView guard;
-    variable_list results = rotated_buffers(buffers, freqs);
-    results.insert(results.begin(), run_attend_in_place(buffers, freqs, key_padding_mask, dropout_seed, call).first);
-    return results;
+    Attended attended = run_attend(buffers, freqs, key_padding_mask, dropout_seed, call);
+    for (const Tensor& each : attended.written) {
+      if (!each.is_inference()) torch::autograd::impl::bump_version(each);
+    }
+    attended.rotated.insert(attended.rotated.begin(), attended.out);
+    return attended.rotated;
   }
   return AttendInPlace::apply(at::TensorList(buffers), freqs, key_padding_mask, dropout_seed, call);
 }

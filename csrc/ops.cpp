@@ -446,6 +446,13 @@ void rope_out(const Tensor& x, const Tensor& freqs, bool conjugate, const Tensor
   run_rope(params, x);
 }
 
+Tensor rope(const Tensor& x, const Tensor& freqs, bool conjugate) {
+  check_rank("x", x, 4, "(batch_size, seqlen, num_heads, head_dim)");
+  const Tensor out = at::empty(x.sizes(), x.options());
+  rope_out(last_dim_contiguous(x), freqs, conjugate, out);
+  return out;
+}
+
 void check_forward(const Tensor& q, const Tensor& k, const Tensor& v, c10::SymIntArrayRef segments,
                    double softmax_scale, const OptionalTensor& key_padding_mask, double dropout_p,
                    const OptionalTensor& dropout_seed) {

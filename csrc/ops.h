@@ -35,7 +35,8 @@ bool backward_in_place(const at::Tensor& dout, const std::optional<at::Tensor>& 
                        const std::optional<at::Tensor>& key_padding_mask, double dropout_p,
                        const std::optional<at::Tensor>& dropout_seed, bool may_overwrite_out);
 
-// Multiplies channel pairs by freqs, or its conjugate, into out; out may be x itself, or shares no memory with it.
+// Multiplies channel pairs by freqs, or its conjugate; into out, which may be x itself, or shares no memory with it.
+at::Tensor rope(const at::Tensor& x, const at::Tensor& freqs, bool conjugate);
 void rope_out(const at::Tensor& x, const at::Tensor& freqs, bool conjugate, const at::Tensor& out);
 
 // Throw what the operators would throw, without computing and without a look at memory: for the paths that do not reach

@@ -484,8 +484,9 @@ class _Attention(torch.autograd.Function):
 
 def _backward_composite(inputs, grads_out, needs_grad, arguments):
     """The derivative through the reference, so that it has derivatives of its own."""
-    wanted = [t for t, needed in zip(inputs, needs_grad) if needed]
     with torch.enable_grad():
+        inputs = [unhooked(t) if needed else t for t, needed in zip(inputs, needs_grad)]
+        wanted = [t for t, needed in zip(inputs, needs_grad) if needed]
         outputs = _composite(*inputs, *arguments)
         pairs = [(o, g) for o, g in zip(outputs, grads_out) if g is not None]
         grads = iter(
@@ -494,6 +495,11 @@ def _backward_composite(inputs, grads_out, needs_grad, arguments):
             )
         )
     return [next(grads) if needed else None for _, needed in zip(inputs, needs_grad)]
+
+
+def unhooked(x: Tensor) -> Tensor:
+    """The same tensor to differentiate by, without the hooks on it: they see the gradient of the whole graph, once."""
+    return x.view_as(x)
 
 
 def _attention_composite(qkv, grads_out, needs_grad, key_padding_mask, seed, call):
@@ -520,10 +526,7 @@ class _Rotate(torch.autograd.Function):
     def forward(ctx, x, pairs, conjugate):
         ctx.save_for_backward(x if ctx.needs_input_grad[1] else None, pairs)
         ctx.conjugate = conjugate
-        out = torch.empty(x.shape, dtype=x.dtype, device=x.device)
-        rows = x if x.stride(-1) == 1 else x.contiguous()  # a gradient comes in with any strides
-        torch.ops.mixed_attention.rope_out.default(rows, pairs, conjugate, out)
-        return out
+        return torch.ops.mixed_attention.rope.default(x, pairs, conjugate)
 
     @staticmethod
     def backward(ctx, dout):
@@ -571,6 +574,10 @@ if _C is not None:
     ):
         arguments = dout, dlse, q, k, v, out, lse, segments, softmax_scale, mask, dropout_p, dropout_seed
         _C.check_backward(*arguments, [dq, dk, dv])
+
+    @torch.library.register_fake("mixed_attention::rope")
+    def _rope_fake(x, freqs, conjugate):
+        return x.new_empty(x.shape)
 
     @torch.library.register_fake("mixed_attention::rope_out")
     def _rope_out_fake(x, freqs, conjugate, out):

@@ -142,6 +142,7 @@ def _backward_composite(buffers, pairs, key_padding_mask, seed, call, dout, drot
     Of the rotated values r = R(x) that were saved: first with respect to r, then back through R, which is linear.
     """
     with torch.enable_grad():
+        buffers = [ops.unhooked(buffer) if buffer.requires_grad else buffer for buffer in buffers]
         wanted = [buffer for buffer in buffers if buffer.requires_grad]
         q, k, v = _slots(buffers, call.shapes)
         segments = ops.query_segments(call.segments)

@@ -34,6 +34,7 @@ def test_backward_is_registered_rightly():
 
 def test_rotation_is_registered_rightly():
     x, freqs = torch.randn(2, 5, 3, 8), torch.randn(1, 5, 4, 2)
+    torch.library.opcheck(ops.rope.default, (x, freqs, False))
     torch.library.opcheck(ops.rope_out.default, (x, freqs, False, torch.empty_like(x)))
 
 
