@@ -577,7 +577,9 @@ if _C is not None:
 
     @torch.library.register_fake("mixed_attention::rope")
     def _rope_fake(x, freqs, conjugate):
-        return x.new_empty(x.shape)
+        out = x.new_empty(x.shape)
+        _C.check_rope(out, freqs, out)
+        return out
 
     @torch.library.register_fake("mixed_attention::rope_out")
     def _rope_out_fake(x, freqs, conjugate, out):
