@@ -8,7 +8,7 @@ import torch
 
 ROOT = Path(__file__).parents[1]
 VARIABLES = ("MIXED_ATTENTION_CUDA", "MIXED_ATTENTION_HEAD_DIMS", "TORCH_CUDA_ARCH_LIST", "CXX")
-HOPPER, PORTABLE = "csrc/cuda/instantiations/hopper_fwd_bf16_d64.cu", "csrc/cuda/rope.cu"
+HOPPER, PORTABLE = "csrc/cuda/instantiations/hopper_fwd_bf16_d64.cu", "csrc/cuda/common/rope.cu"
 
 
 @pytest.fixture(scope="module")

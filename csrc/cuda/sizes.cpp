@@ -4,7 +4,7 @@
 #include <string>
 
 #include "cuda/launch.h"
-#include "cuda/work_table.h"
+#include "cuda/portable/work_table.h"
 #include "schedule.h"
 
 namespace mixed_attention::cuda {

@@ -3,14 +3,14 @@
 
 #include <string>
 
-#include "cuda/cuda_check.h"
-#include "cuda/hopper/bwd_config.h"
-#include "cuda/hopper/bwd_launch.h"
-#include "cuda/hopper/bwd_plan.h"
-#include "cuda/hopper/fp32_bwd_launch.h"
-#include "cuda/hopper/key_work_table.h"
+#include "cuda/common/check.h"
+#include "cuda/hopper/bwd/config.h"
+#include "cuda/hopper/bwd/launch.h"
+#include "cuda/hopper/bwd/plan.h"
+#include "cuda/hopper/bwd_fp32/launch.h"
 #include "cuda/hopper/launch.h"
-#include "cuda/hopper/work_table.h"
+#include "cuda/hopper/plan/key_table.h"
+#include "cuda/hopper/plan/query_table.h"
 
 namespace mixed_attention::cuda::hopper {
 namespace {

@@ -1,8 +1,8 @@
-#include "cuda/hopper/bwd_launch.h"
-#include "cuda/hopper/fp32_bwd_launch.h"
-#include "cuda/hopper/key_work_table.h"
-#include "cuda/hopper/work_table.h"
-#include "cuda/scratch.h"
+#include "cuda/common/scratch.h"
+#include "cuda/hopper/bwd/launch.h"
+#include "cuda/hopper/bwd_fp32/launch.h"
+#include "cuda/hopper/plan/key_table.h"
+#include "cuda/hopper/plan/query_table.h"
 
 namespace mixed_attention::cuda::hopper {
 

@@ -1,10 +1,10 @@
 #include <string>
 
-#include "cuda/device.h"
+#include "cuda/common/device.h"
 #include "cuda/hopper/config.h"
-#include "cuda/hopper/fwd_launch.h"
+#include "cuda/hopper/fwd/launch.h"
 #include "cuda/hopper/launch.h"
-#include "cuda/hopper/work_table.h"
+#include "cuda/hopper/plan/query_table.h"
 
 namespace mixed_attention::cuda::hopper {
 namespace {

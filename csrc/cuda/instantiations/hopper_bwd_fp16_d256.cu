@@ -1,4 +1,4 @@
-#include "cuda/hopper/bwd_launch.cuh"
+#include "cuda/hopper/bwd/launch.cuh"
 
 namespace mixed_attention::cuda::hopper {
 

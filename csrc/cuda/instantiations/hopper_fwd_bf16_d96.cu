@@ -1,4 +1,4 @@
-#include "cuda/hopper/fwd_launch.cuh"
+#include "cuda/hopper/fwd/launch.cuh"
 
 namespace mixed_attention::cuda::hopper {
 

@@ -9,14 +9,14 @@
 // dv = (m p)ᵀ dout, dk = scale dsᵀ q, dq = scale ds k.
 #pragma once
 
-#include "cuda/dropout.cuh"
 #include "cuda/portable/config.h"
 #include "cuda/portable/dq_sum.cuh"
+#include "cuda/portable/dropout.cuh"
 #include "cuda/portable/scores.cuh"
 #include "cuda/portable/tensor_core.cuh"
+#include "cuda/portable/tile_iterator.cuh"
 #include "cuda/ptx/math.cuh"
 #include "cuda/ptx/named_barrier.cuh"
-#include "cuda/tile_iterator.cuh"
 
 namespace mixed_attention::cuda::portable {
 

@@ -3,12 +3,12 @@
 // asynchronous copies, a block, or with one buffer each a product, ahead.
 #pragma once
 
-#include "cuda/log_sum_exp.cuh"
+#include "cuda/common/log_sum_exp.cuh"
 #include "cuda/portable/config.h"
 #include "cuda/portable/scores.cuh"
+#include "cuda/portable/softmax.cuh"
 #include "cuda/portable/tensor_core.cuh"
-#include "cuda/softmax.cuh"
-#include "cuda/tile_iterator.cuh"
+#include "cuda/portable/tile_iterator.cuh"
 
 namespace mixed_attention::cuda::portable {
 

@@ -1,7 +1,7 @@
 // Launches the forward of one arithmetic and head_dim.
 #pragma once
 
-#include "cuda/combine_kernel.cuh"
+#include "cuda/common/combine_kernel.cuh"
 #include "cuda/portable/fwd_kernel.cuh"
 #include "cuda/portable/launch_common.cuh"
 

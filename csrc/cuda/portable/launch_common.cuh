@@ -5,11 +5,11 @@
 
 #include <cstdint>
 
-#include "cuda/allow_shared_memory.cuh"
-#include "cuda/cuda_check.h"
+#include "cuda/common/allow_shared_memory.cuh"
+#include "cuda/common/check.h"
 #include "cuda/portable/plan.h"
-#include "cuda/tile_iterator.cuh"
-#include "cuda/upload.h"
+#include "cuda/portable/tile_iterator.cuh"
+#include "cuda/portable/upload.h"
 
 namespace mixed_attention::cuda::portable {
 

@@ -2,7 +2,7 @@
 
 #include <algorithm>
 
-#include "cuda/device.h"
+#include "cuda/common/device.h"
 #include "cuda/portable/config.h"
 
 namespace mixed_attention::cuda::portable {

@@ -3,12 +3,12 @@
 
 #include <optional>
 
+#include "cuda/common/row_part.h"
+#include "cuda/common/row_reference.h"
+#include "cuda/common/scratch.h"
 #include "cuda/portable/config.h"
 #include "cuda/portable/launch.h"
-#include "cuda/row_part.h"
-#include "cuda/row_reference.h"
-#include "cuda/scratch.h"
-#include "cuda/work_table.h"
+#include "cuda/portable/work_table.h"
 
 namespace mixed_attention::cuda::portable {
 

@@ -3,8 +3,8 @@
 // A thread's elements [m][n][e] stand at rows 16m + lane / 4 + e / 2 * 8 and columns 8n + lane % 4 * 2 + e % 2.
 #pragma once
 
-#include "cuda/dropout.cuh"
-#include "cuda/row_reference.cuh"
+#include "cuda/common/row_reference.cuh"
+#include "cuda/portable/dropout.cuh"
 
 namespace mixed_attention::cuda::portable {
 

@@ -1,6 +1,6 @@
 // Kernels that follow one another in a stream and overlap: the next one's blocks come while the last of this one's run.
 //
-// Both do nothing where the launch did not ask for it (cuda/hopper/launch_kernel.cuh).
+// Both do nothing where the launch did not ask for it (cuda/hopper/tile/launch_kernel.cuh).
 #pragma once
 
 namespace mixed_attention::cuda::ptx {

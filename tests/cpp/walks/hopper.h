@@ -4,8 +4,8 @@
 #include <limits>
 #include <memory>
 
-#include "cuda/hopper/key_work_table.h"
-#include "cuda/hopper/work_table.h"
+#include "cuda/hopper/plan/key_table.h"
+#include "cuda/hopper/plan/query_table.h"
 #include "problem.h"
 
 namespace walks {

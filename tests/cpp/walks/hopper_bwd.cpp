@@ -2,12 +2,12 @@
 #include <algorithm>
 #include <vector>
 
-#include "cuda/hopper/bwd_launch.h"
-#include "cuda/hopper/fp32_bwd_config.h"
-#include "cuda/hopper/persistent_blocks.h"
-#include "cuda/hopper/query_walk.cuh"
-#include "cuda/hopper/wide_dk_dv_config.h"
-#include "cuda/hopper/work_items.cuh"
+#include "cuda/hopper/bwd/launch.h"
+#include "cuda/hopper/bwd/query_walk.cuh"
+#include "cuda/hopper/bwd/wide_dk_dv_config.h"
+#include "cuda/hopper/bwd_fp32/config.h"
+#include "cuda/hopper/plan/persistent_blocks.h"
+#include "cuda/hopper/plan/work_items.cuh"
 #include "hopper.h"
 #include "params.h"
 #include "visits.h"

@@ -5,10 +5,10 @@
 #include <vector>
 
 #include "cuda/hopper/config.h"
-#include "cuda/hopper/fwd_launch.h"
-#include "cuda/hopper/persistent_blocks.h"
-#include "cuda/hopper/rows_of_parts.cuh"
-#include "cuda/hopper/split_items.h"
+#include "cuda/hopper/fwd/launch.h"
+#include "cuda/hopper/fwd/rows_of_parts.cuh"
+#include "cuda/hopper/fwd/split_items.h"
+#include "cuda/hopper/plan/persistent_blocks.h"
 #include "hopper.h"
 #include "params.h"
 #include "visits.h"

@@ -9,7 +9,7 @@
 #include <thread>
 #include <vector>
 
-#include "cuda/work_table.h"
+#include "cuda/portable/work_table.h"
 #include "problem.h"
 
 namespace {

@@ -4,7 +4,7 @@
 
 #include "cuda/portable/config.h"
 #include "cuda/portable/plan.h"
-#include "cuda/tile_iterator.cuh"
+#include "cuda/portable/tile_iterator.cuh"
 #include "params.h"
 #include "visits.h"
 

@@ -1,6 +1,6 @@
 // What the host code of the CUDA kernels asks of a device, without one.
-#include "cuda/device.h"
-#include "cuda/hopper/mask.h"
+#include "cuda/common/device.h"
+#include "cuda/hopper/mask/mask.h"
 #include "problem.h"
 
 namespace mixed_attention::cuda {

@@ -1,0 +1,58 @@
+// What is left of a forward whose walks over the keys were split: parts of the output, by their log-sum-exps.
+#pragma once
+
+#include <cstdint>
+
+#include "cuda/common/log_sum_exp.cuh"
+#include "cuda/common/row_part.h"
+#include "cuda/common/split_row.h"
+#include "cuda/ptx/dependent_grids.cuh"
+#include "params.h"
+
+namespace mixed_attention::cuda {
+
+// One warp to a row. Rows::find gives the row of an index, if it exists; partial_out: (rows of all parts, head_dim_v),
+// normalised; row_parts: (rows of all parts).
+template <class Element, class Rows>
+__global__ void attention_combine_kernel(const FwdParams params, const float* partial_out, const RowPart* row_parts,
+                                         int num_splits, const __grid_constant__ Rows rows) {
+  ptx::allow_next_grid();
+  ptx::wait_for_grids_before();
+  const SplitRow row = rows.find((static_cast<int64_t>(blockIdx.x) * blockDim.x + threadIdx.x) / 32);
+  if (!row.exists) return;
+  const auto place = [&](int i) { return row.first_part + i * row.part_step; };
+  const int lane = threadIdx.x % 32;
+
+  // The logarithm of a part's sum relative to another's.
+  const auto log2_ratio = [&](const RowPart& a, const RowPart& b) {
+    return fmaf(a.base - b.base, row.scale_log2, a.sum_log2 - b.sum_log2);
+  };
+  RowPart largest{0, -INFINITY};
+  for (int i = 0; i < num_splits; ++i) {
+    const RowPart part = row_parts[place(i)];
+    if (part.has_sum() && !(largest.has_sum() && log2_ratio(part, largest) <= 0)) largest = part;
+  }
+  const auto weight = [&](int i) {
+    const RowPart part = row_parts[place(i)];
+    return part.has_sum() ? exp2f(log2_ratio(part, largest)) : 0.0f;
+  };
+  float sum = 0;
+  for (int i = 0; i < num_splits; ++i) sum += weight(i);
+  const float inverse = largest.has_sum() ? 1 / sum : 0;  // else there are no keys, or all scores are -inf
+
+  const Strides& strides = params.out_strides;
+  Element* out =
+      static_cast<Element*>(params.out) + row.batch * strides.batch + row.head * strides.head + row.row * strides.row;
+  for (int64_t col = lane; col < params.head_dim_v; col += 32) {
+    float value = 0;
+    for (int i = 0; i < num_splits; ++i) {
+      value += weight(i) * inverse * partial_out[place(i) * params.head_dim_v + col];
+    }
+    out[col] = Element(value);
+  }
+  float* lse = static_cast<float*>(params.lse) + (row.batch * params.num_heads + row.head) * params.seqlen_q + row.row;
+  if (largest.has_sum()) largest.sum_log2 += log2f(sum);
+  if (lane == 0) *lse = log_sum_exp(largest, row.scale);
+}
+
+}  // namespace mixed_attention::cuda

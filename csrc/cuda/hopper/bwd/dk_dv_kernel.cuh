@@ -1,0 +1,237 @@
+// Gradients of keys and values on Hopper: persistent blocks of one producer and two consumer warpgroups that own what
+// they write. Gradients of queries are another kernel's (dq_kernel.cuh), or those of a third consumer warpgroup
+// (dq_adder.cuh), which are added up in global memory.
+//
+// An item of a block is a tile of kBlockN key rows of one head. The producer, a single thread, copies its keys and
+// values and then, tile by tile, the queries that read them, with their output gradients and statistics. Each consumer
+// owns 64 of the key rows and goes through the transposed scores, in which keys are rows: s = k qᵀ, p = exp2(s - lse),
+// dv += p dout, dp = v doutᵀ - delta, ds = p dp, dk += ds q. As rows of s are rows of dk and dv, p and ds are
+// operands of their products as they come out, and everything but the tiles stays in registers; so do its own rows of
+// keys and values where there is room for them.
+//
+// In the step for tile t, dk += ds q of tile t - 1 and dp of t run under the exponentials of t, dv += p dout of t under
+// the gradients of its scores, and s of tile t + 1 is issued as soon as the registers of s are free. What a warp does
+// by itself takes longer than the products: so what the next step reads beside them is read while s is under way, and
+// ds of t - 1 leaves for dq in the step for t. At the end of a step no product is under way, which the compiler needs.
+//
+// Who signals whom: *_full is completed by the copy engine (one arrival of the producer and the bytes), *_empty by one
+// arrival of every consumer warp. Items that nobody reads take part in no barrier.
+#pragma once
+
+#include <cstdint>
+
+#include "cuda/hopper/bwd/cluster_sums.cuh"
+#include "cuda/hopper/bwd/config.h"
+#include "cuda/hopper/bwd/dq_adder.cuh"
+#include "cuda/hopper/bwd/dq_sender.cuh"
+#include "cuda/hopper/bwd/own_keys.cuh"
+#include "cuda/hopper/bwd/own_rows.cuh"
+#include "cuda/hopper/bwd/params.h"
+#include "cuda/hopper/bwd/query_producer.cuh"
+#include "cuda/hopper/bwd/scores.cuh"
+#include "cuda/hopper/tile/products.cuh"
+#include "cuda/hopper/tile/ring.cuh"
+#include "cuda/hopper/tile/store_rows.cuh"
+#include "cuda/ptx/dependent_grids.cuh"
+#include "cuda/ptx/elect.cuh"
+#include "cuda/ptx/mbarrier.cuh"
+#include "cuda/ptx/setmaxnreg.cuh"
+#include "cuda/ptx/wgmma.cuh"
+
+namespace mixed_attention::cuda::hopper {
+
+template <typename Config>
+__device__ inline void init_barriers(DkDvSharedStorage<Config>& shared) {
+  constexpr int kConsumerWarps = Config::kConsumers * kWarpgroup / 32;
+  init_input_barriers<Config>(shared, Config::kAddsDq ? kConsumerWarps + kWarpgroup / 32 : kConsumerWarps);
+  if constexpr (Config::kAddsDq) init_barriers(shared.dq_exchange);
+  if constexpr (Config::kTakesTurns) {
+    for (int stage = 0; stage < DqExchange<Config>::kStagings; ++stage) {
+      ptx::mbarrier_init(shared.dq_exchange.staging_full[stage], kWarpgroup / 32);
+      ptx::mbarrier_init(shared.dq_exchange.staging_empty[stage], 1);
+    }
+  }
+  ptx::mbarrier_init(shared.peer_full, kConsumerWarps);
+  ptx::mbarrier_init(shared.peer_empty, kConsumerWarps);
+  ptx::mbarrier_fence_init();
+}
+
+// Barriers are seen to be initialised, and blocks end, by all blocks of a cluster at a time.
+template <typename Config>
+__device__ inline void sync_blocks() {
+  if constexpr (Config::kSplits > 1) {
+    ptx::cluster_sync();
+  } else {
+    __syncthreads();
+  }
+}
+
+template <typename Config>
+__device__ inline void consume(const DkDvKernelParams& params, DkDvSharedStorage<Config>& shared, int consumer) {
+  using Element = typename Config::Element;
+  using Operand = ptx::SlabOperand<Config::kRowBytes>;
+  using QRing = RingUse<Config::kStagesQ>;
+  using DoutRing = RingUse<Config::kStagesDout>;
+  constexpr int kBlockM = Config::kBlockM, kHeadDim = Config::kHeadDim;
+  const int lane = threadIdx.x % 32;
+  const int warp = __shfl_sync(0xffffffff, threadIdx.x / 32 % 4, 0);
+  const int first_row = consumer * kWarpgroupRows + warp * kWarpRows;  // of this warp in the tile
+
+  OwnRows<Config, (Config::kKeptInputs > 1 ? kHeadDim : 0)> k(shared.k, consumer * kWarpgroupRows);
+  OwnRows<Config, (Config::kKeptInputs > 0 ? kHeadDim : 0)> v(shared.v, consumer * kWarpgroupRows);
+  const Operand q_ring = Operand::make(shared.q, Config::kSlabBytesM);
+  const Operand dout_ring = Operand::make(shared.dout, Config::kSlabBytesM);
+  Element* staging = shared.staging[consumer * kWarpgroup / 32 + warp];
+
+  const auto tile_of = [](Operand ring, int stage) { return ring.advance(stage * Config::kTileBytesM); };
+  const auto release = [&](ptx::Mbarrier& empty) {
+    __syncwarp();  // all lanes have read their statistics
+    if (lane == 0) ptx::mbarrier_arrive(empty);
+  };
+
+  uint32_t num_used = 0;  // query tiles, over all items
+  uint32_t kv_parity = 0;
+  [[maybe_unused]] uint32_t num_exchanges = 0;
+  for (KeyItems<Config> item(params.table); item.next();) {
+    const int num_tiles = QueryShare<Config>(item.tiles()).count;
+    const int row_begin = item.row_begin + first_row;
+    const int num_rows = item.tiles().row_end - row_begin;
+    const auto find_own_keys = [&] { return OwnKeys<Config::kIsMasked>(params, item.batch, row_begin, num_rows); };
+    float dk[kHeadDim / 2] = {}, dv[kHeadDim / 2] = {};
+
+    if (num_tiles > 0) {
+      [[maybe_unused]] const auto own_keys = find_own_keys();
+      float s[kBlockM / 2], dp[kBlockM / 2];
+      uint32_t p_operand[kBlockM / 4], ds_operand[kBlockM / 4] = {};
+      ptx::mbarrier_wait(shared.kv_full, kv_parity);
+      kv_parity ^= 1;
+      k.load(first_row);
+      v.load(first_row);
+      const QRing first{num_used};
+      const DoutRing first_dout{num_used};
+      Operand q_tile = tile_of(q_ring, first.stage()), previous_q = q_tile;
+      Operand dout_tile = tile_of(dout_ring, first_dout.stage());
+      ColumnStats<kBlockM> lse_log2;
+      ptx::mbarrier_wait(shared.q_full[first.stage()], first.full_parity());
+      ptx::mbarrier_wait(shared.dout_full[first_dout.stage()], first_dout.full_parity());
+      lse_log2.load(shared.lse_log2[first.stage()]);
+      start_differences(dp, shared.delta[first_dout.stage()]);
+      k.issue_transposed_scores(s, q_tile);
+      if constexpr (Config::kAddsDq) wait_for_room(shared.dq_exchange, num_used);
+      ptx::wgmma_wait<0>(s);
+
+      // The first step adds zeros to dk and hands nothing over, the last one's scores of a next tile are not used: a
+      // product that is issued in some steps only would make the compiler wait for each.
+      for (int tile = 0; tile < num_tiles; ++tile, ++num_used) {
+        const QRing previous{num_used - (tile > 0)}, next{num_used + (tile + 1 < num_tiles)};
+        const DoutRing dout{num_used}, next_dout{next.count};
+
+        issue_column_products<Element>(dk, ds_operand, previous_q);
+        v.template issue_transposed_scores<true>(dp, dout_tile);
+        const float* stats = shared.references[QRing{num_used}.stage()];
+        if (has_references(stats)) relate_columns(s, stats);
+        scale_columns(s, params.softmax_scale_log2, lse_log2);
+        // NOTE: behind a wait, a branch, ptxas spreads the handing over among the last exponentials; without one it
+        // does so with the products alone. Where dq is added to in turn that takes more registers than there are.
+        constexpr bool kWaitsEarly = Config::kAddsDq && !Config::kTakesTurns;
+        const auto wait_for_next = [&] { ptx::mbarrier_wait(shared.q_full[next.stage()], next.full_parity()); };
+        if constexpr (kWaitsEarly) wait_for_next();
+        if constexpr (Config::kAddsDq) {
+          hand_over(shared.dq_exchange, previous.count, ds_operand, first_row, own_keys, tile > 0);
+        }
+
+        exponentiate_all(s);
+        if constexpr (Config::kSharesOperand) ptx::wgmma_wait<1>(dk);
+        round_operand<Element>(p_operand, s);
+        issue_column_products<Element>(dv, p_operand, dout_tile);
+        ptx::wgmma_wait<1>(dk, dp);
+
+        multiply_all(dp, s);
+        previous_q = q_tile;
+        q_tile = tile_of(q_ring, next.stage());
+        dout_tile = tile_of(dout_ring, next_dout.stage());
+        if constexpr (!kWaitsEarly) wait_for_next();
+        k.issue_transposed_scores(s, q_tile);
+        if constexpr (Config::kSharesOperand) ptx::wgmma_wait<1>(dv);
+        round_operand<Element>(ds_operand, dp);
+        if (tile > 0) release(shared.q_empty[previous.stage()]);
+
+        ptx::mbarrier_wait(shared.dout_full[next_dout.stage()], next_dout.full_parity());
+        lse_log2.load(shared.lse_log2[next.stage()]);
+        start_differences(dp, shared.delta[next_dout.stage()]);
+        if constexpr (Config::kAddsDq) wait_for_room(shared.dq_exchange, num_used);
+        ptx::wgmma_wait<0>(dv, s);
+        release(shared.dout_empty[dout.stage()]);
+      }
+
+      release(shared.kv_empty);
+      const QRing last{num_used - 1};
+      issue_column_products<Element>(dk, ds_operand, tile_of(q_ring, last.stage()));
+      if constexpr (Config::kAddsDq) {
+        hand_over(shared.dq_exchange, last.count, ds_operand, first_row, own_keys, true);
+      }
+      ptx::wgmma_wait<0>(dk);
+      release(shared.q_empty[last.stage()]);
+      scale_all(dk, params.softmax_scale);
+    }
+
+    const auto store = [&](float (&grad)[kHeadDim / 2], void* tensor, const Strides& strides) {
+      if constexpr (Config::kIsMasked) clear_other_keys(grad, find_own_keys());
+      Element* target = static_cast<Element*>(tensor) + item.batch * strides.batch + row_begin * strides.row +
+                        item.head * strides.head;
+      store_rows<Element, kHeadDim>(staging, grad, target, strides.row, num_rows, params.head_dim);
+    };
+    if constexpr (Config::kSplits == 1) {
+      store(dv, params.dv, params.dv_strides);
+      store(dk, params.dk, params.dk_strides);
+    } else {
+      const auto finish = [&](const float (&sent)[kHeadDim / 2], float (&kept)[kHeadDim / 2], void* tensor,
+                              const Strides& strides) {
+        const bool is_read = item.tiles().num_tiles > 0;
+        if (is_read) exchange_sums(shared, num_exchanges++, reinterpret_cast<float*>(staging), sent, kept);
+        store(kept, tensor, strides);
+        if (is_read) release_sums(shared);
+      };
+      if (QueryShare<Config>::block_rank() == 0) {
+        finish(dk, dv, params.dv, params.dv_strides);
+      } else {
+        finish(dv, dk, params.dk, params.dk_strides);
+      }
+    }
+  }
+}
+
+template <typename Config>
+__global__ void __launch_bounds__(Config::kThreads, 1)
+    hopper_dk_dv_kernel(const __grid_constant__ DkDvKernelParams params) {
+  extern __shared__ __align__(1024) unsigned char memory[];
+  DkDvSharedStorage<Config>& shared = *reinterpret_cast<DkDvSharedStorage<Config>*>(memory);
+
+  if (threadIdx.x == 0) {
+    prefetch_input_maps(params);
+    init_barriers(shared);
+  }
+  ptx::allow_next_grid();
+  sync_blocks<Config>();
+  ptx::wait_for_grids_before();
+
+  const int warpgroup = __shfl_sync(0xffffffff, threadIdx.x / kWarpgroup, 0);
+  if (warpgroup == 0) {
+    ptx::release_registers<Config::kProducerRegisters>();
+    const int warp = threadIdx.x / 32;
+    if (warp == 0) {
+      if (ptx::elect_one()) produce_queries<Config>(params, shared);
+    } else if constexpr (Config::kTakesTurns) {
+      if (warp <= DqExchange<Config>::kStagings && ptx::elect_one()) send_dq(params, shared, warp - 1);
+    }
+  } else if (warpgroup <= Config::kConsumers) {
+    ptx::acquire_registers<Config::kConsumerRegisters>();
+    consume(params, shared, warpgroup - 1);
+  } else if constexpr (Config::kAddsDq) {
+    ptx::release_registers<Config::kDqRegisters>();
+    add_dq(params, shared);
+  }
+  if constexpr (Config::kSplits > 1) ptx::cluster_sync();
+}
+
+}  // namespace mixed_attention::cuda::hopper

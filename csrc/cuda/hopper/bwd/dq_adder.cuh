@@ -1,0 +1,88 @@
+// What a key tile adds to dq, by the third warpgroup of the kernel for dk and dv.
+//
+// The transposed dqᵀ = kᵀ dsᵀ: kᵀ stays in registers for a whole item, dsᵀ comes from the other warpgroups as they have
+// it. Where the head has no 64 columns to be rows of dqᵀ, dq = ds k with both from shared memory. The sums of a query
+// tile leave in the order of the accumulators, where there are turns by other threads (dq_sender.cuh);
+// hopper_dq_sums_kernel puts them right.
+#pragma once
+
+#include <cstdint>
+
+#include "cuda/hopper/bwd/config.h"
+#include "cuda/hopper/bwd/ds_exchange.cuh"
+#include "cuda/hopper/bwd/params.h"
+#include "cuda/hopper/bwd/query_walk.cuh"
+#include "cuda/hopper/tile/bulk_add.cuh"
+#include "cuda/hopper/tile/products.cuh"
+#include "cuda/hopper/tile/register_operand.cuh"
+#include "cuda/hopper/tile/ring.cuh"
+#include "cuda/ptx/bulk_reduce.cuh"
+#include "cuda/ptx/mbarrier.cuh"
+#include "cuda/ptx/wgmma.cuh"
+
+namespace mixed_attention::cuda::hopper {
+
+constexpr int kDqBarrier = 1;  // named barrier of this warpgroup
+
+template <typename Config>
+__device__ inline void add_dq(const DkDvKernelParams& params, DkDvSharedStorage<Config>& shared) {
+  using Element = typename Config::Element;
+  auto& exchange = shared.dq_exchange;
+  using Ring = RingUse<DqExchange<Config>::kStages>;
+  using Stagings = RingUse<DqExchange<Config>::kStagings>;
+  constexpr bool kTransposes = transposes_dq(Config::kHeadDim);
+  const int thread = threadIdx.x % kWarpgroup;
+  const int lane = thread % 32;
+  const ptx::Operand ds_ring = ptx::Operand::make(exchange.ds);
+  const auto release = [&](ptx::Mbarrier& empty) {
+    if (lane == 0) ptx::mbarrier_arrive(empty);
+  };
+
+  uint32_t num_used = 0;  // query tiles, over all items
+  uint32_t kv_parity = 0;
+  for (KeyItems<Config> item(params.table); item.next();) {
+    if (QueryShare<Config>(item.tiles()).count == 0) continue;
+    [[maybe_unused]] uint32_t keys[Config::kBlockN / 4];
+    ptx::mbarrier_wait(shared.kv_full, kv_parity);
+    kv_parity ^= 1;
+    if constexpr (kTransposes) {
+      load_column_operand(keys, shared.k);
+      __syncwarp();
+      release(shared.kv_empty);
+    }
+
+    const int64_t first_tile = (int64_t{item.batch} * params.table.num_heads + item.head) * params.stats.num_tiles;
+    QueryWalk<Config> walk(params.table, item);
+    for (int i = 0; i < walk.num_tiles(); ++i, ++num_used) {
+      const Ring ds{num_used};
+      const ptx::Operand ds_tile = ds_ring.advance(ds.stage() * Config::kScoreBytes);
+      float dq[Config::kDqTileFloats / kWarpgroup] = {};
+      ptx::mbarrier_wait(exchange.ds_full[ds.stage()], ds.full_parity());
+      if constexpr (kTransposes) {
+        issue_column_products<Element>(dq, keys, ds_tile);
+      } else {
+        issue_transposed_products<Element, Config::kBlockN>(
+            dq, ds_tile, ptx::SlabOperand<Config::kRowBytes>::make(shared.k, Config::kSlabBytesN));
+      }
+      ptx::wgmma_wait<0>(dq);
+      release(exchange.ds_empty[ds.stage()]);
+
+      const Stagings use{num_used};
+      float* const staging = exchange.staging[use.stage()];
+      if constexpr (Config::kTakesTurns) {
+        ptx::mbarrier_wait(exchange.staging_empty[use.stage()], use.empty_parity());
+        stage_sums(staging, dq);
+        __syncwarp();
+        release(exchange.staging_full[use.stage()]);
+      } else {
+        add_sums<DqExchange<Config>::kStagings>(staging, dq, kDqBarrier, [&] {
+          return params.dq_sums.of_tile(first_tile + walk.next().index, Config::kDqTileFloats);
+        });
+      }
+    }
+    if constexpr (!kTransposes) release(shared.kv_empty);
+  }
+  if (!Config::kTakesTurns && thread == 0) ptx::bulk_wait<0>();
+}
+
+}  // namespace mixed_attention::cuda::hopper

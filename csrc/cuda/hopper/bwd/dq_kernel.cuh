@@ -1,0 +1,252 @@
+// Gradients of queries on Hopper: persistent blocks of one producer and two consumer warpgroups that own what they
+// write, so that nothing is added atomically.
+//
+// An item of a block is a tile of kBlockM query rows of one head. The producer, a single thread, copies its queries and
+// output gradients and then its key and value tiles into rings of kStages buffers. Each consumer owns 64 of the rows
+// and computes, tile by tile, s = q kᵀ, p = exp2(s - lse), dp = dout vᵀ, ds = p (dp - delta) and dq += ds k.
+//
+// dq += ds k of tile j - 1 is issued together with s of tile j, and the exponentials of j run under dp of j. At the end
+// of a step no product is under way, which the compiler needs.
+//
+// Who signals whom: *_full is completed by the copy engine (one arrival of the producer and the bytes; under a mask
+// k_full also by one of the thread that brings its bits), *_empty by one arrival of every consumer warp. Items without
+// keys take part in no barrier.
+#pragma once
+
+#include <cstdint>
+#include <numbers>
+
+#include "cuda/hopper/bwd/config.h"
+#include "cuda/hopper/bwd/params.h"
+#include "cuda/hopper/bwd/scores.cuh"
+#include "cuda/hopper/mask/key_bits.cuh"
+#include "cuda/hopper/plan/work_items.cuh"
+#include "cuda/hopper/tile/load_tile.cuh"
+#include "cuda/hopper/tile/products.cuh"
+#include "cuda/hopper/tile/ring.cuh"
+#include "cuda/hopper/tile/store_rows.cuh"
+#include "cuda/ptx/dependent_grids.cuh"
+#include "cuda/ptx/elect.cuh"
+#include "cuda/ptx/mbarrier.cuh"
+#include "cuda/ptx/setmaxnreg.cuh"
+#include "cuda/ptx/tma.cuh"
+#include "cuda/ptx/wgmma.cuh"
+
+namespace mixed_attention::cuda::hopper {
+
+template <typename Config>
+__device__ inline void init_barriers(DqSharedStorage<Config>& shared) {
+  constexpr int kConsumerWarps = Config::kConsumers * kWarpgroup / 32;
+  ptx::mbarrier_init(shared.q_full, 1);
+  ptx::mbarrier_init(shared.q_empty, kConsumerWarps);
+  for (int stage = 0; stage < Config::kStagesK; ++stage) {
+    ptx::mbarrier_init(shared.k_full[stage], Config::kIsMasked ? 2 : 1);
+    ptx::mbarrier_init(shared.k_empty[stage], kConsumerWarps);
+  }
+  for (int stage = 0; stage < Config::kStagesV; ++stage) {
+    ptx::mbarrier_init(shared.v_full[stage], 1);
+    ptx::mbarrier_init(shared.v_empty[stage], kConsumerWarps);
+  }
+  ptx::mbarrier_fence_init();
+}
+
+template <typename Config>
+__device__ inline void produce(const DqKernelParams& params, DqSharedStorage<Config>& shared) {
+  constexpr int kBlockM = Config::kBlockM, kBlockN = Config::kBlockN, kHeadDim = Config::kHeadDim;
+  uint32_t num_loaded = 0;  // key tiles, over all items
+  uint32_t q_parity = 1;
+  for (WorkItems<kBlockM, UncutWorkTable> item(params.table); item.next();) {
+    const int num_tiles = item.tiles().num_tiles;
+    if (num_tiles == 0) continue;
+
+    ptx::mbarrier_wait(shared.q_empty, q_parity);
+    q_parity ^= 1;
+    ptx::mbarrier_arrive_expect(shared.q_full, 2 * Config::kTileBytesM);
+    load_rows<kBlockM, kHeadDim>(shared.q, params.q, shared.q_full, item.row_begin, item.head,
+                                 item.batch * params.q_batch_step);
+    load_rows<kBlockM, kHeadDim>(shared.dout, params.dout, shared.q_full, item.row_begin, item.head,
+                                 item.batch * params.dout_batch_step);
+
+    KeyTileIterator<kBlockN> keys(params.table, item.tiles());
+    for (int i = 0; i < num_tiles; ++i, ++num_loaded) {
+      const KeyTile tile = keys.next();
+      const auto load = [&](auto use, auto& ring, const CUtensorMap& map, auto& full, auto& empty, int batch_step) {
+        const int stage = use.stage();
+        ptx::mbarrier_wait(empty[stage], use.empty_parity());
+        ptx::mbarrier_arrive_expect(full[stage], Config::kTileBytesN);
+        load_clipped_rows<kBlockN, kHeadDim>(ring[stage], map, full[stage], tile.row_begin, tile.num_rows, item.head,
+                                             item.batch * batch_step);
+      };
+      load(RingUse<Config::kStagesK>{num_loaded}, shared.k, params.k, shared.k_full, shared.k_empty,
+           params.k_batch_step);
+      load(RingUse<Config::kStagesV>{num_loaded}, shared.v, params.v, shared.v_full, shared.v_empty,
+           params.v_batch_step);
+    }
+  }
+}
+
+// Under a mask a second thread follows the first and brings the bits of the key tiles.
+template <typename Config>
+__device__ inline void produce_key_bits(const DqKernelParams& params, DqSharedStorage<Config>& shared) {
+  RingUse<Config::kStagesK> use{0};
+  for (WorkItems<Config::kBlockM, UncutWorkTable> item(params.table); item.next();) {
+    const int num_tiles = item.tiles().num_tiles;
+    if (num_tiles == 0) continue;
+
+    const uint32_t* visible = params.visible + int64_t{item.batch} * params.visible_step;
+    KeyTileIterator<Config::kBlockN> keys(params.table, item.tiles());
+    for (int i = 0; i < num_tiles; ++i, ++use.count) {
+      ptx::mbarrier_wait(shared.k_empty[use.stage()], use.empty_parity());
+      gather_key_bits(shared.key_bits[use.stage()], visible, keys.next());
+      ptx::mbarrier_arrive(shared.k_full[use.stage()]);
+    }
+  }
+}
+
+template <typename Config>
+__device__ inline void consume(const DqKernelParams& params, DqSharedStorage<Config>& shared, int consumer) {
+  using Element = typename Config::Element;
+  using Operand = ptx::SlabOperand<Config::kRowBytes>;
+  using KRing = RingUse<Config::kStagesK>;
+  using VRing = RingUse<Config::kStagesV>;
+  constexpr int kBlockN = Config::kBlockN, kHeadDim = Config::kHeadDim;
+  const int lane = threadIdx.x % 32;
+  const int warp = __shfl_sync(0xffffffff, threadIdx.x / 32 % 4, 0);
+  const int first_row = consumer * kWarpgroupRows + warp * kWarpRows;  // of this warp in the tile
+
+  const Operand q = Operand::make(shared.q).advance(consumer * kWarpgroupRows * Config::kRowBytes);
+  const Operand dout = Operand::make(shared.dout).advance(consumer * kWarpgroupRows * Config::kRowBytes);
+  const Operand k_ring = Operand::make(shared.k, Config::kSlabBytesN);
+  const Operand v_ring = Operand::make(shared.v, Config::kSlabBytesN);
+
+  const auto tile_of = [](Operand ring, auto use) { return ring.advance(use.stage() * Config::kTileBytesN); };
+  // NOTE: ptxas would hold the descriptors of wide rows of queries and output gradients through the loop, and spill. It
+  // computes them in each step if they may differ.
+  const auto issue_scores = [&](float (&result)[kBlockN / 2], Operand queries, Operand keys, uint32_t count) {
+    if constexpr (is_wide(kHeadDim)) queries.low += count >> 31;
+    issue_row_products<Element, kHeadDim, Config::kSlabBytesM, Config::kSlabBytesN>(result, queries, keys);
+  };
+  const auto release = [&](ptx::Mbarrier& empty) {
+    if (lane == 0) ptx::mbarrier_arrive(empty);
+  };
+
+  uint32_t num_used = 0;  // key tiles, over all items
+  uint32_t q_parity = 0;
+  for (WorkItems<Config::kBlockM, UncutWorkTable> item(params.table); item.next();) {
+    const int num_tiles = item.tiles().num_tiles;
+    const int row_begin = item.row_begin + first_row;
+    const int num_rows = item.tiles().row_end - row_begin;
+    float dq[kHeadDim / 2] = {};
+
+    if (num_tiles > 0) {
+      float lse_log2[2] = {}, delta[2] = {};
+      bool has_reference = false;
+      const int64_t stats = (int64_t{item.batch} * params.table.num_heads + item.head) * params.seqlen_q + row_begin;
+#pragma unroll
+      for (int i = 0; i < 2; ++i) {
+        const int row = lane / 4 + 8 * i;
+        if (row < num_rows) {
+          lse_log2[i] = params.lse[stats + row] * std::numbers::log2e_v<float>;
+          if (needs_reference(lse_log2[i])) {
+            has_reference = true;
+            lse_log2[i] = params.references[stats + row].sum_log2;
+          }
+          // A row that sees no key has no weights: exp2(-inf - inf).
+          if (Config::kIsMasked && lse_log2[i] == -INFINITY) lse_log2[i] = INFINITY;
+          delta[i] = params.delta[stats + row];
+        }
+      }
+      has_reference = __any_sync(0xffffffff, has_reference);
+
+      float s[kBlockN / 2], dp[kBlockN / 2];
+      uint32_t ds_operand[kBlockN / 4];
+      // From scores under way to the operand of the next product.
+      const auto differentiate = [&](int tile, KRing k) {
+        const VRing v{k.count};
+        ptx::mbarrier_wait(shared.v_full[v.stage()], v.full_parity());
+        issue_scores(dp, dout, tile_of(v_ring, v), v.count);
+        ptx::wgmma_wait<1>(s);
+        if constexpr (Config::kIsMasked) {
+          mask_keys(s, shared.key_bits[k.stage()]);
+        } else if (tile < item.tiles().num_partial) {
+          mask_columns(s, params.table.ranges[item.tiles().first_range + tile].tail);
+        }
+        if (has_reference) relate_rows(s, params.references + stats + lane / 4);
+        weigh_rows(s, params.softmax_scale_log2, lse_log2);
+        hold_weights(s, ptx::shared_address(&shared));
+        ptx::wgmma_wait<0>(dp);
+        release(shared.v_empty[v.stage()]);
+        differentiate_rows(dp, s, delta);
+        round_operand<Element>(ds_operand, dp);
+      };
+
+      // The first tile has no older product to run beside.
+      KRing k{num_used};
+      ptx::mbarrier_wait(shared.q_full, q_parity);
+      q_parity ^= 1;
+      ptx::mbarrier_wait(shared.k_full[k.stage()], k.full_parity());
+      issue_scores(s, q, tile_of(k_ring, k), k.count);
+      differentiate(0, k);
+
+      for (int tile = 1; tile < num_tiles; ++tile) {
+        const KRing previous = k;
+        k = KRing{++num_used};
+        issue_column_products<Element>(dq, ds_operand, tile_of(k_ring, previous));
+        ptx::mbarrier_wait(shared.k_full[k.stage()], k.full_parity());
+        issue_scores(s, q, tile_of(k_ring, k), k.count);
+        ptx::wgmma_wait<1>(dq);
+        release(shared.k_empty[previous.stage()]);
+        differentiate(tile, k);
+      }
+
+      release(shared.q_empty);
+      issue_column_products<Element>(dq, ds_operand, tile_of(k_ring, k));
+      ptx::wgmma_wait<0>(dq);
+      release(shared.k_empty[k.stage()]);
+      ++num_used;
+      scale_all(dq, params.softmax_scale);
+    }
+
+    Element* target = static_cast<Element*>(params.dq) + item.batch * params.dq_strides.batch +
+                      row_begin * params.dq_strides.row + item.head * params.dq_strides.head;
+    if constexpr (Config::kIsStaged) {
+      store_rows<Element, kHeadDim>(shared.staging.rows[consumer * kWarpgroup / 32 + warp], dq, target,
+                                    params.dq_strides.row, num_rows, params.head_dim);
+    } else {
+      store_rows_directly(dq, target, params.dq_strides.row, num_rows, params.head_dim);
+    }
+  }
+}
+
+template <typename Config>
+__global__ void __launch_bounds__(Config::kThreads, 1) hopper_dq_kernel(const __grid_constant__ DqKernelParams params) {
+  extern __shared__ __align__(1024) unsigned char memory[];
+  DqSharedStorage<Config>& shared = *reinterpret_cast<DqSharedStorage<Config>*>(memory);
+
+  if (threadIdx.x == 0) {
+    ptx::prefetch_tensor_map(params.q);
+    ptx::prefetch_tensor_map(params.dout);
+    ptx::prefetch_tensor_map(params.k);
+    ptx::prefetch_tensor_map(params.v);
+    init_barriers(shared);
+  }
+  ptx::allow_next_grid();
+  __syncthreads();
+  ptx::wait_for_grids_before();
+
+  const int warpgroup = __shfl_sync(0xffffffff, threadIdx.x / kWarpgroup, 0);
+  if (warpgroup == 0) {
+    ptx::release_registers<Config::kProducerRegisters>();
+    const int warp = threadIdx.x / 32;
+    if (warp == 0 && ptx::elect_one()) {
+      produce(params, shared);
+    } else if (Config::kIsMasked && warp == 1 && ptx::elect_one()) {
+      produce_key_bits(params, shared);
+    }
+  } else {
+    ptx::acquire_registers<Config::kConsumerRegisters>();
+    consume(params, shared, warpgroup - 1);
+  }
+}
+
+}  // namespace mixed_attention::cuda::hopper

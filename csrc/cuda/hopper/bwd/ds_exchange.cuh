@@ -1,0 +1,57 @@
+// Gradients of scores on their way, through shared memory, to those who compute dq.
+//
+// Who signals whom: ds_full by one arrival of every warp that computes scores, ds_empty by one of every warp that
+// reads.
+#pragma once
+
+#include <cstdint>
+
+#include "cuda/hopper/bwd/config.h"
+#include "cuda/hopper/bwd/own_keys.cuh"
+#include "cuda/hopper/tile/ring.cuh"
+#include "cuda/ptx/fence.cuh"
+#include "cuda/ptx/mbarrier.cuh"
+#include "cuda/ptx/stmatrix.cuh"
+
+namespace mixed_attention::cuda::hopper {
+
+template <typename Config>
+__device__ inline void init_barriers(DqExchange<Config>& exchange) {
+  for (int stage = 0; stage < DqExchange<Config>::kStages; ++stage) {
+    ptx::mbarrier_init(exchange.ds_full[stage], Config::kConsumers * kWarpgroup / 32);
+    ptx::mbarrier_init(exchange.ds_empty[stage], kWarpgroup / 32);
+  }
+}
+
+// Waits until a tile's ds may be written.
+template <typename Config>
+__device__ inline void wait_for_room(DqExchange<Config>& exchange, uint32_t count) {
+  const RingUse<DqExchange<Config>::kStages> use{count};
+  ptx::mbarrier_wait(exchange.ds_empty[use.stage()], use.empty_parity());
+}
+
+// Gives those who compute dq a tile's ds of this warp's 16 keys, which start at first_row; there has to be room. Of
+// this thread's keys, zeros take the place of those that do not count (own_keys.cuh). Unless it arrives, what it wrote
+// is for nobody, and the room is as free as before.
+template <typename Config, bool kIsMasked>
+__device__ inline void hand_over(DqExchange<Config>& exchange, uint32_t count, const uint32_t (&ds)[16], int first_row,
+                                 const OwnKeys<kIsMasked>& own_keys, bool arrives) {
+  const RingUse<DqExchange<Config>::kStages> use{count};
+  const int lane = threadIdx.x % 32;
+  const int row = first_row + lane % 16;
+  const bool counts[2] = {own_keys.count(0), own_keys.count(1)};
+  const auto word = [&](int i) { return counts[i % 2] ? ds[i] : 0; };
+
+  const uint32_t target = ptx::shared_address(exchange.ds[use.stage()]) + row * kRowBytes;
+#pragma unroll
+  for (int step = 0; step < Config::kBlockM / 16; ++step) {
+    const int chunk = 2 * step + lane / 16;
+    ptx::stmatrix_x4(target + (chunk ^ (row % 8)) * 16, word(4 * step), word(4 * step + 1), word(4 * step + 2),
+                     word(4 * step + 3));
+  }
+  ptx::fence_async_shared();
+  __syncwarp();
+  if (lane == 0 && arrives) ptx::mbarrier_arrive(exchange.ds_full[use.stage()]);
+}
+
+}  // namespace mixed_attention::cuda::hopper

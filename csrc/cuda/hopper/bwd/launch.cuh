@@ -1,0 +1,214 @@
+// Builds the backward kernels' parameters and launches them.
+#pragma once
+
+#include <algorithm>
+#include <numbers>
+#include <vector>
+
+#include "cuda/common/allow_shared_memory.cuh"
+#include "cuda/hopper/bwd/dk_dv_kernel.cuh"
+#include "cuda/hopper/bwd/dq_kernel.cuh"
+#include "cuda/hopper/bwd/dq_sums_kernel.cuh"
+#include "cuda/hopper/bwd/launch.h"
+#include "cuda/hopper/bwd/stats_kernel.cuh"
+#include "cuda/hopper/bwd/wide_dk_dv_kernel.cuh"
+#include "cuda/hopper/plan/persistent_blocks.h"
+#include "cuda/hopper/plan/tensor_map.h"
+#include "cuda/hopper/tile/launch_kernel.cuh"
+
+namespace mixed_attention::cuda::hopper {
+
+// One persistent block a multiprocessor, fewer where there are fewer items. The blocks of a cluster share an item.
+template <typename Config, typename SharedStorage, auto kKernel, typename KernelParams>
+void launch_persistent(const char* name, const KernelParams& kernel_params, const BwdParams& params,
+                       Start start = Start::kInOrder) {
+  if (kernel_params.table.num_items == 0) return;
+  constexpr int kSharedBytes = sizeof(SharedStorage);
+  allow_shared_memory<kKernel>(kSharedBytes, params.device, name);
+  const LaunchShape shape{num_persistent_blocks(kernel_params.table.num_items, params.device, Config::kSplits),
+                          Config::kThreads, start, Config::kSplits};
+  launch_kernel<kKernel, kSharedBytes>(name, shape, params.stream, kernel_params);
+}
+
+template <typename Element, int kHeadDim>
+void launch_stats(const BwdParams& params, const QueryStats& stats, const BwdWorkspace& workspace,
+                  const std::vector<QueryRun>& runs) {
+  const int64_t num_sequences = params.num_heads * params.batch_size;
+  const int64_t num_blocks = stats.num_tiles * num_sequences;
+  if (num_blocks == 0) return;
+  const bool takes_turns = workspace.dq_sums.turns != nullptr;
+  BwdStatsKernelParams kernel_params{params.out,
+                                     params.dout,
+                                     params.out_strides,
+                                     params.dout_strides,
+                                     static_cast<const float*>(params.lse),
+                                     static_cast<const float*>(params.dlse),
+                                     static_cast<int>(params.num_heads),
+                                     static_cast<int>(params.head_dim),
+                                     params.seqlen_q,
+                                     stats,
+                                     workspace.delta_of_rows,
+                                     score_source(params, workspace.references),
+                                     takes_turns ? DqSums{} : workspace.dq_sums,
+                                     workspace.dq_sums.turns,
+                                     takes_turns ? int64_t{workspace.dq_sums.num_tiles} * num_sequences : 0,
+                                     static_cast<int>(runs.size()),
+                                     {}};
+  std::copy(runs.begin(), runs.end(), kernel_params.runs);
+  const LaunchShape shape{static_cast<unsigned>(num_blocks), BwdStatsShape<Element, kHeadDim>::kThreads};
+  launch_kernel<hopper_bwd_stats_kernel<Element, kHeadDim>>("launch of hopper_bwd_stats_kernel", shape, params.stream,
+                                                            kernel_params);
+}
+
+template <typename Config>
+DkDvKernelParams make_dk_dv_kernel_params(const BwdParams& params, const QueryStats& stats,
+                                          const BwdWorkspace& workspace, const std::vector<QueryRun>& runs) {
+  const BwdTensors tensors = bwd_tensors(params, workspace);
+  return {make_clipped_tile_map(tensors.q, Config::kBlockM, Config::kSlabColumns),
+          make_clipped_tile_map(tensors.dout, Config::kBlockM, Config::kSlabColumns),
+          make_clipped_tile_map(tensors.k, Config::kBlockN, Config::kSlabColumns),
+          make_clipped_tile_map(tensors.v, Config::kBlockN, Config::kSlabColumns),
+          batch_step(tensors.q.strides),
+          batch_step(tensors.dout.strides),
+          batch_step(tensors.k.strides),
+          batch_step(tensors.v.strides),
+          params.dk,
+          params.dv,
+          params.dk_strides,
+          params.dv_strides,
+          stats,
+          workspace.dq_sums,
+          static_cast<int>(params.head_dim),
+          workspace.masked_keys.visible,
+          workspace.masked_keys.visible_step(),
+          static_cast<float>(params.softmax_scale),
+          static_cast<float>(params.softmax_scale * std::numbers::log2e),
+          make_key_work_table(params, runs, Config::kBlockN)};
+}
+
+template <typename Config>
+void launch_dk_dv(const BwdParams& params, const QueryStats& stats, const BwdWorkspace& workspace,
+                  const std::vector<QueryRun>& runs) {
+  launch_persistent<Config, DkDvSharedStorage<Config>, hopper_dk_dv_kernel<Config>>(
+      "launch of hopper_dk_dv_kernel", make_dk_dv_kernel_params<Config>(params, stats, workspace, runs), params,
+      Config::kTakesTurns ? Start::kTogether : Start::kInOrder);
+}
+
+template <typename Config>
+void launch_wide_dk_dv(const BwdParams& params, const QueryStats& stats, const BwdWorkspace& workspace,
+                       const std::vector<QueryRun>& runs) {
+  launch_persistent<Config, WideDkDvSharedStorage<Config>, hopper_wide_dk_dv_kernel<Config>>(
+      "launch of hopper_wide_dk_dv_kernel", make_dk_dv_kernel_params<Config>(params, stats, workspace, runs), params);
+}
+
+template <typename Config>
+void launch_dq(const BwdParams& params, const BwdWorkspace& workspace) {
+  const BwdTensors tensors = bwd_tensors(params, workspace);
+  const DqKernelParams kernel_params{make_tile_map(tensors.q, Config::kBlockM, Config::kSlabColumns),
+                                     make_tile_map(tensors.dout, Config::kBlockM, Config::kSlabColumns),
+                                     make_clipped_tile_map(tensors.k, Config::kBlockN, Config::kSlabColumns),
+                                     make_clipped_tile_map(tensors.v, Config::kBlockN, Config::kSlabColumns),
+                                     batch_step(tensors.q.strides),
+                                     batch_step(tensors.dout.strides),
+                                     batch_step(tensors.k.strides),
+                                     batch_step(tensors.v.strides),
+                                     workspace.dq.data,
+                                     workspace.dq.strides,
+                                     static_cast<const float*>(params.lse),
+                                     workspace.delta_of_rows,
+                                     workspace.references,
+                                     params.seqlen_q,
+                                     static_cast<int>(params.head_dim),
+                                     workspace.masked_keys.visible,
+                                     workspace.masked_keys.visible_step(),
+                                     static_cast<float>(params.softmax_scale),
+                                     static_cast<float>(params.softmax_scale * std::numbers::log2e),
+                                     {make_work_table(params, Config::kBlockM, Config::kBlockN)}};
+  launch_persistent<Config, DqSharedStorage<Config>, hopper_dq_kernel<Config>>("launch of hopper_dq_kernel",
+                                                                               kernel_params, params);
+}
+
+// leaves_zeros: for the next share's sums.
+template <typename Element, int kHeadDim>
+void launch_dq_sums(const BwdParams& params, const QueryStats& stats, const BwdWorkspace& workspace,
+                    const std::vector<QueryRun>& runs, bool leaves_zeros) {
+  const int64_t num_blocks = stats.num_tiles * params.num_heads * params.batch_size;
+  if (num_blocks == 0) return;
+  DqSumsKernelParams kernel_params{workspace.dq_sums,
+                                   leaves_zeros,
+                                   params.dq,
+                                   params.dq_strides,
+                                   static_cast<float>(params.softmax_scale),
+                                   static_cast<int>(params.num_heads),
+                                   static_cast<int>(params.head_dim),
+                                   stats.num_tiles,
+                                   static_cast<int>(runs.size()),
+                                   {},
+                                   0,
+                                   {}};
+  std::copy(runs.begin(), runs.end(), kernel_params.runs);
+  const std::vector<DqSumsRun> sums_runs = make_dq_sums_runs(*params.schedule, runs, workspace.plan.dq_form);
+  std::copy(sums_runs.begin(), sums_runs.end(), kernel_params.sums_runs);
+  kernel_params.num_sums_runs = static_cast<int>(sums_runs.size());
+  launch_kernel<hopper_dq_sums_kernel<Element, kHeadDim>>(
+      "launch of hopper_dq_sums_kernel", {static_cast<unsigned>(num_blocks), kWarpgroup}, params.stream, kernel_params);
+}
+
+// All gradients of the shares.
+template <typename Element, int kHeadDim, bool kIsMasked, DqForm kDqForm>
+void launch_shares(const BwdParams& params, const QueryStats& stats, const BwdWorkspace& workspace,
+                   const std::vector<QueryRun>& runs) {
+  for (const BwdShare& share : workspace.plan.shares) {
+    const bool is_last = &share == &workspace.plan.shares.back();
+    const BwdParams part = params_of(share, params);
+    const QueryStats part_stats = stats_of(share, params, stats);
+    BwdWorkspace part_workspace = workspace;
+    part_workspace.dq_sums = sums_of(share, params, workspace.dq_sums);
+    if (!kIsMasked && share.splits > 1) {
+      launch_dk_dv<DkDvConfig<Element, kHeadDim, false, kDqForm, 2>>(part, part_stats, part_workspace, runs);
+    } else {
+      launch_dk_dv<DkDvConfig<Element, kHeadDim, kIsMasked, kDqForm>>(part, part_stats, part_workspace, runs);
+    }
+    launch_dq_sums<Element, kHeadDim>(part, part_stats, part_workspace, runs,
+                                      kDqForm == DqForm::kAsItComes && !is_last);
+  }
+}
+
+// All kernels behind the statistics.
+template <typename Element, int kHeadDim, bool kIsMasked>
+void launch_tiles(const BwdParams& params, const QueryStats& stats, const BwdWorkspace& workspace,
+                  const std::vector<QueryRun>& runs) {
+  if constexpr (can_add_dq(kHeadDim)) {
+    switch (workspace.plan.dq_form) {
+      case DqForm::kAsItComes:
+        return launch_shares<Element, kHeadDim, kIsMasked, DqForm::kAsItComes>(params, stats, workspace, runs);
+      case DqForm::kInTurn:
+        return launch_shares<Element, kHeadDim, kIsMasked, DqForm::kInTurn>(params, stats, workspace, runs);
+      case DqForm::kApart: break;
+    }
+  }
+  // In this order, as the second one may write where the first one reads keys and values.
+  launch_dq<DqConfig<Element, kHeadDim, kIsMasked>>(params, workspace);
+  if constexpr (is_wide(kHeadDim)) {
+    launch_wide_dk_dv<WideDkDvConfig<Element, kHeadDim, kIsMasked>>(params, stats, workspace, runs);
+  } else {
+    launch_dk_dv<DkDvConfig<Element, kHeadDim, kIsMasked, DqForm::kApart>>(params, stats, workspace, runs);
+  }
+  move_dq(params, workspace);
+}
+
+template <typename Element, int kHeadDim>
+void launch_bwd(const BwdParams& params) {
+  const std::vector<QueryRun> runs = make_query_runs(*params.schedule);
+  const BwdWorkspace workspace = bwd_workspace(params);
+  const QueryStats stats{workspace.lse_log2, workspace.delta, num_query_tiles(runs)};
+  launch_stats<Element, kHeadDim>(params, stats, workspace, runs);
+  if (params.key_padding_mask != nullptr) {
+    launch_mask(params, workspace.masked_keys);
+    launch_tiles<Element, kHeadDim, true>(params, stats, workspace, runs);
+  } else {
+    launch_tiles<Element, kHeadDim, false>(params, stats, workspace, runs);
+  }
+}
+
+}  // namespace mixed_attention::cuda::hopper

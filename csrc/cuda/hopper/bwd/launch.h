@@ -1,0 +1,61 @@
+// What the instantiations of the backward launcher have in common with its dispatch.
+#pragma once
+
+#include <vector>
+
+#include "cuda/common/row_reference.h"
+#include "cuda/common/scratch.h"
+#include "cuda/hopper/bwd/dq_sums.h"
+#include "cuda/hopper/bwd/params.h"
+#include "cuda/hopper/bwd/plan.h"
+#include "cuda/hopper/mask/mask.h"
+#include "cuda/hopper/plan/tensor_map.h"
+#include "params.h"
+
+namespace mixed_attention::cuda::hopper {
+
+// The inputs as the copy engine reads them.
+struct BwdTensors {
+  TensorView q, k, v, dout;
+};
+
+// Gradients of queries, (batch_size, seqlen_q, num_heads, head_dim).
+struct DqTensor {
+  void* data;
+  Strides strides;
+};
+
+// The parts of params.workspace, and of params.spare_out.
+struct BwdWorkspace {
+  BwdPlan plan;
+  float* lse_log2;  // QueryStats
+  float* delta;
+  float* delta_of_rows;      // (batch_size, num_heads, seqlen_q), for the kernel that owns dq; else null
+  RowReference* references;  // ScoreSource
+  DqSums dq_sums;            // of a share; turns of all
+  DqTensor dq;  // as the kernel that owns it writes it: the result, or apart from the queries where these lie there
+  MaskedKeys masked_keys;  // none without a mask
+  size_t size;
+};
+
+// Of the pointers it reads params.workspace, null to learn the size, and asks whether there is a mask, whether the
+// gradients take the place of the inputs, and whether there is spare memory.
+BwdWorkspace bwd_workspace(const BwdParams& params);
+
+// The same with the work cut as a plan says, whatever is best; runs: make_query_runs.
+BwdWorkspace bwd_workspace(const BwdParams& params, const std::vector<QueryRun>& runs, BwdPlan plan);
+// Room for one of every query, and a tile more, which may be read.
+RowReference* take_references(const BwdParams& params, Scratch& scratch);
+
+// Enqueues the way of dq to where the queries were, if it was written apart from them.
+void move_dq(const BwdParams& params, const BwdWorkspace& workspace);
+
+// What is read: as it is given, and, where there is a mask, with the copies of keys and values in the workspace.
+BwdTensors bwd_tensors(const BwdParams& params);
+BwdTensors bwd_tensors(const BwdParams& params, const BwdWorkspace& workspace);
+
+// Instantiated in cuda/instantiations, one file per element type and head_dim.
+template <typename Element, int kHeadDim>
+void launch_bwd(const BwdParams& params);
+
+}  // namespace mixed_attention::cuda::hopper

@@ -1,0 +1,51 @@
+// Weights on their way from the warpgroup that computes them to the one that computes gradients of scores: in fp32 and
+// in the order of the accumulators, so that each thread reads what its counterpart wrote, 16 bytes at a time.
+//
+// Two buffers take turns. They lie where the first columns of k and of v were, which both warpgroups have in registers.
+//
+// Who signals whom: p_full by one arrival of every warp that writes, p_empty by one of every warp that reads. The first
+// weights of an item wait for kv_kept beside, one arrival of every consumer warp.
+#pragma once
+
+#include <cstdint>
+
+#include "cuda/hopper/bwd/wide_dk_dv_config.h"
+#include "cuda/hopper/tile/ring.cuh"
+#include "cuda/ptx/mbarrier.cuh"
+
+namespace mixed_attention::cuda::hopper {
+
+using PRing = RingUse<2>;
+
+template <typename Config>
+__device__ inline void init_p_barriers(WideDkDvSharedStorage<Config>& shared) {
+  for (int stage = 0; stage < 2; ++stage) {
+    ptx::mbarrier_init(shared.p_full[stage], kWarpgroup / 32);
+    ptx::mbarrier_init(shared.p_empty[stage], kWarpgroup / 32);
+  }
+  ptx::mbarrier_init(shared.kv_kept, Config::kConsumers * kWarpgroup / 32);
+}
+
+// This thread's weights in their buffer, by the number of the accumulator.
+class OwnWeights {
+ public:
+  template <typename Config>
+  __device__ OwnWeights(WideDkDvSharedStorage<Config>& shared, PRing use)
+      : fours_(reinterpret_cast<float4*>(use.stage() == 0 ? shared.k : shared.v) + threadIdx.x % kWarpgroup) {}
+
+  template <int kCount>
+  __device__ void store(const float (&p)[kCount]) const {
+#pragma unroll
+    for (int i = 0; i < kCount; i += 4) fours_[i / 4 * kWarpgroup] = make_float4(p[i], p[i + 1], p[i + 2], p[i + 3]);
+  }
+
+  __device__ float operator[](int i) const {
+    const float4 four = fours_[i / 4 * kWarpgroup];
+    return i % 4 == 0 ? four.x : i % 4 == 1 ? four.y : i % 4 == 2 ? four.z : four.w;
+  }
+
+ private:
+  float4* fours_;
+};
+
+}  // namespace mixed_attention::cuda::hopper

@@ -1,0 +1,115 @@
+// The parameters of the backward kernels as they travel to the device.
+#pragma once
+
+#include <cuda.h>
+
+#include "cuda/common/row_reference.h"
+#include "cuda/hopper/bwd/dq_sums.h"
+#include "cuda/hopper/plan/key_table.h"
+#include "cuda/hopper/plan/query_table.h"
+#include "params.h"
+
+namespace mixed_attention::cuda::hopper {
+
+// Two numbers for each query, by tiles of kQueryTileRows rows: (batch_size, num_heads, num_tiles, kStatsTileFloats).
+struct QueryStats {
+  float* lse_log2;  // +inf where there is no key, and where there is no query: their probabilities are zero
+  float* delta;     // row sum of out * dout, less dlse
+  int num_tiles;
+};
+
+// What the scores of queries are made of, for those that are computed once more, and where references go.
+struct ScoreSource {
+  struct KeyRange {
+    int begin, end;
+  };
+
+  const void* q;
+  const void* k;
+  Strides q_strides, k_strides;
+  const bool* mask;  // or null
+  int64_t mask_batch_stride;
+  int head_dim;
+  float scale_log2;
+  float unit;                // by how much tensor cores may be off, relative to the sum of the products' sizes
+  RowReference* references;  // (batch_size, num_heads, seqlen_q), and a tile more
+  int first_range[WorkTable::kMaxSegments + 1];  // of every run of queries
+  KeyRange ranges[WorkTable::kMaxRanges];
+};
+
+ScoreSource score_source(const BwdParams& params, RowReference* references);
+
+struct BwdStatsKernelParams {
+  static constexpr int kMaxRuns = WorkTable::kMaxSegments;
+
+  const void* out;
+  const void* dout;
+  Strides out_strides, dout_strides;
+  const float* lse;
+  const float* dlse;  // or null
+  int num_heads, head_dim;
+  int64_t seqlen_q;
+  QueryStats stats;
+  float* delta_of_rows;  // delta once more as (batch_size, num_heads, seqlen_q); or null
+  ScoreSource scores;
+  DqSums dq_sums;      // set to zero; none where there are turns
+  uint32_t* dq_turns;  // likewise, num_dq_turns of them; or null
+  int64_t num_dq_turns;
+  int num_runs;
+  QueryRun runs[kMaxRuns];
+};
+
+// head_dim: of the tensors, up to that of the kernel. *_batch_step: 1, or 0 where one sequence serves the whole batch.
+// Maps: tensor_map.h.
+struct DkDvKernelParams {
+  CUtensorMap q, dout, k, v;
+  int q_batch_step, dout_batch_step, k_batch_step, v_batch_step;
+  void* dk;
+  void* dv;
+  Strides dk_strides, dv_strides;
+  QueryStats stats;
+  DqSums dq_sums;
+  int head_dim;
+  const uint32_t* visible;  // mask.h; null without a mask
+  int visible_step;
+  float softmax_scale, softmax_scale_log2;
+  KeyWorkTable table;
+};
+
+struct DqSumsKernelParams {
+  DqSums dq_sums;
+  bool leaves_zeros;  // where sums were
+  void* dq;
+  Strides dq_strides;
+  float softmax_scale;
+  int num_heads, head_dim, num_tiles;
+  int num_runs;
+  QueryRun runs[BwdStatsKernelParams::kMaxRuns];
+  int num_sums_runs;
+  DqSumsRun sums_runs[KeyWorkTable::kMaxRanges];  // of one tile, all are added
+};
+
+// Of items that are never cut into parts.
+struct UncutWorkTable : WorkTable {};
+
+struct DqKernelParams {
+  CUtensorMap q, dout, k, v;
+  int q_batch_step, dout_batch_step, k_batch_step, v_batch_step;
+  void* dq;
+  Strides dq_strides;
+  const float* lse;                // (batch_size, num_heads, seqlen_q)
+  const float* delta;              // likewise
+  const RowReference* references;  // likewise
+  int64_t seqlen_q;
+  int head_dim;
+  const uint32_t* visible;  // mask.h; null without a mask
+  int visible_step;
+  float softmax_scale, softmax_scale_log2;
+  UncutWorkTable table;
+};
+
+// What a kernel's parameters may take without costing the launch; newer drivers allow 32 KiB.
+static_assert(sizeof(BwdStatsKernelParams) <= 4096 && sizeof(DqSumsKernelParams) <= 4096 &&
+              sizeof(DkDvKernelParams) <= 4096 && sizeof(DqKernelParams) <= 4096);
+
+}  // namespace mixed_attention::cuda::hopper

@@ -1,0 +1,121 @@
+#include "cuda/hopper/bwd/plan.h"
+
+#include "cuda/common/device.h"
+
+namespace mixed_attention::cuda::hopper {
+namespace {
+
+// About how long the kernel of all gradients takes.
+class StepCount {
+ public:
+  StepCount(const BwdParams& params, const std::vector<QueryRun>& runs)
+      : block_n_(key_tile_rows(params.head_dim)),
+        num_blocks_(num_multiprocessors(params.device)),
+        is_masked_(params.key_padding_mask != nullptr),
+        table_(make_key_work_table(params, runs, block_n_)) {}
+
+  // In steps of a query tile, with the queries of a key tile split over so many blocks.
+  int64_t steps(DqForm form, int splits) const {
+    return steps_of_longest_block(table_, block_n_, num_blocks_ / splits, splits, form == DqForm::kInTurn);
+  }
+
+  // 2 where two halves end earlier than a whole, and may run side by side. The kernels for padding masks do not split.
+  int best_splits(DqForm form) const {
+    return !is_masked_ && num_blocks_ >= 2 && steps(form, 2) < steps(form, 1) ? 2 : 1;
+  }
+
+  int64_t best_steps(DqForm form) const { return steps(form, best_splits(form)); }
+
+ private:
+  int block_n_, num_blocks_;
+  bool is_masked_;
+  KeyWorkTable table_;
+};
+
+// Whether one kernel takes less time than two, with seven products instead of five: where keys are many and queries
+// few, blocks would wait for their turns. Nor may the sums of a query tile, one for each key segment that it reads,
+// take more than twice the memory that they take where they come in any order.
+bool can_take_turns(const BwdParams& params, const std::vector<QueryRun>& runs, const StepCount& count) {
+  return num_reader_tiles(*params.schedule) <= 2 * num_query_tiles(runs) &&
+         5 * count.steps(DqForm::kInTurn, 1) <= 7 * count.steps(DqForm::kAsItComes, 1);
+}
+
+// Two shares where sums of dq find spare memory, which is half of what all of them take, and where they cost hardly any
+// time: rounds of blocks are as many, and so long that two launches more do not count.
+std::vector<BwdShare> make_shares(const BwdParams& params, const std::vector<QueryRun>& runs, DqForm form,
+                                  const StepCount& count) {
+  constexpr int kStepsOfShare = 8;
+  const int64_t size = params.batch_size == 1 ? params.num_heads : params.batch_size;
+  const BwdShare all{0, size, count.best_splits(form)};
+  const int64_t steps = count.best_steps(form);
+  const bool is_long = steps >= 100 * kStepsOfShare;
+  if (params.spare_out == nullptr || params.key_padding_mask != nullptr || size < 2 || !is_long) return {all};
+
+  BwdShare first{0, (size + 1) / 2, 1}, second{first.count, size - first.count, 1};
+  int64_t steps_of_shares = kStepsOfShare;
+  for (BwdShare* share : {&first, &second}) {
+    const StepCount of_share(params_of(*share, params), runs);
+    share->splits = of_share.best_splits(form);
+    steps_of_shares += of_share.best_steps(form);
+  }
+  return steps_of_shares <= steps + steps / 100 ? std::vector{first, second} : std::vector{all};
+}
+
+// How many (sequence, head) come before it.
+int64_t num_before(const BwdShare& share, const BwdParams& params) {
+  return share.first * (params.batch_size == 1 ? 1 : params.num_heads);
+}
+
+}  // namespace
+
+BwdPlan plan_bwd(const BwdParams& params, const std::vector<QueryRun>& runs) {
+  const BwdShare whole{0, params.batch_size == 1 ? params.num_heads : params.batch_size, 1};
+  if (params.dtype == DType::kFloat32 || !can_add_dq(params.head_dim)) return {DqForm::kApart, {whole}};
+  const StepCount count(params, runs);
+  if (params.deterministic && !can_take_turns(params, runs, count)) return {DqForm::kApart, {whole}};
+  const DqForm form = params.deterministic ? DqForm::kInTurn : DqForm::kAsItComes;
+  return {form, make_shares(params, runs, form, count)};
+}
+
+BwdParams params_of(const BwdShare& share, const BwdParams& params) {
+  BwdParams part = params;
+  const auto skip = [&](const void* tensor, const Strides& strides) {
+    const int64_t step = params.batch_size == 1 ? strides.head : strides.batch;
+    return static_cast<const char*>(tensor) + share.first * step * sizeof(uint16_t);
+  };
+  (params.batch_size == 1 ? part.num_heads : part.batch_size) = share.count;
+  part.q = skip(params.q, params.q_strides);
+  part.k = skip(params.k, params.k_strides);
+  part.v = skip(params.v, params.v_strides);
+  part.dout = skip(params.dout, params.dout_strides);
+  part.dq = const_cast<char*>(skip(params.dq, params.dq_strides));
+  part.dk = const_cast<char*>(skip(params.dk, params.dk_strides));
+  part.dv = const_cast<char*>(skip(params.dv, params.dv_strides));
+  return part;
+}
+
+QueryStats stats_of(const BwdShare& share, const BwdParams& params, const QueryStats& stats) {
+  const int64_t skipped = num_before(share, params) * stats.num_tiles * kStatsTileFloats;
+  return {stats.lse_log2 + skipped, stats.delta + skipped, stats.num_tiles};
+}
+
+// Sums give way to the next share's, turns are each one's own.
+DqSums sums_of(const BwdShare& share, const BwdParams& params, const DqSums& sums) {
+  DqSums own = sums;
+  if (own.turns != nullptr) own.turns += num_before(share, params) * sums.num_tiles;
+  return own;
+}
+
+std::vector<DqSumsRun> make_dq_sums_runs(const Schedule& schedule, const std::vector<QueryRun>& runs, DqForm form) {
+  if (form == DqForm::kApart) return {};
+  if (form == DqForm::kAsItComes) return {{0, num_query_tiles(runs), 0}};
+  std::vector<DqSumsRun> sums_runs;
+  int first_sum = 0;
+  for (const QueryRun& run : make_reader_runs(schedule, runs)) {
+    sums_runs.push_back({run.first_tile, num_query_tiles(run), first_sum});
+    first_sum += num_query_tiles(run);
+  }
+  return sums_runs;
+}
+
+}  // namespace mixed_attention::cuda::hopper

@@ -1,0 +1,38 @@
+// How the 16-bit backward goes about a call: who computes dq, and what comes one after the other.
+#pragma once
+
+#include <cstdint>
+#include <vector>
+
+#include "cuda/hopper/bwd/config.h"
+#include "cuda/hopper/bwd/dq_sums.h"
+#include "cuda/hopper/bwd/params.h"
+#include "cuda/hopper/plan/key_table.h"
+#include "params.h"
+
+namespace mixed_attention::cuda::hopper {
+
+// Some of the heads of a call that has one sequence, or some of the sequences of a batch.
+struct BwdShare {
+  int64_t first, count;
+  int splits;  // blocks that the queries of a key tile are split over, 1 or 2
+};
+
+struct BwdPlan {
+  DqForm dq_form;
+  std::vector<BwdShare> shares;  // one after the other, adding up their dq in the same memory; the first is the largest
+};
+
+// Of the pointers it asks whether there is a mask, and whether there is spare memory. To measure another form, this is
+// the place to change.
+BwdPlan plan_bwd(const BwdParams& params, const std::vector<QueryRun>& runs);
+
+// What the kernels behind the statistics need to know of a share.
+BwdParams params_of(const BwdShare& share, const BwdParams& params);
+QueryStats stats_of(const BwdShare& share, const BwdParams& params, const QueryStats& stats);
+DqSums sums_of(const BwdShare& share, const BwdParams& params, const DqSums& sums);
+
+// Where the sums of query tiles lie among those of a sequence; empty where another kernel computes dq.
+std::vector<DqSumsRun> make_dq_sums_runs(const Schedule& schedule, const std::vector<QueryRun>& runs, DqForm form);
+
+}  // namespace mixed_attention::cuda::hopper

@@ -1,0 +1,85 @@
+// How the kernels that go through the queries of key tiles get their inputs: by a producer, a single thread.
+#pragma once
+
+#include <cstdint>
+
+#include "cuda/hopper/bwd/config.h"
+#include "cuda/hopper/bwd/params.h"
+#include "cuda/hopper/bwd/query_walk.cuh"
+#include "cuda/hopper/tile/load_tile.cuh"
+#include "cuda/hopper/tile/ring.cuh"
+#include "cuda/ptx/mbarrier.cuh"
+#include "cuda/ptx/tma.cuh"
+
+namespace mixed_attention::cuda::hopper {
+
+__device__ inline void prefetch_input_maps(const DkDvKernelParams& params) {
+  ptx::prefetch_tensor_map(params.q);
+  ptx::prefetch_tensor_map(params.dout);
+  ptx::prefetch_tensor_map(params.k);
+  ptx::prefetch_tensor_map(params.v);
+}
+
+// num_key_readers: warps that read keys and values.
+template <typename Config, typename SharedStorage>
+__device__ inline void init_input_barriers(SharedStorage& shared, int num_key_readers) {
+  constexpr int kConsumerWarps = Config::kConsumers * kWarpgroup / 32;
+  ptx::mbarrier_init(shared.kv_full, 1);
+  ptx::mbarrier_init(shared.kv_empty, num_key_readers);
+  for (int stage = 0; stage < Config::kStagesQ; ++stage) {
+    ptx::mbarrier_init(shared.q_full[stage], 1);
+    ptx::mbarrier_init(shared.q_empty[stage], kConsumerWarps);
+  }
+  for (int stage = 0; stage < Config::kStagesDout; ++stage) {
+    ptx::mbarrier_init(shared.dout_full[stage], 1);
+    ptx::mbarrier_init(shared.dout_empty[stage], kConsumerWarps);
+  }
+}
+
+// Of every item the keys and values, then, tile by tile, the queries that read them, with their output gradients and
+// statistics.
+template <typename Config, typename SharedStorage>
+__device__ inline void produce_queries(const DkDvKernelParams& params, SharedStorage& shared) {
+  constexpr int kBlockM = Config::kBlockM, kBlockN = Config::kBlockN, kHeadDim = Config::kHeadDim;
+  constexpr int kReferencesBytes = kReferencesFloats * sizeof(float);
+  uint32_t num_loaded = 0;  // query tiles, over all items
+  uint32_t kv_parity = 1;
+  for (KeyItems<Config> item(params.table); item.next();) {
+    if (QueryShare<Config>(item.tiles()).count == 0) continue;
+
+    ptx::mbarrier_wait(shared.kv_empty, kv_parity);
+    kv_parity ^= 1;
+    ptx::mbarrier_arrive_expect(shared.kv_full, 2 * Config::kTileBytesN);
+    const int num_keys = min(kBlockN, item.tiles().row_end - item.row_begin);
+    load_clipped_rows<kBlockN, kHeadDim>(shared.k, params.k, shared.kv_full, item.row_begin, num_keys, item.head,
+                                         item.batch * params.k_batch_step);
+    load_clipped_rows<kBlockN, kHeadDim>(shared.v, params.v, shared.kv_full, item.row_begin, num_keys, item.head,
+                                         item.batch * params.v_batch_step);
+
+    const int64_t first_tile = (int64_t{item.batch} * params.table.num_heads + item.head) * params.stats.num_tiles;
+    QueryWalk<Config> walk(params.table, item);
+    for (int i = 0; i < walk.num_tiles(); ++i, ++num_loaded) {
+      const QueryTile tile = walk.next();
+      const int64_t stats = (first_tile + tile.index) * kStatsTileFloats;
+
+      const RingUse<Config::kStagesQ> q{num_loaded};
+      ptx::Mbarrier& q_full = shared.q_full[q.stage()];
+      ptx::mbarrier_wait(shared.q_empty[q.stage()], q.empty_parity());
+      ptx::mbarrier_arrive_expect(q_full, Config::kTileBytesM + Config::kStatsBytes + kReferencesBytes);
+      load_clipped_rows<kBlockM, kHeadDim>(shared.q[q.stage()], params.q, q_full, tile.row_begin, tile.num_rows,
+                                           item.head, item.batch * params.q_batch_step);
+      ptx::load_bytes(shared.lse_log2[q.stage()], params.stats.lse_log2 + stats, q_full, Config::kStatsBytes);
+      ptx::load_bytes(shared.references[q.stage()], params.stats.lse_log2 + stats + kBlockM, q_full, kReferencesBytes);
+
+      const RingUse<Config::kStagesDout> dout{num_loaded};
+      ptx::Mbarrier& dout_full = shared.dout_full[dout.stage()];
+      ptx::mbarrier_wait(shared.dout_empty[dout.stage()], dout.empty_parity());
+      ptx::mbarrier_arrive_expect(dout_full, Config::kTileBytesM + Config::kStatsBytes);
+      load_clipped_rows<kBlockM, kHeadDim>(shared.dout[dout.stage()], params.dout, dout_full, tile.row_begin,
+                                           tile.num_rows, item.head, item.batch * params.dout_batch_step);
+      ptx::load_bytes(shared.delta[dout.stage()], params.stats.delta + stats, dout_full, Config::kStatsBytes);
+    }
+  }
+}
+
+}  // namespace mixed_attention::cuda::hopper

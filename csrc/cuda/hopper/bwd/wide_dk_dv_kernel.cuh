@@ -1,0 +1,245 @@
+// Gradients of keys and values of wide heads on Hopper: persistent blocks of one producer and two consumer warpgroups,
+// of which one owns dv, the other one dk. Those of queries are another kernel's (dq_kernel.cuh).
+//
+// An item of a block is a tile of 64 key rows of one head, and the producer copies what that of dk_dv_kernel.cuh does.
+// Keys are rows of the transposed scores here, too, but dk and dv of 64 keys together would take all registers of a
+// warpgroup. So the owner of dv computes s = k qᵀ, p = exp2(s - lse) and dv += p dout, and hands p over to the owner of
+// dk, which computes dp = v doutᵀ, ds = p (dp - delta) and dk += ds q: two products each, and none twice. Keys and
+// values are in registers, of 256 columns the first half: shared memory would be busy for longer than the tensor cores.
+//
+// In the step for tile t, the owner of dv issues s of t and then dv += p dout of tile t - 1, under which the
+// exponentials of t run. The owner of dk issues dk += ds q of tile t - 1 and then dp of t, and computes ds of t under
+// the products of the other: in the opposite order ds would run under dk, but a tile of queries would wait for half a
+// step more, and 256 columns leave room for five tiles. At the end of a step no product of a warpgroup is under way,
+// which the compiler needs.
+//
+// Who signals whom: *_full is completed by the copy engine (one arrival of the producer and the bytes), *_empty by one
+// arrival of every consumer warp; those of p: p_exchange.cuh. Items that nobody reads take part in no barrier.
+#pragma once
+
+#include <cstdint>
+
+#include "cuda/hopper/bwd/own_keys.cuh"
+#include "cuda/hopper/bwd/own_rows.cuh"
+#include "cuda/hopper/bwd/p_exchange.cuh"
+#include "cuda/hopper/bwd/params.h"
+#include "cuda/hopper/bwd/query_producer.cuh"
+#include "cuda/hopper/bwd/scores.cuh"
+#include "cuda/hopper/bwd/wide_dk_dv_config.h"
+#include "cuda/hopper/plan/work_items.cuh"
+#include "cuda/hopper/tile/products.cuh"
+#include "cuda/hopper/tile/ring.cuh"
+#include "cuda/hopper/tile/store_rows.cuh"
+#include "cuda/ptx/dependent_grids.cuh"
+#include "cuda/ptx/elect.cuh"
+#include "cuda/ptx/fence.cuh"
+#include "cuda/ptx/mbarrier.cuh"
+#include "cuda/ptx/setmaxnreg.cuh"
+#include "cuda/ptx/wgmma.cuh"
+
+namespace mixed_attention::cuda::hopper {
+
+// Arrives for a warp, all of whose lanes are done.
+__device__ inline void release_warp(ptx::Mbarrier& barrier) {
+  __syncwarp();
+  if (threadIdx.x % 32 == 0) ptx::mbarrier_arrive(barrier);
+}
+
+// Weights have passed through k and v, which the copy engine is to fill again.
+template <typename Config>
+__device__ inline void release_keys(WideDkDvSharedStorage<Config>& shared) {
+  ptx::fence_async_shared();
+  release_warp(shared.kv_empty);
+}
+
+// Writes this warp's rows of dk or dv.
+template <typename Config, int kCount>
+__device__ inline void store_gradient(const DkDvKernelParams& params, const ItemRows& item, int first_row,
+                                      float (&gradient)[kCount], void* tensor, const Strides& strides) {
+  using Element = typename Config::Element;
+  const int row_begin = item.row_begin + first_row;
+  const int num_rows = item.row_end - row_begin;
+  if constexpr (Config::kIsMasked) {
+    clear_other_keys(gradient, OwnKeys<true>(params, item.batch, row_begin, num_rows));
+  }
+  Element* target =
+      static_cast<Element*>(tensor) + item.batch * strides.batch + row_begin * strides.row + item.head * strides.head;
+  store_rows_directly(gradient, target, strides.row, num_rows, params.head_dim);
+}
+
+template <typename Config>
+__device__ inline void own_dv(const DkDvKernelParams& params, WideDkDvSharedStorage<Config>& shared) {
+  using Element = typename Config::Element;
+  using Operand = ptx::SlabOperand<Config::kRowBytes>;
+  using QRing = RingUse<Config::kStagesQ>;
+  using DoutRing = RingUse<Config::kStagesDout>;
+  const int first_row = threadIdx.x / 32 % 4 * kWarpRows;  // of this warp in the tile
+
+  OwnRows<Config, Config::kKeptColumns> k(shared.k, 0);
+  const Operand q_ring = Operand::make(shared.q, Config::kSlabBytesM);
+  const Operand dout_ring = Operand::make(shared.dout, Config::kSlabBytesM);
+
+  uint32_t num_used = 0;  // query tiles, over all items
+  uint32_t kv_parity = 0;
+  for (ItemWalk<Config::kBlockN, KeyWorkTable> items(params.table); items.next();) {
+    const int num_tiles = items.tiles().num_tiles;
+    float dv[Config::kHeadDim / 2] = {};
+
+    if (num_tiles > 0) {
+      float s[Config::kBlockM / 2];
+      uint32_t p_operand[Config::kBlockM / 4];
+      const auto issue_scores = [&](QRing q) {
+        ptx::mbarrier_wait(shared.q_full[q.stage()], q.full_parity());
+        k.issue_transposed_scores(s, q_ring.advance(q.stage() * Config::kTileBytesM));
+      };
+      const auto issue_dv = [&](DoutRing dout) {
+        ptx::mbarrier_wait(shared.dout_full[dout.stage()], dout.full_parity());
+        issue_column_products<Element>(dv, p_operand, dout_ring.advance(dout.stage() * Config::kTileBytesM));
+      };
+      // Turns scores into weights.
+      const auto weigh = [&](QRing q) {
+        ColumnStats<Config::kBlockM> lse_log2;
+        const float* stats = shared.references[q.stage()];
+        if (has_references(stats)) relate_columns(s, stats);
+        lse_log2.load(shared.lse_log2[q.stage()]);
+        scale_columns(s, params.softmax_scale_log2, lse_log2);
+        exponentiate_all(s);
+        const PRing p{q.count};
+        ptx::mbarrier_wait(shared.p_empty[p.stage()], p.empty_parity());
+        OwnWeights(shared, p).store(s);
+        release_warp(shared.p_full[p.stage()]);
+        release_warp(shared.q_empty[q.stage()]);
+      };
+
+      ptx::mbarrier_wait(shared.kv_full, kv_parity);
+      k.load(first_row);
+      release_warp(shared.kv_kept);
+      issue_scores(QRing{num_used});
+      ptx::wgmma_wait<0>(s);
+      ptx::mbarrier_wait(shared.kv_kept, kv_parity);
+      kv_parity ^= 1;
+      weigh(QRing{num_used});
+      round_operand<Element>(p_operand, s);
+
+      for (int tile = 1; tile < num_tiles; ++tile) {
+        const DoutRing dout{num_used};
+        const QRing q{++num_used};
+        issue_scores(q);
+        issue_dv(dout);
+        ptx::wgmma_wait<1>(s);
+        weigh(q);
+        ptx::wgmma_wait<0>(dv);
+        release_warp(shared.dout_empty[dout.stage()]);
+        round_operand<Element>(p_operand, s);
+      }
+
+      release_keys(shared);
+      const DoutRing dout{num_used++};
+      issue_dv(dout);
+      ptx::wgmma_wait<0>(dv);
+      release_warp(shared.dout_empty[dout.stage()]);
+    }
+    store_gradient<Config>(params, items.rows(), first_row, dv, params.dv, params.dv_strides);
+  }
+}
+
+template <typename Config>
+__device__ inline void own_dk(const DkDvKernelParams& params, WideDkDvSharedStorage<Config>& shared) {
+  using Element = typename Config::Element;
+  using Operand = ptx::SlabOperand<Config::kRowBytes>;
+  using QRing = RingUse<Config::kStagesQ>;
+  using DoutRing = RingUse<Config::kStagesDout>;
+  const int first_row = threadIdx.x / 32 % 4 * kWarpRows;  // of this warp in the tile
+
+  OwnRows<Config, Config::kKeptColumns> v(shared.v, 0);
+  const Operand q_ring = Operand::make(shared.q, Config::kSlabBytesM);
+  const Operand dout_ring = Operand::make(shared.dout, Config::kSlabBytesM);
+
+  uint32_t num_used = 0;  // query tiles, over all items
+  uint32_t kv_parity = 0;
+  for (ItemWalk<Config::kBlockN, KeyWorkTable> items(params.table); items.next();) {
+    const int num_tiles = items.tiles().num_tiles;
+    float dk[Config::kHeadDim / 2] = {};
+
+    if (num_tiles > 0) {
+      float dp[Config::kBlockM / 2];
+      uint32_t ds_operand[Config::kBlockM / 4];
+      const auto issue_dp = [&](DoutRing dout) {
+        ptx::mbarrier_wait(shared.dout_full[dout.stage()], dout.full_parity());
+        v.issue_transposed_scores(dp, dout_ring.advance(dout.stage() * Config::kTileBytesM));
+      };
+      const auto issue_dk = [&](QRing q) {
+        ptx::mbarrier_wait(shared.q_full[q.stage()], q.full_parity());
+        issue_column_products<Element>(dk, ds_operand, q_ring.advance(q.stage() * Config::kTileBytesM));
+      };
+      // From dp to the operand of the next product.
+      const auto differentiate = [&](DoutRing dout) {
+        const PRing p{dout.count};
+        ptx::mbarrier_wait(shared.p_full[p.stage()], p.full_parity());
+        differentiate_columns(dp, OwnWeights(shared, p), shared.delta[dout.stage()]);
+        release_warp(shared.p_empty[p.stage()]);
+        release_warp(shared.dout_empty[dout.stage()]);
+        round_operand<Element>(ds_operand, dp);
+      };
+
+      ptx::mbarrier_wait(shared.kv_full, kv_parity);
+      kv_parity ^= 1;
+      v.load(first_row);
+      release_warp(shared.kv_kept);
+      issue_dp(DoutRing{num_used});
+      ptx::wgmma_wait<0>(dp);
+      differentiate(DoutRing{num_used});
+
+      for (int tile = 1; tile < num_tiles; ++tile) {
+        const QRing q{num_used};
+        const DoutRing dout{++num_used};
+        issue_dk(q);
+        issue_dp(dout);
+        ptx::wgmma_wait<1>(dk);
+        release_warp(shared.q_empty[q.stage()]);
+        ptx::wgmma_wait<0>(dp);
+        differentiate(dout);
+      }
+
+      release_keys(shared);
+      const QRing q{num_used++};
+      issue_dk(q);
+      ptx::wgmma_wait<0>(dk);
+      release_warp(shared.q_empty[q.stage()]);
+      scale_all(dk, params.softmax_scale);
+    }
+    store_gradient<Config>(params, items.rows(), first_row, dk, params.dk, params.dk_strides);
+  }
+}
+
+template <typename Config>
+__global__ void __launch_bounds__(Config::kThreads, 1)
+    hopper_wide_dk_dv_kernel(const __grid_constant__ DkDvKernelParams params) {
+  extern __shared__ __align__(1024) unsigned char memory[];
+  WideDkDvSharedStorage<Config>& shared = *reinterpret_cast<WideDkDvSharedStorage<Config>*>(memory);
+
+  if (threadIdx.x == 0) {
+    prefetch_input_maps(params);
+    init_input_barriers<Config>(shared, Config::kConsumers * kWarpgroup / 32);
+    init_p_barriers(shared);
+    ptx::mbarrier_fence_init();
+  }
+  ptx::allow_next_grid();
+  __syncthreads();
+  ptx::wait_for_grids_before();
+
+  const int warpgroup = __shfl_sync(0xffffffff, threadIdx.x / kWarpgroup, 0);
+  if (warpgroup == 0) {
+    ptx::release_registers<Config::kProducerRegisters>();
+    if (threadIdx.x / 32 == 0 && ptx::elect_one()) produce_queries<Config>(params, shared);
+  } else {
+    ptx::acquire_registers<Config::kConsumerRegisters>();
+    if (warpgroup == 1) {
+      own_dv(params, shared);
+    } else {
+      own_dk(params, shared);
+    }
+  }
+}
+
+}  // namespace mixed_attention::cuda::hopper

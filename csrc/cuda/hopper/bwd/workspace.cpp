@@ -1,0 +1,114 @@
+#include <algorithm>
+#include <numbers>
+#include <utility>
+#include <vector>
+
+#include "cuda/common/scratch.h"
+#include "cuda/hopper/bwd/config.h"
+#include "cuda/hopper/bwd/launch.h"
+#include "cuda/hopper/bwd/plan.h"
+#include "cuda/hopper/plan/key_table.h"
+#include "schedule.h"
+
+namespace mixed_attention::cuda::hopper {
+namespace {
+
+int64_t num_sequences(const BwdParams& params) { return params.batch_size * params.num_heads; }
+
+int64_t num_rows(const BwdParams& params) { return num_sequences(params) * params.seqlen_q; }
+
+// Of q, and of whatever has its shape.
+int64_t num_elements(const BwdParams& params) { return num_rows(params) * params.head_dim; }
+
+// Those of the largest share serve all.
+DqSums take_dq_sums(const BwdParams& params, const BwdPlan& plan, const std::vector<QueryRun>& runs, Scratch& scratch) {
+  const bool takes_turns = plan.dq_form == DqForm::kInTurn;
+  const int64_t num_tiles = takes_turns ? num_reader_tiles(*params.schedule) : num_query_tiles(runs);
+  const int64_t num_all = num_sequences(params_of(plan.shares.front(), params)) * num_tiles;
+  const int64_t tile_floats =
+      kQueryTileRows * with_bwd_head_dim(params.head_dim, []<int kHeadDim>() { return kHeadDim; });
+  DqSums sums{};
+  sums.num_tiles = static_cast<int>(num_tiles);
+  sums.spare = static_cast<float*>(params.spare_out);
+  const int64_t spare_floats = sums.spare == nullptr ? 0 : num_elements(params) / 2;
+  sums.num_spare = std::min(num_all, spare_floats / tile_floats);
+  sums.num_others = num_all - sums.num_spare;
+  sums.others = scratch.take<float>(sums.num_others * tile_floats);
+  if (takes_turns) sums.turns = scratch.take<uint32_t>(num_sequences(params) * num_tiles);
+  return sums;
+}
+
+// The kernel for dq reads all keys and values, the one for dk and dv all queries: whichever runs first cannot write
+// where the other one reads.
+DqTensor take_dq(const BwdParams& params, Scratch& scratch) {
+  if (params.dq != params.q) return {params.dq, params.dq_strides};
+  const int64_t row = params.num_heads * params.head_dim;
+  const Strides strides{params.seqlen_q * row, row, params.head_dim};
+  return {params.spare_out != nullptr ? params.spare_out : scratch.take<uint16_t>(num_elements(params)), strides};
+}
+
+}  // namespace
+
+BwdTensors bwd_tensors(const BwdParams& params) {
+  const auto view = [&](const void* data, int64_t seqlen, const Strides& strides) {
+    return TensorView{data, params.dtype, params.batch_size, seqlen, params.num_heads, params.head_dim, strides};
+  };
+  return {view(params.q, params.seqlen_q, params.q_strides), view(params.k, params.seqlen_k, params.k_strides),
+          view(params.v, params.seqlen_k, params.v_strides), view(params.dout, params.seqlen_q, params.dout_strides)};
+}
+
+BwdWorkspace bwd_workspace(const BwdParams& params) {
+  const std::vector<QueryRun> runs = make_query_runs(*params.schedule);
+  return bwd_workspace(params, runs, plan_bwd(params, runs));
+}
+
+BwdWorkspace bwd_workspace(const BwdParams& params, const std::vector<QueryRun>& runs, BwdPlan plan) {
+  Scratch scratch(params.workspace);
+  // Every query segment may end in a tile that is filled up.
+  const int64_t size = num_sequences(params) * num_query_tiles(runs) * kStatsTileFloats;
+  BwdWorkspace workspace{};
+  workspace.plan = std::move(plan);
+  workspace.lse_log2 = scratch.take<float>(size);
+  workspace.delta = scratch.take<float>(size);
+  workspace.references = take_references(params, scratch);
+  if (workspace.plan.dq_form != DqForm::kApart) {
+    workspace.dq_sums = take_dq_sums(params, workspace.plan, runs, scratch);
+  } else {
+    workspace.delta_of_rows = scratch.take<float>(num_rows(params));
+    workspace.dq = take_dq(params, scratch);
+  }
+  if (params.key_padding_mask != nullptr) workspace.masked_keys = plan_masked_keys(params, scratch, true);
+  workspace.size = scratch.bytes();
+  return workspace;
+}
+
+RowReference* take_references(const BwdParams& params, Scratch& scratch) {
+  return scratch.take<RowReference>(num_rows(params) + kQueryTileRows);
+}
+
+ScoreSource score_source(const BwdParams& params, RowReference* references) {
+  // By mode: what is multiplied, and what tensor cores cut off when they add.
+  const float unit = params.dtype != DType::kFloat32 ? 0x1p-21f : params.allow_tf32 ? 0x1p-10f : 0x1p-20f;
+  ScoreSource source{params.q,
+                     params.k,
+                     params.q_strides,
+                     params.k_strides,
+                     params.key_padding_mask,
+                     params.key_padding_mask_batch_stride,
+                     static_cast<int>(params.head_dim),
+                     static_cast<float>(params.softmax_scale * std::numbers::log2e),
+                     unit,
+                     references,
+                     {},
+                     {}};
+  int run = 0, num_ranges = 0;
+  for (const QuerySegment& segment : params.schedule->query_segments) {
+    for (const Range& keys : segment.keys) {
+      source.ranges[num_ranges++] = {static_cast<int>(keys.begin), static_cast<int>(keys.end)};
+    }
+    source.first_range[++run] = num_ranges;
+  }
+  return source;
+}
+
+}  // namespace mixed_attention::cuda::hopper

@@ -1,0 +1,89 @@
+// Tile sizes of the Hopper backward for fp32, whose numbers are multiplied in kParts parts (half_parts.h), and the
+// shared memory of its blocks. Heads have kMinPartsHeadDim to 64 columns and are filled up to 64 with zeros by the copy
+// engine.
+#pragma once
+
+#include <cuda_fp16.h>
+
+#include <cstdint>
+
+#include "cuda/common/row_reference.h"
+#include "cuda/hopper/bwd/config.h"
+#include "cuda/hopper/config.h"
+
+namespace mixed_attention::cuda::hopper {
+
+inline constexpr int kFp32BwdHeadDim = 64;
+
+// What the kernel for dk and dv needs to know of a tile of queries beside the tile itself.
+struct QueryNumbers {
+  float lse_log2[kQueryTileRows];  // +inf where there is no key, and where there is no query: no weights
+  float units[kQueryTileRows];     // of the parts of q
+};
+
+// The same of its output gradients. So that those of all rows can be added up by one product, they are given one unit:
+// a row's own is unit * factors[row].
+struct DoutNumbers {
+  float delta[kQueryTileRows];    // row sum of out * dout, less dlse
+  float factors[kQueryTileRows];  // 2^15 at most
+  float unit;
+  float padding;                   // the copy engine moves 16 bytes at a time
+  const RowReference* references;  // of the tile's rows; null if none has one
+};
+
+// The parts of a tile of rows.
+template <int kParts, int kRows>
+using HalfTile = __half[kParts][kRows * kSlabColumns];
+
+// Two warpgroups of 64 key rows. Every input is there once for each part, of which two leave room for four tiles of
+// queries and of output gradients each.
+template <int kParts_>
+struct Fp32DkDvConfig {
+  static constexpr int kParts = kParts_;
+  static constexpr int kSplits = 1;
+  static constexpr int kConsumers = 2, kStages = 4;
+  static constexpr int kBlockM = kQueryTileRows, kBlockN = kConsumers * kWarpgroupRows;
+  static constexpr int kPartBytesM = kBlockM * kRowBytes, kTileBytesM = kParts * kPartBytesM;
+  static constexpr int kPartBytesN = kBlockN * kRowBytes, kTileBytesN = kParts * kPartBytesN;
+  static constexpr int kThreads = (1 + kConsumers) * kWarpgroup;
+  static constexpr int kProducerRegisters = 24, kConsumerRegisters = 240;
+};
+
+template <typename Config>
+struct Fp32DkDvSharedStorage {
+  alignas(1024) HalfTile<Config::kParts, Config::kBlockN> k, v;
+  alignas(1024) HalfTile<Config::kParts, Config::kBlockM> q[Config::kStages], dout[Config::kStages];
+  alignas(128) QueryNumbers q_numbers[Config::kStages];
+  alignas(128) DoutNumbers dout_numbers[Config::kStages];
+
+  uint64_t kv_full, kv_empty;
+  uint64_t q_full[Config::kStages], q_empty[Config::kStages];
+  uint64_t dout_full[Config::kStages], dout_empty[Config::kStages];
+};
+
+// Two warpgroups of 64 query rows.
+template <int kParts_>
+struct Fp32DqConfig {
+  static constexpr int kParts = kParts_;
+  static constexpr int kSplits = 1;
+  static constexpr int kConsumers = 2, kStages = 4;
+  static constexpr int kBlockM = kConsumers * kWarpgroupRows, kBlockN = 64;
+  static constexpr int kPartBytesM = kBlockM * kRowBytes, kTileBytesM = kParts * kPartBytesM;
+  static constexpr int kPartBytesN = kBlockN * kRowBytes, kTileBytesN = kParts * kPartBytesN;
+  static constexpr int kThreads = (1 + kConsumers) * kWarpgroup;
+  static constexpr int kProducerRegisters = 40, kConsumerRegisters = 232;
+};
+
+template <typename Config>
+struct Fp32DqSharedStorage {
+  alignas(1024) HalfTile<Config::kParts, Config::kBlockM> q, dout;
+  alignas(1024) HalfTile<Config::kParts, Config::kBlockN> k[Config::kStages], v[Config::kStages];
+  alignas(128) float k_units[Config::kStages][Config::kBlockN];
+  alignas(128) float v_units[Config::kStages][Config::kBlockN];
+
+  uint64_t q_full, q_empty;                                    // and dout
+  uint64_t k_full[Config::kStages], k_empty[Config::kStages];  // and the units of both
+  uint64_t v_full[Config::kStages], v_empty[Config::kStages];
+};
+
+}  // namespace mixed_attention::cuda::hopper

@@ -1,0 +1,239 @@
+// Gradients of keys and values on Hopper in fp32, from products of fp16 parts: persistent blocks of one producer and
+// two consumer warpgroups that own what they write. Gradients of queries are another kernel's (fp32_dq_kernel.cuh).
+//
+// An item of a block is a tile of kBlockN key rows of one head. The producer, a single thread, copies its keys and
+// values and then, tile by tile, the queries that read them, with their output gradients and what else is known of
+// them. Each consumer owns 64 of the key rows and goes through the transposed scores, in which keys are rows:
+// s = k qᵀ, p = exp2(s - lse), dv += p dout, dp = v doutᵀ, ds = p (dp - delta), dk += ds q. As rows of s are rows of dk
+// and dv, p and ds are operands of their products as they come out, but for being split into parts.
+//
+// Tensor cores cut sums off: each product for dv or dk starts a sum of its own, which is added up here, where additions
+// round. The two take turns in one set of registers. Rows of a factor have units of their own: those of q and dout are
+// multiplied into ds and p, over whose columns the products sum.
+//
+// In the step for tile t the weights and their parts are computed under dp, ds under p dout, the parts of ds under s of
+// tile t + 1. At the end of a step no product is under way, which the compiler needs.
+//
+// Who signals whom: *_full is completed by the copy engine (one arrival of the producer and the bytes), *_empty by one
+// arrival of every consumer warp. Items that nobody reads take part in no barrier.
+#pragma once
+
+#include <cstdint>
+
+#include "cuda/hopper/bwd/query_tiles.cuh"
+#include "cuda/hopper/bwd/scores.cuh"
+#include "cuda/hopper/bwd_fp32/config.h"
+#include "cuda/hopper/bwd_fp32/params.h"
+#include "cuda/hopper/bwd_fp32/rows.cuh"
+#include "cuda/hopper/bwd_fp32/scores.cuh"
+#include "cuda/hopper/plan/work_items.cuh"
+#include "cuda/hopper/split_fp16/half_products.cuh"
+#include "cuda/hopper/tile/fragment_values.cuh"
+#include "cuda/hopper/tile/ring.cuh"
+#include "cuda/ptx/dependent_grids.cuh"
+#include "cuda/ptx/elect.cuh"
+#include "cuda/ptx/mbarrier.cuh"
+#include "cuda/ptx/setmaxnreg.cuh"
+#include "cuda/ptx/tma.cuh"
+#include "cuda/ptx/wgmma.cuh"
+
+namespace mixed_attention::cuda::hopper {
+
+template <typename Config>
+using Fp32KeyItems = WorkItems<Config::kBlockN, KeyWorkTable>;
+
+template <typename Config>
+__device__ inline void init_barriers(Fp32DkDvSharedStorage<Config>& shared) {
+  constexpr int kConsumerWarps = Config::kConsumers * kWarpgroup / 32;
+  ptx::mbarrier_init(shared.kv_full, 1);
+  ptx::mbarrier_init(shared.kv_empty, kConsumerWarps);
+  for (int stage = 0; stage < Config::kStages; ++stage) {
+    ptx::mbarrier_init(shared.q_full[stage], 1);
+    ptx::mbarrier_init(shared.q_empty[stage], kConsumerWarps);
+    ptx::mbarrier_init(shared.dout_full[stage], 1);
+    ptx::mbarrier_init(shared.dout_empty[stage], kConsumerWarps);
+  }
+  ptx::mbarrier_fence_init();
+}
+
+template <typename Config>
+__device__ inline void produce(const Fp32DkDvKernelParams& params, Fp32DkDvSharedStorage<Config>& shared) {
+  constexpr int kBlockM = Config::kBlockM, kBlockN = Config::kBlockN;
+  RingUse<Config::kStages> use{0};  // of query tiles, over all items
+  uint32_t kv_parity = 1;
+  for (Fp32KeyItems<Config> item(params.table); item.next();) {
+    const KeySegmentTiles& segment = item.tiles();
+    if (segment.num_tiles == 0) continue;
+
+    ptx::mbarrier_wait(shared.kv_empty, kv_parity);
+    kv_parity ^= 1;
+    ptx::mbarrier_arrive_expect(shared.kv_full, 2 * Config::kTileBytesN);
+    const int num_keys = min(kBlockN, segment.row_end - item.row_begin);
+    load_clipped_half_rows<kBlockN>(shared.k, params.k_map, params.k, shared.kv_full, item.row_begin, num_keys,
+                                    item.head, item.batch);
+    load_clipped_half_rows<kBlockN>(shared.v, params.v_map, params.v, shared.kv_full, item.row_begin, num_keys,
+                                    item.head, item.batch);
+
+    const int64_t first_tile = (int64_t{item.batch} * params.table.num_heads + item.head) * params.num_query_tiles;
+    QueryTileIterator queries(params.table, segment, 0);
+    for (int i = 0; i < segment.num_tiles; ++i, ++use.count) {
+      const QueryTile tile = queries.next();
+      const int stage = use.stage();
+
+      ptx::Mbarrier& q_full = shared.q_full[stage];
+      ptx::mbarrier_wait(shared.q_empty[stage], use.empty_parity());
+      ptx::mbarrier_arrive_expect(q_full, Config::kTileBytesM + sizeof(QueryNumbers));
+      load_clipped_half_rows<kBlockM>(shared.q[stage], params.q_map, params.q, q_full, tile.row_begin, tile.num_rows,
+                                      item.head, item.batch);
+      ptx::load_bytes(&shared.q_numbers[stage], params.q_numbers + first_tile + tile.index, q_full,
+                      sizeof(QueryNumbers));
+
+      ptx::Mbarrier& dout_full = shared.dout_full[stage];
+      ptx::mbarrier_wait(shared.dout_empty[stage], use.empty_parity());
+      ptx::mbarrier_arrive_expect(dout_full, Config::kTileBytesM + sizeof(DoutNumbers));
+      load_clipped_half_rows<kBlockM>(shared.dout[stage], params.dout_map, params.dout, dout_full, tile.row_begin,
+                                      tile.num_rows, item.head, item.batch);
+      ptx::load_bytes(&shared.dout_numbers[stage], params.dout_numbers + first_tile + tile.index, dout_full,
+                      sizeof(DoutNumbers));
+    }
+  }
+}
+
+template <typename Config>
+__device__ inline void consume(const Fp32DkDvKernelParams& params, Fp32DkDvSharedStorage<Config>& shared,
+                               int consumer) {
+  using Ring = RingUse<Config::kStages>;
+  constexpr int kBlockM = Config::kBlockM, kHeadDim = kFp32BwdHeadDim;
+  const int lane = threadIdx.x % 32;
+  const int warp = __shfl_sync(0xffffffff, threadIdx.x / 32 % 4, 0);
+  const int first_row = consumer * kWarpgroupRows + warp * kWarpRows;  // of this warp in the tile
+
+  const ptx::Operand k = ptx::Operand::make(shared.k).advance(consumer * kWarpgroupRows * kRowBytes);
+  const ptx::Operand v = ptx::Operand::make(shared.v).advance(consumer * kWarpgroupRows * kRowBytes);
+  const ptx::Operand q_ring = ptx::Operand::make(shared.q);
+  const ptx::Operand dout_ring = ptx::Operand::make(shared.dout);
+
+  const auto tile_of = [](ptx::Operand ring, Ring use) { return ring.advance(use.stage() * Config::kTileBytesM); };
+  const auto issue_transposed_scores = [](float (&result)[kBlockM / 2], ptx::Operand keys, ptx::Operand queries) {
+    issue_half_row_products<Config::kParts, Config::kPartBytesN, Config::kPartBytesM>(result, keys, queries);
+  };
+  const auto release = [&](ptx::Mbarrier& empty) {
+    if (lane == 0) ptx::mbarrier_arrive(empty);
+  };
+
+  Ring use{0};  // of query tiles, over all items
+  uint32_t kv_parity = 0;
+  for (Fp32KeyItems<Config> item(params.table); item.next();) {
+    const int num_tiles = item.tiles().num_tiles;
+    const int row_begin = item.row_begin + first_row;
+    const int num_rows = item.tiles().row_end - row_begin;
+    float dk[kHeadDim / 2] = {}, dv[kHeadDim / 2] = {};
+
+    if (num_tiles > 0) {
+      const auto own_units = [&](const HalfInput& input) {
+        const float* units = units_of_head(input, params.table.num_heads, params.seqlen_k, item.head, item.batch);
+        RowNumbers own{};
+#pragma unroll
+        for (int i = 0; i < 2; ++i) {
+          const int row = lane / 4 + 8 * i;
+          if (row < num_rows) own.of_row[i] = units[row_begin + row];
+        }
+        return own;
+      };
+      RowNumbers k_units = own_units(params.k);
+      const RowNumbers v_units = own_units(params.v);
+      scale_all(k_units.of_row, params.softmax_scale_log2);
+
+      float s[kBlockM / 2], dp[kBlockM / 2], sum[kHeadDim / 2] = {};
+      HalfOperand<Config::kParts, kBlockM / 4> operand;
+      RowLift lift{};
+      ptx::mbarrier_wait(shared.kv_full, kv_parity);
+      kv_parity ^= 1;
+      ptx::mbarrier_wait(shared.q_full[use.stage()], use.full_parity());
+      issue_transposed_scores(s, k, tile_of(q_ring, use));
+      ptx::wgmma_wait<0>(s);
+
+      // The first step adds zeros to dk, the last one's scores of a next tile are not used: a product that is issued
+      // in some steps only would make the compiler wait for each.
+      for (int tile = 0; tile < num_tiles; ++tile) {
+        const Ring next{use.count + (tile + 1 < num_tiles)};
+        const int stage = use.stage();
+        // NOTE: ptxas would hold the 16 descriptors of keys and values through the loop, and spill others for them. It
+        // computes them in each step if they may differ.
+        const auto anew = [&](ptx::Operand operand) { return ptx::Operand{operand.low + (use.count >> 31)}; };
+        const ptx::Operand q_tile = tile_of(q_ring, use), dout_tile = tile_of(dout_ring, use);
+        const ColumnNumbers lse_log2(shared.q_numbers[stage].lse_log2), q_units(shared.q_numbers[stage].units);
+        const ColumnNumbers delta(shared.dout_numbers[stage].delta), dout_factors(shared.dout_numbers[stage].factors);
+
+        ptx::mbarrier_wait(shared.dout_full[stage], use.full_parity());
+        issue_transposed_scores(dp, anew(v), dout_tile);
+        add_rows(dk, sum, lift.inverse);
+        if (const RowReference* own = shared.dout_numbers[stage].references) {
+          relate(
+              s, [&](int i) { return own[8 * (i / 4) + 2 * (lane % 4) + i % 2]; }, q_units, k_units,
+              params.softmax_scale_log2);
+        }
+        weigh(s, q_units, k_units, lse_log2);
+        split_operand(operand, s, dout_factors);
+        issue_half_column_products<Config::kPartBytesM>(sum, operand, dout_tile);
+        ptx::wgmma_wait<1>(dp);
+
+        const float dout_unit = shared.dout_numbers[stage].unit;
+        const RowNumbers dp_units{{v_units.of_row[0] * dout_unit, v_units.of_row[1] * dout_unit}};
+        differentiate(dp, s, dp_units, dout_factors, delta, q_units);
+        ptx::mbarrier_wait(shared.q_full[next.stage()], next.full_parity());
+        issue_transposed_scores(s, anew(k), tile_of(q_ring, next));
+        ptx::wgmma_wait<1>(sum);
+        release(shared.dout_empty[stage]);
+        add_rows(dv, sum, {{dout_unit, dout_unit}});
+
+        lift = RowLift::of(dp);
+        split_operand(operand, dp, lift.factor);
+        issue_half_column_products<Config::kPartBytesM>(sum, operand, q_tile);
+        ptx::wgmma_wait<0>(s, sum);
+        release(shared.q_empty[stage]);
+        ++use.count;
+      }
+
+      release(shared.kv_empty);
+      add_rows(dk, sum, lift.inverse);
+      scale_all(dk, params.softmax_scale);
+    }
+
+    const auto store = [&](const float (&gradient)[kHeadDim / 2], float* tensor, const Strides& strides) {
+      float* target = tensor + item.batch * strides.batch + row_begin * strides.row + item.head * strides.head;
+      store_fp32_rows(gradient, target, strides.row, num_rows, params.head_dim);
+    };
+    store(dv, params.dv, params.dv_strides);
+    store(dk, params.dk, params.dk_strides);
+  }
+}
+
+template <typename Config>
+__global__ void __launch_bounds__(Config::kThreads, 1)
+    hopper_fp32_dk_dv_kernel(const __grid_constant__ Fp32DkDvKernelParams params) {
+  extern __shared__ __align__(1024) unsigned char memory[];
+  Fp32DkDvSharedStorage<Config>& shared = *reinterpret_cast<Fp32DkDvSharedStorage<Config>*>(memory);
+
+  if (threadIdx.x == 0) {
+    ptx::prefetch_tensor_map(params.q_map);
+    ptx::prefetch_tensor_map(params.dout_map);
+    ptx::prefetch_tensor_map(params.k_map);
+    ptx::prefetch_tensor_map(params.v_map);
+    init_barriers(shared);
+  }
+  ptx::allow_next_grid();
+  __syncthreads();
+  ptx::wait_for_grids_before();
+
+  const int warpgroup = __shfl_sync(0xffffffff, threadIdx.x / kWarpgroup, 0);
+  if (warpgroup == 0) {
+    ptx::release_registers<Config::kProducerRegisters>();
+    if (threadIdx.x / 32 == 0 && ptx::elect_one()) produce(params, shared);
+  } else {
+    ptx::acquire_registers<Config::kConsumerRegisters>();
+    consume(params, shared, warpgroup - 1);
+  }
+}
+
+}  // namespace mixed_attention::cuda::hopper

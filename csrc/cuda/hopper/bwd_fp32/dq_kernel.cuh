@@ -1,0 +1,260 @@
+// Gradients of queries on Hopper in fp32, from products of fp16 parts: persistent blocks of two producers and two
+// consumer warpgroups that own what they write.
+//
+// An item of a block is a tile of kBlockM query rows of one head. One producer, a single thread, copies its queries and
+// output gradients and then its key and value tiles into rings of kStages buffers; the other one, a warp, brings the
+// units of these tiles' rows, which lie at any address. Each consumer owns 64 of the query rows and computes, tile by
+// tile, s = q kᵀ, p = exp2(s - lse), dp = dout vᵀ, ds = p (dp - delta) and dq += ds k.
+//
+// Tensor cores cut sums off: each product for dq starts a sum of its own, which is added up here, where additions
+// round. Rows of a factor have units of their own: those of k are multiplied into ds, over whose columns dq sums.
+//
+// In the step for tile j the weights are computed under dp, the parts of ds under s of tile j + 1. At the end of a step
+// no product is under way, which the compiler needs.
+//
+// Who signals whom: *_full is completed by the copy engine (one arrival of its producer and the bytes; k_full also by
+// one of the other producer), *_empty by one arrival of every consumer warp. Items without keys take part in no
+// barrier.
+#pragma once
+
+#include <cstdint>
+#include <numbers>
+
+#include "cuda/hopper/bwd/scores.cuh"
+#include "cuda/hopper/bwd_fp32/config.h"
+#include "cuda/hopper/bwd_fp32/params.h"
+#include "cuda/hopper/bwd_fp32/rows.cuh"
+#include "cuda/hopper/bwd_fp32/scores.cuh"
+#include "cuda/hopper/fwd/softmax.cuh"
+#include "cuda/hopper/plan/work_items.cuh"
+#include "cuda/hopper/split_fp16/half_products.cuh"
+#include "cuda/hopper/tile/fragment_values.cuh"
+#include "cuda/hopper/tile/ring.cuh"
+#include "cuda/ptx/dependent_grids.cuh"
+#include "cuda/ptx/elect.cuh"
+#include "cuda/ptx/mbarrier.cuh"
+#include "cuda/ptx/setmaxnreg.cuh"
+#include "cuda/ptx/tma.cuh"
+#include "cuda/ptx/wgmma.cuh"
+
+namespace mixed_attention::cuda::hopper {
+
+template <typename Config>
+using Fp32QueryItems = WorkItems<Config::kBlockM>;
+
+template <typename Config>
+__device__ inline void init_barriers(Fp32DqSharedStorage<Config>& shared) {
+  constexpr int kConsumerWarps = Config::kConsumers * kWarpgroup / 32;
+  ptx::mbarrier_init(shared.q_full, 1);
+  ptx::mbarrier_init(shared.q_empty, kConsumerWarps);
+  for (int stage = 0; stage < Config::kStages; ++stage) {
+    ptx::mbarrier_init(shared.k_full[stage], 2);
+    ptx::mbarrier_init(shared.k_empty[stage], kConsumerWarps);
+    ptx::mbarrier_init(shared.v_full[stage], 1);
+    ptx::mbarrier_init(shared.v_empty[stage], kConsumerWarps);
+  }
+  ptx::mbarrier_fence_init();
+}
+
+template <typename Config>
+__device__ inline void produce(const Fp32DqKernelParams& params, Fp32DqSharedStorage<Config>& shared) {
+  constexpr int kBlockM = Config::kBlockM, kBlockN = Config::kBlockN;
+  RingUse<Config::kStages> use{0};  // of key tiles, over all items
+  uint32_t q_parity = 1;
+  for (Fp32QueryItems<Config> item(params.table); item.next();) {
+    const int num_tiles = item.tiles().num_tiles;
+    if (num_tiles == 0) continue;
+
+    ptx::mbarrier_wait(shared.q_empty, q_parity);
+    q_parity ^= 1;
+    ptx::mbarrier_arrive_expect(shared.q_full, 2 * Config::kTileBytesM);
+    load_half_rows<kBlockM>(shared.q, params.q_map, params.q, shared.q_full, item.row_begin, item.head, item.batch);
+    load_half_rows<kBlockM>(shared.dout, params.dout_map, params.dout, shared.q_full, item.row_begin, item.head,
+                            item.batch);
+
+    KeyTileIterator<kBlockN> keys(params.table, item.tiles());
+    for (int i = 0; i < num_tiles; ++i, ++use.count) {
+      const KeyTile tile = keys.next();
+      const auto load = [&](HalfTile<Config::kParts, kBlockN>& buffer, const CUtensorMap& map, const HalfInput& input,
+                            ptx::Mbarrier& full, ptx::Mbarrier& empty) {
+        ptx::mbarrier_wait(empty, use.empty_parity());
+        ptx::mbarrier_arrive_expect(full, Config::kTileBytesN);
+        load_clipped_half_rows<kBlockN>(buffer, map, input, full, tile.row_begin, tile.num_rows, item.head, item.batch);
+      };
+      const int stage = use.stage();
+      load(shared.k[stage], params.k_map, params.k, shared.k_full[stage], shared.k_empty[stage]);
+      load(shared.v[stage], params.v_map, params.v, shared.v_full[stage], shared.v_empty[stage]);
+    }
+  }
+}
+
+// Past the end of a tile the units of keys are one, as scores there become -inf, and those of values zero.
+template <typename Config>
+__device__ inline void produce_units(const Fp32DqKernelParams& params, Fp32DqSharedStorage<Config>& shared) {
+  constexpr int kBlockN = Config::kBlockN;
+  const int lane = threadIdx.x % 32;
+  RingUse<Config::kStages> use{0};  // of key tiles, over all items
+  for (Fp32QueryItems<Config> item(params.table); item.next();) {
+    const int num_tiles = item.tiles().num_tiles;
+    if (num_tiles == 0) continue;
+
+    const auto units_of = [&](const HalfInput& input) {
+      return units_of_head(input, params.table.num_heads, params.seqlen_k, item.head, item.batch);
+    };
+    const float* k_units = units_of(params.k);
+    const float* v_units = units_of(params.v);
+    KeyTileIterator<kBlockN> keys(params.table, item.tiles());
+    for (int i = 0; i < num_tiles; ++i, ++use.count) {
+      const KeyTile tile = keys.next();
+      const int stage = use.stage();
+      ptx::mbarrier_wait(shared.k_empty[stage], use.empty_parity());
+#pragma unroll
+      for (int column = lane; column < kBlockN; column += 32) {
+        const bool exists = column < tile.num_rows;
+        shared.k_units[stage][column] = exists ? k_units[tile.row_begin + column] : 1;
+        shared.v_units[stage][column] = exists ? v_units[tile.row_begin + column] : 0;
+      }
+      __syncwarp();
+      if (lane == 0) ptx::mbarrier_arrive(shared.k_full[stage]);
+    }
+  }
+}
+
+template <typename Config>
+__device__ inline void consume(const Fp32DqKernelParams& params, Fp32DqSharedStorage<Config>& shared, int consumer) {
+  using Ring = RingUse<Config::kStages>;
+  constexpr int kBlockN = Config::kBlockN, kHeadDim = kFp32BwdHeadDim;
+  const int lane = threadIdx.x % 32;
+  const int warp = __shfl_sync(0xffffffff, threadIdx.x / 32 % 4, 0);
+  const int first_row = consumer * kWarpgroupRows + warp * kWarpRows;  // of this warp in the tile
+
+  const ptx::Operand q = ptx::Operand::make(shared.q).advance(consumer * kWarpgroupRows * kRowBytes);
+  const ptx::Operand dout = ptx::Operand::make(shared.dout).advance(consumer * kWarpgroupRows * kRowBytes);
+  const ptx::Operand k_ring = ptx::Operand::make(shared.k);
+  const ptx::Operand v_ring = ptx::Operand::make(shared.v);
+
+  const auto tile_of = [](ptx::Operand ring, Ring use) { return ring.advance(use.stage() * Config::kTileBytesN); };
+  const auto issue_scores = [](float (&result)[kBlockN / 2], ptx::Operand queries, ptx::Operand keys) {
+    issue_half_row_products<Config::kParts, Config::kPartBytesM, Config::kPartBytesN>(result, queries, keys);
+  };
+  const auto release = [&](ptx::Mbarrier& empty) {
+    if (lane == 0) ptx::mbarrier_arrive(empty);
+  };
+
+  Ring use{0};  // of key tiles, over all items
+  uint32_t q_parity = 0;
+  for (Fp32QueryItems<Config> item(params.table); item.next();) {
+    const int num_tiles = item.tiles().num_tiles;
+    const int row_begin = item.row_begin + first_row;
+    const int num_rows = item.tiles().row_end - row_begin;
+    float dq[kHeadDim / 2] = {};
+
+    if (num_tiles > 0) {
+      RowNumbers lse_log2{}, delta{}, q_units{}, dout_units{};
+      bool has_reference = false;
+      const int64_t stats = (int64_t{item.batch} * params.table.num_heads + item.head) * params.seqlen_q;
+      const auto units_of = [&](const HalfInput& input) {
+        return units_of_head(input, params.table.num_heads, params.seqlen_q, item.head, item.batch);
+      };
+#pragma unroll
+      for (int i = 0; i < 2; ++i) {
+        const int row = row_begin + lane / 4 + 8 * i;
+        if (row < item.tiles().row_end) {
+          lse_log2.of_row[i] = params.lse[stats + row] * std::numbers::log2e_v<float>;
+          if (needs_reference(lse_log2.of_row[i])) {
+            has_reference = true;
+            lse_log2.of_row[i] = params.references[stats + row].sum_log2;
+          }
+          delta.of_row[i] = params.delta[stats + row];
+          q_units.of_row[i] = units_of(params.q)[row] * params.softmax_scale_log2;
+          dout_units.of_row[i] = units_of(params.dout)[row];
+        }
+      }
+      has_reference = __any_sync(0xffffffff, has_reference);
+
+      float s[kBlockN / 2], dp[kBlockN / 2], sum[kHeadDim / 2] = {};
+      HalfOperand<Config::kParts, kBlockN / 4> operand;
+      RowLift lift{};
+      ptx::mbarrier_wait(shared.q_full, q_parity);
+      q_parity ^= 1;
+      ptx::mbarrier_wait(shared.k_full[use.stage()], use.full_parity());
+      issue_scores(s, q, tile_of(k_ring, use));
+      ptx::wgmma_wait<0>(s);
+
+      // The first step adds zeros to dq, the last one's scores of a next tile are not used: a product that is issued
+      // in some steps only would make the compiler wait for each.
+      for (int tile = 0; tile < num_tiles; ++tile) {
+        const Ring next{use.count + (tile + 1 < num_tiles)};
+        const int stage = use.stage();
+        const ColumnNumbers k_units(shared.k_units[stage]), v_units(shared.v_units[stage]);
+
+        ptx::mbarrier_wait(shared.v_full[stage], use.full_parity());
+        issue_scores(dp, dout, tile_of(v_ring, use));
+        add_rows(dq, sum, lift.inverse);
+        if (tile < item.tiles().num_partial) {
+          mask_columns(s, params.table.ranges[item.tiles().first_range + tile].tail);
+        }
+        if (has_reference) {
+          const RowReference* own = params.references + stats + row_begin + lane / 4;
+          relate(s, [&](int i) { return own[8 * row_of(i)]; }, k_units, q_units, params.softmax_scale_log2);
+        }
+        weigh(s, k_units, q_units, lse_log2);
+        hold_weights(s, ptx::shared_address(&shared.q_full));
+        ptx::wgmma_wait<0>(dp);
+        release(shared.v_empty[stage]);
+
+        differentiate(dp, s, dout_units, v_units, delta, k_units);
+        ptx::mbarrier_wait(shared.k_full[next.stage()], next.full_parity());
+        issue_scores(s, q, tile_of(k_ring, next));
+        lift = RowLift::of(dp);
+        split_operand(operand, dp, lift.factor);
+        issue_half_column_products<Config::kPartBytesN>(sum, operand, tile_of(k_ring, use));
+        ptx::wgmma_wait<0>(s, sum);
+        release(shared.k_empty[stage]);
+        ++use.count;
+      }
+
+      release(shared.q_empty);
+      add_rows(dq, sum, lift.inverse);
+      scale_all(dq, params.softmax_scale);
+    }
+
+    float* target = params.dq + item.batch * params.dq_strides.batch + row_begin * params.dq_strides.row +
+                    item.head * params.dq_strides.head;
+    store_fp32_rows(dq, target, params.dq_strides.row, num_rows, params.head_dim);
+  }
+}
+
+template <typename Config>
+__global__ void __launch_bounds__(Config::kThreads, 1)
+    hopper_fp32_dq_kernel(const __grid_constant__ Fp32DqKernelParams params) {
+  extern __shared__ __align__(1024) unsigned char memory[];
+  Fp32DqSharedStorage<Config>& shared = *reinterpret_cast<Fp32DqSharedStorage<Config>*>(memory);
+
+  if (threadIdx.x == 0) {
+    ptx::prefetch_tensor_map(params.q_map);
+    ptx::prefetch_tensor_map(params.dout_map);
+    ptx::prefetch_tensor_map(params.k_map);
+    ptx::prefetch_tensor_map(params.v_map);
+    init_barriers(shared);
+  }
+  ptx::allow_next_grid();
+  __syncthreads();
+  ptx::wait_for_grids_before();
+
+  const int warpgroup = __shfl_sync(0xffffffff, threadIdx.x / kWarpgroup, 0);
+  if (warpgroup == 0) {
+    ptx::release_registers<Config::kProducerRegisters>();
+    const int warp = threadIdx.x / 32;
+    if (warp == 0 && ptx::elect_one()) {
+      produce(params, shared);
+    } else if (warp == 1) {
+      produce_units(params, shared);
+    }
+  } else {
+    ptx::acquire_registers<Config::kConsumerRegisters>();
+    consume(params, shared, warpgroup - 1);
+  }
+}
+
+}  // namespace mixed_attention::cuda::hopper

@@ -1,0 +1,120 @@
+#include <algorithm>
+#include <array>
+#include <numbers>
+#include <vector>
+
+#include "cuda/hopper/bwd/launch.cuh"
+#include "cuda/hopper/bwd_fp32/dk_dv_kernel.cuh"
+#include "cuda/hopper/bwd_fp32/dq_kernel.cuh"
+#include "cuda/hopper/bwd_fp32/launch.h"
+#include "cuda/hopper/bwd_fp32/stats_kernel.cuh"
+
+namespace mixed_attention::cuda::hopper {
+namespace {
+
+HalfInput half_input(const HalfParts& parts) { return {parts.units, parts.copies, parts.copies == 1 ? 0 : 1}; }
+
+void launch_parts(const BwdParams& params, const BwdTensors& tensors, const Fp32BwdWorkspace& workspace) {
+  const std::array<HalfPartsTask, 4> tasks{
+      {{tensors.q, workspace.q}, {tensors.k, workspace.k}, {tensors.v, workspace.v}, {tensors.dout, workspace.dout}}};
+  launch_half_parts(tasks, params.stream);
+}
+
+void launch_stats(const BwdParams& params, const Fp32BwdWorkspace& workspace, const std::vector<QueryRun>& runs) {
+  const int num_tiles = num_query_tiles(runs);
+  const int64_t num_blocks = num_tiles * params.num_heads * params.batch_size;
+  if (num_blocks == 0) return;
+  Fp32BwdStatsKernelParams kernel_params{static_cast<const float*>(params.out),
+                                         static_cast<const float*>(params.dout),
+                                         params.out_strides,
+                                         params.dout_strides,
+                                         static_cast<const float*>(params.lse),
+                                         static_cast<const float*>(params.dlse),
+                                         static_cast<int>(params.num_heads),
+                                         static_cast<int>(params.head_dim),
+                                         params.seqlen_q,
+                                         half_input(workspace.q),
+                                         half_input(workspace.dout),
+                                         num_tiles,
+                                         workspace.q_numbers,
+                                         workspace.dout_numbers,
+                                         workspace.delta,
+                                         score_source(params, workspace.references),
+                                         static_cast<int>(runs.size()),
+                                         {}};
+  std::copy(runs.begin(), runs.end(), kernel_params.runs);
+  launch_kernel<hopper_fp32_bwd_stats_kernel>("launch of hopper_fp32_bwd_stats_kernel",
+                                              {static_cast<unsigned>(num_blocks), kFp32StatsThreads}, params.stream,
+                                              kernel_params);
+}
+
+template <int kParts>
+void launch_dk_dv(const BwdParams& params, const BwdTensors& tensors, const Fp32BwdWorkspace& workspace,
+                  const std::vector<QueryRun>& runs) {
+  using Config = Fp32DkDvConfig<kParts>;
+  const Fp32DkDvKernelParams kernel_params{
+      make_clipped_tile_map(parts_view(tensors.q, workspace.q), Config::kBlockM),
+      make_clipped_tile_map(parts_view(tensors.dout, workspace.dout), Config::kBlockM),
+      make_clipped_tile_map(parts_view(tensors.k, workspace.k), Config::kBlockN),
+      make_clipped_tile_map(parts_view(tensors.v, workspace.v), Config::kBlockN),
+      half_input(workspace.q),
+      half_input(workspace.dout),
+      half_input(workspace.k),
+      half_input(workspace.v),
+      workspace.q_numbers,
+      workspace.dout_numbers,
+      num_query_tiles(runs),
+      params.seqlen_k,
+      static_cast<float*>(params.dk),
+      static_cast<float*>(params.dv),
+      params.dk_strides,
+      params.dv_strides,
+      static_cast<int>(params.head_dim),
+      static_cast<float>(params.softmax_scale),
+      static_cast<float>(params.softmax_scale * std::numbers::log2e),
+      make_key_work_table(params, runs, Config::kBlockN)};
+  launch_persistent<Config, Fp32DkDvSharedStorage<Config>, hopper_fp32_dk_dv_kernel<Config>>(
+      "launch of hopper_fp32_dk_dv_kernel", kernel_params, params);
+}
+
+template <int kParts>
+void launch_dq(const BwdParams& params, const BwdTensors& tensors, const Fp32BwdWorkspace& workspace) {
+  using Config = Fp32DqConfig<kParts>;
+  const Fp32DqKernelParams kernel_params{make_tile_map(parts_view(tensors.q, workspace.q), Config::kBlockM),
+                                         make_tile_map(parts_view(tensors.dout, workspace.dout), Config::kBlockM),
+                                         make_clipped_tile_map(parts_view(tensors.k, workspace.k), Config::kBlockN),
+                                         make_clipped_tile_map(parts_view(tensors.v, workspace.v), Config::kBlockN),
+                                         half_input(workspace.q),
+                                         half_input(workspace.dout),
+                                         half_input(workspace.k),
+                                         half_input(workspace.v),
+                                         static_cast<const float*>(params.lse),
+                                         workspace.delta,
+                                         workspace.references,
+                                         params.seqlen_q,
+                                         params.seqlen_k,
+                                         static_cast<float*>(params.dq),
+                                         params.dq_strides,
+                                         static_cast<int>(params.head_dim),
+                                         static_cast<float>(params.softmax_scale),
+                                         static_cast<float>(params.softmax_scale * std::numbers::log2e),
+                                         make_work_table(params, Config::kBlockM, Config::kBlockN)};
+  launch_persistent<Config, Fp32DqSharedStorage<Config>, hopper_fp32_dq_kernel<Config>>(
+      "launch of hopper_fp32_dq_kernel", kernel_params, params);
+}
+
+}  // namespace
+
+void launch_fp32_bwd(const BwdParams& params) {
+  const std::vector<QueryRun> runs = make_query_runs(*params.schedule);
+  const BwdTensors tensors = bwd_tensors(params);
+  const Fp32BwdWorkspace workspace = fp32_bwd_workspace(params);
+  launch_parts(params, tensors, workspace);
+  launch_stats(params, workspace, runs);
+  with_parts(params, [&]<int kParts>() {
+    launch_dk_dv<kParts>(params, tensors, workspace, runs);
+    launch_dq<kParts>(params, tensors, workspace);
+  });
+}
+
+}  // namespace mixed_attention::cuda::hopper

@@ -1,0 +1,100 @@
+// What the fp32 backward needs to know of every query, tile by tile: log-sum-exp, delta, and the units of the parts.
+#pragma once
+
+#include <cstdint>
+#include <numbers>
+
+#include "cuda/hopper/bwd/query_tiles.cuh"
+#include "cuda/hopper/bwd/row_references.cuh"
+#include "cuda/hopper/bwd_fp32/params.h"
+#include "cuda/hopper/bwd_fp32/rows.cuh"
+#include "cuda/ptx/dependent_grids.cuh"
+
+namespace mixed_attention::cuda::hopper {
+
+inline constexpr int kFp32StatsThreadsPerRow = 4;
+inline constexpr int kFp32StatsThreads = kQueryTileRows * kFp32StatsThreadsPerRow;
+
+// The largest of a block's numbers, none of which is negative.
+__device__ inline float block_max(float x) {
+  __shared__ uint32_t of_warps[kFp32StatsThreads / 32];
+  of_warps[threadIdx.x / 32] = __reduce_max_sync(0xffffffff, __float_as_uint(x));
+  __syncthreads();
+  uint32_t largest = 0;
+  for (uint32_t bits : of_warps) largest = max(largest, bits);
+  return __uint_as_float(largest);
+}
+
+// One block to a tile of queries of one head, four threads to a row.
+//
+// Spills: hopper_fp32_bwd_stats_kernel in fp32_bwd_launch for sm_90a, 24 bytes: of what finds references, seldom run
+__global__ void __launch_bounds__(kFp32StatsThreads)
+    hopper_fp32_bwd_stats_kernel(const __grid_constant__ Fp32BwdStatsKernelParams params) {
+  ptx::allow_next_grid();
+  ptx::wait_for_grids_before();
+  const int tile = blockIdx.x % params.num_tiles;
+  const int64_t sequence = blockIdx.x / params.num_tiles;
+  const int64_t head = sequence % params.num_heads, batch = sequence / params.num_heads;
+  const int run = run_of_tile(params.runs, params.num_runs, tile);
+  const QueryTile queries = query_tile(params.runs, run, tile);
+  const int row_of_tile = threadIdx.x / kFp32StatsThreadsPerRow, thread_of_row = threadIdx.x % kFp32StatsThreadsPerRow;
+  const int row = queries.row_begin + row_of_tile;
+  const bool exists = row_of_tile < queries.num_rows;
+
+  float delta = 0;
+  if (exists) {
+    const auto row_of = [&](const float* tensor, const Strides& strides) {
+      return tensor + batch * strides.batch + row * strides.row + head * strides.head;
+    };
+    const float* out = row_of(params.out, params.out_strides);
+    const float* dout = row_of(params.dout, params.dout_strides);
+#pragma unroll
+    for (int i = 0; i < kFp32BwdHeadDim; i += 4 * kFp32StatsThreadsPerRow) {
+      const int column = i + 4 * thread_of_row;
+      if (column < params.head_dim) {
+        const float4 a = *reinterpret_cast<const float4*>(out + column);
+        const float4 b = *reinterpret_cast<const float4*>(dout + column);
+        delta += a.x * b.x + a.y * b.y + a.z * b.z + a.w * b.w;
+      }
+    }
+  }
+#pragma unroll
+  for (int lanes = kFp32StatsThreadsPerRow / 2; lanes > 0; lanes /= 2) {
+    delta += __shfl_xor_sync(0xffffffff, delta, lanes);
+  }
+
+  float lse_log2 = INFINITY, q_unit = 0, dout_unit = 0;
+  if (exists) {
+    const auto unit_of = [&](const HalfInput& parts) {
+      return units_of_head(parts, params.num_heads, params.seqlen_q, head, batch)[row];
+    };
+    q_unit = unit_of(params.q_parts);
+    dout_unit = unit_of(params.dout_parts);
+    const int64_t index = sequence * params.seqlen_q + row;
+    if (params.dlse != nullptr) delta -= params.dlse[index];
+    if (params.lse[index] != -INFINITY) lse_log2 = params.lse[index] * std::numbers::log2e_v<float>;
+    if (thread_of_row == 0) params.delta_of_rows[index] = delta;
+  }
+  const float largest_unit = block_max(dout_unit);
+
+  QueryNumbers& q_numbers = params.q_numbers[blockIdx.x];
+  DoutNumbers& dout_numbers = params.dout_numbers[blockIdx.x];
+  if (thread_of_row == 0) {
+    q_numbers.lse_log2[row_of_tile] = lse_log2;
+    q_numbers.units[row_of_tile] = q_unit;
+    dout_numbers.delta[row_of_tile] = delta;
+    dout_numbers.factors[row_of_tile] = dout_unit / largest_unit * 0x1p15f;
+  }
+  const bool has_references = __syncthreads_or(lse_log2 != INFINITY && needs_reference(lse_log2));
+  const int64_t first_row = sequence * params.seqlen_q + queries.row_begin;
+  RowReference* const references = params.scores.references + first_row;
+  if (threadIdx.x == 0) {
+    dout_numbers.unit = largest_unit * 0x1p-15f;
+    dout_numbers.references = has_references ? references : nullptr;
+  }
+  if (!has_references) return;
+  find_references<float>(params.scores, run, queries, batch, head, params.lse + first_row, references,
+                         [&](int row, float lse_log2) { q_numbers.lse_log2[row] = lse_log2; });
+}
+
+}  // namespace mixed_attention::cuda::hopper

@@ -1,0 +1,97 @@
+// From the fragments of wgmma to rows in global memory.
+#pragma once
+
+#include <cstdint>
+
+#include "cuda/common/log_sum_exp.cuh"
+#include "cuda/hopper/fwd/params.h"
+#include "cuda/hopper/fwd/softmax.cuh"
+#include "cuda/hopper/fwd/tile_units.cuh"
+#include "cuda/hopper/plan/work_items.cuh"
+#include "cuda/hopper/tile/store_rows.cuh"
+
+namespace mixed_attention::cuda::hopper {
+
+template <int kCount>
+__device__ inline void clear(float (&o)[kCount]) {
+#pragma unroll
+  for (int i = 0; i < kCount; ++i) o[i] = 0;
+}
+
+// What a row is multiplied by at its end: zero without keys, or where all their scores are -inf.
+template <typename Config>
+__device__ inline float inverse_of(float sum) {
+  constexpr float kWhole = Config::kHasUnits ? 1 / kValueUnitShare : 1;
+  return sum == 0 ? 0 : __fdividef(kWhole, sum);
+}
+
+// Of a row's raw scores; row: among all of its head.
+template <typename Config>
+__device__ inline float scale_of(const FwdKernelParams& params, const ItemRows& tile, int row) {
+  if constexpr (!Config::kHasUnits) return params.softmax_scale;
+  const float* units =
+      units_of_head(params.units.q, tile, params.q_batch_step, params.table.num_heads, params.seqlen_q);
+  return scale_of_row(params.softmax_scale, units[row]);
+}
+
+// Writes this warp's 16 rows of a tile's output and log-sum-exp, those that exist.
+template <typename Config>
+__device__ inline void store_result(const FwdKernelParams& params, const ItemRows& tile, int first_row,
+                                    const float (&o)[Config::kHeadDim / 2], OnlineSoftmax softmax, float own_base) {
+  using Element = typename Config::Element;
+  const int lane = threadIdx.x % 32;
+  const int row_begin = tile.row_begin + first_row + lane / 4;
+  softmax.finish();
+  Element* out = static_cast<Element*>(params.out) + tile.batch * params.out_strides.batch +
+                 tile.head * params.out_strides.head + row_begin * params.out_strides.row;
+  float* lse = params.lse + (int64_t{tile.batch} * params.table.num_heads + tile.head) * params.seqlen_q + row_begin;
+#pragma unroll
+  for (int i = 0; i < 2; ++i) {
+    const float sum = softmax.row_sum[i];
+    const int row = row_begin + 8 * i;
+    const bool exists = row < tile.row_end;
+    const RowPart part = softmax.part(i, own_base);
+    store_row(out + 8 * i * params.out_strides.row, params.head_dim, o, i, inverse_of<Config>(sum), exists);
+    if (exists && lane % 4 == 0) {
+      lse[8 * i] = log_sum_exp(part, part.base != 0 ? scale_of<Config>(params, tile, row) : 0);
+    }
+  }
+}
+
+// Writes this warp's 16 rows of what a part of an item comes to, whether they exist or not.
+template <typename Config>
+__device__ inline void store_part(const FwdKernelParams& params, int part, int first_row,
+                                  const float (&o)[Config::kHeadDim / 2], OnlineSoftmax softmax, float own_base) {
+  const int lane = threadIdx.x % 32;
+  const int64_t row = int64_t{part} * Config::kBlockM + first_row + lane / 4;
+  softmax.finish();
+#pragma unroll
+  for (int i = 0; i < 2; ++i) {
+    float* out = params.partial_out + (row + 8 * i) * params.head_dim + lane % 4 * 2;
+    const float sum = softmax.row_sum[i];
+    const float inverse = inverse_of<Config>(sum);
+#pragma unroll
+    for (int column = 0; column < Config::kHeadDim; column += 8) {
+      const float* pair = o + column / 2 + 2 * i;
+      if (column < params.head_dim) {
+        *reinterpret_cast<float2*>(out + column) = make_float2(pair[0] * inverse, pair[1] * inverse);
+      }
+    }
+    const RowPart part = softmax.part(i, own_base);
+    if (lane % 4 == 0) params.row_parts[row + 8 * i] = part;
+  }
+}
+
+template <typename Config>
+__device__ inline void store_item(const FwdKernelParams& params, const ItemWalk<Config::kBlockM>& item, int first_row,
+                                  const float (&o)[Config::kHeadDim / 2], const OnlineSoftmax& softmax,
+                                  float own_base) {
+  const ItemSplits& splits = params.table.splits;
+  if (splits.has(item.item)) {
+    store_part<Config>(params, splits.place(item.item), first_row, o, softmax, own_base);
+  } else {
+    store_result<Config>(params, item.rows(), first_row, o, softmax, own_base);
+  }
+}
+
+}  // namespace mixed_attention::cuda::hopper

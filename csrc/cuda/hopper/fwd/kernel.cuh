@@ -1,0 +1,341 @@
+// Attention forward on Hopper: persistent blocks of one producer and two or three consumer warpgroups.
+//
+// An item of a block is a tile of kBlockM query rows of one head, or a part of one, which goes through a share of the
+// tile's keys and whose output is combined with the others' by a second kernel. The producer, a single thread, copies
+// its queries and then its key and value tiles into rings of buffers. Each consumer owns 64 of the rows and computes,
+// tile by tile, s = q k^T, the weights p of s, and o += p v, with s, p and o in registers.
+//
+// Two overlaps keep the tensor cores busy. Within a warpgroup, s of a tile is issued together with o += p v of the tile
+// before, and the softmax of the one runs under the product of the other; that goes on from item to item, so that an
+// item's last product runs beside the next one's first. Between warpgroups, a ring of named barriers makes them issue
+// their products in turn, so that the softmax of one lies under the products of the others.
+//
+// Who signals whom: *_full is completed by the copy engine (one arrival of the producer and the bytes; under a mask
+// k_full also by one of the thread that brings its bits), units.full by one of the warp that brings the units of fp32
+// tiles (half_parts.h), *_empty by one arrival of every consumer warp. Items without keys come last and take part in no
+// barrier.
+#pragma once
+
+#include <cstdint>
+
+#include "cuda/hopper/config.h"
+#include "cuda/hopper/fwd/epilogue.cuh"
+#include "cuda/hopper/fwd/params.h"
+#include "cuda/hopper/fwd/products.cuh"
+#include "cuda/hopper/fwd/softmax.cuh"
+#include "cuda/hopper/fwd/tile_units.cuh"
+#include "cuda/hopper/mask/key_bits.cuh"
+#include "cuda/hopper/plan/work_items.cuh"
+#include "cuda/hopper/tile/load_tile.cuh"
+#include "cuda/hopper/tile/ring.cuh"
+#include "cuda/ptx/dependent_grids.cuh"
+#include "cuda/ptx/elect.cuh"
+#include "cuda/ptx/mbarrier.cuh"
+#include "cuda/ptx/named_barrier.cuh"
+#include "cuda/ptx/setmaxnreg.cuh"
+#include "cuda/ptx/tma.cuh"
+#include "cuda/ptx/wgmma.cuh"
+
+namespace mixed_attention::cuda::hopper {
+
+template <int kStages>
+__device__ inline void init_ring(ptx::Mbarrier (&full)[kStages], ptx::Mbarrier (&empty)[kStages], int consumer_warps,
+                                 int producers = 1) {
+  for (int stage = 0; stage < kStages; ++stage) {
+    ptx::mbarrier_init(full[stage], producers);
+    ptx::mbarrier_init(empty[stage], consumer_warps);
+  }
+}
+
+template <typename Config>
+__device__ inline void init_barriers(FwdSharedStorage<Config>& shared) {
+  constexpr int kConsumerWarps = Config::kConsumers * kWarpgroup / 32;
+  init_ring(shared.q_full, shared.q_empty, kConsumerWarps);
+  init_ring(shared.k_full, shared.k_empty, kConsumerWarps, Config::kIsMasked ? 2 : 1);
+  init_ring(shared.v_full, shared.v_empty, kConsumerWarps);
+  if constexpr (Config::kHasUnits) init_ring(shared.units.full, shared.units.empty, kConsumerWarps);
+  ptx::mbarrier_fence_init();
+}
+
+template <typename Config>
+__device__ inline void produce(const FwdKernelParams& params, FwdSharedStorage<Config>& shared) {
+  using Ring = RingUse<Config::kStages>;
+  uint32_t num_loaded = 0;  // key tiles, over all items
+  RingUse<Config::kQueryBuffers> q{0};
+  for (ItemWalk<Config::kBlockM> items(params.table); items.next_with_keys(); ++q.count) {
+    const TileShare share = items.share();
+    const ItemRows queries = items.rows();
+
+    const auto load_key_tile = [&](typename Config::Factor* buffer, const CUtensorMap& map, ptx::Mbarrier& full,
+                                   KeyTile tile, int batch_step, int part_step) {
+      ptx::mbarrier_arrive_expect(full, Config::kTileBytesN);
+#pragma unroll
+      for (int part = 0; part < Config::kParts; ++part) {
+        load_clipped_rows<Config::kBlockN, Config::kHeadDim>(buffer + part * Config::kBlockN * Config::kHeadDim, map,
+                                                             full, tile.row_begin, tile.num_rows, queries.head,
+                                                             queries.batch * batch_step + part * part_step);
+      }
+    };
+    const auto load_k = [&](KeyTile tile, Ring use) {
+      ptx::mbarrier_wait(shared.k_empty[use.stage()], use.empty_parity());
+      load_key_tile(shared.k[use.stage()], params.k, shared.k_full[use.stage()], tile, params.k_batch_step,
+                    params.units.k_copies);
+    };
+    const auto load_v = [&](KeyTile tile, Ring use) {
+      ptx::mbarrier_wait(shared.v_empty[use.stage()], use.empty_parity());
+      load_key_tile(shared.v[use.stage()], params.v, shared.v_full[use.stage()], tile, params.v_batch_step,
+                    params.units.v_copies);
+    };
+
+    // In the order in which the consumers need them: keys run one tile ahead of values.
+    KeyTileIterator<Config::kBlockN> keys(params.table, items.tiles(), share.begin);
+    KeyTile tile = keys.next();
+    load_k(tile, Ring{num_loaded});
+    ptx::mbarrier_wait(shared.q_empty[q.stage()], q.empty_parity());
+    ptx::mbarrier_arrive_expect(shared.q_full[q.stage()], Config::kTileBytesM);
+#pragma unroll
+    for (int part = 0; part < Config::kParts; ++part) {
+      load_rows<Config::kBlockM, Config::kHeadDim>(shared.q[q.stage()] + part * Config::kBlockM * Config::kHeadDim,
+                                                   params.q, shared.q_full[q.stage()], queries.row_begin, queries.head,
+                                                   queries.batch * params.q_batch_step + part * params.units.q_copies);
+    }
+    for (int i = share.begin + 1; i < share.end; ++i) {
+      const KeyTile next = keys.next();
+      load_k(next, Ring{num_loaded + 1});
+      load_v(tile, Ring{num_loaded});
+      tile = next;
+      ++num_loaded;
+    }
+    load_v(tile, Ring{num_loaded});
+    ++num_loaded;
+  }
+}
+
+// Under a mask a second thread follows the first and brings the bits of the key tiles.
+template <typename Config>
+__device__ inline void produce_key_bits(const FwdKernelParams& params, FwdSharedStorage<Config>& shared) {
+  RingUse<Config::kStages> use{0};
+  for (ItemWalk<Config::kBlockM> items(params.table); items.next_with_keys();) {
+    const TileShare share = items.share();
+    const uint32_t* visible = params.visible + items.rows().batch * params.visible_step;
+    KeyTileIterator<Config::kBlockN> keys(params.table, items.tiles(), share.begin);
+    for (int i = share.begin; i < share.end; ++i, ++use.count) {
+      ptx::mbarrier_wait(shared.k_empty[use.stage()], use.empty_parity());
+      gather_key_bits(shared.key_bits[use.stage()], visible, keys.next());
+      ptx::mbarrier_arrive(shared.k_full[use.stage()]);
+    }
+  }
+}
+
+// The units of the key tiles of fp32 inputs come by a warp of their own, too.
+template <typename Config>
+__device__ inline void produce_units(const FwdKernelParams& params, FwdSharedStorage<Config>& shared) {
+  RingUse<Config::kStages> use{0};
+  for (ItemWalk<Config::kBlockM> items(params.table); items.next_with_keys();) {
+    const TileShare share = items.share();
+    const ItemRows queries = items.rows();
+    const auto units_of_keys = [&](const float* units, int batch_step) {
+      return units_of_head(units, queries, batch_step, params.table.num_heads, params.units.seqlen_k);
+    };
+    const float* k_units = units_of_keys(params.units.k, params.k_batch_step);
+    const float* v_units = units_of_keys(params.units.v, params.v_batch_step);
+    KeyTileIterator<Config::kBlockN> keys(params.table, items.tiles(), share.begin);
+    for (int i = share.begin; i < share.end; ++i, ++use.count) {
+      const TileUnitsLoad<Config::kBlockN> load(k_units, v_units, keys.next());
+      ptx::mbarrier_wait(shared.units.empty[use.stage()], use.empty_parity());
+      load.store(shared.units.tiles[use.stage()]);
+      __syncwarp();
+      if (threadIdx.x % 32 == 0) ptx::mbarrier_arrive(shared.units.full[use.stage()]);
+    }
+  }
+}
+
+template <int kCount>
+__device__ inline void scale_rows(float (&o)[kCount], const float (&factor)[2]) {
+#pragma unroll
+  for (int i = 0; i < kCount; ++i) o[i] *= factor[row_of(i)];
+}
+
+template <typename Config>
+__device__ inline void consume(const FwdKernelParams& params, FwdSharedStorage<Config>& shared, int consumer) {
+  using Element = typename Config::Element;
+  using Ring = RingUse<Config::kStages>;
+  const int lane = threadIdx.x % 32;
+  const int warp = __shfl_sync(0xffffffff, threadIdx.x / 32 % 4, 0);
+  const int first_row = consumer * kWarpgroupRows + warp * kWarpRows;  // of this warp in the tile
+
+  // Named barrier 1 + i: it is consumer i's turn to issue. Consumer 0's first turn comes from the last one.
+  const int own_turn = 1 + consumer;
+  const int next_turn = 1 + (consumer + 1) % Config::kConsumers;
+  // Named barrier 1 + kConsumers + i: among the warps of consumer i.
+  const int own_vote = own_turn + Config::kConsumers;
+  if (consumer == Config::kConsumers - 1) ptx::named_barrier_arrive(next_turn, 2 * kWarpgroup);
+
+  ItemWalk<Config::kBlockM> items(params.table);
+  TileShare share{};     // of the current item
+  bool has_rows = true;  // whether it has some for this warpgroup, which goes along in any case
+  RingUse<Config::kQueryBuffers> q_use{0};
+  Ring k_use{0};  // v is always the use before
+  FwdProducts<Config> products(params, shared, consumer);
+  auto& s = products.s;
+  auto& o = products.o;
+  OnlineSoftmax softmax;
+
+  const auto release = [&](ptx::Mbarrier& empty) {
+    if (lane == 0) ptx::mbarrier_arrive(empty);
+  };
+  const auto issue_s = [&] { products.issue_s(q_use.stage(), k_use.stage()); };
+  const auto issue_o = [&](Ring v_use) {
+    ptx::mbarrier_wait(shared.v_full[v_use.stage()], v_use.full_parity());
+    products.issue_o(v_use.stage());
+  };
+  // Both products of a step: the scores of one tile, and what the one before adds to the output.
+  const auto issue_both = [&](Ring v_use) {
+    ptx::mbarrier_wait(shared.k_full[k_use.stage()], k_use.full_parity());
+    ptx::named_barrier_sync(own_turn, 2 * kWarpgroup);
+    issue_s();
+    issue_o(v_use);
+    ptx::named_barrier_arrive(next_turn, 2 * kWarpgroup);
+    ptx::wgmma_wait<1>(s);
+  };
+  // Scores of a tile that has not been released yet; what is no key gets -inf.
+  const auto finish_s = [&](int tile) {
+    products.finish_s(shared, k_use);
+    if constexpr (Config::kIsMasked) {
+      mask_keys(s, shared.key_bits[k_use.stage()]);
+    } else if (tile < share.num_partial) {
+      mask_columns(s, params.table.ranges[items.tiles().first_range + tile].tail);
+    }
+  };
+  // Where this thread has a base of an item, beside its neighbour's; two threads share it.
+  const auto base_of = [&](uint32_t item) -> float& {
+    return shared.bases[item % 2][consumer * kWarpgroupRows + threadIdx.x % kWarpgroup / 4 * 2 + threadIdx.x % 2];
+  };
+  const auto own_base = [&]() -> float& { return base_of(q_use.count); };
+  const auto weigh = [&] { softmax.weigh<Config::kPolynomialEvery>(s, products.scale_log2, own_base()); };
+  // NOTE: the answer depends on all exponentials. Without a barrier at this place ptxas moves most of them behind the
+  // wait for the product that they should run under.
+  const auto overflows = [&] {
+    return ptx::named_barrier_any(own_vote, kWarpgroup, has_rows && softmax.overflows<Element>());
+  };
+
+  const auto begin_item = [&] {
+    share = items.share();
+    if constexpr (spares_weights(Config::kBlockM)) {
+      const ItemRows rows = items.rows();
+      has_rows = rows.row_begin + consumer * kWarpgroupRows < rows.row_end;
+    }
+  };
+
+  bool has_keys = items.next_with_keys();
+  if (has_keys) {
+    begin_item();
+    products.start_item(params, items.rows(), first_row);
+    ptx::mbarrier_wait(shared.q_full[0], 0);
+    ptx::mbarrier_wait(shared.k_full[0], 0);
+    issue_s();
+    ptx::wgmma_wait<0>(s);
+    finish_s(share.begin);
+    release(shared.k_empty[0]);
+    softmax.start<Element>(s, products.scale_log2, own_base());
+    weigh();
+    softmax.settle<Element>();
+    softmax.add_tile();
+    products.take_weights(shared, k_use);
+  }
+  while (has_keys) {
+    clear(o);
+    for (int tile = share.begin + 1; tile < share.end; ++tile) {
+      const Ring v_use = k_use;
+      ++k_use.count;
+      issue_both(v_use);
+      if (has_rows) {
+        finish_s(tile);
+        weigh();
+      }
+      const bool is_overflow = overflows();
+      products.wait();
+      release(shared.v_empty[v_use.stage()]);
+      if (is_overflow) {
+        float factor[2];
+        issue_s();
+        ptx::wgmma_wait<0>(s);
+        finish_s(tile);
+        softmax.raise<Element>(s, products.scale_log2, factor, own_base());
+        weigh();
+        softmax.settle<Element>();
+        scale_rows(o, factor);
+      }
+      release(shared.k_empty[k_use.stage()]);
+      softmax.add_tile();
+      products.take_weights(shared, k_use);
+    }
+    release(shared.q_empty[q_use.stage()]);
+
+    const ItemWalk finished = items;
+    const OnlineSoftmax total = softmax;
+    const Ring v_use = k_use;
+    ++k_use.count;
+    ++q_use.count;
+    has_keys = items.next_with_keys();
+    if (has_keys) {
+      products.start_item(params, items.rows(), first_row);
+      ptx::mbarrier_wait(shared.q_full[q_use.stage()], q_use.full_parity());
+      issue_both(v_use);
+      begin_item();
+      finish_s(share.begin);
+      release(shared.k_empty[k_use.stage()]);
+      softmax.start<Element>(s, products.scale_log2, own_base());
+      weigh();
+      overflows();
+      products.wait();
+      softmax.settle<Element>();
+      softmax.add_tile();
+      products.take_weights(shared, k_use);
+    } else {
+      issue_o(v_use);
+      products.wait();
+    }
+    release(shared.v_empty[v_use.stage()]);
+    store_item<Config>(params, finished, first_row, o, total, base_of(q_use.count - 1));
+  }
+  for (bool is_left = items.item < params.table.num_items; is_left; is_left = items.next()) {
+    clear(o);
+    store_result<Config>(params, items.rows(), first_row, o, OnlineSoftmax{}, 0);
+  }
+}
+
+template <typename Config>
+__global__ void __launch_bounds__(Config::kThreads, 1)
+    hopper_attention_fwd_kernel(const __grid_constant__ FwdKernelParams params) {
+  extern __shared__ __align__(1024) unsigned char memory[];
+  FwdSharedStorage<Config>& shared = *reinterpret_cast<FwdSharedStorage<Config>*>(memory);
+
+  if (threadIdx.x == 0) {
+    ptx::prefetch_tensor_map(params.q);
+    ptx::prefetch_tensor_map(params.k);
+    ptx::prefetch_tensor_map(params.v);
+    init_barriers(shared);
+  }
+  ptx::allow_next_grid();
+  __syncthreads();
+  ptx::wait_for_grids_before();
+
+  const int warpgroup = __shfl_sync(0xffffffff, threadIdx.x / kWarpgroup, 0);
+  if (warpgroup == 0) {
+    ptx::release_registers<Config::kProducerRegisters>();
+    const int warp = threadIdx.x / 32;
+    if (warp == 0 && ptx::elect_one()) {
+      produce(params, shared);
+    } else if constexpr (Config::kHasUnits) {
+      if (warp == 1) produce_units(params, shared);
+    } else if (Config::kIsMasked && warp == 1 && ptx::elect_one()) {
+      produce_key_bits(params, shared);
+    }
+  } else {
+    ptx::acquire_registers<Config::kConsumerRegisters>();
+    consume(params, shared, warpgroup - 1);
+  }
+}
+
+}  // namespace mixed_attention::cuda::hopper

@@ -1,0 +1,112 @@
+// Builds the forward kernel's parameters and launches it.
+#pragma once
+
+#include <numbers>
+
+#include "cuda/common/allow_shared_memory.cuh"
+#include "cuda/common/combine_kernel.cuh"
+#include "cuda/hopper/fwd/kernel.cuh"
+#include "cuda/hopper/fwd/launch.h"
+#include "cuda/hopper/fwd/rows_of_parts.cuh"
+#include "cuda/hopper/plan/persistent_blocks.h"
+#include "cuda/hopper/plan/tensor_map.h"
+#include "cuda/hopper/tile/launch_kernel.cuh"
+
+namespace mixed_attention::cuda::hopper {
+
+template <typename Config>
+FwdKernelParams make_fwd_kernel_params(const FwdParams& params, const FwdPlan& plan) {
+  FwdTensors tensors = fwd_tensors(params);
+  if constexpr (Config::kIsMasked) tensors.v = masked_view(params, plan.masked_keys, plan.masked_keys.values);
+  const int v_batch_step = batch_step(tensors.v.strides);
+  if constexpr (Config::kHasUnits) {
+    tensors = {parts_view(tensors.q, plan.q_parts), parts_view(tensors.k, plan.k_parts),
+               parts_view(tensors.v, plan.v_parts)};
+  }
+  return {make_tile_map(tensors.q, Config::kBlockM, Config::kSlabColumns),
+          make_clipped_tile_map(tensors.k, Config::kBlockN, Config::kSlabColumns),
+          make_clipped_tile_map(tensors.v, Config::kBlockN, Config::kSlabColumns),
+          batch_step(params.q_strides),
+          batch_step(params.k_strides),
+          v_batch_step,
+          params.out,
+          static_cast<float*>(params.lse),
+          params.out_strides,
+          params.seqlen_q,
+          static_cast<int>(params.head_dim),
+          plan.partial_out,
+          plan.row_parts,
+          plan.masked_keys.visible,
+          plan.masked_keys.visible_step(),
+          static_cast<float>(params.softmax_scale),
+          static_cast<float>(params.softmax_scale * std::numbers::log2e),
+          {plan.q_parts.units, plan.k_parts.units, plan.v_parts.units, plan.q_parts.copies, plan.k_parts.copies,
+           plan.v_parts.copies, params.seqlen_k},
+          plan.table};
+}
+
+// The same with the scale of a row's scores.
+template <int kBlockM>
+struct ScaledRowsOfParts : RowsOfParts<kBlockM> {
+  float softmax_scale, softmax_scale_log2;
+  const float* q_units;  // null of 16-bit inputs
+  int q_batch_step;
+  int64_t seqlen_q;
+
+  __device__ SplitRow find(int64_t index) const {
+    SplitRow row = RowsOfParts<kBlockM>::find(index);
+    float unit = 1;
+    if (row.exists && q_units != nullptr) {
+      unit = units_of_head(q_units, row, q_batch_step, this->table.num_heads, seqlen_q)[row.row];
+    }
+    row.scale = q_units == nullptr ? softmax_scale : scale_of_row(softmax_scale, unit);
+    row.scale_log2 = q_units == nullptr ? softmax_scale_log2 : scale_of_row(softmax_scale_log2, unit);
+    return row;
+  }
+};
+
+template <typename Element, int kBlockM>
+void launch_combine(const FwdParams& params, const FwdPlan& plan) {
+  constexpr int kRowsOfBlock = 8;
+  static_assert(kBlockM % kRowsOfBlock == 0 && sizeof(FwdParams) + sizeof(ScaledRowsOfParts<kBlockM>) <= 4000);
+  const ScaledRowsOfParts<kBlockM> rows{{plan.table},
+                                        static_cast<float>(params.softmax_scale),
+                                        static_cast<float>(params.softmax_scale * std::numbers::log2e),
+                                        plan.q_parts.units,
+                                        batch_step(params.q_strides),
+                                        params.seqlen_q};
+  const LaunchShape shape{plan.table.splits.num_whole * (kBlockM / kRowsOfBlock), 32 * kRowsOfBlock};
+  launch_kernel<attention_combine_kernel<Element, ScaledRowsOfParts<kBlockM>>>(
+      "launch of attention_combine_kernel", shape, params.stream, params, plan.partial_out, plan.row_parts,
+      plan.table.splits.num_parts, rows);
+}
+
+template <typename Config>
+void launch_tiles(const FwdParams& params, const FwdPlan& plan) {
+  constexpr auto kKernel = hopper_attention_fwd_kernel<Config>;
+  constexpr int kSharedBytes = sizeof(FwdSharedStorage<Config>);
+  allow_shared_memory<kKernel>(kSharedBytes, params.device, "cudaFuncSetAttribute(hopper_attention_fwd_kernel)");
+  const LaunchShape shape{num_persistent_blocks(plan.table.num_items, params.device), Config::kThreads};
+  launch_kernel<kKernel, kSharedBytes>("launch of hopper_attention_fwd_kernel", shape, params.stream,
+                                       make_fwd_kernel_params<Config>(params, plan));
+}
+
+template <typename Element, int kHeadDim, int kParts>
+void launch_fwd(const FwdParams& params, const FwdPlan& plan) {
+  using Config = FwdConfig<Element, kHeadDim, kParts, false>;
+  if (plan.table.num_items == 0) return;
+  if constexpr (Config::kHasUnits) {
+    const FwdTensors tensors = fwd_tensors(params);
+    const HalfPartsTask tasks[] = {{tensors.q, plan.q_parts}, {tensors.k, plan.k_parts}, {tensors.v, plan.v_parts}};
+    launch_half_parts(tasks, params.stream);
+    launch_tiles<Config>(params, plan);
+  } else if (params.key_padding_mask != nullptr) {
+    launch_mask(params, plan.masked_keys);
+    launch_tiles<FwdConfig<Element, kHeadDim, kParts, true>>(params, plan);
+  } else {
+    launch_tiles<Config>(params, plan);
+  }
+  if (plan.partial_out != nullptr) launch_combine<Element, Config::kBlockM>(params, plan);
+}
+
+}  // namespace mixed_attention::cuda::hopper

@@ -1,0 +1,39 @@
+// What the instantiations of the forward launcher have in common with its dispatch.
+#pragma once
+
+#include "cuda/common/row_part.h"
+#include "cuda/hopper/mask/mask.h"
+#include "cuda/hopper/plan/query_table.h"
+#include "cuda/hopper/plan/tensor_map.h"
+#include "cuda/hopper/split_fp16/half_parts.h"
+#include "params.h"
+
+namespace mixed_attention::cuda::hopper {
+
+// The inputs as the copy engine reads them.
+struct FwdTensors {
+  TensorView q, k, v;
+};
+
+FwdTensors fwd_tensors(const FwdParams& params);
+
+// What the host decides about a launch before it.
+struct FwdPlan {
+  WorkTable table;
+  // What the parts of items come to: (parts, kBlockM, head_dim), normalised, and (parts, kBlockM); null where there are
+  // none.
+  float* partial_out = nullptr;
+  RowPart* row_parts = nullptr;
+  MaskedKeys masked_keys{};                   // none without a mask
+  HalfParts q_parts{}, k_parts{}, v_parts{};  // of fp32 inputs, none of others
+  size_t workspace_size = 0;
+};
+
+// Of the pointers it reads params.workspace, null for a plan of the same sizes, and asks whether there is a mask.
+FwdPlan plan_fwd(const FwdParams& params);
+
+// Instantiated in cuda/instantiations, one file per element type, head_dim and number of parts.
+template <typename Element, int kHeadDim, int kParts = 1>
+void launch_fwd(const FwdParams& params, const FwdPlan& plan);
+
+}  // namespace mixed_attention::cuda::hopper

@@ -1,0 +1,42 @@
+// The parameters of the forward kernel as they travel to the device.
+#pragma once
+
+#include <cuda.h>
+
+#include <cstdint>
+
+#include "cuda/common/row_part.h"
+#include "cuda/hopper/plan/query_table.h"
+#include "params.h"
+
+namespace mixed_attention::cuda::hopper {
+
+// The units of fp32 inputs, and by how many sequences the parts of each stand behind one another; half_parts.h.
+struct FwdUnits {
+  const float *q, *k, *v;
+  int q_copies, k_copies, v_copies;
+  int64_t seqlen_k;
+};
+
+struct FwdKernelParams {
+  CUtensorMap q, k, v;  // tensor_map.h
+  // 1, or 0 where one sequence serves the whole batch.
+  int q_batch_step, k_batch_step, v_batch_step;
+  void* out;
+  float* lse;
+  Strides out_strides;
+  int64_t seqlen_q;
+  int head_dim;        // at most the kernel's
+  float* partial_out;  // fwd_launch.h
+  RowPart* row_parts;
+  const uint32_t* visible;  // mask.h; null without a mask
+  int visible_step;         // words from one sequence to the next
+  float softmax_scale, softmax_scale_log2;
+  FwdUnits units;  // none of 16-bit inputs
+  WorkTable table;
+};
+
+// What a kernel's parameters may take without costing the launch; newer drivers allow 32 KiB.
+static_assert(sizeof(FwdKernelParams) <= 4096);
+
+}  // namespace mixed_attention::cuda::hopper

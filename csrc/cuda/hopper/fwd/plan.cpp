@@ -1,0 +1,41 @@
+#include "cuda/common/device.h"
+#include "cuda/common/scratch.h"
+#include "cuda/hopper/config.h"
+#include "cuda/hopper/fwd/launch.h"
+#include "cuda/hopper/fwd/split_items.h"
+#include "cuda/hopper/plan/query_table.h"
+
+namespace mixed_attention::cuda::hopper {
+
+FwdTensors fwd_tensors(const FwdParams& params) {
+  const auto view = [&](const void* data, int64_t seqlen, const Strides& strides) {
+    return TensorView{data, params.dtype, params.batch_size, seqlen, params.num_heads, params.head_dim, strides};
+  };
+  return {view(params.q, params.seqlen_q, params.q_strides), view(params.k, params.seqlen_k, params.k_strides),
+          view(params.v, params.seqlen_k, params.v_strides)};
+}
+
+FwdPlan plan_fwd(const FwdParams& params) {
+  return with_fwd_kernel(params, [&]<typename Element, int kHeadDim, int kParts>() {
+    using Tuning = FwdTuningOf<Element, kHeadDim, kParts>;
+    constexpr int kBlockM = Tuning::kConsumers * kWarpgroupRows;
+    Scratch scratch(params.workspace);
+    FwdPlan plan{make_work_table(params, kBlockM, Tuning::kBlockN)};
+    split_items(plan.table, num_multiprocessors(params.device));
+    if (const int64_t num_parts = plan.table.splits.num_items(); num_parts > 0) {
+      plan.partial_out = scratch.take<float>(num_parts * kBlockM * params.head_dim);
+      plan.row_parts = scratch.take<RowPart>(num_parts * kBlockM);
+    }
+    if (params.key_padding_mask != nullptr) plan.masked_keys = plan_masked_keys(params, scratch, false);
+    if (kHasUnits<Element>) {
+      const FwdTensors tensors = fwd_tensors(params);
+      plan.q_parts = take_half_parts(tensors.q, kParts, scratch);
+      plan.k_parts = take_half_parts(tensors.k, kParts, scratch);
+      plan.v_parts = take_half_parts(tensors.v, kParts, scratch);
+    }
+    plan.workspace_size = scratch.bytes();
+    return plan;
+  });
+}
+
+}  // namespace mixed_attention::cuda::hopper

@@ -1,0 +1,147 @@
+// What a consumer of the forward multiplies and what comes of it, in registers: scores s, weights p, output o. Numbers
+// of 16 bits are factors themselves; those of fp32 are made up of fp16 ones in units of their row (half_parts.h).
+#pragma once
+
+#include <cstdint>
+
+#include "cuda/hopper/config.h"
+#include "cuda/hopper/fwd/epilogue.cuh"
+#include "cuda/hopper/fwd/params.h"
+#include "cuda/hopper/fwd/softmax.cuh"
+#include "cuda/hopper/fwd/tile_units.cuh"
+#include "cuda/hopper/plan/work_items.cuh"
+#include "cuda/hopper/split_fp16/half_products.cuh"
+#include "cuda/hopper/tile/products.cuh"
+#include "cuda/hopper/tile/ring.cuh"
+#include "cuda/ptx/mbarrier.cuh"
+#include "cuda/ptx/wgmma.cuh"
+
+namespace mixed_attention::cuda::hopper {
+
+// The tiles that a consumer multiplies, by the stages of their rings.
+template <typename Config>
+struct FwdOperands {
+  using Operand = ptx::SlabOperand<Config::kRowBytes>;
+
+  Operand q_ring, k_ring, v_ring;
+
+  __device__ FwdOperands(FwdSharedStorage<Config>& shared, int consumer)
+      : q_ring(Operand::make(shared.q).advance(consumer * kWarpgroupRows * Config::kRowBytes)),
+        k_ring(Operand::make(shared.k)),
+        v_ring(Operand::make(shared.v, Config::kSlabBytesN)) {}
+
+  __device__ Operand q(int stage) const { return q_ring.advance(stage * Config::kTileBytesM); }
+  __device__ Operand k(int stage) const { return k_ring.advance(stage * Config::kTileBytesN); }
+  __device__ Operand v(int stage) const { return v_ring.advance(stage * Config::kTileBytesN); }
+};
+
+// Of 16 bits: the output is summed up in the tensor cores. The same steps for both, in the order in which a tile takes
+// them; start_item comes before an item's first.
+template <typename Config>
+struct FwdProducts {
+  using Element = typename Config::Element;
+  using Ring = RingUse<Config::kStages>;
+
+  FwdOperands<Config> operands;
+  float scale_log2[2];  // of the thread's two rows
+  float s[Config::kBlockN / 2];
+  uint32_t p[Config::kBlockN / 4];
+  float o[Config::kHeadDim / 2];
+
+  __device__ FwdProducts(const FwdKernelParams& params, FwdSharedStorage<Config>& shared, int consumer)
+      : operands(shared, consumer), scale_log2{params.softmax_scale_log2, params.softmax_scale_log2} {}
+
+  __device__ void start_item(const FwdKernelParams&, const ItemRows&, int) {}
+
+  __device__ void issue_s(int q_stage, int k_stage) {
+    issue_row_products<Element, Config::kHeadDim, Config::kSlabBytesM, Config::kSlabBytesN>(s, operands.q(q_stage),
+                                                                                            operands.k(k_stage));
+  }
+
+  __device__ void issue_o(int v_stage) { issue_column_products<Element>(o, p, operands.v(v_stage)); }
+
+  // The product s is finished; use: of the tile of keys.
+  __device__ void finish_s(FwdSharedStorage<Config>&, Ring) {}
+
+  // Both products are to be finished.
+  __device__ void wait() { ptx::wgmma_wait<0>(o, s); }
+
+  // Makes factors of the weights, which have taken the place of s.
+  __device__ void take_weights(FwdSharedStorage<Config>&, Ring) { round_operand<Element>(p, s); }
+};
+
+// Of fp32. What a tile adds to the output is a sum of its own, in units of the tile's largest value, and is added up
+// outside the tensor cores; these cut sums off, additions round.
+template <typename Config>
+  requires(Config::kHasUnits)
+struct FwdProducts<Config> {
+  using Factor = typename Config::Factor;
+  using Ring = RingUse<Config::kStages>;
+
+  FwdOperands<Config> operands;
+  float scale_log2[2];  // of the thread's two rows, with the units of q
+  float s[Config::kBlockN / 2];
+  HalfOperand<Config::kParts, Config::kBlockN / 4> p;
+  float o[Config::kHeadDim / 2], tile_o[Config::kHeadDim / 2];
+  float v_unit;  // of the tile whose weights p are
+
+  __device__ FwdProducts(const FwdKernelParams&, FwdSharedStorage<Config>& shared, int consumer)
+      : operands(shared, consumer) {}
+
+  // first_row: of this warp in the tile.
+  __device__ void start_item(const FwdKernelParams& params, const ItemRows& rows, int first_row) {
+    const float* units =
+        units_of_head(params.units.q, rows, params.q_batch_step, params.table.num_heads, params.seqlen_q);
+    const int row = rows.row_begin + first_row + threadIdx.x % 32 / 4;
+#pragma unroll
+    for (int i = 0; i < 2; ++i) {
+      scale_log2[i] = scale_of_row(params.softmax_scale_log2, units[min(row + 8 * i, rows.row_end - 1)]);
+    }
+  }
+
+  __device__ void issue_s(int q_stage, int k_stage) {
+    const auto q = operands.q(q_stage), k = operands.k(k_stage);
+    issue_part_products<Config::kParts>([&](int q_part, int k_part, bool overwrites) {
+      add_row_products<Factor, Config::kHeadDim, Config::kSlabBytesM, Config::kSlabBytesN>(
+          s, q.advance(q_part * Config::kPartBytesM), k.advance(k_part * Config::kPartBytesN), overwrites);
+    });
+  }
+
+  __device__ void issue_o(int v_stage) {
+    const auto v = operands.v(v_stage);
+    issue_part_products<Config::kParts>([&](int p_part, int v_part, bool overwrites) {
+      add_column_products<Factor>(tile_o, p.parts[p_part], v.advance(v_part * Config::kPartBytesN), overwrites);
+    });
+  }
+
+  __device__ void finish_s(FwdSharedStorage<Config>& shared, Ring use) {
+    ptx::mbarrier_wait(shared.units.full[use.stage()], use.full_parity());
+    scale_columns(shared.units.tiles[use.stage()].k);
+  }
+
+  __device__ void wait() {
+    ptx::wgmma_wait<0>(tile_o, s);
+#pragma unroll
+    for (int i = 0; i < Config::kHeadDim / 2; ++i) o[i] = fmaf(tile_o[i], v_unit, o[i]);
+  }
+
+  // Before they are split, weights take over what the unit of their value falls short of the tile's largest.
+  __device__ void take_weights(FwdSharedStorage<Config>& shared, Ring use) {
+    const TileUnits<Config::kBlockN>& units = shared.units.tiles[use.stage()];
+    scale_columns(units.v);
+#pragma unroll
+    for (int i = 0; i < Config::kBlockN / 4; ++i) p.set(i, s[2 * i], s[2 * i + 1]);
+    v_unit = units.largest_v;
+    __syncwarp();
+    if (threadIdx.x % 32 == 0) ptx::mbarrier_arrive(shared.units.empty[use.stage()]);
+  }
+
+ private:
+  __device__ void scale_columns(const float (&factors)[Config::kBlockN]) {
+    const ColumnNumbers numbers(factors);
+#pragma unroll
+    for (int i = 0; i < Config::kBlockN / 2; ++i) s[i] *= numbers[i];
+  }
+};
+
+}  // namespace mixed_attention::cuda::hopper

@@ -1,0 +1,25 @@
+// Cutting items into parts, so that a launch of few or of unevenly many keeps the whole device busy to its end.
+#pragma once
+
+#include <cstdint>
+
+#include "cuda/hopper/plan/query_table.h"
+
+namespace mixed_attention::cuda::hopper {
+
+// Cuts items of a table without parts where the launch then ends clearly earlier: all, the longest ones, or those of
+// the last round, which may be a few only. num_blocks: that run at a time.
+void split_items(WorkTable& table, int num_blocks);
+
+// The most parts that each of some items can be cut into: as many as one has key tiles, of which no part may be
+// without, as the blocks rely on it.
+// begin and end: of whole items.
+int most_parts(const WorkTable& table, int begin, int end);
+
+// Cuts items of a table without parts, into most_parts at most.
+void cut_items(WorkTable& table, const ItemSplits& splits);
+
+// About how long a launch takes, in steps of a key tile: in each round of num_blocks items all wait for the longest.
+int64_t steps_of_launch(const WorkTable& table, int num_blocks);
+
+}  // namespace mixed_attention::cuda::hopper

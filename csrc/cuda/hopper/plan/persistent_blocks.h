@@ -1,0 +1,15 @@
+// How many blocks a persistent kernel gets.
+#pragma once
+
+#include <algorithm>
+
+#include "cuda/common/device.h"
+
+namespace mixed_attention::cuda::hopper {
+
+// One a multiprocessor, fewer where there are fewer items. `sharers` blocks in a row share an item.
+inline int num_persistent_blocks(int num_items, int device, int sharers = 1) {
+  return std::min(num_items, num_multiprocessors(device) / sharers) * sharers;
+}
+
+}  // namespace mixed_attention::cuda::hopper

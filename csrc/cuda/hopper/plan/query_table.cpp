@@ -1,0 +1,92 @@
+#include "cuda/hopper/plan/query_table.h"
+
+#include <algorithm>
+#include <limits>
+#include <numeric>
+#include <vector>
+
+#include "cuda/hopper/config.h"
+#include "schedule.h"
+
+namespace mixed_attention::cuda::hopper {
+namespace {
+
+constexpr int64_t kMaxInt = std::numeric_limits<int>::max();
+
+// Tiles of the smallest kBlockM bound the number of items from above.
+constexpr int64_t kLeastBlockM = 64;
+
+KeyTiles make_key_tiles(Range keys, int block_n) {
+  return {static_cast<int>(keys.begin), static_cast<int>(keys.size() / block_n),
+          static_cast<int>(keys.size() % block_n)};
+}
+
+// Appends the ranges of one segment, those with a partial tile first, as only these are masked.
+QueryTiles add_ranges(const QuerySegment& segment, int block_n, WorkTable& table, int& num_ranges) {
+  KeyTiles* const first = table.ranges + num_ranges;
+  KeyTiles* end = first;
+  for (const Range& keys : segment.keys) {
+    if (keys.size() > 0) *end++ = make_key_tiles(keys, block_n);
+  }
+  const auto first_even = std::stable_partition(first, end, [](const KeyTiles& tiles) { return tiles.tail > 0; });
+  const int num_partial = static_cast<int>(first_even - first);
+  const int num_tiles =
+      std::accumulate(first, end, num_partial, [](int sum, const KeyTiles& tiles) { return sum + tiles.num_full; });
+  QueryTiles tiles{};
+  tiles.row_begin = static_cast<int>(segment.rows.begin);
+  tiles.row_end = static_cast<int>(segment.rows.end);
+  tiles.first_range = num_ranges;
+  tiles.num_partial = num_partial;
+  tiles.num_tiles = tiles.num_steps = num_tiles;
+  num_ranges += static_cast<int>(end - first);
+  return tiles;
+}
+
+}  // namespace
+
+bool fits_work_table(const AttentionParams& params) {
+  const std::vector<QuerySegment>& segments = params.schedule->query_segments;
+  if (segments.size() > WorkTable::kMaxSegments) return false;
+  size_t num_ranges = 0;
+  int64_t num_items = 0;
+  for (const QuerySegment& segment : segments) {
+    num_ranges += segment.keys.size();
+    num_items += (segment.rows.size() / kLeastBlockM + 1) * params.num_heads * params.batch_size;
+    int64_t num_keys = 0;
+    for (const Range& keys : segment.keys) num_keys += keys.size();
+    if (num_keys >= kMaxInt) return false;
+  }
+  return num_ranges <= WorkTable::kMaxRanges && num_items < kMaxInt / 2;
+}
+
+WorkTable make_work_table(const AttentionParams& params, int block_m, int block_n) {
+  WorkTable table{};
+  table.num_heads = static_cast<int>(params.num_heads);
+  const std::vector<QuerySegment>& segments = params.schedule->query_segments;
+  // The ragged tiles stand apart, as they may be shorter.
+  const bool sets_apart = 2 * segments.size() <= WorkTable::kMaxSegments;
+  int num_segments = 0, num_ranges = 0;
+  for (const QuerySegment& segment : segments) {
+    QueryTiles tiles = add_ranges(segment, block_n, table, num_ranges);
+    const int num_ragged_rows = (tiles.row_end - tiles.row_begin) % block_m;
+    if (sets_apart && num_ragged_rows > 0) {
+      QueryTiles ragged = tiles;
+      ragged.row_begin = tiles.row_end -= num_ragged_rows;
+      if (spares_weights(block_m) && num_ragged_rows <= block_m - kWarpgroupRows)
+        ragged.num_steps = (2 * tiles.num_tiles + 2) / 3;
+      table.segments[num_segments++] = ragged;
+    }
+    if (tiles.row_begin < tiles.row_end) table.segments[num_segments++] = tiles;
+  }
+  std::stable_sort(table.segments, table.segments + num_segments,
+                   [](const QueryTiles& a, const QueryTiles& b) { return a.num_steps > b.num_steps; });
+  for (int i = 0; i < num_segments; ++i) {
+    QueryTiles& tiles = table.segments[i];
+    const int64_t num_blocks = (tiles.row_end - tiles.row_begin + block_m - 1) / block_m;
+    table.num_items += static_cast<int>(num_blocks * params.num_heads * params.batch_size);
+    tiles.item_end = table.num_items;
+  }
+  return table;
+}
+
+}  // namespace mixed_attention::cuda::hopper

@@ -1,0 +1,133 @@
+// Walks a work table: the items of a block, and the tiles that an item goes through.
+#pragma once
+
+#include "cuda/hopper/plan/query_table.h"
+
+namespace mixed_attention::cuda::hopper {
+
+// The rows that an item owns, of one head and sequence; they end with the tile or with the segment.
+struct ItemRows {
+  int row_begin, row_end;
+  int head, batch;
+};
+
+// Which item it is, or is a part of. The backward knows no parts.
+template <typename Table>
+__device__ inline int number_of_item(const Table&, int item) {
+  return item;
+}
+__device__ inline int number_of_item(const WorkTable& table, int item) { return table.splits.number(item); }
+
+// The rows of the item of this number; segment: which it belongs to.
+template <int kTileRows, typename Table>
+__device__ inline ItemRows rows_of_item(const Table& table, int number, int segment) {
+  const auto& tiles = table.segments[segment];
+  const int number_in_segment = number - (segment == 0 ? 0 : table.segments[segment - 1].item_end);
+  const int num_tiles = (tiles.row_end - tiles.row_begin + kTileRows - 1) / kTileRows;
+  // Neighbouring items share a head, and thus keys and values in the L2 cache.
+  const int sequence = number_in_segment / num_tiles;
+  return {tiles.row_begin + number_in_segment % num_tiles * kTileRows, tiles.row_end, sequence % table.num_heads,
+          sequence / table.num_heads};
+}
+
+// Of an item's key tiles those from begin to end, at least one. The first num_partial of all are partial ones.
+struct TileShare {
+  int begin, end, num_partial;
+};
+
+// The items of this block, by number. kSharers blocks in a row have the same items.
+template <int kTileRows, typename Table = WorkTable, int kSharers = 1>
+struct ItemWalk {
+  const Table& table;
+  int round = 0;
+  int item = 0;     // the current one
+  int segment = 0;  // which it belongs to
+
+  __device__ explicit ItemWalk(const Table& table) : table(table) {}
+
+  __device__ bool next() {
+    // Every other round runs backwards, so that no block gets the longest item of each.
+    const int num_blocks = gridDim.x / kSharers;
+    const int block = blockIdx.x / kSharers;
+    item = round * num_blocks + (round % 2 == 0 ? block : num_blocks - 1 - block);
+    if (item >= table.num_items) return false;
+    ++round;
+    // A block's items stand in ascending order: the search goes on where it ended.
+    while (number_of_item(table, item) >= tiles().item_end) ++segment;
+    return true;
+  }
+
+  // Items without keys come last.
+  __device__ bool next_with_keys() { return next() && tiles().num_tiles > 0; }
+
+  __device__ const auto& tiles() const { return table.segments[segment]; }
+
+  __device__ ItemRows rows() const { return rows_of_item<kTileRows>(table, number_of_item(table, item), segment); }
+
+  // The key tiles that a part, or a whole item, goes through.
+  __device__ TileShare share() const {
+    const int num_tiles = tiles().num_tiles;
+    const ItemSplits& splits = table.splits;
+    if (!splits.has(item)) return {0, num_tiles, tiles().num_partial};
+    const int part = splits.part(item);
+    return {num_tiles * part / splits.num_parts, num_tiles * (part + 1) / splits.num_parts, tiles().num_partial};
+  }
+};
+
+// The same, each with its rows at hand: for (WorkItems<kTileRows> item(table); item.next();) ...
+template <int kTileRows, typename Table = WorkTable, int kSharers = 1>
+struct WorkItems : ItemWalk<kTileRows, Table, kSharers> {
+  int row_begin = 0;
+  int head = 0, batch = 0;
+
+  using ItemWalk<kTileRows, Table, kSharers>::ItemWalk;
+
+  __device__ bool next() {
+    if (!ItemWalk<kTileRows, Table, kSharers>::next()) return false;
+    const ItemRows rows = this->rows();
+    row_begin = rows.row_begin;
+    head = rows.head;
+    batch = rows.batch;
+    return true;
+  }
+};
+
+struct KeyTile {
+  int row_begin, num_rows;
+};
+
+// The key tiles of a segment in order: the partial ones, then the full ones range by range.
+template <int kBlockN>
+struct KeyTileIterator {
+  const KeyTiles* ranges;
+  int num_partial;
+  int range = 0, tile = 0;
+
+  // Starts at the tile of this index, which the segment has.
+  __device__ KeyTileIterator(const WorkTable& table, const QueryTiles& segment, int first = 0)
+      : ranges(table.ranges + segment.first_range), num_partial(segment.num_partial) {
+    if (first < num_partial) {
+      range = first;
+    } else {
+      tile = first - num_partial;
+      num_partial = 0;
+      for (; tile >= ranges[range].num_full; ++range) tile -= ranges[range].num_full;
+    }
+  }
+
+  __device__ KeyTile next() {
+    if (num_partial > 0) {
+      const KeyTiles& partial = ranges[range];
+      const KeyTile result{partial.begin + partial.num_full * kBlockN, partial.tail};
+      if (++range == num_partial) num_partial = range = 0;
+      return result;
+    }
+    while (tile == ranges[range].num_full) {
+      ++range;
+      tile = 0;
+    }
+    return {ranges[range].begin + tile++ * kBlockN, kBlockN};
+  }
+};
+
+}  // namespace mixed_attention::cuda::hopper

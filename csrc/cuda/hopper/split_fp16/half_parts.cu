@@ -1,0 +1,105 @@
+#include "cuda/hopper/split_fp16/half_parts.h"
+
+#include <algorithm>
+#include <bit>
+#include <cstdint>
+#include <stdexcept>
+
+#include "cuda/hopper/split_fp16/half_pair.cuh"
+#include "cuda/hopper/tile/launch_kernel.cuh"
+#include "cuda/ptx/dependent_grids.cuh"
+
+namespace mixed_attention::cuda::hopper {
+namespace {
+
+constexpr int kThreads = 256;
+constexpr int kChunk = 8;  // numbers of a thread, 16 bytes of either part
+constexpr int64_t kMaxGridDepth = 65535;
+
+struct HalfPartsParams {
+  HalfPartsTask tasks[kMaxHalfPartsTasks];
+  int threads_of_row;  // a power of two: those of a warp that share a row, some of them perhaps without numbers
+};
+
+__device__ inline void load_chunk(float (&x)[kChunk], const float* source) {
+  if (reinterpret_cast<uintptr_t>(source) % sizeof(float4) == 0) {
+    reinterpret_cast<float4&>(x[0]) = reinterpret_cast<const float4*>(source)[0];
+    reinterpret_cast<float4&>(x[4]) = reinterpret_cast<const float4*>(source)[1];
+  } else {
+#pragma unroll
+    for (int i = 0; i < kChunk; ++i) x[i] = source[i];
+  }
+}
+
+// 2^exponent, of a normal number.
+__device__ inline float power_of_two(int exponent) { return __int_as_float((exponent + 127) << 23); }
+
+// The exponent of a row's unit; largest: of the row's finite numbers. Units and their inverses are normal numbers.
+__device__ inline int unit_exponent(float largest) { return max((__float_as_int(largest) >> 23) - 127 - 14, -126); }
+
+// A block takes some rows of one head; blockIdx.y is the task.
+__global__ void __launch_bounds__(kThreads) hopper_half_parts_kernel(const __grid_constant__ HalfPartsParams params) {
+  ptx::allow_next_grid();
+  ptx::wait_for_grids_before();
+  const TensorView& source = params.tasks[blockIdx.y].source;
+  const HalfParts& target = params.tasks[blockIdx.y].target;
+  const int head = blockIdx.x % static_cast<unsigned>(source.num_heads);
+  const int rows_of_block = kThreads / params.threads_of_row;
+  const int64_t row = int64_t{blockIdx.x} / source.num_heads * rows_of_block + threadIdx.x / params.threads_of_row;
+  const int column = threadIdx.x % params.threads_of_row * kChunk;
+  const bool exists = row < source.seqlen && column < source.head_dim;
+
+  for (int64_t copy = blockIdx.z; copy < target.copies; copy += gridDim.z) {
+    float x[kChunk] = {};
+    if (exists) {
+      load_chunk(x, static_cast<const float*>(source.data) + copy * source.strides.batch + row * source.strides.row +
+                        head * source.strides.head + column);
+    }
+    float largest = 0;
+#pragma unroll
+    for (float number : x) largest = fmaxf(largest, isfinite(number) ? fabsf(number) : 0.f);
+    for (int distance = params.threads_of_row / 2; distance > 0; distance /= 2) {
+      largest = fmaxf(largest, __shfl_xor_sync(0xffffffff, largest, distance));
+    }
+    if (!exists) continue;
+
+    const int exponent = unit_exponent(largest);
+    const float inverse = power_of_two(-exponent);
+    HalfPair<2> pairs[kChunk / 2];
+#pragma unroll
+    for (int i = 0; i < kChunk / 2; ++i) pairs[i] = HalfPair<2>::split(x[2 * i] * inverse, x[2 * i + 1] * inverse);
+    const int64_t part_size = target.copies * source.seqlen * source.num_heads * source.head_dim;
+    __half* chunk = static_cast<__half*>(target.parts) +
+                    ((copy * source.seqlen + row) * source.num_heads + head) * source.head_dim + column;
+#pragma unroll
+    for (int part = 0; part < 2; ++part) {
+      if (part == target.num_parts) break;
+      *reinterpret_cast<uint4*>(chunk + part * part_size) =
+          uint4{pairs[0].parts[part], pairs[1].parts[part], pairs[2].parts[part], pairs[3].parts[part]};
+    }
+    if (column == 0) {
+      target.units[(copy * source.num_heads + head) * source.seqlen + row] = power_of_two(exponent);
+    }
+  }
+}
+
+}  // namespace
+
+void launch_half_parts(std::span<const HalfPartsTask> tasks, void* stream) {
+  if (tasks.size() > kMaxHalfPartsTasks) throw std::logic_error("launch_half_parts: too many tasks");
+  HalfPartsParams params{};
+  std::copy(tasks.begin(), tasks.end(), params.tasks);
+  params.threads_of_row = static_cast<int>(std::bit_ceil(static_cast<uint64_t>(tasks[0].source.head_dim / kChunk)));
+  const int64_t rows_of_block = kThreads / params.threads_of_row;
+  int64_t num_blocks = 0, depth = 0;
+  for (const HalfPartsTask& task : tasks) {
+    const int64_t blocks_of_head = (task.source.seqlen + rows_of_block - 1) / rows_of_block;
+    num_blocks = std::max(num_blocks, blocks_of_head * task.source.num_heads);
+    depth = std::max<int64_t>(depth, task.target.copies);
+  }
+  const dim3 grid(static_cast<unsigned>(num_blocks), static_cast<unsigned>(tasks.size()),
+                  static_cast<unsigned>(std::min(depth, kMaxGridDepth)));
+  launch_kernel<hopper_half_parts_kernel>("launch of hopper_half_parts_kernel", {grid, kThreads}, stream, params);
+}
+
+}  // namespace mixed_attention::cuda::hopper

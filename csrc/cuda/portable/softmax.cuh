@@ -1,0 +1,170 @@
+// Softmax over scores that come block by block. Probabilities are relative to a base of each row, at first its maximum,
+// which is raised only when the maximum outgrows it by far: what was accumulated is then rescaled.
+//
+// A base is a score times the scale, rounded. What it lost is a factor of the whole row and does no harm as long as it
+// is about 1. Beyond kMostRounded the row's score is subtracted from the others themselves, which is exact where it
+// matters, and they keep a base of next to nothing; that costs one branch a block.
+#pragma once
+
+#include <limits>
+
+#include "cuda/common/row_part.h"
+#include "cuda/ptx/math.cuh"
+
+namespace mixed_attention::cuda {
+
+// The rows of one thread in the layout of mma's accumulators: 2 for each tile of 16; four lanes share a row. Bases are
+// kHeadroom above the maximum: values may be as large as the numbers that they are summed up in.
+template <int kTilesM, int kHeadroom>
+class OnlineSoftmax {
+ public:
+  __device__ OnlineSoftmax() {
+#pragma unroll
+    for (int row = 0; row < kRows; ++row) {
+      base_[row] = kLowest;
+      sum_[row] = 0;
+    }
+  }
+
+  // Makes the bases fit a block of raw scores, and what was accumulated before fit the bases; each row by itself, so
+  // that none depends on its neighbours. scale_log2 is positive. Scores of rows with a large base become relative to
+  // it.
+  template <int kTilesN, int kTilesOut>
+  __device__ void raise_bases(float (&s)[kTilesM][kTilesN][4], float (&out)[kTilesM][kTilesOut][4], float scale_log2) {
+    if (__any_sync(0xFFFFFFFF, own_score_ != 0)) raise_scores(s, out, scale_log2);
+    float block_max[kRows];
+    bool outgrown = false;
+#pragma unroll
+    for (int row = 0; row < kRows; ++row) {
+      block_max[row] = max_of_row(s, row);
+      outgrown |= fmaf(block_max[row], scale_log2, -base_[row]) > kMostAboveBase - kHeadroom;
+    }
+    if (!__any_sync(0xFFFFFFFF, outgrown)) return;
+#pragma unroll
+    for (int row = 0; row < kRows; ++row) {
+      const float maximum = block_max[row] * scale_log2;
+      const bool grows = maximum - base_[row] > kMostAboveBase - kHeadroom;
+      const float score = grows && fabsf(maximum) > kMostRounded ? block_max[row] : 0;
+      const float base = !grows ? base_[row] : (score != 0 ? 0 : maximum) + kHeadroom;
+      if (score != 0) {
+        subtract(s, row, score);
+        keep_score(row, score);
+      }
+      rescale(out, row, ptx::exp2(fmaf(-score, scale_log2, base_[row] - base)));
+      base_[row] = base;
+    }
+  }
+
+  // Turns scores of a block whose bases fit into probabilities, up to a factor per row that the sum has as well:
+  // kCount tiles of columns, from tile `first` on.
+  template <int kCount, int kTilesN>
+  __device__ void exponentiate(float (&s)[kTilesM][kTilesN][4], int first, float scale_log2) {
+#pragma unroll
+    for (int row = 0; row < kRows; ++row) {
+      const int m = row / 2, e = row % 2 * 2;
+      float sum;
+#pragma unroll
+      for (int n = first; n < first + kCount; ++n) {
+        s[m][n][e] = ptx::exp2(fmaf(s[m][n][e], scale_log2, -base_[row]));
+        s[m][n][e + 1] = ptx::exp2(fmaf(s[m][n][e + 1], scale_log2, -base_[row]));
+        const float pair = s[m][n][e] + s[m][n][e + 1];
+        sum = n == first ? pair : sum + pair;
+      }
+      sum_[row] += sum;
+    }
+  }
+
+  // Divides by the sums, if there are any, and multiplies by factor. Returns what the rows come to, without a sum as if
+  // there were no key.
+  template <int kTilesOut>
+  __device__ void finish(float (&out)[kTilesM][kTilesOut][4], RowPart (&rows)[2 * kTilesM], float factor) {
+#pragma unroll
+    for (int row = 0; row < kRows; ++row) {
+      const int m = row / 2, e = row % 2 * 2;
+      float sum = sum_[row];
+      sum += __shfl_xor_sync(0xFFFFFFFF, sum, 1);
+      sum += __shfl_xor_sync(0xFFFFFFFF, sum, 2);
+      // Not "sum > 0": a NaN that a query may see must show.
+      const float inverse = sum == 0 ? 0.0f : factor / sum;
+      const float score = score_of(row);
+      rows[row] = sum == 0 ? RowPart{0, -INFINITY} : RowPart{score, base_[row] + log2f(sum)};
+#pragma unroll
+      for (int n = 0; n < kTilesOut; ++n) {
+        out[m][n][e] *= inverse;
+        out[m][n][e + 1] *= inverse;
+      }
+    }
+  }
+
+ private:
+  static constexpr int kRows = 2 * kTilesM;
+
+  // Powers of two: probabilities up to 256 are as exact as those up to 1 in every arithmetic, and fit fp16.
+  static constexpr float kMostAboveBase = 8;
+
+  // Of a row without keys so far: not -inf, so that no inf - inf arises.
+  static constexpr float kLowest = std::numeric_limits<float>::lowest();
+
+  // Bases up to here, in units of log 2, are rounded by 2^-5 at most.
+  static constexpr float kMostRounded = 0x1p20f;
+
+  template <int kTilesN>
+  __device__ static float max_of_row(const float (&s)[kTilesM][kTilesN][4], int row) {
+    const int m = row / 2, e = row % 2 * 2;
+    float max = -INFINITY;
+#pragma unroll
+    for (int n = 0; n < kTilesN; ++n) max = fmaxf(max, fmaxf(s[m][n][e], s[m][n][e + 1]));
+    max = fmaxf(max, __shfl_xor_sync(0xFFFFFFFF, max, 1));
+    return fmaxf(max, __shfl_xor_sync(0xFFFFFFFF, max, 2));
+  }
+
+  template <int kTilesN>
+  __device__ static void subtract(float (&s)[kTilesM][kTilesN][4], int row, float score) {
+    const int m = row / 2, e = row % 2 * 2;
+#pragma unroll
+    for (int n = 0; n < kTilesN; ++n) {
+      s[m][n][e] -= score;
+      s[m][n][e + 1] -= score;
+    }
+  }
+
+  template <int kTilesOut>
+  __device__ void rescale(float (&out)[kTilesM][kTilesOut][4], int row, float factor) {
+    sum_[row] *= factor;
+#pragma unroll
+    for (int n = 0; n < kTilesOut; ++n) {
+      out[row / 2][n][row % 2 * 2] *= factor;
+      out[row / 2][n][row % 2 * 2 + 1] *= factor;
+    }
+  }
+
+  // The rows with large bases.
+  template <int kTilesN, int kTilesOut>
+  __device__ void raise_scores(float (&s)[kTilesM][kTilesN][4], float (&out)[kTilesM][kTilesOut][4], float scale_log2) {
+#pragma unroll
+    for (int row = 0; row < kRows; ++row) {
+      const float block_max = max_of_row(s, row), score = score_of(row);
+      const bool grows = score != 0 && (block_max - score) * scale_log2 > kMostAboveBase;
+      if (grows) {
+        rescale(out, row, ptx::exp2((score - block_max) * scale_log2));
+        keep_score(row, block_max);
+      }
+      subtract(s, row, grows ? block_max : score);
+    }
+  }
+
+  // All threads of a warp ask at a time.
+  __device__ float score_of(int row) const {
+    return __shfl_sync(0xFFFFFFFF, own_score_, threadIdx.x % 32 / 4 * 4 + row);
+  }
+
+  __device__ void keep_score(int row, float score) {
+    if (threadIdx.x % 4 == row) own_score_ = score;
+  }
+
+  float base_[kRows];    // in units of log 2, beside the row's score
+  float sum_[kRows];     // of this lane's columns
+  float own_score_ = 0;  // seldom read: each of the lanes that share their rows has one's, 0 but for large bases
+};
+
+}  // namespace mixed_attention::cuda

@@ -1,0 +1,81 @@
+#include "torch/attend.h"
+
+#include <ATen/Functions.h>
+#include <ATen/core/LegacyTypeDispatch.h>
+#include <ATen/core/dispatch/Dispatcher.h>
+#include <torch/csrc/autograd/custom_function.h>
+
+#include "torch/ops.h"
+
+namespace mixed_attention {
+namespace {
+
+using at::Tensor;
+using torch::autograd::AutogradContext;
+using torch::autograd::variable_list;
+
+AttentionComposite& attention_composite() {
+  static AttentionComposite composite;
+  return composite;
+}
+
+std::tuple<Tensor, Tensor> run_forward(const Tensor& q, const Tensor& k, const Tensor& v,
+                                       const std::optional<Tensor>& key_padding_mask,
+                                       const std::optional<Tensor>& dropout_seed, const AttentionCall& call) {
+  static const auto op = c10::Dispatcher::singleton()
+                             .findSchemaOrThrow("mixed_attention::forward", "")
+                             .typed<decltype(mixed_attention::forward)>();
+  const at::AutoDispatchBelowADInplaceOrView guard;
+  return op.call(q, k, v, call.segments, call.softmax_scale, key_padding_mask, call.dropout_p, dropout_seed);
+}
+
+struct Attend : torch::autograd::Function<Attend> {
+  static variable_list forward(AutogradContext* ctx, const Tensor& q, const Tensor& k, const Tensor& v,
+                               const std::optional<Tensor>& key_padding_mask, const std::optional<Tensor>& dropout_seed,
+                               const AttentionCall& call) {
+    const auto [out, lse] = run_forward(q, k, v, key_padding_mask, dropout_seed, call);
+    ctx->save_for_backward({q, k, v, out, lse, key_padding_mask.value_or(Tensor()), dropout_seed.value_or(Tensor())});
+    ctx->saved_data["call"] = Kept<AttentionCall>::make(call);
+    ctx->set_materialize_grads(false);
+    return {out, lse};
+  }
+
+  static variable_list backward(AutogradContext* ctx, variable_list grads) {
+    const variable_list saved = ctx->get_saved_variables();
+    const Tensor &q = saved[0], &k = saved[1], &v = saved[2], &out = saved[3], &lse = saved[4];
+    const std::optional<Tensor> mask = optional_tensor(saved[5]), seed = optional_tensor(saved[6]);
+    const AttentionCall& call = Kept<AttentionCall>::of(ctx->saved_data["call"]);
+    variable_list result(6);
+    if (needs_composite(grads)) {
+      const std::vector<bool> needs_grad{ctx->needs_input_grad(0), ctx->needs_input_grad(1), ctx->needs_input_grad(2)};
+      const OptionalTensors dqkv = attention_composite()(
+          {q, k, v}, {optional_tensor(grads[0]), optional_tensor(grads[1])}, needs_grad, mask, seed, call);
+      for (size_t i = 0; i < dqkv.size(); ++i) result[i] = dqkv[i].value_or(Tensor());
+      return result;
+    }
+    static const auto op = c10::Dispatcher::singleton()
+                               .findSchemaOrThrow("mixed_attention::backward", "")
+                               .typed<decltype(mixed_attention::backward)>();
+    const at::AutoDispatchBelowADInplaceOrView guard;
+    const Tensor dout = grads[0].defined() ? grads[0] : at::zeros_like(out);
+    std::tie(result[0], result[1], result[2]) = op.call(dout, optional_tensor(grads[1]), q, k, v, out, lse,
+                                                        call.segments, call.softmax_scale, mask, call.dropout_p, seed);
+    return result;
+  }
+};
+
+}  // namespace
+
+std::tuple<Tensor, Tensor> attend(const Tensor& q, const Tensor& k, const Tensor& v,
+                                  const std::optional<Tensor>& key_padding_mask,
+                                  const std::optional<Tensor>& dropout_seed, const AttentionCall& call) {
+  if (!c10::GradMode::is_enabled() || !(q.requires_grad() || k.requires_grad() || v.requires_grad())) {
+    return run_forward(q, k, v, key_padding_mask, dropout_seed, call);
+  }
+  const variable_list results = Attend::apply(q, k, v, key_padding_mask, dropout_seed, call);
+  return {results[0], results[1]};
+}
+
+void set_attention_composite(AttentionComposite composite) { attention_composite() = std::move(composite); }
+
+}  // namespace mixed_attention

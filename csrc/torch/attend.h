@@ -1,0 +1,33 @@
+// The operator in plain eager mode: one node of the graph, and little host time.
+#pragma once
+
+#include <ATen/core/Tensor.h>
+
+#include <functional>
+#include <tuple>
+#include <vector>
+
+#include "torch/autograd.h"
+
+namespace mixed_attention {
+
+// What an attention computes, but for its tensors; as the operator takes it.
+struct AttentionCall {
+  std::vector<int64_t> segments;
+  double softmax_scale, dropout_p;
+};
+
+// The forward operator, differentiable in q, k and v any number of times. Returns out and log-sum-exp.
+std::tuple<at::Tensor, at::Tensor> attend(const at::Tensor& q, const at::Tensor& k, const at::Tensor& v,
+                                          const std::optional<at::Tensor>& key_padding_mask,
+                                          const std::optional<at::Tensor>& dropout_seed, const AttentionCall& call);
+
+// The gradients of q, k and v by operators that have derivatives themselves: what a second derivative goes through.
+// needs_grad: of q, k and v; the others' gradients are nullopt.
+using AttentionComposite = std::function<OptionalTensors(
+    const std::vector<at::Tensor>& qkv, const OptionalTensors& grads, const std::vector<bool>& needs_grad,
+    const std::optional<at::Tensor>& key_padding_mask, const std::optional<at::Tensor>& dropout_seed,
+    const AttentionCall& call)>;
+void set_attention_composite(AttentionComposite composite);
+
+}  // namespace mixed_attention

@@ -1,0 +1,247 @@
+// Registers the operators with torch's dispatcher and names the module. Fakes and derivatives: mixed_attention/ops.py.
+#include <ATen/core/LegacyTypeDispatch.h>
+#include <ATen/core/dispatch/Dispatcher.h>
+#include <c10/core/GradMode.h>
+#include <pybind11/stl.h>
+#include <torch/csrc/autograd/variable.h>
+#include <torch/csrc/utils/pybind.h>
+#include <torch/library.h>
+#include <torch/version.h>
+
+#include "cpu/launch.h"
+#include "environment.h"
+#include "torch/attend.h"
+#include "torch/checks.h"
+#include "torch/layer.h"
+#include "torch/ops.h"
+
+namespace {
+
+// Stands before operators whose results are not differentiable: refuses to be asked for a derivative instead of
+// answering zero.
+void refuse_derivatives(const c10::OperatorHandle& op, c10::DispatchKeySet keys, torch::jit::Stack* stack) {
+  for (const c10::IValue& argument : torch::jit::last(*stack, op.schema().arguments().size())) {
+    if (!argument.isTensor()) continue;
+    const at::Tensor& tensor = argument.toTensor();
+    TORCH_CHECK_NOT_IMPLEMENTED(
+        !(tensor.requires_grad() && c10::GradMode::is_enabled()) && !tensor._fw_grad(/*level=*/0).defined(),
+        op.schema().name(),
+        " has no derivative; use mixed_attention.attention and mixed_attention.apply_rope, which do");
+  }
+  at::AutoDispatchBelowAutograd guard;
+  op.redispatchBoxed(keys & c10::after_autograd_keyset, stack);
+}
+
+// Stands before operators that write into what they are given: whoever has saved such a tensor is to know.
+void bump_versions(const c10::OperatorHandle& op, c10::DispatchKeySet keys, torch::jit::Stack* stack) {
+  const auto& arguments = op.schema().arguments();
+  const auto values = torch::jit::last(*stack, arguments.size());
+  std::vector<at::Tensor> written;
+  for (size_t i = 0; i < arguments.size(); ++i) {
+    if (!arguments[i].alias_info() || !arguments[i].alias_info()->isWrite()) continue;
+    written.push_back(values[i].toTensor());
+    TORCH_CHECK_VALUE(!written.back().is_neg(), arguments[i].name(),
+                      ": expected the memory of numbers, got a view that stands for their negatives");
+  }
+  {
+    const at::AutoDispatchBelowADInplaceOrView guard;
+    op.redispatchBoxed(keys & c10::after_ADInplaceOrView_keyset, stack);
+  }
+  for (const at::Tensor& each : written) torch::autograd::impl::bump_version(each);
+}
+
+#ifdef MIXED_ATTENTION_WITH_CUDA
+constexpr const char* kPlaces = "the CPU or a GPU";
+#else
+constexpr const char* kPlaces = "the CPU (built without CUDA kernels)";
+#endif
+
+// Stands wherever there are no kernels, and says which argument has led there.
+void refuse_place(const c10::OperatorHandle& op, torch::jit::Stack* stack) {
+  const auto& arguments = op.schema().arguments();
+  const auto values = torch::jit::last(*stack, arguments.size());
+  const auto for_each_tensor = [&](const auto& check) {
+    for (size_t i = 0; i < arguments.size(); ++i) {
+      if (values[i].isTensor()) check(arguments[i].name().c_str(), values[i].toTensor());
+    }
+  };
+  for_each_tensor([](const char* name, const at::Tensor& tensor) { mixed_attention::check_dense(name, tensor); });
+  for_each_tensor([&](const char* name, const at::Tensor& tensor) {
+    const c10::DispatchKey backend = tensor.options().computeDispatchKey();
+    TORCH_CHECK_NOT_IMPLEMENTED(op.hasKernelForDispatchKey(backend), name, ": expected a tensor on ", kPlaces, ", got ",
+                                tensor.device(), "; mixed_attention.reference.attention computes it");
+  });
+  TORCH_CHECK_NOT_IMPLEMENTED(false, op.schema().name(), ": no kernel for tensors of these kinds");
+}
+
+using OptionalTensor = std::optional<at::Tensor>;
+
+// A function of Python's that C++ calls. NOTE: never freed, because static objects outlive the interpreter.
+template <class Result>
+auto from_python(const py::function& function) {
+  auto* held = new py::function(function);
+  return [held](const auto&... arguments) {
+    const py::gil_scoped_acquire gil;
+    return (*held)(arguments...).template cast<Result>();
+  };
+}
+
+}  // namespace
+
+TORCH_LIBRARY(mixed_attention, m) {
+  m.def(
+      "forward(Tensor q, Tensor k, Tensor v, SymInt[] segments, float softmax_scale, Tensor? key_padding_mask=None, "
+      "float dropout_p=0., Tensor? dropout_seed=None) -> (Tensor out, Tensor lse)");
+  m.def(
+      "backward(Tensor dout, Tensor? dlse, Tensor q, Tensor k, Tensor v, Tensor out, Tensor lse, SymInt[] segments, "
+      "float softmax_scale, Tensor? key_padding_mask=None, float dropout_p=0., Tensor? dropout_seed=None) "
+      "-> (Tensor dq, Tensor dk, Tensor dv)");
+  m.def(
+      "backward_out(Tensor dout, Tensor? dlse, Tensor q, Tensor k, Tensor v, Tensor out, Tensor lse, "
+      "SymInt[] segments, float softmax_scale, Tensor? key_padding_mask, float dropout_p, Tensor? dropout_seed, "
+      "Tensor(a!) dq, Tensor(b!) dk, Tensor(c!) dv) -> ()");
+  m.def("rope(Tensor x, Tensor freqs, bool conjugate) -> Tensor");
+  m.def("rope_out(Tensor x, Tensor freqs, bool conjugate, Tensor(a!) out) -> ()");
+}
+
+namespace {
+
+void implement(torch::Library& m) {
+  m.impl("forward", &mixed_attention::forward);
+  m.impl("backward", &mixed_attention::backward);
+  m.impl("backward_out", &mixed_attention::backward_out);
+  m.impl("rope", &mixed_attention::rope);
+  m.impl("rope_out", &mixed_attention::rope_out);
+}
+
+void refuse(torch::Library& m) {
+  for (const char* name : {"forward", "backward", "backward_out", "rope", "rope_out"}) {
+    m.impl(name, torch::CppFunction::makeFromBoxedFunction<&refuse_place>());
+  }
+}
+
+}  // namespace
+
+TORCH_LIBRARY_IMPL(mixed_attention, CPU, m) { implement(m); }
+
+#ifdef MIXED_ATTENTION_WITH_CUDA
+TORCH_LIBRARY_IMPL(mixed_attention, CUDA, m) { implement(m); }
+#endif
+
+TORCH_LIBRARY_IMPL(mixed_attention, CompositeExplicitAutograd, m) { refuse(m); }
+TORCH_LIBRARY_IMPL(mixed_attention, NestedTensorCPU, m) { refuse(m); }
+TORCH_LIBRARY_IMPL(mixed_attention, NestedTensorCUDA, m) { refuse(m); }
+
+TORCH_LIBRARY_IMPL(mixed_attention, ADInplaceOrView, m) {
+  for (const char* name : {"backward_out", "rope_out"}) {
+    m.impl(name, torch::CppFunction::makeFromBoxedFunction<&bump_versions>());
+  }
+}
+
+TORCH_LIBRARY_IMPL(mixed_attention, Autograd, m) {
+  for (const char* name : {"backward", "backward_out", "rope", "rope_out"}) {
+    m.impl(name, torch::CppFunction::makeFromBoxedFunction<&refuse_derivatives>());
+  }
+}
+
+PYBIND11_MODULE(TORCH_EXTENSION_NAME, m) {
+  m.doc() = "Compiled part of mixed_attention; its operators live in torch.ops.mixed_attention.";
+#ifdef MIXED_ATTENTION_WITH_CUDA
+  m.attr("build_flags") = "torch " TORCH_VERSION ", compiler " __VERSION__ ", with CUDA kernels";
+#else
+  m.attr("build_flags") = "torch " TORCH_VERSION ", compiler " __VERSION__ ", without CUDA kernels";
+#endif
+  m.def("cpu_instruction_set", &mixed_attention::cpu::instruction_set, "Instruction set of the CPU kernels here.");
+  m.def(
+      "check_environment",
+      [] {
+        mixed_attention::cpu::instruction_set();
+        mixed_attention::asks_for_portable_gpu_kernels();
+      },
+      "Raises ValueError where MIXED_ATTENTION_CPU or MIXED_ATTENTION_GPU asks for what there is not.");
+  m.def("cuda_kernel", &mixed_attention::cuda_kernel, py::arg("dtype"), py::arg("head_dim"), py::arg("head_dim_v"),
+        py::arg("device"), py::arg("backward"), "Family of the CUDA kernels for a problem, and why no faster one.");
+  m.def(
+      "cuda_layout",
+      [](at::ScalarType dtype, std::array<int64_t, 6> shape, const std::vector<int64_t>& segments, int device,
+         bool backward) { return mixed_attention::cuda_layout(dtype, shape, segments, device, backward); },
+      py::arg("dtype"), py::arg("shape"), py::arg("segments"), py::arg("device"), py::arg("backward"),
+      "Tiles of the CUDA kernels for a problem: rows, rows taken up at a time, parts, number, at a time, cut.");
+  using Segments = std::vector<c10::SymInt>;
+  m.def(
+      "check_forward",
+      [](const at::Tensor& q, const at::Tensor& k, const at::Tensor& v, const Segments& segments, double softmax_scale,
+         const OptionalTensor& key_padding_mask, double dropout_p, const OptionalTensor& dropout_seed) {
+        mixed_attention::check_forward(q, k, v, segments, softmax_scale, key_padding_mask, dropout_p, dropout_seed);
+      },
+      py::arg("q"), py::arg("k"), py::arg("v"), py::arg("segments"), py::arg("softmax_scale"),
+      py::arg("key_padding_mask"), py::arg("dropout_p"), py::arg("dropout_seed"),
+      "Throws what the forward operator would throw, without computing.");
+  m.def(
+      "check_backward",
+      [](const at::Tensor& dout, const OptionalTensor& dlse, const at::Tensor& q, const at::Tensor& k,
+         const at::Tensor& v, const at::Tensor& out, const at::Tensor& lse, const Segments& segments,
+         double softmax_scale, const OptionalTensor& key_padding_mask, double dropout_p,
+         const OptionalTensor& dropout_seed, const std::vector<at::Tensor>& grads) {
+        mixed_attention::check_backward(dout, dlse, q, k, v, out, lse, segments, softmax_scale, key_padding_mask,
+                                        dropout_p, dropout_seed, grads);
+      },
+      py::arg("dout"), py::arg("dlse"), py::arg("q"), py::arg("k"), py::arg("v"), py::arg("out"), py::arg("lse"),
+      py::arg("segments"), py::arg("softmax_scale"), py::arg("key_padding_mask"), py::arg("dropout_p"),
+      py::arg("dropout_seed"), py::arg("grads"), "Throws what the backward operators would throw, without computing.");
+  m.def("check_dense", &mixed_attention::check_dense, py::arg("name"), py::arg("tensor"),
+        "Throws where a tensor is sparse, quantized or nested.");
+  m.def("check_rope", &mixed_attention::check_rope, py::arg("x"), py::arg("freqs"), py::arg("out"),
+        "Throws what rope_out would throw, without computing.");
+  py::class_<mixed_attention::ProjectedPart>(m, "ProjectedPart", "Rows of a weight, and the tokens that they see.")
+      .def(py::init<int64_t, int64_t, std::optional<mixed_attention::Ranges>>(), py::arg("row_begin"),
+           py::arg("row_end"), py::arg("tokens"));
+  m.def("project", &mixed_attention::project, py::arg("x"), py::arg("weight"), py::arg("bias"), py::arg("parts"),
+        py::arg("dtype"), py::call_guard<py::gil_scoped_release>(),
+        "Products of tokens with parts of a weight, as one step of the graph.");
+  py::class_<mixed_attention::AttentionCall>(m, "AttentionCall", "What an attention computes.")
+      .def_readonly("segments", &mixed_attention::AttentionCall::segments)
+      .def_readonly("softmax_scale", &mixed_attention::AttentionCall::softmax_scale)
+      .def_readonly("dropout_p", &mixed_attention::AttentionCall::dropout_p);
+  m.def(
+      "attend",
+      [](const at::Tensor& q, const at::Tensor& k, const at::Tensor& v, std::vector<int64_t> segments,
+         double softmax_scale, const std::optional<at::Tensor>& key_padding_mask, double dropout_p,
+         const std::optional<at::Tensor>& dropout_seed) {
+        return mixed_attention::attend(q, k, v, key_padding_mask, dropout_seed,
+                                       {std::move(segments), softmax_scale, dropout_p});
+      },
+      py::arg("q"), py::arg("k"), py::arg("v"), py::arg("segments"), py::arg("softmax_scale"),
+      py::arg("key_padding_mask"), py::arg("dropout_p"), py::arg("dropout_seed"),
+      py::call_guard<py::gil_scoped_release>(), "The forward operator, as one step of the graph.");
+  m.def(
+      "set_attention_composite",
+      [](const py::function& composite) {
+        mixed_attention::set_attention_composite(from_python<mixed_attention::OptionalTensors>(composite));
+      },
+      py::arg("composite"), "Registers the backward of attend that has derivatives itself.");
+  py::class_<mixed_attention::PackedCall, mixed_attention::AttentionCall>(
+      m, "PackedCall", "What an attention over packed buffers computes.")
+      .def(py::init([](std::vector<std::vector<int64_t>> shapes, std::vector<int64_t> rotated,
+                       std::vector<std::optional<mixed_attention::Ranges>> tokens, std::vector<int64_t> segments,
+                       double softmax_scale, double dropout_p) {
+             return mixed_attention::PackedCall{{std::move(segments), softmax_scale, dropout_p},
+                                                std::move(shapes),
+                                                std::move(rotated),
+                                                std::move(tokens)};
+           }),
+           py::arg("shapes"), py::arg("rotated"), py::arg("tokens"), py::arg("segments"), py::arg("softmax_scale"),
+           py::arg("dropout_p"))
+      .def_readonly("shapes", &mixed_attention::PackedCall::shapes)
+      .def_readonly("rotated", &mixed_attention::PackedCall::rotated)
+      .def_readonly("tokens", &mixed_attention::PackedCall::tokens);
+  m.def("attend_in_place", &mixed_attention::attend_in_place, py::arg("buffers"), py::arg("freqs"),
+        py::arg("key_padding_mask"), py::arg("dropout_seed"), py::arg("call"), py::call_guard<py::gil_scoped_release>(),
+        "Rotates packed buffers where they lie and attends.");
+  m.def(
+      "set_backward_composite",
+      [](const py::function& composite) {
+        mixed_attention::set_backward_composite(from_python<mixed_attention::OptionalTensors>(composite));
+      },
+      py::arg("composite"), "Registers the backward of attend_in_place that has derivatives itself.");
+}
