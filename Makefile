@@ -22,7 +22,7 @@ $(VENV)/ready: requirements.txt
 kernels: $(VENV)/ready ## the package with its CUDA kernels, on any machine with nvcc; reads the compiler's report and its code
 	MIXED_ATTENTION_CUDA=1 $(RUN) python setup.py --quiet build --build-lib $(WITH_CUDA) --build-temp $(WITH_CUDA)/temp
 	$(BIN)/python tools/check_ptxas.py build/cuda
-	$(BIN)/python tools/check_sass.py build/cuda/instantiations/hopper_*.o build/cuda/hopper/*.o
+	$(BIN)/python tools/check_sass.py $$(find build/cuda -path '*hopper*' -name '*.o')
 	cd $(WITH_CUDA) && $(abspath $(BIN))/python -c "import torch; from mixed_attention import ops; \
 	  assert ops.has_kernels('cuda', torch.float32), 'the CUDA kernels are not registered'"
 

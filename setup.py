@@ -19,7 +19,7 @@ import subprocess
 import sys
 from collections.abc import Sequence
 from pathlib import Path
-from typing import NoReturn
+from typing import NamedTuple, NoReturn
 
 from setuptools import Command, Extension, setup
 
@@ -126,7 +126,7 @@ def portable_targets() -> list[str]:
 def arch_flags(source: str) -> list[str]:
     """Architectures of one source. The targets of the portable kernels share runs of nvcc's front end: one for 8.x and
     PTX, and one from 9.0 on, where two neighbours can be added to memory at once."""
-    if "hopper" in source:
+    if not is_portable(source):
         return ["-gencode=arch=compute_90a,code=sm_90a"]
     targets_of: dict[str, list[str]] = {"compute_80": [], "compute_90": []}
     for target in portable_targets():
@@ -140,18 +140,55 @@ def wanted_head_dims() -> list[str]:
     return re.findall(r"\d+", os.environ.get("MIXED_ATTENTION_HEAD_DIMS", ""))
 
 
-def kernel_sources() -> list[str]:
-    """The .cu files. Instantiations are called after what they are for, the head_dim last: portable_fwd_bf16_d64.cu."""
-    head_dim_of = {source: re.search(r"portable_\w+_d(\d+)\.cu$", source) for source in sources("cuda/**/*.cu")}
-    known = {match[1] for match in head_dim_of.values() if match}
+class Kernels(NamedTuple):
+    """What one call of nvcc compiles."""
+
+    object: str  # below CUDA_OBJECTS; the reports that tools/check_ptxas.py reads are called after it
+    source: str
+    defines: tuple[str, ...] = ()
+
+
+def instantiated_kernels() -> list[Kernels]:
+    """What csrc/cuda/instantiations.txt lists: the same source for every dtype and head_dim."""
+    found = []
+    lines = (ROOT / "csrc" / "cuda" / "instantiations.txt").read_text().splitlines()
+    for name, *rest in (line.split() for line in lines if not line.startswith("#")):
+        head_dims = [word for word in rest if word.isdecimal()]
+        for dtype in rest[: -len(head_dims)]:
+            found += [
+                Kernels(
+                    f"{name}_{dtype}_d{head_dim}.o",
+                    f"csrc/cuda/instantiate_{name}.cu",
+                    (f"-DDTYPE={dtype}", f"-DHEAD_DIM={head_dim}"),
+                )
+                for head_dim in head_dims
+            ]
+    return found
+
+
+def all_kernels() -> list[Kernels]:
+    """Everything that nvcc compiles, narrowed to the portable kernels of the head_dims that are wanted."""
+    instantiated = instantiated_kernels()
+    known = {head_dim_of(each) for each in instantiated if is_portable(each.source)}
     wanted = wanted_head_dims() or known
     if not known.issuperset(wanted):
         expected = ", ".join(sorted(known, key=int))
         fail(f"MIXED_ATTENTION_HEAD_DIMS: expected some of {expected}, got {','.join(wanted)}")
-    return [source for source, match in head_dim_of.items() if match is None or match[1] in wanted]
+    others = [source for source in sources("cuda/**/*.cu") if not Path(source).name.startswith("instantiate_")]
+    return [Kernels(str(Path(source).relative_to("csrc/cuda").with_suffix(".o")), source) for source in others] + [
+        each for each in instantiated if not is_portable(each.source) or head_dim_of(each) in wanted
+    ]
 
 
-def ninja_file(cuda: Path, kernels: Sequence[str]) -> str:
+def is_portable(source: str) -> bool:
+    return "hopper" not in source
+
+
+def head_dim_of(kernels: Kernels) -> str:
+    return kernels.defines[-1].rpartition("=")[2]
+
+
+def ninja_file(cuda: Path, kernels: Sequence[Kernels]) -> str:
     """Rules that compile the kernels; beside each object lies what nvcc and ptxas said about it."""
     host_compiler = [f"-ccbin={os.environ['CXX'].split()[-1]}"] if os.environ.get("CXX") else []
     command = [str(cuda / "bin" / "nvcc"), *NVCC_FLAGS, *host_compiler, f"-Xcompiler={','.join(NVCC_HOST_FLAGS)}"]
@@ -159,34 +196,31 @@ def ninja_file(cuda: Path, kernels: Sequence[str]) -> str:
     outputs = "-MD -MF $out.d -c $in -o $out >$out.log 2>&1 || (cat $out.log; false)"
     lines = [
         "rule nvcc",
-        f"  command = {shlex.join(command)} $arch {outputs}",
-        "  description = nvcc $in",
+        f"  command = {shlex.join(command)} $arguments {outputs}",
+        "  description = nvcc $out",
         "  depfile = $out.d",
         "  deps = gcc",
     ]
-    for source in kernels:
-        lines += [f"build {object_of(source)}: nvcc {ROOT / source}", f"  arch = {shlex.join(arch_flags(source))}"]
+    for each in kernels:
+        arguments = shlex.join([*arch_flags(each.source), *each.defines])
+        lines += [f"build {each.object}: nvcc {ROOT / each.source}", f"  arguments = {arguments}"]
     return "\n".join([*lines, ""])
-
-
-def object_of(source: str) -> str:
-    return str(Path(source).relative_to("csrc", "cuda").with_suffix(".o"))
 
 
 def compile_kernels(cuda: Path, quiet: bool) -> list[str]:
     """Compiles what changed, and returns all the objects."""
-    kernels = kernel_sources()
+    kernels = all_kernels()
     folder = ROOT / CUDA_OBJECTS
     folder.mkdir(parents=True, exist_ok=True)
     (folder / "build.ninja").write_text(ninja_file(cuda, kernels))
     jobs = ["-j", os.environ["MAX_JOBS"]] if "MAX_JOBS" in os.environ else []
     if subprocess.run(["ninja", "-C", str(folder), *jobs, *(["--quiet"] if quiet else [])]).returncode:
         fail("a CUDA kernel did not compile, see above")
-    return [str(folder / object_of(source)) for source in kernels]
+    return [str(folder / each.object) for each in kernels]
 
 
 def extension(cuda: Path | None) -> Extension:
-    files = sources("*.cpp", "cpu/*.cpp")
+    files = sources("*.cpp", "torch/*.cpp", "cpu/*.cpp")
     compile_flags = COMPILE_FLAGS + THREAD_FLAGS + sanitizer_flags()
     link_flags = THREAD_FLAGS + sanitizer_flags()
     if cuda is not None:

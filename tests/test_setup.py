@@ -8,7 +8,7 @@ import torch
 
 ROOT = Path(__file__).parents[1]
 VARIABLES = ("MIXED_ATTENTION_CUDA", "MIXED_ATTENTION_HEAD_DIMS", "TORCH_CUDA_ARCH_LIST", "CXX")
-HOPPER, PORTABLE = "csrc/cuda/instantiations/hopper_fwd_bf16_d64.cu", "csrc/cuda/common/rope.cu"
+HOPPER, PORTABLE = "csrc/cuda/instantiate_hopper_fwd.cu", "csrc/cuda/common/rope.cu"
 
 
 @pytest.fixture(scope="module")
@@ -115,23 +115,33 @@ def test_architectures_that_cannot_be(setup, environment, arch_list, sentence):
 
 
 def test_head_dims_narrow_a_build(setup, environment):
-    everything = setup.kernel_sources()
-    assert PORTABLE in everything and HOPPER in everything
+    everything = setup.all_kernels()
+    assert {PORTABLE, HOPPER} <= {each.source for each in everything}
     environment.setenv("MIXED_ATTENTION_HEAD_DIMS", "64,128")
-    left_out = set(everything) - set(setup.kernel_sources())
+    left_out = set(everything) - set(setup.all_kernels())
     assert left_out
-    assert all("portable" in source and not source.endswith(("_d64.cu", "_d128.cu")) for source in left_out)
+    assert all("portable" in each.object and not each.object.endswith(("_d64.o", "_d128.o")) for each in left_out)
     assert "-DMIXED_ATTENTION_HEAD_DIMS=64,128" in setup.extension(Path("/cuda")).extra_compile_args
     environment.setenv("MIXED_ATTENTION_HEAD_DIMS", "80")
     with pytest.raises(SystemExit, match="expected some of 32, 64, .* got 80"):
-        setup.kernel_sources()
+        setup.all_kernels()
+
+
+def test_kernels_of_the_list_have_an_object_each(setup):
+    everything = setup.all_kernels()
+    assert len({each.object for each in everything}) == len(everything)
+    assert all((ROOT / each.source).exists() for each in everything)
+    (fp32,) = (each for each in everything if each.object == "hopper_fwd_fp32_d128.o")
+    assert fp32.defines == ("-DDTYPE=fp32", "-DHEAD_DIM=128")
 
 
 def test_a_kernel_is_compiled_once_and_leaves_its_report(setup, environment):
     environment.setenv("CXX", "ccache g++-12")
-    text = setup.ninja_file(Path("/cuda"), [HOPPER])
+    (kernels,) = (each for each in setup.all_kernels() if each.object == "hopper_fwd_bf16_d64.o")
+    text = setup.ninja_file(Path("/cuda"), [kernels])
     assert "command = /cuda/bin/nvcc" in text and "-ccbin=g++-12" in text and ">$out.log 2>&1" in text
-    assert f"build instantiations/hopper_fwd_bf16_d64.o: nvcc {ROOT / HOPPER}\n" in text
+    assert f"build hopper_fwd_bf16_d64.o: nvcc {ROOT / HOPPER}\n" in text
+    assert text.endswith("-DDTYPE=bf16 -DHEAD_DIM=64\n")
 
 
 def test_without_cuda_nothing_of_it_is_compiled(setup):

@@ -33,7 +33,7 @@ enum class Arithmetic { kFloat16, kBFloat16, kTf32, kTf32x3 };
 struct FwdPlan;  // plan.h
 struct BwdPlan;
 
-// One arithmetic and padded head_dim; instantiated in cuda/instantiations.
+// One arithmetic and padded head_dim; instantiated by cuda/instantiate_portable_{fwd,bwd}.cu.
 template <Arithmetic kArithmetic, int kHeadDim>
 void launch_fwd(const FwdParams& params, const FwdPlan& plan);
 template <Arithmetic kArithmetic, int kHeadDim>

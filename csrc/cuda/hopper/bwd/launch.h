@@ -54,7 +54,7 @@ void move_dq(const BwdParams& params, const BwdWorkspace& workspace);
 BwdTensors bwd_tensors(const BwdParams& params);
 BwdTensors bwd_tensors(const BwdParams& params, const BwdWorkspace& workspace);
 
-// Instantiated in cuda/instantiations, one file per element type and head_dim.
+// Instantiated by cuda/instantiate_hopper_bwd.cu, one object per element type and head_dim.
 template <typename Element, int kHeadDim>
 void launch_bwd(const BwdParams& params);
 

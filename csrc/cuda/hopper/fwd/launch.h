@@ -32,7 +32,7 @@ struct FwdPlan {
 // Of the pointers it reads params.workspace, null for a plan of the same sizes, and asks whether there is a mask.
 FwdPlan plan_fwd(const FwdParams& params);
 
-// Instantiated in cuda/instantiations, one file per element type, head_dim and number of parts.
+// Instantiated by cuda/instantiate_hopper_fwd.cu, one object per element type, head_dim and number of parts.
 template <typename Element, int kHeadDim, int kParts = 1>
 void launch_fwd(const FwdParams& params, const FwdPlan& plan);
 

@@ -1,0 +1,14 @@
+// The Hopper backward kernels of one DTYPE and HEAD_DIM, as the compiler is told: instantiations.txt.
+#include "cuda/hopper/bwd/launch.cuh"
+
+namespace mixed_attention::cuda::hopper {
+namespace {
+
+using bf16 = __nv_bfloat16;
+using fp16 = __half;
+
+}  // namespace
+
+template void launch_bwd<DTYPE, HEAD_DIM>(const BwdParams& params);
+
+}  // namespace mixed_attention::cuda::hopper

@@ -1,0 +1,14 @@
+// The portable backward kernels of one DTYPE and HEAD_DIM, as the compiler is told: instantiations.txt.
+#include "cuda/portable/bwd_launch.cuh"
+
+namespace mixed_attention::cuda::portable {
+namespace arithmetic {
+
+constexpr Arithmetic bf16 = Arithmetic::kBFloat16, fp16 = Arithmetic::kFloat16, fp32 = Arithmetic::kTf32x3,
+                     tf32 = Arithmetic::kTf32;
+
+}  // namespace arithmetic
+
+template void launch_bwd<arithmetic::DTYPE, HEAD_DIM>(const BwdParams& params, const BwdPlan& plan);
+
+}  // namespace mixed_attention::cuda::portable

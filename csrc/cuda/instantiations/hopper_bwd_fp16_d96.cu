@@ -1,7 +1,0 @@
-#include "cuda/hopper/bwd/launch.cuh"
-
-namespace mixed_attention::cuda::hopper {
-
-template void launch_bwd<__half, 96>(const BwdParams& params);
-
-}  // namespace mixed_attention::cuda::hopper

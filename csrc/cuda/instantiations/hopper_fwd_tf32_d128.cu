@@ -1,7 +1,0 @@
-#include "cuda/hopper/fwd/launch.cuh"
-
-namespace mixed_attention::cuda::hopper {
-
-template void launch_fwd<float, 128, 1>(const FwdParams& params, const FwdPlan& plan);
-
-}  // namespace mixed_attention::cuda::hopper

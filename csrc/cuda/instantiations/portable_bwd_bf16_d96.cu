@@ -1,5 +1,0 @@
-#include "cuda/portable/bwd_launch.cuh"
-
-namespace mixed_attention::cuda::portable {
-template void launch_bwd<Arithmetic::kBFloat16, 96>(const BwdParams& params, const BwdPlan& plan);
-}
