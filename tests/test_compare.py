@@ -9,6 +9,8 @@ import torch
 from cases import DTYPES, Case, make_inputs
 from compare import Results, judge, oracle, run_torch
 
+import mixed_attention as ma
+
 CASE = Case((70, 41, 5), "a>ab b>aab c>b", batch_size=2, num_heads=2, head_dim=24, mask="random")
 
 
@@ -71,4 +73,18 @@ def test_the_oracle_differentiates_rightly():
     lse = scores.logsumexp(-1)
     grads = torch.autograd.grad((out, lse), (inputs.q, inputs.k, inputs.v), (inputs.dout, inputs.dlse))
     torch.testing.assert_close((exact.out, exact.lse), (out, lse))
+    torch.testing.assert_close((exact.dq, exact.dk, exact.dv), grads)
+
+
+def test_the_oracle_knows_dropout():
+    """Against the definition of dropout and autograd through it; keys that are listed twice are dropped one by one."""
+    case = CASE.with_(attends="a>ab b>aac c>b", dtype=torch.float64, shared="v", dropout_p=0.4, seed=5)
+    inputs = make_inputs(case)
+    exact, _ = oracle(inputs)
+    torch.manual_seed(case.seed)
+    arguments = {"key_padding_mask": inputs.key_padding_mask, "dropout_p": 0.4, "return_lse": True}
+    seed = ma.ops.draw_seed(inputs.q.device)
+    outputs = ma.reference.attention(inputs.q, inputs.k, inputs.v, case.plan, dropout_seed=seed, **arguments)
+    grads = torch.autograd.grad(outputs, (inputs.q, inputs.k, inputs.v), (inputs.dout, inputs.dlse))
+    torch.testing.assert_close((exact.out, exact.lse), outputs)
     torch.testing.assert_close((exact.dq, exact.dk, exact.dv), grads)
