@@ -8,11 +8,16 @@ scores, the sum of their exponentials, its logarithm, the log-sum-exp, the weigh
 by the unit roundoff of the dtype. These errors are carried through the formulas to first order: those of different
 weights in quadrature, since they are independent; those that a whole row shares (of its log-sum-exp and its delta)
 added.
+
+Where products of fp32 are made in TF32, torch's own attention, which makes none, says too little. There the yardstick
+is the exact computation with every factor of a product rounded to TF32, which is what that mode permits. It knows what
+independent errors do not: all weights of a row are off by the one rounding of its query, all of a column by that of its
+key, and weights that are alike are rounded alike.
 """
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, fields, replace
 from functools import cache
@@ -140,8 +145,13 @@ def _largest(tensor: Tensor) -> float:
     return float(tensor.max()) if tensor.numel() else 0.0
 
 
-def oracle(inputs: Inputs) -> tuple[Results, Results]:
-    """Dense attention in fp64 over all pairs, by the multiplicities of the case; and what one rounding makes of it."""
+def oracle(inputs: Inputs, factor: Callable[[Tensor], Tensor] = lambda t: t) -> tuple[Results, Results]:
+    """Dense attention in fp64 over all pairs, by the multiplicities of the case; and what one rounding makes of it.
+
+    Args:
+        inputs: What was computed from.
+        factor: Rounds a factor of a product over channels, keys or queries; for yardsticks.
+    """
     case, weights = inputs.case, inputs.weights[:, None]  # (B, 1, Nq, Nk)
     visible = inputs.weights.any(1)[:, :, None, None]
     batch = case.batch_size
@@ -151,8 +161,9 @@ def oracle(inputs: Inputs) -> tuple[Results, Results]:
     k, v = (torch.where(visible, t, 0.0).permute(heads_first) for t in (k, v))
     dlse = torch.zeros(q.shape[:3], device=q.device) if inputs.dlse is None else inputs.dlse
     dlse = dlse.double()[..., None]  # columns, (B, H, Nq, 1), like all that a row shares
+    q_factor, k_factor, v_factor, dout_factor = (factor(t) for t in (q, k, v, dout))
 
-    s = case.scale * q @ k.mT
+    s = case.scale * q_factor @ k_factor.mT
     s_max = torch.cat([torch.where(weights > 0, s, -torch.inf), torch.full_like(dlse, -1e300)], -1).amax(-1, True)
     once = torch.where(weights > 0, torch.exp(s - s_max), 0.0)  # of a key that counts once
     p_sum = (weights * once).sum(-1, keepdim=True)
@@ -162,10 +173,12 @@ def oracle(inputs: Inputs) -> tuple[Results, Results]:
     kept, keep_probability = weights if inputs.kept is None else inputs.kept, inputs.keep_probability
     p_kept = kept * once / keep_probability
     lse = torch.where(has_keys, s_max + torch.log(p_sum), -torch.inf)
-    out = p_kept @ v
-    dp, delta = dout @ v.mT / keep_probability, (dout * out).sum(-1, True) - dlse
+    out = factor(p_kept) @ v_factor
+    dp, delta = dout_factor @ v_factor.mT / keep_probability, (dout * out).sum(-1, True) - dlse
     ds = once * (kept * dp - weights * delta)
-    dq, dk, dv = case.scale * ds @ k, case.scale * ds.mT @ q, p_kept.mT @ dout
+    ds_factor = factor(ds)
+    dq, dk = case.scale * ds_factor @ k_factor, case.scale * ds_factor.mT @ q_factor
+    dv = factor(p_kept).mT @ dout_factor
 
     units = units_of(case.dtype, q.device)
     u, w = units.accumulator, units.dtype
@@ -244,9 +257,19 @@ def units_of(dtype: torch.dtype, device: torch.device) -> Units:
     # then the product of the two lower parts is left out, and what the second part of either factor does not hold.
     # Tensor cores cut sums off instead of rounding them: each of the additions (three for eight products where these
     # have three parts) loses half a unit on average, always towards zero, and of half of the sum on average.
-    is_tf32 = torch.get_float32_matmul_precision() != "highest"
-    parts, product = (1, 2 * 2**-11) if is_tf32 else (3, 3 * 2**-22)
+    parts, product = (1, 2 * 2**-11) if uses_tf32(dtype, device) else (3, 3 * 2**-22)
     return Units(accumulator, stored, product, exponential, parts * accumulator / 2)
+
+
+def uses_tf32(dtype: torch.dtype, device: torch.device) -> bool:
+    is_allowed = torch.get_float32_matmul_precision() != "highest"
+    return dtype == torch.float32 and device.type == "cuda" and is_allowed
+
+
+def to_tf32(t: Tensor) -> Tensor:
+    """The nearest numbers of 11 significant bits, ties away from zero, in the dtype of ``t``."""
+    bits = t.float().view(torch.int32)
+    return (bits + 0x1000 & -0x2000).view(torch.float32).to(t.dtype)
 
 
 def _off_sum(left: Tensor, right: Tensor, units: Units) -> Tensor:
@@ -271,7 +294,7 @@ def _quadrature(off_left: Tensor, right: Tensor) -> Tensor:
 
 
 def _error_of_torch(inputs: Inputs) -> dict[str, float]:
-    """The largest errors of torch's attention in the same dtype.
+    """The largest errors of torch's attention in the same dtype; where that is TF32, those of rounded factors if larger.
 
     It has no dropout that we could predict: there it is its error without, as if every weight were kept, and so as
     much larger as its weights would be.
@@ -280,7 +303,12 @@ def _error_of_torch(inputs: Inputs) -> dict[str, float]:
     exact, _ = oracle(without_dropout)
     results = run_torch(inputs)
     errors = {f.name: _largest_difference(getattr(results, f.name), getattr(exact, f.name)) for f in fields(Results)}
-    return {name: error if name == "lse" else error / inputs.keep_probability for name, error in errors.items()}
+    errors = {name: error if name == "lse" else error / inputs.keep_probability for name, error in errors.items()}
+    if uses_tf32(inputs.case.dtype, inputs.q.device):
+        (exact, _), (rounded, _) = oracle(inputs), oracle(inputs, to_tf32)
+        for name, error in errors.items():
+            errors[name] = max(error, _largest_difference(getattr(rounded, name), getattr(exact, name)))
+    return errors
 
 
 def _largest_difference(got: Tensor, expected: Tensor) -> float:
