@@ -17,7 +17,8 @@ key, and weights that are alike are rounded alike.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+import math
+from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, fields, replace
 from functools import cache
@@ -103,17 +104,22 @@ def judge(actual: Results, inputs: Inputs) -> None:
     """
     exact, rounding = oracle(inputs)
     error_of_torch = cache(lambda: _error_of_torch(inputs))  # most results need no yardstick
-    for field in fields(Results):
-        name = field.name
+    names = [field.name for field in fields(Results)]
+    errors = {}
+    for name in names:
         got, expected = getattr(actual, name), getattr(exact, name)
         assert got.shape == expected.shape, f"{name}: shape {tuple(got.shape)}, expected {tuple(expected.shape)}"
         assert got.dtype == _dtype(name, inputs), f"{name}: dtype {got.dtype}"
         got = got.double()
-        _check_non_finite(name, got, expected)
-        error = torch.where(got == expected, 0.0, (got - expected).abs())  # equal infinities differ by 0
-        largest, one_rounding = _largest(error), _largest(getattr(rounding, name))
-        if largest <= one_rounding:
+        errors[name] = torch.where(got == expected, 0.0, (got - expected).abs())  # equal infinities differ by 0
+    # All maxima come from the device at once. That of errors is not finite where only one of two numbers is.
+    all_errors, one_roundings = largest_of(errors.values()), largest_of(getattr(rounding, name) for name in names)
+    maxima = torch.stack([all_errors, one_roundings], 1).tolist()
+    for name, (largest, one_rounding) in zip(names, maxima):
+        if math.isfinite(largest) and largest <= one_rounding:
             continue
+        got, expected, error = getattr(actual, name).double(), getattr(exact, name), errors[name]
+        _check_non_finite(name, got, expected)
         bound = 2 * error_of_torch()[name] + one_rounding
         if largest > bound:
             place = tuple(int(i) for i in torch.unravel_index(error.argmax(), error.shape))
@@ -141,8 +147,9 @@ def _check_non_finite(name: str, got: Tensor, expected: Tensor) -> None:
             )
 
 
-def _largest(tensor: Tensor) -> float:
-    return float(tensor.max()) if tensor.numel() else 0.0
+def largest_of(tensors: Iterable[Tensor]) -> Tensor:
+    """The largest number of each, 0 of those that have none, in fp64 on their device."""
+    return torch.stack([t.max().double() if t.numel() else t.new_zeros((), dtype=torch.float64) for t in tensors])
 
 
 def oracle(inputs: Inputs, factor: Callable[[Tensor], Tensor] = lambda t: t) -> tuple[Results, Results]:
@@ -164,6 +171,7 @@ def oracle(inputs: Inputs, factor: Callable[[Tensor], Tensor] = lambda t: t) -> 
     q_factor, k_factor, v_factor, dout_factor = (factor(t) for t in (q, k, v, dout))
 
     s = case.scale * q_factor @ k_factor.mT
+    dout_v = dout_factor @ v_factor.mT
     s_max = torch.cat([torch.where(weights > 0, s, -torch.inf), torch.full_like(dlse, -1e300)], -1).amax(-1, True)
     once = torch.where(weights > 0, torch.exp(s - s_max), 0.0)  # of a key that counts once
     p_sum = (weights * once).sum(-1, keepdim=True)
@@ -174,7 +182,7 @@ def oracle(inputs: Inputs, factor: Callable[[Tensor], Tensor] = lambda t: t) -> 
     p_kept = kept * once / keep_probability
     lse = torch.where(has_keys, s_max + torch.log(p_sum), -torch.inf)
     out = factor(p_kept) @ v_factor
-    dp, delta = dout_factor @ v_factor.mT / keep_probability, (dout * out).sum(-1, True) - dlse
+    dp, delta = dout_v / keep_probability, (dout * out).sum(-1, True) - dlse
     ds = once * (kept * dp - weights * delta)
     ds_factor = factor(ds)
     dq, dk = case.scale * ds_factor @ k_factor, case.scale * ds_factor.mT @ q_factor
@@ -184,7 +192,7 @@ def oracle(inputs: Inputs, factor: Callable[[Tensor], Tensor] = lambda t: t) -> 
     u, w = units.accumulator, units.dtype
     # Sums over keys and over queries: what a tile adds up in the tensor cores, 64 terms, may have lost that much.
     stored = w + units.lost * 64 / 8
-    off_s = _off_sum(case.scale * q, k, units) + u * s.abs()  # summed, and scaled
+    off_s = _off_sum(case.scale * q, k, s, units) + u * s.abs()  # summed, and scaled
     log_sum, lse_size = torch.where(has_keys, torch.log(p_sum), 0.0).abs(), torch.where(has_keys, lse, 0.0).abs()
     off_exp = torch.sqrt(off_s**2 + units.exponential**2)  # of 1, as is the next but one
     off_lse = _norm(p * off_exp, -1, keepdim=True) + u * (1 + log_sum + lse_size)  # the sum, its logarithm, their whole
@@ -192,7 +200,7 @@ def oracle(inputs: Inputs, factor: Callable[[Tensor], Tensor] = lambda t: t) -> 
     off_p = p_kept * off_weight
     off_out = _quadrature(off_p, v) + (off_lse + stored) * out.abs()
     off_delta = _norm(dout * off_out, -1, keepdim=True) + u * ((dout * out).abs().sum(-1, True) + dlse.abs())
-    off_dp = _off_sum(dout, v, units)
+    off_dp = _off_sum(dout, v, dout_v, units)
     ds_size = ds.abs()
     if inputs.kept is not None:  # a key that is listed twice may be kept once: two numbers that cancel
         ds_size = once * (kept * (dp - delta).abs() + (weights - kept) * delta.abs())
@@ -272,16 +280,20 @@ def to_tf32(t: Tensor) -> Tensor:
     return (bits + 0x1000 & -0x2000).view(torch.float32).to(t.dtype)
 
 
-def _off_sum(left: Tensor, right: Tensor, units: Units) -> Tensor:
-    """The error of ``left @ right.mT``, if each of the n partial sums of an entry is rounded.
+def _off_sum(left: Tensor, right: Tensor, product: Tensor, units: Units) -> Tensor:
+    """The error of ``product = left @ right.mT``, if each of the n partial sums of an entry is rounded.
 
     Terms of random signs make partial sums of the size of the square root of their number: together the errors are u
     times the sum of magnitudes. Terms of one sign make a steadily growing sum: sqrt(n / 3) u times the result. The
     errors of the products are independent.
     """
-    sums = left.abs() @ right.abs().mT + (left.shape[-1] / 3) ** 0.5 * (left @ right.mT).abs()
-    lost = units.lost * (left.shape[-1] / 8) * (left @ right.mT).abs()
-    return units.accumulator * sums + units.product * (left.square() @ right.square().mT).sqrt() + lost
+    size = product.abs()
+    off = units.accumulator * (left.abs() @ right.abs().mT + (left.shape[-1] / 3) ** 0.5 * size)
+    if units.product > 0:
+        off += units.product * (left.square() @ right.square().mT).sqrt()
+    if units.lost > 0:
+        off += units.lost * (left.shape[-1] / 8) * size
+    return off
 
 
 def _norm(t: Tensor, dim: int, keepdim: bool = False) -> Tensor:
@@ -294,7 +306,7 @@ def _quadrature(off_left: Tensor, right: Tensor) -> Tensor:
 
 
 def _error_of_torch(inputs: Inputs) -> dict[str, float]:
-    """The largest errors of torch's attention in the same dtype; where that is TF32, those of rounded factors if larger.
+    """The largest errors of torch's attention in the same dtype; in TF32 those of rounded factors, if these are larger.
 
     It has no dropout that we could predict: there it is its error without, as if every weight were kept, and so as
     much larger as its weights would be.
@@ -302,17 +314,18 @@ def _error_of_torch(inputs: Inputs) -> dict[str, float]:
     without_dropout = replace(inputs, kept=None, keep_probability=1.0)
     exact, _ = oracle(without_dropout)
     results = run_torch(inputs)
-    errors = {f.name: _largest_difference(getattr(results, f.name), getattr(exact, f.name)) for f in fields(Results)}
+    errors = _largest_differences(results, exact)
     errors = {name: error if name == "lse" else error / inputs.keep_probability for name, error in errors.items()}
     if uses_tf32(inputs.case.dtype, inputs.q.device):
         (exact, _), (rounded, _) = oracle(inputs), oracle(inputs, to_tf32)
-        for name, error in errors.items():
-            errors[name] = max(error, _largest_difference(getattr(rounded, name), getattr(exact, name)))
+        errors = {name: max(error, errors[name]) for name, error in _largest_differences(rounded, exact).items()}
     return errors
 
 
-def _largest_difference(got: Tensor, expected: Tensor) -> float:
-    return _largest(torch.where(torch.isfinite(expected), (got.double() - expected).abs(), 0.0))
+def _largest_differences(got: Results, expected: Results) -> dict[str, float]:
+    pairs = {f.name: (getattr(got, f.name).double(), getattr(expected, f.name)) for f in fields(Results)}
+    errors = (torch.where(torch.isfinite(right), (left - right).abs(), 0.0) for left, right in pairs.values())
+    return dict(zip(pairs, largest_of(errors).tolist()))
 
 
 def run_torch(inputs: Inputs) -> Results:

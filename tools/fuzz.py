@@ -12,10 +12,12 @@ from __future__ import annotations
 
 import argparse
 import json
+import math
 import multiprocessing
 import os
 import queue
 import random
+import signal
 import sys
 import time
 from collections import Counter
@@ -24,6 +26,9 @@ from contextlib import nullcontext
 from dataclasses import asdict, dataclass, fields, replace
 from pathlib import Path
 from typing import Any
+
+BEGIN = time.time()  # before torch is loaded, which takes seconds
+# ruff: noqa: E402
 
 sys.path.insert(0, str(Path(__file__).parents[1] / "tests"))
 sys.path.insert(0, str(Path(__file__).parents[1]))
@@ -37,14 +42,17 @@ os.environ.setdefault("MALLOC_TRIM_THRESHOLD_", str(2**30))
 import torch
 import torch.nn.functional as F
 from cases import DTYPES, NAMES, Case, make_inputs, make_mask
-from compare import Results, deterministic, judge, oracle, run
+from compare import Results, deterministic, judge, largest_of, oracle, run
 from torch import Tensor, nn
 
 import mixed_attention as ma
 from mixed_attention import ops, reference
 
 VARIABLE_OF = {"cpu": "MIXED_ATTENTION_CPU", "cuda": "MIXED_ATTENTION_GPU"}  # forces a family
+STOPS = signal.SIGINT, signal.SIGTERM
+GRACE = 5  # seconds that processes have to finish in
 BY_ITSELF = {"native", "hopper"}  # families that are chosen without being forced
+INTEGER_OF_SIZE = {2: torch.int16, 4: torch.int32, 8: torch.int64}
 EDGES = [1, 2, 7, 8, 9, 15, 16, 17, 31, 32, 33, 47, 48, 49, 63, 64, 65, 79, 80, 81, 95, 96, 97]
 LARGE_EDGES = [111, 112, 113, 127, 128, 129, 159, 160, 161, 191, 192, 193, 255, 256, 257, 319, 320, 321, 383, 384, 385]
 HEAD_DIMS = [8, 16, 24, 32, 40, 48, 56, 64, 72, 80, 96, 104, 112, 128, 136, 160, 192, 200, 224, 256]
@@ -327,16 +335,15 @@ def _check_operator(trial: Trial, device: torch.device) -> None:
         judge(Results(*results.values()), inputs)
     except AssertionError:
         # Products of numbers that fp16 holds may be larger than it holds, as may the gradients of scores in between.
-        if trial.case.dtype == torch.float16 and any(
-            _largest(getattr(oracle(inputs)[0], name)) > torch.finfo(torch.float16).max / 8
-            for name in ("out", "dq", "dk", "dv")
-        ):
+        exact, _ = oracle(inputs)
+        largest = float(_largest_magnitudes([exact.out, exact.dq, exact.dk, exact.dv]).max())
+        if trial.case.dtype == torch.float16 and largest > torch.finfo(torch.float16).max / 8:
             raise BeyondRange from None
         raise
 
 
-def _largest(tensor: Tensor) -> float:
-    return float(torch.where(tensor.isfinite(), tensor, 0.0).abs().amax()) if tensor.numel() else 0.0
+def _largest_magnitudes(tensors: Iterable[Tensor]) -> Tensor:
+    return largest_of(torch.where(t.isfinite(), t, 0.0).abs() for t in tensors)
 
 
 def _run(compute: Callable[[], Results], trial: Trial, device: torch.device) -> dict[str, Tensor]:
@@ -346,13 +353,15 @@ def _run(compute: Callable[[], Results], trial: Trial, device: torch.device) -> 
         results = compute()
         again = compute() if trial.is_deterministic else results
     named = {f.name: getattr(results, f.name) for f in fields(results)}
-    for name, tensor in named.items():
-        assert _bits(tensor).equal(_bits(getattr(again, name))), f"{name} differs between two deterministic runs"
+    if trial.is_deterministic:
+        differ = torch.stack([(_bits(t) != _bits(getattr(again, name))).any() for name, t in named.items()])
+        names = ", ".join(name for name, differs in zip(named, differ.tolist()) if differs)
+        assert not names, f"{names} differ between two deterministic runs"
     return named
 
 
 def _bits(tensor: Tensor) -> Tensor:
-    return tensor.contiguous().flatten().view(torch.uint8)
+    return tensor.contiguous().view(INTEGER_OF_SIZE[tensor.dtype.itemsize])
 
 
 def _poison_memory(device: torch.device) -> None:
@@ -405,11 +414,15 @@ def _check_layer(trial: Trial, device: torch.device) -> None:
         dropout["dropout_seed"] = ops.draw_seed(device)
     layer.double()
     exact = gradients(lambda t: _compose(layer, t, freqs, mask, case, reference.attention, **dropout), torch.float64)
-    for name, got in results.items():
-        expected, yardstick = getattr(exact, name), getattr(composed, name)
-        largest, allowed = (_largest_difference(t, expected) for t in (got, yardstick))
-        units = 1000 if case.dtype == torch.float64 else 4
-        bound = 4 * allowed + units * torch.finfo(case.dtype).eps * _largest(expected)
+    all_expected, all_composed = ([getattr(t, name) for name in results] for t in (exact, composed))
+    of_all = [  # which come from the device at once
+        _largest_differences(results.values(), all_expected),
+        _largest_differences(all_composed, all_expected),
+        _largest_magnitudes(all_expected),
+    ]
+    units = 1000 if case.dtype == torch.float64 else 4
+    for name, (largest, allowed, size) in zip(results, torch.stack(of_all, 1).tolist()):
+        bound = 4 * allowed + units * torch.finfo(case.dtype).eps * size
         assert largest <= bound, f"{name} of the layer is off by {largest:.3g}, allowed {bound:.3g}; {case}"
 
 
@@ -451,23 +464,23 @@ def _compose(
     return F.linear(out.flatten(2), layer.proj.weight, layer.proj.bias)
 
 
-def _largest_difference(got: Tensor, expected: Tensor) -> float:
+def _largest_differences(got: Iterable[Tensor], expected: Iterable[Tensor]) -> Tensor:
     """Infinite where only one of them is finite."""
-    difference = torch.where(got == expected, 0.0, (got.double() - expected).abs())
-    return float(difference.nan_to_num(torch.inf, torch.inf).amax()) if difference.numel() else 0.0
+    differences = (torch.where(a == b, 0.0, (a.double() - b).abs()) for a, b in zip(got, expected))
+    return largest_of(difference.nan_to_num(torch.inf, torch.inf) for difference in differences)
 
 
 # --- Shrinking ---------------------------------------------------------------------------------------------------
 
 
-def shrink(trial: Trial, fails: Callable[[Trial], bool], *, seconds: float = 60.0) -> Trial:
-    """The smallest trial that greedy steps lead to, each of which still fails."""
-    end = time.monotonic() + seconds
+def shrink(trial: Trial, fails: Callable[[Trial], bool], is_over: Callable[[], bool] = lambda: False) -> Trial:
+    """The smallest trial that greedy steps lead to in a minute, each of which still fails."""
+    end = time.monotonic() + 60
     found = True
     while found:
         found = False
         for smaller in _smaller(trial):
-            if time.monotonic() > end:
+            if time.monotonic() > end or is_over():
                 return trial
             if fails(smaller):
                 trial, found = smaller, True
@@ -555,9 +568,24 @@ class Failure:
 
 
 def search(
-    seeds: Iterable[int], device: torch.device, counts: Counter[str], *, family: str = "", shrinks: bool = True
+    seeds: Iterable[int],
+    device: torch.device,
+    counts: Counter[str],
+    *,
+    family: str = "",
+    shrinks: bool = True,
+    is_over: Callable[[], bool] = lambda: False,
 ) -> Iterator[Failure | None]:
-    """Tries one seed after the other: a failure, or None where there is none. ``counts``: what ran, by kind."""
+    """Tries one seed after the other: a failure, or None where there is none.
+
+    Args:
+        seeds: Of the trials.
+        device: Where they run.
+        counts: Takes up what ran, by kind.
+        family: Of kernels; for failures.
+        shrinks: Whether failures are made smaller.
+        is_over: Asked before each smaller trial of a failure.
+    """
     for seed in seeds:
         trial = draw(seed, device.type)
         counts.update(_kinds(trial, device))
@@ -565,7 +593,12 @@ def search(
         if isinstance(error, BeyondRange):
             counts["beyond the range of fp16"] += 1
             error = None
-        yield None if error is None else _failure(seed, family, trial, error, device, shrinks)
+        failure = None
+        if error is not None:
+            failure = Failure(seed, family, _words(error), spell(trial))
+            if shrinks and not is_over() and not _is_lost(device):
+                _make_smaller(failure, trial, type(error), device, is_over)
+        yield failure
 
 
 def error_of(trial: Trial, device: torch.device) -> Exception | None:
@@ -576,15 +609,13 @@ def error_of(trial: Trial, device: torch.device) -> Exception | None:
     return None
 
 
-def _failure(seed: int, family: str, trial: Trial, error: Exception, device: torch.device, shrinks: bool) -> Failure:
-    failure = Failure(seed, family, _words(error), spell(trial))
-    if shrinks and not _is_lost(device):
-        kind = type(error)
-        smaller = shrink(trial, lambda t: type(error_of(t, device)) is kind)
-        smaller_error = error_of(smaller, device)
-        failure.smaller = spell(smaller)
-        failure.smaller_error = "did not fail again" if smaller_error is None else _words(smaller_error)
-    return failure
+def _make_smaller(
+    failure: Failure, trial: Trial, kind: type[Exception], device: torch.device, is_over: Callable[[], bool]
+) -> None:
+    smaller = shrink(trial, lambda t: type(error_of(t, device)) is kind, is_over)
+    smaller_error = error_of(smaller, device)
+    failure.smaller = spell(smaller)
+    failure.smaller_error = "did not fail again" if smaller_error is None else _words(smaller_error)
 
 
 def _words(error: Exception) -> str:
@@ -657,24 +688,29 @@ class Share:
     seen: tuple[int, float] = (0, 0.0)  # how many it had begun, and since when
 
 
-def _work(share: tuple[str, range], at: Any, results: Any, device_name: str, end: float | None, shrinks: bool) -> None:
+def _work(share: tuple[str, range], at: Any, results: Any, device_name: str, end: Any, shrinks: bool) -> None:
     family, seeds = share
     device = torch.device(device_name)
     torch.set_num_threads(1)
     counts: Counter[str] = Counter()
     parent = os.getppid()
+    said = time.time()
+
+    def is_over() -> bool:
+        return os.getppid() != parent or time.time() > end.value
 
     def begun() -> Iterator[int]:
         for seed in seeds:
-            if os.getppid() != parent or (end is not None and time.time() > end):
+            if is_over():
                 return
             at.value += 1
             yield seed
 
-    for failure in search(begun(), device, counts, family=family, shrinks=shrinks):
-        if failure is not None or counts["cases"] >= 25:
+    for failure in search(begun(), device, counts, family=family, shrinks=shrinks, is_over=is_over):
+        if failure is not None or time.time() > said + 1:
             results.put((dict(counts), failure))
             counts.clear()
+            said = time.time()
         if failure is not None and _is_lost(device):
             results.close()
             results.join_thread()
@@ -687,9 +723,8 @@ def main() -> int:
     device = torch.device(arguments.device)
     if arguments.replay is not None:
         return _replay(arguments.replay, device)
-    begin = time.time()
-    counts, failures = _run_processes(arguments)
-    seconds = time.time() - begin
+    counts, failures, unfinished = _run_processes(arguments)
+    seconds = time.time() - BEGIN
     summary = ", ".join(f"{kind} {counts[kind]}" for kind in sorted(counts) if kind != "cases")
     print(f"{counts['cases']} cases in {seconds:.0f} s, {len(failures)} failures; {summary}", flush=True)
     if arguments.out:
@@ -699,6 +734,7 @@ def main() -> int:
             "seconds": round(seconds, 1),
             "counts": dict(sorted(counts.items())),
             "failures": [asdict(failure) for failure in failures],
+            "unfinished": unfinished,
         }
         Path(arguments.out).write_text(json.dumps(report, indent=1) + "\n")
     return 1 if failures else 0
@@ -708,7 +744,7 @@ def _parse() -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--device", choices=["cpu", "cuda"], default="cpu")
     parser.add_argument("-n", type=int, default=1000, help="cases")
-    parser.add_argument("--seconds", type=float, help="stop then, however many ran")
+    parser.add_argument("--seconds", type=float, help="stop then, start included; what runs longer by 5 s is ended")
     parser.add_argument("--seed", type=int, default=0, help="the first; the others follow one by one")
     parser.add_argument("-j", type=int, default=1, help="processes")
     parser.add_argument("--families", help="of kernels, by turns: hopper,portable or native,AVX2,portable ...")
@@ -728,12 +764,18 @@ def _replay(seed: int, device: torch.device) -> int:
     return failure is not None
 
 
-def _run_processes(arguments: argparse.Namespace) -> tuple[Counter[str], list[Failure]]:
-    """Tries all seeds in processes, begins anew behind those that end them, and stops those that hang."""
+def _run_processes(arguments: argparse.Namespace) -> tuple[Counter[str], list[Failure], list[int]]:
+    """Tries all seeds in processes, begins anew behind those that end them, and stops those that hang.
+
+    Over it is when the time is, when failures are enough, or at a signal. Then processes may finish what they compute.
+
+    Returns:
+        What ran, by kind; failures; and seeds that were not done when it was over.
+    """
     context = multiprocessing.get_context("spawn")
     families = (arguments.families or ("hopper" if arguments.device == "cuda" else "native")).split(",")
     num_shares = max(arguments.j // len(families), 1) * len(families)
-    end = None if arguments.seconds is None else time.time() + arguments.seconds
+    end = context.Value("d", math.inf if arguments.seconds is None else BEGIN + arguments.seconds)
     seeds = range(arguments.seed, arguments.seed + arguments.n)
     waiting = [Share(families[i % len(families)], seeds[i::num_shares]) for i in range(num_shares)]
     running: list[Share] = []
@@ -743,9 +785,10 @@ def _run_processes(arguments: argparse.Namespace) -> tuple[Counter[str], list[Fa
     said = time.time()
 
     def collect(seconds: float) -> None:
+        until = time.time() + seconds
         try:
-            while True:
-                more, failure = results.get(timeout=seconds)
+            while (left := until - time.time()) > 0:
+                more, failure = results.get(timeout=left)
                 counts.update(more)
                 if failure is not None:
                     failures.append(failure)
@@ -753,39 +796,49 @@ def _run_processes(arguments: argparse.Namespace) -> tuple[Counter[str], list[Fa
         except queue.Empty:
             pass
 
-    def is_enough() -> bool:
-        return len(failures) >= arguments.max_failures
+    def stop(*_: Any) -> None:
+        end.value = min(end.value, time.time())
 
-    while (waiting or running) and not is_enough():
-        while waiting and len(running) < arguments.j:
-            share = waiting.pop(0)
-            if share.seeds:
-                _start(share, context, results, arguments, end)
-                running.append(share)
-        collect(0.5)
-        for share in list(running):
-            error = end_of(share, arguments.timeout)
-            if error is None:
-                continue
-            running.remove(share)
-            num_begun = share.at.value
-            if error:
-                seed = share.seeds[max(num_begun - 1, 0)]
-                trial = spell(draw(seed, arguments.device))
-                failures.append(Failure(seed, share.family, f"the process {error}", trial))
-                print(failures[-1], flush=True)
-            if num_begun < len(share.seeds) and (end is None or time.time() < end):
-                waiting.append(Share(share.family, share.seeds[max(num_begun, 1) :]))
-        if time.time() > said + 60:
-            said = time.time()
-            print(f"{counts['cases']} cases, {len(failures)} failures", file=sys.stderr, flush=True)
-    for share in running:
-        share.process.kill()
+    before = [(number, signal.signal(number, stop)) for number in STOPS]
+    try:
+        while (running or (waiting and time.time() < end.value)) and time.time() < end.value + GRACE:
+            while waiting and len(running) < arguments.j and time.time() < end.value:
+                share = waiting.pop(0)
+                if share.seeds:
+                    _start(share, context, results, arguments, end)
+                    running.append(share)
+            collect(0.5)
+            for share in list(running):
+                error = end_of(share, arguments.timeout)
+                if error is None:
+                    continue
+                running.remove(share)
+                num_begun = share.at.value
+                if error:
+                    seed = share.seeds[max(num_begun - 1, 0)]
+                    trial = spell(draw(seed, arguments.device))
+                    failures.append(Failure(seed, share.family, f"the process {error}", trial))
+                    print(failures[-1], flush=True)
+                if num_begun < len(share.seeds):
+                    waiting.append(Share(share.family, share.seeds[max(num_begun, 1) :]))
+            if len(failures) >= arguments.max_failures:
+                stop()
+            if time.time() > said + 60:
+                said = time.time()
+                print(f"{counts['cases']} cases, {len(failures)} failures", file=sys.stderr, flush=True)
+    finally:
+        for share in running:
+            share.process.kill()
+        for number, handler in before:
+            signal.signal(number, handler)
     collect(0.5)
-    return counts, failures
+    unfinished = [share.seeds[share.at.value - 1] for share in running if share.at.value]
+    if unfinished:
+        print(f"not done when it was over: seeds {', '.join(map(str, unfinished))}", flush=True)
+    return counts, failures, unfinished
 
 
-def _start(share: Share, context: Any, results: Any, arguments: argparse.Namespace, end: float | None) -> None:
+def _start(share: Share, context: Any, results: Any, arguments: argparse.Namespace, end: Any) -> None:
     variable = VARIABLE_OF[arguments.device]
     before = os.environ.pop(variable, None)
     if share.family not in BY_ITSELF:
@@ -794,7 +847,10 @@ def _start(share: Share, context: Any, results: Any, arguments: argparse.Namespa
     share.seen = 0, time.time()
     work = (share.family, share.seeds), share.at, results, arguments.device, end, not arguments.no_shrink
     share.process = context.Process(target=_work, args=work, daemon=True)
+    # A terminal and `timeout` send these to all processes, which the parent then tells that it is over.
+    signal.pthread_sigmask(signal.SIG_BLOCK, STOPS)  # as a new process inherits it
     share.process.start()
+    signal.pthread_sigmask(signal.SIG_UNBLOCK, STOPS)
     os.environ.pop(variable, None)
     if before is not None:
         os.environ[variable] = before
