@@ -5,8 +5,10 @@ BIN := $(VENV)/bin
 RUN := PATH="$(abspath $(BIN)):$$PATH"
 SANITIZED := build/sanitize
 WITH_CUDA := build/with-cuda
+N ?= 20000
+J ?= $(shell nproc)
 
-.PHONY: demo build kernels smoke test test-long test-gpu bench lint sanitize sanitize-gpu clean
+.PHONY: demo build kernels smoke test test-long test-gpu fuzz fuzz-gpu bench lint sanitize sanitize-gpu clean
 
 demo: build ## train the airfoil surrogate, evaluate and draw it
 	$(BIN)/python -m examples.airfoil
@@ -40,6 +42,12 @@ test-long: build smoke ## the long random sweep as well
 
 test-gpu: build ## what needs a CUDA device
 	$(BIN)/python -m pytest -q -m gpu
+
+fuzz: build ## N random problems against the oracle; prints the seed of a failure and a smaller input that still fails
+	$(BIN)/python tools/fuzz.py -n $(N) -j $(J)
+
+fuzz-gpu: build ## the same on a CUDA device, a third of them forced onto the portable kernels
+	$(BIN)/python tools/fuzz.py --device cuda -n $(N) -j $(J) --families hopper,hopper,portable
 
 bench: build ## measure ours beside the peers that are installed
 	$(BIN)/python -m bench

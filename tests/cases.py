@@ -3,13 +3,15 @@
 from __future__ import annotations
 
 from dataclasses import dataclass, replace
+from string import ascii_letters, digits
 
 import torch
 from torch import Tensor
 
 import mixed_attention as ma
+from mixed_attention import ops, reference
 
-NAMES = "abcdefghijklmnop"
+NAMES = ascii_letters + digits
 
 
 @dataclass(frozen=True)
@@ -22,12 +24,16 @@ class Case:
             b, and to b once more.
         head_dim_v: Width of v; None for that of q and k.
         layout: ``"contiguous"``; ``"packed"``: slices of one projection's output; ``"strided"``: odd strides and
-            offsets in every dimension but the last, NaN in between; ``"transposed"``: heads before rows in memory.
+            offsets in every dimension but the last, NaN in between; ``"spaced"``: the same in multiples of 16 bytes;
+            ``"offset"``: contiguous, one element behind an aligned address; ``"transposed"``: heads before rows in
+            memory.
         shared: Which of k and v, ``""``, ``"k"``, ``"v"`` or ``"kv"``, have batch size 1.
         mask: ``"random"``: any key may be masked; ``"blocked"``: all keys of the first sequence are; ``"front"`` and
             ``"back"``: all in that half of every sequence are; ``"shared"``: random with batch size 1.
         heavy_tails: Whether values are drawn from Student's t with 3 degrees of freedom instead of a normal.
         magnitude: Factor on q.
+        spread: Rows of q, k and v are multiplied by a factor of their group, between 10 to the minus this and to this.
+        dropout_p: Probability with which a weight is dropped; which ones, torch's generator says, seeded by ``seed``.
         dlse: Whether a gradient of the log-sum-exp comes in.
         skip_unread_keys: Whether k and v leave out the groups that nobody attends to.
         cached: Groups that ask nothing, as if their keys came from a cache.
@@ -46,6 +52,8 @@ class Case:
     heavy_tails: bool = False
     magnitude: float = 1.0
     softmax_scale: float | None = None
+    spread: float = 0.0
+    dropout_p: float = 0.0
     dlse: bool = True
     skip_unread_keys: bool = False
     cached: str = ""
@@ -59,6 +67,18 @@ class Case:
     def groups(self) -> list[tuple[str, int]]:
         """Names and sizes."""
         return list(zip(NAMES, self.sizes))
+
+    @property
+    def asking(self) -> list[tuple[str, int]]:
+        """Groups that have queries."""
+        return [(name, size) for name, size in self.groups if name not in self.cached]
+
+    @property
+    def placed(self) -> list[tuple[str, int]]:
+        """Groups that have a place among the keys."""
+        keys_of = dict(pattern.split(">") for pattern in self.attends.split())
+        is_read = {name for keys in keys_of.values() for name in keys}
+        return [(name, size) for name, size in self.groups if name in is_read or not self.skip_unread_keys]
 
     @property
     def patterns(self) -> list[ma.AttentionPattern]:
@@ -80,23 +100,17 @@ class Case:
         return replace(self, **changes)
 
 
-def counts(case: Case) -> Tensor:
+def counts(case: Case, device: torch.device | str = "cpu") -> Tensor:
     """How often each query (row) counts each key (column): the patterns taken at their word, group by group.
 
     Independent of the plan's segments. fp64, ``(Nq, Nk)``.
     """
     keys_of = {name: keys for pattern in case.attends.split() for names, keys in [pattern.split(">")] for name in names}
-    is_read = {name: any(name in keys for keys in keys_of.values()) for name in keys_of}
-    placed = [(name, size) for name, size in case.groups if is_read[name] or not case.skip_unread_keys]
-    asking = [(name, size) for name, size in case.groups if name not in case.cached]
-    total = torch.zeros(sum(size for _, size in asking), sum(size for _, size in placed), dtype=torch.float64)
-    row = 0
-    for query, num_rows in asking:
-        column = 0
-        for key, num_columns in placed:
-            total[row : row + num_rows, column : column + num_columns] = keys_of[query].count(key)
-            column += num_columns
-        row += num_rows
+    times = [[keys_of[query].count(key) for key, _ in case.placed] for query, _ in case.asking]
+    total = torch.tensor(times, dtype=torch.float64, device=device).view(len(case.asking), len(case.placed))
+    for dim, groups in enumerate((case.asking, case.placed)):
+        sizes = torch.tensor([size for _, size in groups], dtype=torch.long, device=device)
+        total = total.repeat_interleave(sizes, dim, output_size=sum(size for _, size in groups))
     return total
 
 
@@ -110,6 +124,8 @@ class Inputs:
         key_padding_mask: ``(B or 1, Nk)`` or None.
         dout, dlse: Gradients that come in; dlse may be None.
         weights: How often a query counts a key once the mask is applied, fp64, ``(B, Nq, Nk)``.
+        kept: The same once dropout is applied as well, ``(B, H, Nq, Nk)``; None without dropout.
+        keep_probability: What weights are divided by.
     """
 
     case: Case
@@ -120,23 +136,29 @@ class Inputs:
     dout: Tensor
     dlse: Tensor | None
     weights: Tensor
+    kept: Tensor | None = None
+    keep_probability: float = 1.0
 
 
 def make_inputs(case: Case, device: torch.device | str = "cpu") -> Inputs:
     """Fresh random tensors, with NaN and infinities in all keys and values that no query may see."""
     generator = torch.Generator().manual_seed(case.seed)
-    multiplicity = counts(case)
+    multiplicity = counts(case, device)
     num_queries, num_keys = multiplicity.shape
     batch, heads, width = case.batch_size, case.num_heads, case.head_dim
     width_v = case.head_dim_v or width
     q = case.magnitude * _random((batch, num_queries, heads, width), case, generator)
     k = _random((1 if "k" in case.shared else batch, num_keys, heads, width), case, generator)
     v = _random((1 if "v" in case.shared else batch, num_keys, heads, width_v), case, generator)
-    mask = _make_mask(case, num_keys, generator)
+    if case.spread > 0:
+        for tensor, groups in ((q, case.asking), (k, case.placed), (v, case.placed)):
+            tensor *= _factors(groups, case.spread, generator)
+    mask = make_mask(case, num_keys, generator)
     weights = multiplicity.expand(batch, -1, -1)
     if mask is not None:
+        mask = mask.to(device)
         weights = weights * mask[:, None, :]
-    visible = weights.any(1)  # (B, Nk)
+    visible = weights.any(1).cpu()  # (B, Nk)
     for tensor in (k, v):
         _poison(tensor, visible.any(0, keepdim=True) if tensor.shape[0] == 1 else visible)
     dout = _random((batch, num_queries, heads, width_v), case, generator)
@@ -149,10 +171,11 @@ def make_inputs(case: Case, device: torch.device | str = "cpu") -> Inputs:
         q.requires_grad_(),
         k.requires_grad_(),
         v.requires_grad_(),
-        None if mask is None else mask.to(device),
+        mask,
         dout,
         None if dlse is None else dlse.to(device, lse_dtype),
-        weights.to(device),
+        weights,
+        *(_drop(case, weights) if case.dropout_p > 0 else (None, 1.0)),
     )
 
 
@@ -163,7 +186,29 @@ def _random(shape: tuple[int, ...], case: Case, generator: torch.Generator) -> T
     return values
 
 
-def _make_mask(case: Case, num_keys: int, generator: torch.Generator) -> Tensor | None:
+def _factors(groups: list[tuple[str, int]], spread: float, generator: torch.Generator) -> Tensor:
+    """A factor for every row, ``(rows, 1, 1)``, the same for all rows of a group."""
+    exponents = spread * (2 * torch.rand(len(groups), generator=generator) - 1)
+    sizes = torch.tensor([size for _, size in groups], dtype=torch.long)
+    return (10**exponents).repeat_interleave(sizes)[:, None, None]
+
+
+def _drop(case: Case, weights: Tensor) -> tuple[Tensor, float]:
+    """What dropout leaves of the weights, by its definition; and the probability of keeping one."""
+    torch.manual_seed(case.seed)
+    seed = ops.draw_seed(weights.device)
+    kept = torch.zeros(case.batch_size, case.num_heads, *weights.shape[1:], dtype=weights.dtype, device=weights.device)
+    keep_probability = 1.0
+    for segment in case.plan.query_segments:
+        keep, keep_probability = reference.dropout_keep(segment, case.batch_size, case.num_heads, case.dropout_p, seed)
+        keys = [torch.arange(*key_range, device=weights.device) for key_range in segment.key_ranges]
+        if keys:
+            kept[:, :, segment.start : segment.end].index_add_(3, torch.cat(keys), keep.to(weights.dtype))
+    return torch.where(weights[:, None] > 0, kept, 0.0), keep_probability
+
+
+def make_mask(case: Case, num_keys: int, generator: torch.Generator) -> Tensor | None:
+    """The mask of a case, ``(B or 1, num_keys)``."""
     if case.mask is None:
         return None
     mask = torch.rand(1 if case.mask == "shared" else case.batch_size, num_keys, generator=generator) < 0.6
@@ -188,6 +233,10 @@ def _lay_out(tensors: tuple[Tensor, ...], case: Case, device: torch.device | str
         views = _packed_views([t.shape for t in tensors], case.dtype, device)
     elif case.layout == "strided":
         views = [_strided_view(t.shape, case.dtype, device) for t in tensors]
+    elif case.layout == "spaced":
+        views = [_spaced_view(t.shape, case.dtype, device) for t in tensors]
+    elif case.layout == "offset":
+        views = [torch.empty(t.numel() + 1, dtype=case.dtype, device=device)[1:].view(t.shape) for t in tensors]
     elif case.layout == "transposed":
         views = [t.transpose(1, 2).to(device, case.dtype, copy=True).contiguous().transpose(1, 2) for t in tensors]
     else:
@@ -201,6 +250,12 @@ def _strided_view(shape: torch.Size, dtype: torch.dtype, device: torch.device | 
     batch, rows, heads, width = shape
     base = torch.full((batch + 1, 2 * rows + 1, heads + 1, width + 3), torch.nan, dtype=dtype, device=device)
     return base[1:, 1::2, 1:, 1 : width + 1]
+
+
+def _spaced_view(shape: torch.Size, dtype: torch.dtype, device: torch.device | str) -> Tensor:
+    batch, rows, heads, width = shape
+    base = torch.full((batch + 1, 2 * rows + 1, heads + 1, width + 8 & -8), torch.nan, dtype=dtype, device=device)
+    return base[1:, 1::2, 1:, :width]
 
 
 def _packed_views(shapes: list[torch.Size], dtype: torch.dtype, device: torch.device | str) -> list[Tensor]:

@@ -8,13 +8,20 @@ scores, the sum of their exponentials, its logarithm, the log-sum-exp, the weigh
 by the unit roundoff of the dtype. These errors are carried through the formulas to first order: those of different
 weights in quadrature, since they are independent; those that a whole row shares (of its log-sum-exp and its delta)
 added.
+
+Where products of fp32 are made in TF32, torch's own attention, which makes none, says too little. There the yardstick
+is the exact computation with every factor of a product rounded to TF32, which is what that mode permits. It knows what
+independent errors do not: all weights of a row are off by the one rounding of its query, all of a column by that of its
+key, and weights that are alike are rounded alike.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+import math
+from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass, fields
+from dataclasses import dataclass, fields, replace
+from functools import cache
 
 import torch
 import torch.nn.functional as F
@@ -52,6 +59,8 @@ def _poisoned_memory(device: torch.device) -> Iterator[None]:
 
 def run(inputs: Inputs) -> Results:
     """Forward and backward of the operator, whose outputs must overwrite what their memory held."""
+    if inputs.case.dropout_p > 0:
+        torch.manual_seed(inputs.case.seed)
     with _poisoned_memory(inputs.q.device):
         out, lse = ma.attention(
             inputs.q,
@@ -60,6 +69,7 @@ def run(inputs: Inputs) -> Results:
             inputs.case.plan,
             softmax_scale=inputs.case.softmax_scale,
             key_padding_mask=inputs.key_padding_mask,
+            dropout_p=inputs.case.dropout_p,
             return_lse=True,
         )
         outputs, grads_in = (out, lse), (inputs.dout, inputs.dlse)
@@ -94,23 +104,30 @@ def judge(actual: Results, inputs: Inputs) -> None:
         AssertionError: Naming the tensor, the place of the worst error, both numbers, and the bound.
     """
     exact, rounding = oracle(inputs)
-    torch_error = _error_of_torch(inputs, exact)
-    for field in fields(Results):
-        name = field.name
+    error_of_torch = cache(lambda: _error_of_torch(inputs, exact))  # most results need no yardstick
+    names = [field.name for field in fields(Results)]
+    errors = {}
+    for name in names:
         got, expected = getattr(actual, name), getattr(exact, name)
         assert got.shape == expected.shape, f"{name}: shape {tuple(got.shape)}, expected {tuple(expected.shape)}"
         assert got.dtype == _dtype(name, inputs), f"{name}: dtype {got.dtype}"
         got = got.double()
+        errors[name] = torch.where(got == expected, 0.0, (got - expected).abs())  # equal infinities differ by 0
+    # All maxima come from the device at once. That of errors is not finite where only one of two numbers is.
+    all_errors, one_roundings = largest_of(errors.values()), largest_of(getattr(rounding, name) for name in names)
+    maxima = torch.stack([all_errors, one_roundings], 1).tolist()
+    for name, (largest, one_rounding) in zip(names, maxima):
+        if math.isfinite(largest) and largest <= one_rounding:
+            continue
+        got, expected, error = getattr(actual, name).double(), getattr(exact, name), errors[name]
         _check_non_finite(name, got, expected)
-        error = torch.where(got == expected, 0.0, (got - expected).abs())  # equal infinities differ by 0
-        largest = _largest(error)
-        bound = 2 * torch_error[name] + _largest(getattr(rounding, name))
+        bound = 2 * error_of_torch()[name] + one_rounding
         if largest > bound:
             place = tuple(int(i) for i in torch.unravel_index(error.argmax(), error.shape))
             raise AssertionError(
                 f"{name}{list(place)} is {got[place]:.9g}, expected {expected[place]:.9g}: off by {largest:.3g}, "
-                f"allowed {bound:.3g} = 2 x {torch_error[name]:.3g} (torch's own) + "
-                f"{_largest(getattr(rounding, name)):.3g} (one rounding); "
+                f"allowed {bound:.3g} = 2 x {error_of_torch()[name]:.3g} (torch's own) + {one_rounding:.3g} "
+                f"(one rounding); "
                 f"{int((error > bound).sum())} of {error.numel()} are off by more; {inputs.case}"
             )
 
@@ -131,16 +148,24 @@ def _check_non_finite(name: str, got: Tensor, expected: Tensor) -> None:
             )
 
 
-def _largest(tensor: Tensor) -> float:
-    return float(tensor.max()) if tensor.numel() else 0.0
+def largest_of(tensors: Iterable[Tensor]) -> Tensor:
+    """The largest number of each, 0 of those that have none, in fp64 on their device."""
+    return torch.stack([t.max().double() if t.numel() else t.new_zeros((), dtype=torch.float64) for t in tensors])
 
 
-def oracle(inputs: Inputs, *, exact_scores: bool = False) -> tuple[Results, Results]:
+def oracle(
+    inputs: Inputs, factor: Callable[[Tensor], Tensor] = lambda t: t, *, exact_scores: bool = False
+) -> tuple[Results, Results]:
     """Dense attention in fp64 over all pairs, by the multiplicities of the case; and what one rounding makes of it.
 
     With `exact_scores` no rounding of the scores counts, and none of a log-sum-exp beyond `LARGE_LSE`, but in the
     log-sum-exp that is returned. So it is where the products are sums without rounding, or where one score of a row
     is above all others by more than they can be off: weights are then as exact as of small scores.
+
+    Args:
+        inputs: What was computed from.
+        factor: Rounds a factor of a product over channels, keys or queries; for yardsticks.
+        exact_scores: See above.
     """
     case, weights = inputs.case, inputs.weights[:, None]  # (B, 1, Nq, Nk)
     visible = inputs.weights.any(1)[:, :, None, None]
@@ -151,40 +176,51 @@ def oracle(inputs: Inputs, *, exact_scores: bool = False) -> tuple[Results, Resu
     k, v = (torch.where(visible, t, 0.0).permute(heads_first) for t in (k, v))
     dlse = torch.zeros(q.shape[:3], device=q.device) if inputs.dlse is None else inputs.dlse
     dlse = dlse.double()[..., None]  # columns, (B, H, Nq, 1), like all that a row shares
+    q_factor, k_factor, v_factor, dout_factor = (factor(t) for t in (q, k, v, dout))
 
-    s = case.scale * q @ k.mT
+    s = case.scale * q_factor @ k_factor.mT
+    dout_v = dout_factor @ v_factor.mT
     s_max = torch.cat([torch.where(weights > 0, s, -torch.inf), torch.full_like(dlse, -1e300)], -1).amax(-1, True)
-    p = torch.where(weights > 0, weights * torch.exp(s - s_max), 0.0)
-    p_sum = p.sum(-1, keepdim=True)
+    once = torch.where(weights > 0, torch.exp(s - s_max), 0.0)  # of a key that counts once
+    p_sum = (weights * once).sum(-1, keepdim=True)
     has_keys = p_sum > 0
-    p = p / torch.where(has_keys, p_sum, 1.0)
+    once = once / torch.where(has_keys, p_sum, 1.0)
+    p = weights * once
+    kept, keep_probability = weights if inputs.kept is None else inputs.kept, inputs.keep_probability
+    p_kept = kept * once / keep_probability
     lse = torch.where(has_keys, s_max + torch.log(p_sum), -torch.inf)
-    out = p @ v
-    dp, delta = dout @ v.mT, (dout * out).sum(-1, True) - dlse
-    ds = p * (dp - delta)
-    dq, dk, dv = case.scale * ds @ k, case.scale * ds.mT @ q, p.mT @ dout
+    out = factor(p_kept) @ v_factor
+    dp, delta = dout_v / keep_probability, (dout * out).sum(-1, True) - dlse
+    ds = once * (kept * dp - weights * delta)
+    ds_factor = factor(ds)
+    dq, dk = case.scale * ds_factor @ k_factor, case.scale * ds_factor.mT @ q_factor
+    dv = factor(p_kept).mT @ dout_factor
 
     units = units_of(case.dtype, q.device)
     u, w = units.accumulator, units.dtype
     # Sums over keys and over queries: what a tile adds up in the tensor cores, 64 terms, may have lost that much.
     stored = w + units.lost * 64 / 8
-    off_s = _off_sum(case.scale * q, k, units) + u * s.abs()  # summed, and scaled
+    off_s = _off_sum(case.scale * q, k, s, units) + u * s.abs()  # summed, and scaled
     log_sum, lse_size = torch.where(has_keys, torch.log(p_sum), 0.0).abs(), torch.where(has_keys, lse, 0.0).abs()
     off_own_lse = _norm(p * off_s, -1, keepdim=True) + u * lse_size
     if exact_scores:
-        off_s, lse_size = torch.zeros_like(s), lse_size.clamp(max=LARGE_LSE)
-    off_exp = p * torch.sqrt(off_s**2 + units.exponential**2)
-    off_lse = _norm(off_exp, -1, keepdim=True) + u * (1 + log_sum + lse_size)  # the sum, its logarithm, their whole
-    off_p = torch.sqrt(off_exp**2 + (p * w) ** 2 + (p * units.product) ** 2)  # without what the row shares
+        off_s, lse_size = torch.zeros_like(s), lse_size.clamp(max=LARGE_LSE[q.device.type])
+    off_exp = torch.sqrt(off_s**2 + units.exponential**2)  # of 1, as is the next but one
+    off_lse = _norm(p * off_exp, -1, keepdim=True) + u * (1 + log_sum + lse_size)  # the sum, its logarithm, their whole
+    off_weight = torch.sqrt(off_exp**2 + w**2 + units.product**2)  # without what the row shares
+    off_p = p_kept * off_weight
     off_out = _quadrature(off_p, v) + (off_lse + stored) * out.abs()
     off_delta = _norm(dout * off_out, -1, keepdim=True) + u * ((dout * out).abs().sum(-1, True) + dlse.abs())
-    off_dp = _off_sum(dout, v, units)
-    off_ds = torch.sqrt((p * off_dp) ** 2 + ((dp - delta) * off_p) ** 2 + (w * ds) ** 2 + (units.product * ds) ** 2)
+    off_dp = _off_sum(dout, v, dout_v, units)
+    ds_size = ds.abs()
+    if inputs.kept is not None:  # a key that is listed twice may be kept once: two numbers that cancel
+        ds_size = once * (kept * (dp - delta).abs() + (weights - kept) * delta.abs())
+    off_ds = torch.sqrt((p_kept * off_dp) ** 2 + (ds_size**2) * (off_weight**2 + w**2 + units.product**2))
     off_row = off_delta * (p @ k).abs() + off_lse * (ds @ k).abs()
     off_dq = abs(case.scale) * (_quadrature(off_ds, k) + off_row) + stored * dq.abs()
     off_ds_column = torch.sqrt(off_ds**2 + (p * off_delta) ** 2 + (ds * off_lse) ** 2)
     off_dk = abs(case.scale) * _quadrature(off_ds_column.mT, q) + stored * dk.abs()
-    off_dv = _quadrature(torch.sqrt(off_p**2 + (p * off_lse) ** 2).mT, dout) + stored * dv.abs()
+    off_dv = _quadrature(torch.sqrt(off_p**2 + (p_kept * off_lse) ** 2).mT, dout) + stored * dv.abs()
 
     def rows_first(t: Tensor, like: Tensor) -> Tensor:
         return t.permute(heads_first).sum_to_size(like.shape)
@@ -206,8 +242,9 @@ def oracle(inputs: Inputs, *, exact_scores: bool = False) -> tuple[Results, Resu
     return exact, rounding
 
 
-# Up to here the backward may take weights from a log-sum-exp that was rounded, and which they then are off by.
-LARGE_LSE = 2.0**8
+# Up to here the backward may take weights from a log-sum-exp that was rounded, and which they then are off by. On GPUs
+# the rows beyond cost more.
+LARGE_LSE = {"cpu": 2.0**8, "cuda": 2.0**12}
 
 
 @dataclass(frozen=True)
@@ -244,21 +281,37 @@ def units_of(dtype: torch.dtype, device: torch.device) -> Units:
     # then the product of the two lower parts is left out, and what the second part of either factor does not hold.
     # Tensor cores cut sums off instead of rounding them: each of the additions (three for eight products where these
     # have three parts) loses half a unit on average, always towards zero, and of half of the sum on average.
-    is_tf32 = torch.get_float32_matmul_precision() != "highest"
-    parts, product = (1, 2 * 2**-11) if is_tf32 else (3, 3 * 2**-22)
+    # The yardstick of TF32 says what largest errors these two roundings make. Here they are what they are on average:
+    # each spreads evenly over a unit to both sides, so that its square is a third of the unit's.
+    parts, product = (1, (2 / 3) ** 0.5 * 2**-11) if uses_tf32(dtype, device) else (3, 3 * 2**-22)
     return Units(accumulator, stored, product, exponential, parts * accumulator / 2)
 
 
-def _off_sum(left: Tensor, right: Tensor, units: Units) -> Tensor:
-    """The error of ``left @ right.mT``, if each of the n partial sums of an entry is rounded.
+def uses_tf32(dtype: torch.dtype, device: torch.device) -> bool:
+    is_allowed = torch.get_float32_matmul_precision() != "highest"
+    return dtype == torch.float32 and device.type == "cuda" and is_allowed
+
+
+def to_tf32(t: Tensor) -> Tensor:
+    """The nearest numbers of 11 significant bits, ties away from zero, in the dtype of ``t``."""
+    bits = t.float().view(torch.int32)
+    return (bits + 0x1000 & -0x2000).view(torch.float32).to(t.dtype)
+
+
+def _off_sum(left: Tensor, right: Tensor, product: Tensor, units: Units) -> Tensor:
+    """The error of ``product = left @ right.mT``, if each of the n partial sums of an entry is rounded.
 
     Terms of random signs make partial sums of the size of the square root of their number: together the errors are u
     times the sum of magnitudes. Terms of one sign make a steadily growing sum: sqrt(n / 3) u times the result. The
     errors of the products are independent.
     """
-    sums = left.abs() @ right.abs().mT + (left.shape[-1] / 3) ** 0.5 * (left @ right.mT).abs()
-    lost = units.lost * (left.shape[-1] / 8) * (left @ right.mT).abs()
-    return units.accumulator * sums + units.product * (left.square() @ right.square().mT).sqrt() + lost
+    size = product.abs()
+    off = units.accumulator * (left.abs() @ right.abs().mT + (left.shape[-1] / 3) ** 0.5 * size)
+    if units.product > 0:
+        off += units.product * (left.square() @ right.square().mT).sqrt()
+    if units.lost > 0:
+        off += units.lost * (left.shape[-1] / 8) * size
+    return off
 
 
 def _norm(t: Tensor, dim: int, keepdim: bool = False) -> Tensor:
@@ -271,13 +324,24 @@ def _quadrature(off_left: Tensor, right: Tensor) -> Tensor:
 
 
 def _error_of_torch(inputs: Inputs, exact: Results) -> dict[str, float]:
-    """The largest errors of torch's attention in the same dtype."""
-    results = run_torch(inputs)
-    return {f.name: _largest_difference(getattr(results, f.name), getattr(exact, f.name)) for f in fields(Results)}
+    """The largest errors of torch's attention in the same dtype; in TF32 those of rounded factors, if these are larger.
+
+    It has no dropout that we could predict: there it is its error without, as if every weight were kept, and so as
+    much larger as its weights would be.
+    """
+    kept_all = exact if inputs.kept is None else oracle(replace(inputs, kept=None, keep_probability=1.0))[0]
+    errors = _largest_differences(run_torch(inputs), kept_all)
+    errors = {name: error if name == "lse" else error / inputs.keep_probability for name, error in errors.items()}
+    if uses_tf32(inputs.case.dtype, inputs.q.device):
+        rounded, _ = oracle(inputs, to_tf32)
+        errors = {name: max(error, errors[name]) for name, error in _largest_differences(rounded, exact).items()}
+    return errors
 
 
-def _largest_difference(got: Tensor, expected: Tensor) -> float:
-    return _largest(torch.where(torch.isfinite(expected), (got.double() - expected).abs(), 0.0))
+def _largest_differences(got: Results, expected: Results) -> dict[str, float]:
+    pairs = {f.name: (getattr(got, f.name).double(), getattr(expected, f.name)) for f in fields(Results)}
+    errors = (torch.where(torch.isfinite(right), (left - right).abs(), 0.0) for left, right in pairs.values())
+    return dict(zip(pairs, largest_of(errors).tolist()))
 
 
 def run_torch(inputs: Inputs, lse_of: Callable[[Tensor], Tensor] = lambda s: s.logsumexp(-1)) -> Results:

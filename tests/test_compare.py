@@ -4,10 +4,14 @@ from __future__ import annotations
 
 from dataclasses import fields
 
+import compare
 import pytest
 import torch
-from cases import DTYPES, Case, make_inputs
+from cases import DTYPES, Case, Inputs, make_inputs
 from compare import Results, judge, oracle, run_torch
+from torch import Tensor
+
+import mixed_attention as ma
 
 CASE = Case((70, 41, 5), "a>ab b>aab c>b", batch_size=2, num_heads=2, head_dim=24, mask="random")
 
@@ -72,3 +76,83 @@ def test_the_oracle_differentiates_rightly():
     grads = torch.autograd.grad((out, lse), (inputs.q, inputs.k, inputs.v), (inputs.dout, inputs.dlse))
     torch.testing.assert_close((exact.out, exact.lse), (out, lse))
     torch.testing.assert_close((exact.dq, exact.dk, exact.dv), grads)
+
+
+def test_the_oracle_knows_dropout():
+    """Against the definition of dropout and autograd through it; keys that are listed twice are dropped one by one."""
+    case = CASE.with_(attends="a>ab b>aac c>b", dtype=torch.float64, shared="v", dropout_p=0.4, seed=5)
+    inputs = make_inputs(case)
+    exact, _ = oracle(inputs)
+    torch.manual_seed(case.seed)
+    arguments = {"key_padding_mask": inputs.key_padding_mask, "dropout_p": 0.4, "return_lse": True}
+    seed = ma.ops.draw_seed(inputs.q.device)
+    outputs = ma.reference.attention(inputs.q, inputs.k, inputs.v, case.plan, dropout_seed=seed, **arguments)
+    grads = torch.autograd.grad(outputs, (inputs.q, inputs.k, inputs.v), (inputs.dout, inputs.dlse))
+    torch.testing.assert_close((exact.out, exact.lse), outputs)
+    torch.testing.assert_close((exact.dq, exact.dk, exact.dv), grads)
+
+
+# Where errors of TF32 do not add up as independent ones do: rows that share the rounding of their query, of which keys
+# are so many that all else averages out, and weights that are alike. And some where they do.
+TF32_CASES = {
+    "a few keys": CASE.with_(dropout_p=0.4),
+    "many keys": Case((1300, 2, 12), "b>aa ac>ab", batch_size=2, head_dim=64, cached="ba"),
+    "weights alike": Case((183, 15, 16), "abc>ba", num_heads=3, head_dim=64, mask="back", softmax_scale=1.5625e-06),
+    "keys alike": Case((40, 39), "ab>aab", num_heads=2, head_dim=64, magnitude=0.0, layout="strided"),
+    "weights nearly alike": Case((191, 161), "b>aa a>ba", head_dim=112, softmax_scale=-0.0046, dlse=False),
+    "peaked weights": Case((64, 65), "ab>ab", num_heads=2, head_dim=32, softmax_scale=1.0),
+}
+
+
+@pytest.fixture
+def cuda_units(monkeypatch):
+    """Results of CPU tensors are judged as if a GPU had computed them, with TF32."""
+    units_of, uses_tf32, device = compare.units_of, compare.uses_tf32, torch.device("cuda")
+    monkeypatch.setattr(compare, "units_of", lambda dtype, _: units_of(dtype, device))
+    monkeypatch.setattr(compare, "uses_tf32", lambda dtype, _: uses_tf32(dtype, device))
+    before = torch.get_float32_matmul_precision()
+    torch.set_float32_matmul_precision("high")
+    yield
+    torch.set_float32_matmul_precision(before)
+
+
+@pytest.mark.usefixtures("cuda_units")
+@pytest.mark.parametrize("case", TF32_CASES.values(), ids=TF32_CASES)
+def test_tf32_passes_and_two_bits_less_do_not(case: Case):
+    for seed in range(3):
+        inputs = make_inputs(case.with_(seed=seed))
+        judge(attention_of_rounded(inputs, 11), inputs)
+        with pytest.raises(AssertionError, match="off by"):
+            judge(attention_of_rounded(inputs, 9), inputs)
+
+
+def attention_of_rounded(inputs: Inputs, bits: int) -> Results:
+    """Attention in fp32 as kernels compute it, each factor of a product rounded to so many significant bits.
+
+    Unlike the oracle it rounds ties to even, and weights before they are divided by their sum or after the log-sum-exp
+    was rounded.
+    """
+    case, weights, kept = inputs.case, inputs.weights[:, None].float(), inputs.kept
+    kept = (weights if kept is None else kept.float()) / inputs.keep_probability
+    is_visible = inputs.weights.any(1)[:, :, None, None]
+    q, dout = inputs.q.detach().transpose(1, 2), inputs.dout.transpose(1, 2)
+    k, v = (torch.where(is_visible, t.detach(), 0.0).transpose(1, 2) for t in (inputs.k, inputs.v))
+    q_factor, k_factor, v_factor, dout_factor = (_rounded(t, bits) for t in (q, k, v, dout))
+    s = case.scale * (q_factor @ k_factor.mT)
+    s_max = torch.where(weights > 0, s, -torch.inf).amax(-1, True).clamp(min=-1e30)
+    once = torch.exp(s - s_max)
+    p_sum = (weights * once).sum(-1, keepdim=True)
+    out = (kept * _rounded(once, bits)) @ v_factor / torch.where(p_sum > 0, p_sum, 1.0)
+    lse = s_max + torch.log(p_sum)
+    once = torch.where(weights > 0, torch.exp(s - lse), 0.0)
+    delta = (dout * out).sum(-1, True) - (0.0 if inputs.dlse is None else inputs.dlse[..., None])
+    ds = once * (kept * (dout_factor @ v_factor.mT) - weights * delta)
+    dq, dk = (case.scale * t for t in (_rounded(ds, bits) @ k_factor, _rounded(ds, bits).mT @ q_factor))
+    dv = (kept * _rounded(once, bits)).mT @ dout_factor
+    return Results(out.transpose(1, 2), lse[..., 0], *(t.transpose(1, 2) for t in (dq, dk, dv)))
+
+
+def _rounded(t: Tensor, bits: int) -> Tensor:
+    left_out = 24 - bits
+    ulp, pattern = 1 << left_out, t.view(torch.int32)
+    return (pattern + (ulp // 2 - 1) + (pattern >> left_out & 1) & -ulp).view(torch.float32)
