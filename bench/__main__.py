@@ -9,7 +9,7 @@ from pathlib import Path
 
 import torch
 
-from bench import facts, layer, memory, operator, overhead, repeats, report, timeline
+from bench import facts, files, layer, memory, operator, overhead, repeats, tables, timeline
 from bench.cases import QUICK, Case, suite
 from bench.peers import BACKWARD, FORWARD, peers
 from bench.rows import PRECISIONS, Row, dtype_of
@@ -34,8 +34,7 @@ def _arguments() -> argparse.Namespace:
     parser.add_argument("--no-errors", action="store_true", help="nothing compared with fp64")
     parser.add_argument("--compiled", action="store_true", help="the layers under torch.compile too")
     parser.add_argument("--commit", help="what is measured; default what git says")
-    parser.add_argument("--out", type=Path, help="JSON file; default bench/results/DATE-DEVICE.json")
-    parser.add_argument("--plot", type=Path, help="also draw the ratios to this picture")
+    parser.add_argument("--out", type=Path, help="JSON file; default bench/results/MACHINE/WHAT.json")
     args = parser.parse_args()
     if args.quick:
         args.what = args.what or ["operator"]
@@ -90,12 +89,21 @@ def main() -> int:
     try:
         for row in _measure(args, cases, device):
             result["rows"].append(row)
-            print(report.line(row), flush=True)
+            print(tables.line(row), flush=True)
     finally:  # what was measured before an error or an interruption is worth keeping
-        facts.save(result, device, args.out or facts.RESULTS / f"{result['date']}-{args.device}.json")
-    if args.plot:
-        report.plot(result, args.plot)
+        facts.save(result, device, _name(args), args.out)
     return int(any(_is_a_failure(row) for row in result["rows"]))
+
+
+def _name(args: argparse.Namespace) -> str:
+    """The file of a run. What leaves out cases has a name of its own, so that it replaces no whole run."""
+    precisions = args.dtype if {*args.what} - {"overhead", "repeats"} else []
+    special = [
+        *(["compiled"] if args.compiled else []),
+        *([facts.family()] if facts.family() else []),
+        *(["quick"] if args.quick else ["selected"] if args.case else []),
+    ]
+    return files.name(*args.what, *precisions, *special)
 
 
 def _is_a_failure(row: Row) -> bool:

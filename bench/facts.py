@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import os
 import platform
 import shlex
@@ -17,9 +16,8 @@ from typing import Any
 import torch
 
 import mixed_attention as ma
-from bench import report
+from bench import files, tables
 
-RESULTS = Path(__file__).parent / "results"
 PEER_PACKAGES = ("triton", "fa3_fwd", "flash-attn-4", "nvidia-cutlass-dsl", "emmiai-noether")
 
 
@@ -40,30 +38,41 @@ def of_run(module: str, device: torch.device, commit: str | None) -> dict[str, A
         "threads": torch.get_num_threads(),
         "cpu_instruction_set": ma.ops.cpu_instruction_set(),
         "versions": dict(_versions(device)),
-        "command": f"{_family()}python -m {module} {shlex.join(_without_places(sys.argv[1:]))}",
+        "command": f"{_setting()}python -m {module} {shlex.join(_without_places(sys.argv[1:]))}",
         "rows": [],
     }
 
 
-def save(result: dict[str, Any], device: torch.device, out: Path) -> None:
-    """Writes a result, and prints its tables."""
+def save(result: dict[str, Any], device: torch.device, what: str, out: Path | None) -> None:
+    """Writes a result, and prints its tables.
+
+    Args:
+        result: What was measured.
+        device: Where it ran.
+        what: The name of its file in ``bench/results/<machine>``.
+        out: Another file instead of that one.
+    """
     if device.type == "cuda":
         result["clocks"] = _clocks()
-    out.parent.mkdir(parents=True, exist_ok=True)
-    out.write_text(json.dumps(result, indent=1) + "\n")
-    print(f"\nwritten to {out}\n\n{report.tables(result)}")
+    path = out or files.place(result, what)
+    files.save(result, path)
+    print(f"\nwritten to {path}\n\n{tables.tables(result)}")
 
 
 def _without_places(arguments: list[str]) -> list[str]:
     """The command without the options that say where things lie and not what is measured."""
-    places = [i for i, argument in enumerate(arguments) if argument in ("--out", "--plot", "--commit")]
+    places = [i for i, argument in enumerate(arguments) if argument in ("--out", "--commit")]
     return [argument for i, argument in enumerate(arguments) if i not in places and i - 1 not in places]
 
 
-def _family() -> str:
-    """The variable that leaves kernels out, where it is set."""
-    family = os.environ.get("MIXED_ATTENTION_GPU")
-    return f"MIXED_ATTENTION_GPU={family} " if family else ""
+def family() -> str:
+    """The only kernels of GPUs that take part, where the environment says so."""
+    return os.environ.get("MIXED_ATTENTION_GPU", "")
+
+
+def _setting() -> str:
+    """The variable that leaves kernels out, where it is set, as a command line has it."""
+    return f"MIXED_ATTENTION_GPU={family()} " if family() else ""
 
 
 def _output(*command: str) -> str:

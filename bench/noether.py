@@ -20,7 +20,7 @@ import torch
 from torch import Tensor, nn
 
 import mixed_attention as ma
-from bench import facts, report, timeline
+from bench import facts, files, tables, timeline
 from bench.check import relative_error
 from bench.layer import peak_bytes
 from bench.rows import PRECISIONS, Row, dtype_of, timing_row
@@ -260,7 +260,7 @@ def parse() -> argparse.Namespace:
     parser.add_argument("--rounds", type=int, default=5)
     parser.add_argument("--timeline", action="store_true", help="also where the GPU's time of a training step goes")
     parser.add_argument("--commit", help="what is measured; default what git says")
-    parser.add_argument("--out", type=Path, help="JSON file; default bench/results/DATE-noether-DEVICE.json")
+    parser.add_argument("--out", type=Path, help="JSON file; default bench/results/MACHINE/model-DTYPE.json")
     args = parser.parse_args()
     if args.timeline and args.device == "cpu":
         parser.error("--timeline needs a GPU")
@@ -281,9 +281,9 @@ def main() -> int:
     try:
         for row in measure(args):
             result["rows"].append(row)
-            print(report.line(row), flush=True)
+            print(tables.line(row), flush=True)
     finally:  # what was measured before an error or an interruption is worth keeping
-        facts.save(result, device, args.out or facts.RESULTS / f"{result['date']}-noether-{args.device}.json")
+        facts.save(result, device, files.name("model", args.dtype), args.out)
     return 0
 
 

@@ -1,294 +1,377 @@
-"""Tables out of result files: ``python -m bench.report`` rewrites docs/performance.md from bench/results/*.json."""
+"""``python -m bench.report`` rewrites docs/performance.md, its picture, and a page of details for every result file."""
 
 from __future__ import annotations
 
-import json
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from textwrap import fill
 
-ROOT = Path(__file__).parent.parent
-Row = dict[str, Any]
-Column = tuple[str, Callable[[Sequence[Row]], str]]
-"""A title, and what compares the rows of a case."""
-TITLES = {
-    "float32": "fp32",
-    "tf32": "fp32, products in TF32",
-    "bfloat16": "bf16",
-    "float16": "fp16",
-    "eager": "",
-    "graph": ", replayed from a CUDA graph",
+from bench import files, picture, tables
+from bench.files import Result
+from bench.tables import Column, Row, grouped, named, rows_of
+
+DOCS = Path(__file__).parent.parent / "docs"
+PAGE, PICTURE, DETAILS = "performance.md", "performance.svg", "performance"
+NAMES = {
+    "ours": "ours",
+    "cudnn": "cuDNN",
+    "fa2": "FA2",
+    "fa3": "FA3",
+    "fa4": "FA4",
+    "flex": "FlexAttention",
+    "efficient": "memory-efficient",
+    "sdpa": "torch SDPA",
+    "noether": "noether",
+    "noether, compiled": "noether, compiled",
+    "ours, compiled": "ours, compiled",
+    "baseline": "torch modules",
 }
+"""Those whom a table of this page shows, in this order, as it calls them."""
+
+METHOD = """# Performance
+
+This page answers one question a section. `python -m bench.report` writes it from the files in `bench/results`.
+
+![How much faster the operator and the layer are than others](performance.svg)
+
+- One file is one run on one machine. In a run, ours and the others take turns, so that a ratio within a table is fair.
+- Numbers are medians. Quartiles, all columns and all cases stand on the page that each section links to.
+- A rate counts attended pairs only: 4·B·H·D operations a pair forward, 2.5 times that backward. The rate of a layer
+  counts the operations of its attention alone.
+- The others are called once per pattern, through their public interface.
+- On a GPU, calls follow each other without a pause over inputs in rotation. Neither an idle device nor a warm L2 cache
+  helps anybody. Since commit 86931a5 each sample is run once before it is timed.
+- Where the GPU is faster than its host, the eager rate is the host's rate. "Graph" is the same call, replayed from a
+  CUDA graph.
+- FA2, cuDNN and the memory-efficient kernel are those of torch. FA3 and FA4 are packages of their own, of which that of
+  FA3, `fa3_fwd`, has a forward only.
+- `bench/cases.py` defines the cases: group sizes and patterns of published models.
+- `python -m bench --help` lists what can be measured; `python -m bench --quick` takes a few minutes.
+"""
 
 
-def line(row: Row) -> str:
-    """One row for the terminal, while the measurement runs."""
-    who = row["who"] + (", graph" if row.get("mode") == "graph" else "")
-    what = f"{row['kind']:11}{row['case']:24}{row['dtype']:9}{row.get('pass', ''):19}{who:23}"
-    if row["kind"] == "absent":
-        return f"{what}{row['reason']}"
-    if "errors" in row:
-        found = "  ".join(f"{name} {error['relative']:.2e}" for name, error in row["errors"].items())
-        return f"{what}{row['data']}: {found}" if "data" in row else f"{what}{found}"
-    if row["kind"] == "losses":
-        return f"{what}{row['losses'][0]:.5f} to {row['losses'][-1]:.5f}, {row['distance']:.2e} from fp32"
-    if row["kind"] == "memory":
-        return f"{what}{row['extra_bytes'] / 2**20:10.1f} MiB"
-    if row["kind"] == "repeats":
-        return f"{what}{_unequal(row)}"
-    if row["kind"] == "timeline":
-        return what + "  ".join(f"{name} {time:.3f}" for name, time in row["buckets"].items())
-    rate = f"{row['gflops_per_second']:12.1f} GFLOP/s" if "gflops_per_second" in row else ""
-    host = f"{row['host_microseconds']:8.0f} us of host" if "host_microseconds" in row else ""
-    return f"{what}{row['milliseconds']['median']:10.4f} ms{rate}{host}"
+@dataclass(frozen=True)
+class Question:
+    """One section of the page.
+
+    Attributes:
+        title: What a reader asks.
+        note: How to read the answer.
+        what: The names of the result files that answer it, of any machine.
+        answer: Makes tables of the rows of one file.
+    """
+
+    title: str
+    note: str
+    what: tuple[str, ...]
+    answer: Callable[[Sequence[Row]], Iterator[str]]
 
 
-def tables(result: dict[str, Any]) -> str:
-    """All tables of a result file, as Markdown."""
-    return "\n".join([_head(result), *_sections(result["rows"])])
+def page(results: dict[Path, Result]) -> str:
+    """The whole page, as Markdown."""
+    questions = list(_questions())
+    sections = (_section(question, results) for question in questions)
+    return "\n".join(part for part in (METHOD, *sections, _others(questions, results)) if part)
 
 
-def _head(result: dict[str, Any]) -> str:
-    versions = ", ".join(f"{name} {version}" for name, version in result["versions"].items())
-    dirty = " with uncommitted changes" if result["uncommitted_changes"] else ""
-    clocks = f"; clocks and power at the end: {result['clocks']}" if result.get("clocks") else ""
+def _section(question: Question, results: dict[Path, Result]) -> str:
+    parts = [f"## {question.title}\n\n{fill(question.note, 120)}\n"]
+    for what in question.what:
+        newest_first = sorted(results, key=lambda path: results[path]["date"], reverse=True)
+        for path in (path for path in newest_first if path.stem == what):
+            parts += [*question.answer(results[path]["rows"]), _source(path, results[path])]
+    return "\n".join(parts)
+
+
+def _others(questions: Sequence[Question], results: dict[Path, Result]) -> str:
+    """Links to what no question asks for."""
+    asked = {what for question in questions for what in question.what}
+    links = [
+        f"- [{path.parent.name}, {path.stem}]({DETAILS}/{_details(path)})" for path in results if path.stem not in asked
+    ]
+    return "\n".join(["## More results\n", *links]) + "\n" if links else ""
+
+
+def _source(path: Path, result: Result) -> str:
+    """Where the numbers above come from."""
+    changes = " with uncommitted changes" if result["uncommitted_changes"] else ""
+    name = f"{DETAILS}/{_details(path)}"
+    kernels = "" if "CUDA" in result["versions"] else f", {result['threads']} threads, {result['cpu_instruction_set']}"
     return (
-        f"{result['device']}, {result['threads']} threads, CPU kernels for {result['cpu_instruction_set']}; "
-        f"{versions}; {result['date']}, commit {result['commit'][:12]}{dirty}{clocks}\n\n    {result['command']}\n"
+        f"{result['device']}{kernels}, {result['date']}, commit {result['commit'][:12]}{changes}; "
+        f"[all numbers]({name}):\n\n    {result['command']}\n"
     )
 
 
-def _sections(rows: Sequence[Row]) -> Iterator[str]:
-    for kind, title, columns in (
-        ("operator", "The operator", [("ours / best peer", _ahead)]),
-        ("layer", "The layer", [("ours is faster", _faster), ("beside attention", _beside_attention)]),
-    ):
-        for (dtype, passed, mode), group in _grouped(_of(rows, kind), "dtype", "pass", "mode"):
-            yield f"### {title}, {TITLES[dtype]}, {passed}{TITLES[mode]}\n\n{_rates(group, columns)}"
-    for dtype, group in _grouped(_of(rows, "operator", has="host_microseconds"), "dtype"):
-        yield f"### Host time of one call, {TITLES[dtype[0]]}, microseconds\n\n{_table(group, _host)}"
-    for key, group in _grouped(_of(rows, "error"), "dtype", "data"):
-        yield f"### Relative error against fp64, {TITLES[key[0]]}, {key[1]} data\n\n{_errors(group)}"
-    for kind, title, cell, columns in (
-        ("layer", "Peak memory of the layer over weights, inputs and gradients, MiB", _peak, [("ours", _smaller)]),
-        ("memory", "Memory of the operator beyond inputs, outputs and gradients, MiB", _extra, []),
-        ("overhead", "Host time of one call of eight tokens, milliseconds", _milliseconds, []),
-    ):
-        for key, group in _grouped(_of(rows, kind, has=_FIELDS[kind]), "dtype", "pass"):
-            yield f"### {title}, {TITLES[key[0]]}, {key[1]}\n\n{_table(group, cell, *columns)}"
-    yield from _kernel_sections(rows)
-    yield from _model_sections(rows)
-    absent = {f"- {row['who']}, {row['dtype']} {row.get('pass', '')}: {row['reason']}" for row in _of(rows, "absent")}
-    if absent:
-        yield "### Not measured\n\n" + "\n".join(sorted(absent)) + "\n"
+def _details(path: Path) -> str:
+    return f"{path.parent.name}-{path.stem}.md"
 
 
-def _kernel_sections(rows: Sequence[Row]) -> Iterator[str]:
-    """Of kernels: whether they repeat their bits, and how they share the time of a training step."""
-    for (dtype,), group in _grouped(_of(rows, "repeats"), "dtype"):
-        table = _table([{**row, "who": row["who"].replace("ours", row["pass"])} for row in group], _unequal)
-        yield f"### Repetitions with other bits than the first, {TITLES[dtype]}, and how far off\n\n{table}"
-    for (dtype,), group in _grouped(_of(rows, "timeline"), "dtype"):
-        table = _table([*_shares(group)], _text)
-        yield f"### The GPU's time of a training step, {TITLES[dtype]}, milliseconds\n\n{table}"
+def _questions() -> Iterator[Question]:
+    yield Question(
+        "How fast is the operator in bf16?",
+        "TFLOP/s. The last column divides the best other's time by ours, both eager.",
+        ("operator-bf16",),
+        _operator,
+    )
+    yield Question(
+        "How fast is it in fp32?",
+        "TFLOP/s. In the columns of TF32, torch may round products to TF32.",
+        ("operator-fp32-tf32",),
+        _fp32,
+    )
+    yield Question(
+        "Is one compiled FlexAttention call faster?",
+        "TFLOP/s, bf16, on another machine and an older commit than the first table: compare within this table.",
+        ("operator-bf16-flex",),
+        _operator,
+    )
+    yield Question(
+        "How fast are the portable kernels?",
+        "TFLOP/s, bf16. They serve every GPU from compute capability 8.0 on. They were measured on a Hopper GPU, which "
+        "has faster ones.",
+        ("operator-bf16-portable",),
+        _operator,
+    )
+    yield Question(
+        "How fast is the layer, and how much memory does it take?",
+        "Projection, RoPE, attention and output projection, forward and backward, beside the module of "
+        "`emmiai-noether`; fp16 by autocast. Rates in TFLOP/s, peak memory in MiB over weights, inputs and gradients.",
+        ("layer-fp16", "layer-fp32-tf32"),
+        _layer,
+    )
+    yield Question(
+        "And under torch.compile?",
+        "The same layer; TFLOP/s and MiB.",
+        ("layer-fp16-compiled",),
+        _layer,
+    )
+    yield Question(
+        "What does a whole model gain?",
+        "AB-UPT of `emmiai-noether` at the size of DrivAerML, before and after `ma.noether.swap`: a training step, and "
+        "inference over a million points. Milliseconds and MiB, then the relative difference from noether in fp32.",
+        ("model-fp16",),
+        _model,
+    )
+    yield Question(
+        "Where does the time of a training step go?",
+        "Milliseconds of the GPU, by what its kernels are for; an older commit than the table of the layer.",
+        ("timeline-fp16",),
+        _timeline,
+    )
+    yield Question(
+        "How much host time does a call take?",
+        "Microseconds of an eager forward of the operator.",
+        ("operator-bf16", "overhead"),
+        _host_time,
+    )
+    yield Question(
+        "How much memory does the operator take on a CPU?",
+        "MiB of a forward and a backward beyond inputs, outputs and gradients. On GPUs the layer's table has the peak.",
+        ("memory-fp32-bf16",),
+        _extra_memory,
+    )
+    yield Question(
+        "Are results the same in every run?",
+        "First, how many of 10000 repetitions have other bits than the first call, and how far off they are relative "
+        "to the largest entry. Then what deterministic mode costs: TFLOP/s of the bf16 backward, from a CUDA graph.",
+        ("repeats", "operator-bf16"),
+        _determinism,
+    )
+    yield Question(
+        "How exact is it?",
+        "Relative error against fp64, output / worst gradient: the largest over all cases, ours and torch's best, "
+        "which does not round to TF32. "
+        "[precision.md](precision.md) says how products are computed.",
+        ("operator-bf16", "operator-fp32-tf32"),
+        _errors,
+    )
+    yield Question(
+        "How fast is it on a CPU?",
+        "GFLOP/s of the operator and of the layer, two threads. The last column divides the best other's time by ours.",
+        ("operator-layer-fp32", "operator-layer-bf16"),
+        _cpu,
+    )
 
 
-def _shares(rows: Sequence[Row]) -> Iterator[Row]:
-    """One line for everybody, one column for what the time goes to."""
-    for row in rows:
-        for name, time in {**row["buckets"], "in all": _median(row)}.items():
-            yield {"case": f"{row['case']}, {row['who']}", "who": name, "text": f"{time:.3f}"}
-
-
-def _model_sections(rows: Sequence[Row]) -> Iterator[str]:
-    """Of AB-UPT: whether both compute the same, and what it takes."""
-    for (dtype,), group in _grouped(_of(rows, "difference"), "dtype"):
-        parts = ({**row, "case": name, "relative": e["relative"]} for row in group for name, e in row["errors"].items())
-        yield f"### AB-UPT, {TITLES[dtype]}, relative difference from noether in fp32\n\n{_table([*parts], _relative)}"
-    for (dtype,), group in _grouped(_of(rows, "losses"), "dtype"):
-        yield f"### AB-UPT, {TITLES[dtype]}, losses of a training\n\n{_table([*_points(group)], _text)}"
-    for (dtype,), group in _grouped(_of(rows, "model"), "dtype"):
-        table = _table(group, _milliseconds, ("ours is faster", _faster))
-        yield f"### AB-UPT, {TITLES[dtype]}, milliseconds\n\n{table}"
-        if peaks := _of(group, "model", has="peak_bytes"):
-            table = _table(peaks, _peak, ("ours", _smaller))
-            yield f"### AB-UPT, {TITLES[dtype]}, peak memory over weights, inputs and gradients, MiB\n\n{table}"
-
-
-def _points(rows: Sequence[Row]) -> Iterator[Row]:
-    """Some points of each curve, and its distance from that of fp32."""
-    for row in rows:
-        losses = row["losses"]
-        for i in sorted({0, *range(9, len(losses), 10), len(losses) - 1}):
-            yield {"case": f"step {i + 1}", "who": row["who"], "text": f"{losses[i]:.5f}"}
-        yield {"case": "distance from fp32", "who": row["who"], "text": f"{row['distance']:.1e}"}
-
-
-_FIELDS = {"layer": "peak_bytes", "memory": "extra_bytes", "overhead": "milliseconds"}
-
-
-def _of(rows: Iterable[Row], kind: str, has: str = "kind") -> list[Row]:
-    return [row for row in rows if row["kind"] == kind and has in row]
-
-
-def _grouped(rows: Iterable[Row], *fields: str) -> Iterator[tuple[tuple[str, ...], list[Row]]]:
-    """Rows that agree in some fields, in the order in which they first appear. Calls are eager unless a row says so."""
-    groups: dict[tuple[str, ...], list[Row]] = {}
-    for row in rows:
-        groups.setdefault(tuple(row.get(field, "eager") for field in fields), []).append(row)
-    yield from groups.items()
-
-
-def _rates(rows: Sequence[Row], columns: Sequence[Column]) -> str:
-    """Rates of all, and how ours compares."""
-    unit, divisor = ("TFLOP/s", 1000) if max(r["gflops_per_second"] for r in rows) > 9999 else ("GFLOP/s", 1)
-
-    def rate(row: Row) -> str:
-        time, median = row["milliseconds"], row["gflops_per_second"] / divisor
-        slowest, fastest = median * time["median"] / time["upper"], median * time["median"] / time["lower"]
-        return f"{median:.0f} ({slowest:.0f} – {fastest:.0f})"
-
-    return f"{unit}, median (quartiles)\n\n{_table(rows, rate, *columns)}"
-
-
-def _ahead(group: Sequence[Row]) -> str:
-    """Ours over the best peer."""
-    best = min((r for r in group if not _is_ours(r) and r["who"] != "matmul"), key=_median, default=None)
-    ours = _named(group, "ours")
-    return f"{_median(best) / _median(ours):.2f} × {best['who']}" if best and ours else ""
-
-
-def _faster(group: Sequence[Row]) -> str:
-    """Ours over everybody else, and over ours without the skip."""
-    ours = _named(group, "ours")
-    others = [r for r in group if not _is_ours(r) or r["who"] == "ours, without the skip"]
-    return ", ".join(f"{_median(row) / _median(ours):.2f} × {row['who']}" for row in others) if ours else ""
-
-
-def _beside_attention(group: Sequence[Row]) -> str:
-    """What of our layer is not attention, in per cent of its attention."""
-    ours, alone = _named(group, "ours"), _named(group, "ours, attention alone")
-    return f"{100 * (_median(ours) / _median(alone) - 1):.0f} %" if ours and alone else ""
-
-
-def _smaller(group: Sequence[Row]) -> str:
-    """Our memory over that of everybody else."""
-    ours = _named(group, "ours")
-    others = [row for row in group if not _is_ours(row)]
-    return ", ".join(f"{ours['peak_bytes'] / row['peak_bytes']:.2f} × {row['who']}" for row in others) if ours else ""
-
-
-def _named(group: Sequence[Row], who: str) -> Row | None:
-    return next((row for row in group if row["who"] == who), None)
-
-
-def _errors(rows: Sequence[Row]) -> str:
-    """Errors of the output, and the worst of the gradients; ours over that of torch's best."""
-
-    def cell(row: Row) -> str:
-        return " / ".join(f"{error:.1e}" for error in _out_and_gradients(row))
-
-    def ratio(group: Sequence[Row]) -> str:
-        ours = next((_out_and_gradients(r) for r in group if r["who"] == "ours"), ())
-        torch = [_out_and_gradients(r) for r in group if r["who"] in ("cudnn", "fa2", "efficient", "sdpa")]
-        return " / ".join(f"{mine / min(theirs):.2f}" for mine, *theirs in zip(ours, *torch)) if torch else ""
-
-    return f"output / worst gradient\n\n{_table(rows, cell, ('ours / best of torch', ratio))}"
-
-
-def _out_and_gradients(row: Row) -> list[float]:
-    found = {name: error["relative"] for name, error in row["errors"].items()}
-    out = found.pop("out")
-    return [out, max(found.values())] if found else [out]
-
-
-def _is_ours(row: Row) -> bool:
-    return row["who"].startswith("ours")
-
-
-def _median(row: Row) -> float:
-    return row["milliseconds"]["median"]
-
-
-def _host(row: Row) -> str:
-    return f"{row['host_microseconds']:.0f}"
-
-
-def _relative(row: Row) -> str:
-    return f"{row['relative']:.1e}"
-
-
-def _text(row: Row) -> str:
-    return row["text"]
-
-
-def _unequal(row: Row) -> str:
-    """How many repetitions differ, and by how much of the largest entry."""
-    return f"{row['unequal']} of {row['repeats']}" + (f", {row['largest_difference']:.1e}" if row["unequal"] else "")
-
-
-def _peak(row: Row) -> str:
-    return f"{row['peak_bytes'] / 2**20:.0f}"
-
-
-def _extra(row: Row) -> str:
-    return f"{row['extra_bytes'] / 2**20:.1f}"
-
-
-def _milliseconds(row: Row) -> str:
-    time = row["milliseconds"]
-    return f"{time['median']:.4g} ({time['lower']:.4g} – {time['upper']:.4g})"
-
-
-def _table(rows: Sequence[Row], cell: Callable[[Row], str], *columns: Column) -> str:
-    """One line a case, one column for everybody who was measured, and those that compare them, but empty ones."""
-    names = list(dict.fromkeys(row["who"] for row in rows))
-    cases = list(_grouped(rows, "case"))
-    compared = [(title, [compare(group) for _, group in cases]) for title, compare in columns]
-    compared = [(title, cells) for title, cells in compared if any(cells)]
-    head = ["case", *names, *(title for title, _ in compared)]
-    lines = [head, ["---"] * len(head)]
-    for i, ((case,), group) in enumerate(cases):
-        found = {row["who"]: cell(row) for row in group}
-        lines.append([case, *(found.get(name, "") for name in names), *(cells[i] for _, cells in compared)])
+def _by_case(rows: Sequence[Row], columns: Sequence[Column]) -> str:
+    """One line a case; columns without a word are left out."""
+    cases = list(grouped(rows, "case"))
+    filled = [(title, [cell(group) for _, group in cases]) for title, cell in columns]
+    filled = [(title, cells) for title, cells in filled if any(cells)]
+    lines = [["case", *(title for title, _ in filled)], ["---"] * (1 + len(filled))]
+    lines += [[case, *(cells[i] for _, cells in filled)] for i, ((case,), _) in enumerate(cases)]
     return "\n".join(f"| {' | '.join(cells)} |" for cells in lines) + "\n"
 
 
-def plot(result: dict[str, Any], path: Path) -> None:
-    """Draws how many times faster ours is than each peer. Needs matplotlib."""
-    import matplotlib.pyplot as plt
+def _column(who: str, cell: Callable[[Row], str], title: str | None = None, **fields: str) -> Column:
+    """What a cell says of the first row of somebody; calls are eager unless the fields ask for a graph."""
+    wanted = {"who": who, "mode": "eager"} | fields
 
-    labels, ratios = [], []
-    timed = [row for row in result["rows"] if "milliseconds" in row]
-    for (*what, mode), group in _grouped(timed, "kind", "case", "dtype", "pass", "mode"):
-        ours = next((_median(row) for row in group if row["who"] == "ours"), None)
-        for row in group:
-            if ours and not _is_ours(row) and row["who"] != "matmul":
-                labels.append(f"{' '.join(what)}{TITLES[mode]} vs {row['who']}")
-                ratios.append(_median(row) / ours)
-    figure, axes = plt.subplots(figsize=(9, 1 + 0.22 * len(labels)), layout="constrained")
-    axes.barh(labels, ratios, color="tab:blue")
-    axes.axvline(1, color="black", linewidth=0.8)
-    axes.invert_yaxis()
-    axes.set_xlabel(f"times faster than the peer, {result['device']}")
-    figure.savefig(path, dpi=150)
+    def of_group(group: Sequence[Row]) -> str:
+        rows = (row for row in group if all(row.get(key, "eager") == value for key, value in wanted.items()))
+        return next((cell(row) for row in rows), "")
+
+    return title or NAMES[who], of_group
+
+
+def _everybody(cell: Callable[[Row], str]) -> list[Column]:
+    return [_column(who, cell) for who in NAMES]
+
+
+def _rate(row: Row) -> str:
+    return f"{row['gflops_per_second'] / 1000:.0f}"
+
+
+def _peak(row: Row) -> str:
+    return f"{row['peak_bytes'] / 2**20:.0f}" if "peak_bytes" in row else ""
+
+
+def _eager(compare: Callable[[Sequence[Row]], str]) -> Callable[[Sequence[Row]], str]:
+    """Compares eager calls of everybody who has a column, by the names of this page."""
+
+    def of_group(group: Sequence[Row]) -> str:
+        rows = (row for row in group if row.get("mode", "eager") == "eager" and row["who"] in NAMES)
+        return compare([{**row, "who": NAMES[row["who"]]} for row in rows])
+
+    return of_group
+
+
+def _operator(rows: Sequence[Row]) -> Iterator[str]:
+    ours, *others = _everybody(_rate)
+    from_graph = _column("ours", _rate, "ours, graph", mode="graph")
+    for (passed,), group in grouped(rows_of(rows, "operator"), "pass"):
+        yield f"### {passed.capitalize()}\n"
+        yield _by_case(group, [ours, from_graph, *others, ("ours / best other", _eager(tables.ahead))])
+
+
+def _fp32(rows: Sequence[Row]) -> Iterator[str]:
+    for (passed,), group in grouped(rows_of(rows, "operator"), "pass"):
+        columns = [
+            _column(who, _rate, f"{NAMES[who]}, {tables.SHORT[dtype]}", dtype=dtype)
+            for dtype in ("float32", "tf32")
+            for who in ("ours", "efficient")
+        ]
+        yield f"### {passed.capitalize()}\n"
+        yield _by_case(group, columns)
+
+
+def _layer(rows: Sequence[Row]) -> Iterator[str]:
+    ours, *others = _everybody(_rate)
+    columns = [
+        ours,
+        _column("ours", _rate, "ours, graph", mode="graph"),
+        *others,
+        ("ours is faster", _eager(tables.faster)),
+        *(_column(who, _peak, f"{NAMES[who]}, MiB") for who in ("ours", "noether")),
+        ("memory", _eager(_ratio_of_peaks)),
+    ]
+    for (dtype, passed), group in grouped(rows_of(rows, "layer"), "dtype", "pass"):
+        if passed != "forward":
+            yield f"### {tables.TITLES[dtype]}, {passed}\n"
+            yield _by_case(group, columns)
+
+
+def _ratio_of_peaks(group: Sequence[Row]) -> str:
+    ours, theirs = (named(rows_of(group, group[0]["kind"], has="peak_bytes"), who) for who in ("ours", "noether"))
+    return f"{ours['peak_bytes'] / theirs['peak_bytes']:.2f} × noether" if ours and theirs else ""
+
+
+def _model(rows: Sequence[Row]) -> Iterator[str]:
+    columns = [
+        *(_column(who, lambda row: f"{tables.median_of(row):.1f}", f"{who}, ms") for who in ("ours", "noether")),
+        ("ours is faster", tables.faster),
+        *(_column(who, _peak, f"{who}, MiB") for who in ("ours", "noether")),
+        ("memory", _ratio_of_peaks),
+    ]
+    yield _by_case(rows_of(rows, "model"), columns)
+    parts = [
+        {**row, "case": name, "text": f"{error['relative']:.1e}"}
+        for row in rows_of(rows, "difference")
+        for name, error in row["errors"].items()
+    ]
+    yield tables.markdown(parts, tables.text)
+
+
+def _timeline(rows: Sequence[Row]) -> Iterator[str]:
+    yield tables.markdown([*tables.shares(rows_of(rows, "timeline"))], tables.text)
+
+
+def _host_time(rows: Sequence[Row]) -> Iterator[str]:
+    if calls := rows_of(rows, "operator", has="host_microseconds"):
+        yield _by_case(calls, _everybody(lambda row: f"{row['host_microseconds']:.0f}"))
+    if calls := rows_of(rows, "overhead"):
+        yield _by_case(calls, _everybody(lambda row: f"{1000 * tables.median_of(row):.0f}"))
+
+
+def _extra_memory(rows: Sequence[Row]) -> Iterator[str]:
+    columns = [
+        _column("ours", lambda row: f"{row['extra_bytes'] / 2**20:.1f}", tables.SHORT[dtype], dtype=dtype)
+        for dtype in ("float32", "bfloat16")
+    ]
+    yield _by_case(rows_of(rows, "memory"), columns)
+
+
+def _determinism(rows: Sequence[Row]) -> Iterator[str]:
+    if repeats := rows_of(rows, "repeats"):
+        cases = [{**row, "case": f"{row['case']}, {tables.SHORT[row['dtype']]}"} for row in repeats]
+        titles = [("ours", "forward"), ("ours", "backward"), ("ours, deterministic", "backward")]
+        columns = [
+            _column(who, tables.unequal, who.replace("ours", passed), **{"pass": passed}) for who, passed in titles
+        ]
+        yield _by_case(cases, columns)
+    modes = ("ours", "ours, deterministic")
+    if backward := [r for r in rows_of(rows, "operator") if r["who"] in modes and r["pass"] == "backward"]:
+        columns = [_column(who, _rate, who, mode="graph") for who in modes]
+        yield _by_case(backward, [*columns, ("share", _share_of_default)])
+
+
+def _share_of_default(group: Sequence[Row]) -> str:
+    graphs = [row for row in group if row.get("mode") == "graph"]
+    default, deterministic = named(graphs, "ours"), named(graphs, "ours, deterministic")
+    return f"{tables.median_of(default) / tables.median_of(deterministic):.2f}" if default and deterministic else ""
+
+
+def _errors(rows: Sequence[Row]) -> Iterator[str]:
+    found = []
+    for (dtype, data), group in grouped(rows_of(rows, "error"), "dtype", "data"):
+        best = [_best_of_torch(case) for _, case in grouped(group, "case")]
+        ours = [tables.out_and_gradients(row) for row in group if row["who"] == "ours"]
+        for who, errors in (("ours", ours), ("best of torch", [row for row in best if row])):
+            text = " / ".join(f"{max(column):.1e}" for column in zip(*errors))
+            found.append({"case": f"{tables.SHORT[dtype]}, {data}", "who": who, "text": text})
+    yield tables.markdown(found, tables.text)
+
+
+def _best_of_torch(case: Sequence[Row]) -> list[float]:
+    """The least errors that any attention of torch makes of a case."""
+    errors = [tables.out_and_gradients(row) for row in case if row["who"] in ("cudnn", "fa2", "efficient")]
+    return [min(column) for column in zip(*errors)]
+
+
+def _cpu(rows: Sequence[Row]) -> Iterator[str]:
+    columns = [
+        *_everybody(lambda row: f"{row['gflops_per_second']:.0f}"),
+        ("ours / best other", _eager(tables.ahead)),
+    ]
+    timed = [row for row in rows if row["kind"] in ("operator", "layer")]
+    for (dtype,), group in grouped(timed, "dtype"):
+        yield f"### {tables.TITLES[dtype]}\n"
+        yield _by_case([{**row, "case": f"{row['kind']}, {row['pass']}: {row['case']}"} for row in group], columns)
 
 
 def main() -> None:
-    """Rewrites docs/performance.md."""
-    parts = [
-        "# Performance\n",
-        "Made by `python -m bench.report` from the files in bench/results; every file is one run, in which ours and",
-        "the peers took turns. Rates count attended pairs only: 4·B·H·D per pair forward, 2.5 times that backward; of",
-        "a layer, those of its attention alone. Peers are called once per pattern, through their public interface.",
-        "On a GPU, calls follow each other without a pause over inputs in rotation, so that neither an idle device nor",
-        "its L2 cache helps anybody; from commit 86931a5 on each sample is run once before it is timed. Where a GPU",
-        "is faster than its host, the eager rate is the host's. Beside attention is what our layer takes longer than",
-        "its attention alone. The skip is that of keys and values which nobody reads.\n",
-    ]
-    for path in sorted((ROOT / "bench" / "results").glob("*.json")):
-        parts.append(f"## {path.stem}\n\n{tables(json.loads(path.read_text()))}")
-    (ROOT / "docs" / "performance.md").write_text("\n".join(parts))
+    """Rewrites the page, the picture and the details."""
+    results = {path: files.load(path) for path in sorted(files.RESULTS.glob("*/*.json"))}
+    (DOCS / PAGE).write_text(page(results))
+    picture.draw(results, DOCS / PICTURE)
+    for old in (DOCS / DETAILS).glob("*.md"):
+        old.unlink()
+    (DOCS / DETAILS).mkdir(exist_ok=True)
+    for path, result in results.items():
+        head = f"# {path.parent.name}, {path.stem}\n\nBack to [all questions](../{PAGE}).\n"
+        (DOCS / DETAILS / _details(path)).write_text(f"{head}\n{tables.tables(result)}")
 
 
 if __name__ == "__main__":
