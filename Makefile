@@ -7,8 +7,9 @@ SANITIZED := build/sanitize
 WITH_CUDA := build/with-cuda
 N ?= 20000
 J ?= $(shell nproc)
+RELEASE := build/release
 
-.PHONY: demo build kernels smoke test test-long test-gpu fuzz fuzz-gpu bench lint sanitize sanitize-gpu clean
+.PHONY: demo build kernels smoke test test-long test-gpu fuzz fuzz-gpu bench lint sanitize sanitize-gpu release-check clean
 
 demo: build ## train the airfoil surrogate, evaluate and draw it
 	$(BIN)/python -m examples.airfoil
@@ -66,6 +67,9 @@ sanitize: $(VENV)/ready ## the tests under AddressSanitizer and UBSan, with the 
 
 sanitize-gpu: build ## small GPU tests under compute-sanitizer
 	tools/sanitize_gpu.sh $(BIN)/python
+
+release-check: $(VENV)/ready ## builds sdist and wheel, installs each in a fresh environment, tries both; takes minutes
+	$(RUN) tools/release_check.sh $(BIN)/python $(RELEASE)
 
 clean:
 	rm -rf build dist *.egg-info mixed_attention/*.so $(VENV)

@@ -1,5 +1,7 @@
 """Structured attention between named token groups, as one fused and differentiable PyTorch operator."""
 
+from importlib import metadata as _metadata
+
 from mixed_attention import cache, checkpoint, noether, reference
 from mixed_attention.anchor import (
     CrossAnchorAttention,
@@ -24,6 +26,11 @@ from mixed_attention.spec import (
     TokenSpec,
 )
 from mixed_attention.streaming import stream
+
+try:
+    __version__ = _metadata.version("mixed_attention")
+except _metadata.PackageNotFoundError:  # a checkout that was built in place and never installed
+    __version__ = "0.0.0+unknown"
 
 __all__ = [
     "AnchorAttentionConfig",
