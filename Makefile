@@ -9,7 +9,7 @@ N ?= 20000
 J ?= $(shell nproc)
 RELEASE := build/release
 
-.PHONY: demo build kernels smoke test test-long test-gpu fuzz fuzz-gpu bench lint sanitize sanitize-gpu release-check clean
+.PHONY: demo build kernels same-code smoke test test-long test-gpu fuzz fuzz-gpu bench lint sanitize sanitize-gpu release-check clean
 
 demo: build ## train the airfoil surrogate, evaluate and draw it
 	$(BIN)/python -m examples.airfoil
@@ -28,6 +28,9 @@ kernels: $(VENV)/ready ## the package with its CUDA kernels, on any machine with
 	$(BIN)/python tools/check_sass.py $$(find build/cuda -path '*hopper*' -name '*.o')
 	cd $(WITH_CUDA) && $(abspath $(BIN))/python -c "import torch; from mixed_attention import ops; \
 	  assert ops.has_kernels('cuda', torch.float32), 'the CUDA kernels are not registered'"
+
+same-code: $(VENV)/ready ## whether the kernels' machine code is what BEFORE=file holds; without it, writes that to standard output
+	@$(BIN)/python tools/same_code.py build/cuda $(if $(BEFORE),--against $(BEFORE))
 
 smoke: $(VENV)/ready ## the torch-free kernel library with its C++ tests
 	$(RUN) cmake -S . -B build/cmake -G Ninja -DCMAKE_BUILD_TYPE=Release
