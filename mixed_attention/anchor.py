@@ -130,10 +130,13 @@ class MultiBranchAnchorAttention(nn.Module, ABC):
 
     def _check_collisions(self, patterns: Sequence[AttentionPatternLike], names: Sequence[str]) -> None:
         """Branches that share a prefix claim groups twice; the layer would say which group, but not why."""
-        queries = [name for pattern in patterns for name in pattern.query_tokens]
+        asks: dict[str, int] = {}
+        for pattern in patterns:
+            for name in pattern.query_tokens:
+                asks[name] = asks.get(name, 0) + 1
         for name in names:
             branches = [branch for branch in self.branches if name.startswith(branch)]
-            if queries.count(name) > 1 and len(branches) > 1:
+            if asks.get(name, 0) > 1 and len(branches) > 1:
                 raise ValueError(
                     f"token group {name!r} cannot be a query in multiple patterns, but it belongs to the branches "
                     f"{branches}, whose names begin alike"

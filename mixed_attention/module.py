@@ -317,7 +317,7 @@ class MixedAttention(DotProductAttention):
         attention_patterns = read_patterns(attention_patterns)
         cached = [spec.name for spec in token_specs if spec.size is None]
         to_record = (
-            [] if cached or not record else [spec.name for spec in token_specs if self._goes_to_cache(spec.name)]
+            set() if cached or not record else {spec.name for spec in token_specs if self._goes_to_cache(spec.name)}
         )
         read = {name for pattern in attention_patterns for name in pattern.key_value_tokens}
         plan = AttentionPlan.compile(

@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import operator
+from bisect import bisect_left
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
-from functools import lru_cache, partial
+from functools import cached_property, lru_cache
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Protocol
 
@@ -128,13 +130,15 @@ class KeySegment:
     query_ranges: tuple[tuple[int, int], ...]  # one per reading segment, repeated if the segment lists the keys twice
 
 
-@dataclass(frozen=True, slots=True)
+@dataclass(frozen=True)
 class AttentionPlan:
-    """Patterns compiled for given group sizes. Make one with :meth:`compile`; immutable and hashable.
+    """Who attends to whom, in rows. Immutable and hashable.
+
+    Make one with :meth:`compile`, of named groups, or with :meth:`from_segments`, of row ranges.
 
     Attributes:
-        groups: The token groups in sequence order.
-        patterns: ``(query names, key names)`` of every pattern, as given.
+        groups: The token groups in sequence order; none in a plan of row ranges.
+        patterns: ``(query names, key names)`` of every pattern, as given; none in a plan of row ranges.
         num_queries: Rows that ``q`` must have.
         num_keys: Rows that ``k`` and ``v`` must have.
         query_segments: What each run of query rows attends to, in row order; they cover all queries exactly once.
@@ -174,37 +178,88 @@ class AttentionPlan:
             ValueError: If a name is not a string or a size not an integer, names are not unique, a pattern is empty or
                 names an unknown group, a group is a query in none or in several patterns, or a cached size is missing.
         """
-        token_specs, cached = read_specs(token_specs), read_specs(cached, "cached")
-        attention_patterns = read_patterns(attention_patterns)
-        cached_sizes = {spec.name: spec.size for spec in cached}
-        names = tuple(spec.name for spec in token_specs)
-        present = tuple(spec.size is not None for spec in token_specs)
-        sizes = tuple(cached_sizes.get(spec.name) if spec.size is None else spec.size for spec in token_specs)
-        patterns = tuple((pattern.query_tokens, pattern.key_value_tokens) for pattern in attention_patterns)
         if torch.compiler.is_compiling():  # sizes may be symbolic: they must not be hashed or compared
-            return _compile(names, present, sizes, patterns, skip_unread_keys)
-        return _compile_cached(names, present, sizes, patterns, skip_unread_keys)
+            return _compile(*_arguments(*_read(token_specs, attention_patterns, cached)), skip_unread_keys)
+        return _RECENT.compile(token_specs, attention_patterns, cached, skip_unread_keys)
+
+    @classmethod
+    def from_segments(
+        cls, segments: Sequence[tuple[int, int, Sequence[tuple[int, int]]]], num_keys: int | None = None
+    ) -> AttentionPlan:
+        """Makes a plan of row ranges, for those who have numbers instead of names.
+
+        The plan has no groups and no patterns: every segment counts as a pattern, and is taken as it is.
+
+        Args:
+            segments: ``(q_start, q_end, [(k_start, k_end), ...])`` each: the queries of these rows attend to the keys
+                of these ranges, under one softmax. All ranges are half open. The segments cover the queries once and
+                in order. Ranges of keys may come in any order; what lies in several counts as often. A segment without
+                ranges attends to nothing: its output is 0.
+            num_keys: Rows that ``k`` and ``v`` have. By default as many as the ranges reach.
+
+        Returns:
+            The plan.
+
+        Raises:
+            TypeError: If the segments are no sequence of such triples.
+            ValueError: If a number is not an integer, the queries are not covered once and in order, or a range ends
+                before it begins or is not within the keys.
+
+        Example:
+            Two documents of 100 and 150 tokens in one sequence, of which the second also sees the first ten of the
+            first:
+
+            >>> plan = AttentionPlan.from_segments([(0, 100, [(0, 100)]), (100, 250, [(100, 250), (0, 10)])])
+            >>> plan.num_queries, plan.num_keys, plan.num_pairs()
+            (250, 250, 34000)
+        """
+        rows = tuple(_read_segments(segments))
+        reach = max([0, *(end for segment in rows for _, end in segment.key_ranges)])
+        num_keys = reach if num_keys is None else _as_row("num_keys", num_keys)
+        if reach > num_keys:
+            index, keys = next((s.pattern, k) for s in rows for k in s.key_ranges if k[1] > num_keys)
+            raise ValueError(f"segments[{index}]: key range [{keys[0]}, {keys[1]}) is not within the {num_keys} keys")
+        return cls((), (), rows[-1].end if rows else 0, num_keys, rows)
 
     @property
     def key_segments(self) -> tuple[KeySegment, ...]:
-        """The inverse of ``query_segments``: who reads which keys, by runs of neighbouring groups read alike."""
-        return tuple(self._key_segments())
+        """The inverse of ``query_segments``: who reads which keys, by runs of neighbouring groups read alike.
+
+        In a plan of row ranges the keys are cut wherever a range begins or ends.
+        """
+        return tuple(self._key_segments() if self.groups else _invert(self.query_segments, self.num_keys))
 
     def _key_segments(self) -> Iterator[KeySegment]:
+        queries: dict[int, list[tuple[int, int]]] = {}
+        for s in self.query_segments:
+            queries.setdefault(s.pattern, []).append((s.start, s.end))
         placed = [group for group in self.groups if group.key_start is not None]
-        for run in _runs(placed, lambda group: sorted(group.readers)):
-            readers = sorted(run[0].readers)
-            queries = tuple((s.start, s.end) for p in readers for s in self.query_segments if s.pattern == p)
-            yield KeySegment(*_key_rows(run), query_ranges=queries)
+        for run in _runs(placed, lambda group: group.readers):
+            reading = tuple(rows for pattern in run[0].readers for rows in queries.get(pattern, ()))
+            yield KeySegment(*_key_rows(run[0], run[-1]), query_ranges=reading)
 
     def flat(self) -> list[int]:
         """The plan as the operator takes it: per segment ``start, end, number of ranges, start, end, start, end…``."""
-        flat: list[int] = []
-        for segment in self.query_segments:
-            flat += [segment.start, segment.end, len(segment.key_ranges)]
-            for key_range in segment.key_ranges:
-                flat += key_range
-        return flat
+        # NOTE: a traced call may have symbolic sizes, which are not to be kept beyond it.
+        return list(_flatten(self.query_segments) if torch.compiler.is_compiling() else self._flat)
+
+    @cached_property
+    def _flat(self) -> tuple[int, ...]:
+        return tuple(_flatten(self.query_segments))
+
+    def __hash__(self) -> int:
+        return self._hash
+
+    @cached_property
+    def _hash(self) -> int:
+        return hash(self._fields)
+
+    @property
+    def _fields(self) -> tuple[Any, ...]:
+        return self.groups, self.patterns, self.num_queries, self.num_keys, self.query_segments
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        return type(self), self._fields  # without the kept hash, as those of strings differ between processes
 
     def num_pairs(self) -> int:
         """The number of (query, key) pairs that are attended, a key listed twice counted twice."""
@@ -250,6 +305,7 @@ class AttentionPlan:
 
         Raises:
             ImportError: If matplotlib is not installed.
+            ValueError: If the plan is one of row ranges, which has no groups.
         """
         from mixed_attention.plot import plot_plan
 
@@ -259,8 +315,10 @@ class AttentionPlan:
 def _runs(groups: Iterable[Group], key: Callable[[Group], object]) -> Iterator[list[Group]]:
     """Splits neighbours into maximal runs of groups with equal keys."""
     run: list[Group] = []
+    value: object = None
     for group in groups:
-        if run and key(run[-1]) != key(group):
+        before, value = value, key(group)
+        if run and value != before:
             yield run
             run = []
         run.append(group)
@@ -268,11 +326,10 @@ def _runs(groups: Iterable[Group], key: Callable[[Group], object]) -> Iterator[l
         yield run
 
 
-def _key_rows(run: list[Group]) -> tuple[int, int]:
+def _key_rows(first: Group, last: Group) -> tuple[int, int]:
     """The rows of k and v that neighbouring groups take."""
-    start, last_start = run[0].key_start, run[-1].key_start
-    assert start is not None and last_start is not None, "only groups with a place among the keys make runs"
-    return start, last_start + run[-1].size
+    assert first.key_start is not None and last.key_start is not None, "only groups with a place among the keys"
+    return first.key_start, last.key_start + last.size
 
 
 def _query_segment(run: list[Group], key_ranges: list[tuple[tuple[int, int], ...]]) -> QuerySegment:
@@ -282,29 +339,124 @@ def _query_segment(run: list[Group], key_ranges: list[tuple[tuple[int, int], ...
     return QuerySegment(start, last_start + run[-1].size, key_ranges[pattern], pattern)
 
 
+def _flatten(segments: Iterable[QuerySegment]) -> list[int]:
+    flat: list[int] = []
+    for segment in segments:
+        flat += [segment.start, segment.end, len(segment.key_ranges)]
+        for key_range in segment.key_ranges:
+            flat += key_range
+    return flat
+
+
+def _read_segments(segments: Any) -> Iterator[QuerySegment]:
+    """Row ranges of queries and keys, checked but for the number of keys."""
+    covered = 0
+    for index, entry in enumerate(_entries(segments, "segments")):
+        where = f"segments[{index}]"
+        pairs = [(_as_row(where, begin), _as_row(where, stop)) for begin, stop in _ranges_of(where, entry)]
+        (start, end), *keys = pairs
+        for begin, stop in pairs:
+            if stop < begin:
+                raise ValueError(f"{where}: the range [{begin}, {stop}) ends before it begins")
+        if start != covered:
+            raise ValueError(
+                f"{where}: queries [{start}, {end}) do not begin at row {covered}; segments must cover the queries "
+                "once and in order"
+            )
+        covered = end
+        # NOTE: an empty range is what an empty group makes, too, so that kernels see nothing new.
+        yield QuerySegment(start, end, tuple(keys) or ((0, 0),), index)
+
+
+def _ranges_of(where: str, entry: Any) -> list[tuple[Any, Any]]:
+    """The range of the queries, then those of the keys."""
+    try:
+        start, end, key_ranges = entry
+        return [(start, end), *((begin, stop) for begin, stop in key_ranges)]
+    except (TypeError, ValueError):
+        raise TypeError(f"{where}: expected (q_start, q_end, [(k_start, k_end), ...]), got {entry!r}") from None
+
+
+def _as_row(where: str, number: Any) -> int:
+    """An integer of any class, at least 0."""
+    if type(number) is not int and (isinstance(number, bool) or not hasattr(number, "__index__")):
+        raise ValueError(f"{where}: expected integers, got {number!r}")
+    if number < 0:
+        raise ValueError(f"{where}: expected row numbers of at least 0, got {number}")
+    row: Any = number  # symbolic ones stay what they are
+    return row if type(number) is int or isinstance(number, torch.SymInt) else operator.index(number)
+
+
+def _invert(segments: Sequence[QuerySegment], num_keys: int) -> Iterator[KeySegment]:
+    """Who reads which keys; between two cuts everybody reads all keys or none."""
+    ranges = [(s, start, end) for s in segments for start, end in s.key_ranges if start < end]
+    cuts = sorted({0, num_keys, *(start for _, start, _ in ranges), *(end for _, _, end in ranges)})
+    readers: list[list[tuple[int, int]]] = [[] for _ in cuts[1:]]
+    for segment, start, end in ranges:
+        for reading in readers[bisect_left(cuts, start) : bisect_left(cuts, end)]:
+            reading.append((segment.start, segment.end))
+    for start, end, reading in zip(cuts, cuts[1:], readers):
+        yield KeySegment(start, end, tuple(reading))
+
+
 def _check(names: tuple[str, ...], patterns: tuple[tuple[tuple[str, ...], tuple[str, ...]], ...]) -> None:
     """Checks what upstream checks, in its order and with its words; then what it forgets."""
     queries = [name for query_names, _ in patterns for name in query_names]
-    for name in queries:
-        if queries.count(name) > 1:
-            raise ValueError(f"token group {name!r} cannot be a query in multiple patterns, or twice in one")
-    if set(queries) != set(names):
-        missing, unknown = sorted(set(names) - set(queries)), sorted(set(queries) - set(names))
+    twice = _first_repeated(queries)
+    if twice is not None:
+        raise ValueError(f"token group {twice!r} cannot be a query in multiple patterns, or twice in one")
+    known, asking = set(names), set(queries)
+    if asking != known:
+        missing, unknown = sorted(known - asking), sorted(asking - known)
         raise ValueError(
             "the set of query tokens must exactly match the set of names in token_specs; "
             f"in no pattern: {missing}, not in token_specs: {unknown}"
         )
     for _, key_names in patterns:
         for name in key_names:
-            if name not in names:
+            if name not in known:
                 raise ValueError(f"key/value token group {name!r} is not defined in `token_specs` {list(names)}")
     for index, (query_names, key_names) in enumerate(patterns):
         if not query_names or not key_names:
             side = "query_tokens" if not query_names else "key_value_tokens"
             raise ValueError(f"attention pattern {index} has no {side}; name at least one token group")
+    twice = _first_repeated(names)
+    if twice is not None:
+        raise ValueError(f"token_specs: the name {twice!r} stands more than once; group names must be unique")
+
+
+def _first_repeated(names: Sequence[str]) -> str | None:
+    """The first name that comes again later, if there is one."""
+    if len(set(names)) == len(names):
+        return None
+    counts: dict[str, int] = {}
     for name in names:
-        if names.count(name) > 1:
-            raise ValueError(f"token_specs: the name {name!r} stands more than once; group names must be unique")
+        counts[name] = counts.get(name, 0) + 1
+    return next(name for name, count in counts.items() if count > 1)
+
+
+Given = tuple[Sequence[TokenSpec], Sequence[AttentionPattern], Sequence[TokenSpec]]
+"""Groups, patterns, and the sizes of cached groups."""
+
+
+def _read(specs: Any, patterns: Any, cached: Any) -> Given:
+    specs, cached = read_specs(specs), read_specs(cached, "cached")
+    return specs, read_patterns(patterns), cached
+
+
+def _arguments(
+    specs: Sequence[TokenSpec], patterns: Sequence[AttentionPattern], cached: Sequence[TokenSpec]
+) -> tuple[
+    tuple[str, ...], tuple[bool, ...], tuple[int | None, ...], tuple[tuple[tuple[str, ...], tuple[str, ...]], ...]
+]:
+    """What :func:`_compile` takes, but for the flag."""
+    cached_sizes = {spec.name: spec.size for spec in cached}
+    return (
+        tuple([spec.name for spec in specs]),
+        tuple([spec.size is not None for spec in specs]),
+        tuple([cached_sizes.get(spec.name) if spec.size is None else spec.size for spec in specs]),
+        tuple([(pattern.query_tokens, pattern.key_value_tokens) for pattern in patterns]),
+    )
 
 
 def _compile(
@@ -318,12 +470,16 @@ def _compile(
     # of sizes needs no new compilation. An empty group is a range of length zero.
     _check(names, patterns)
     pattern_of = {name: index for index, (query_names, _) in enumerate(patterns) for name in query_names}
+    readers_of: dict[str, list[int]] = {name: [] for name in names}
+    for index, (_, key_names) in enumerate(patterns):
+        for name in key_names:
+            readers_of[name].append(index)
     groups = []
     num_queries, num_keys = 0, 0
     for name, size, is_present in zip(names, sizes, present):
         if size is None:
             raise ValueError(f"token group {name!r} has size None and no entry in `cached` gives its number of keys")
-        readers = tuple(i for i, (_, key_names) in enumerate(patterns) for key in key_names if key == name)
+        readers = tuple(readers_of[name])
         has_keys = bool(readers) or not skip_unread_keys
         groups.append(
             Group(
@@ -337,7 +493,9 @@ def _compile(
         )
         num_queries = num_queries + size if is_present else num_queries
         num_keys = num_keys + size if has_keys else num_keys
-    key_ranges = [_key_ranges(groups, index) for index in range(len(patterns))]
+    placed = [group for group in groups if group.key_start is not None]
+    place_of = {group.name: place for place, group in enumerate(placed)}
+    key_ranges = [_key_ranges(placed, [place_of[name] for name in key_names]) for _, key_names in patterns]
     asking = [group for group in groups if group.query_start is not None]
     segments = tuple(_query_segment(run, key_ranges) for run in _runs(asking, lambda group: group.pattern))
     return AttentionPlan(tuple(groups), patterns, num_queries, num_keys, segments)
@@ -347,31 +505,88 @@ def _compile(
 _compile_cached = lru_cache(maxsize=4096)(_compile)
 
 
-def _key_ranges(groups: list[Group], pattern: int) -> tuple[tuple[int, int], ...]:
-    """The ranges that a pattern reads, neighbouring groups merged. A k-th listing of a group goes to a k-th layer
-    of ranges, so that keys listed twice are visited twice."""
-    ranges: list[tuple[int, int]] = []
-    placed = [group for group in groups if group.key_start is not None]
-    for layer in range(max(group.readers.count(pattern) for group in placed)):
-        is_listed = partial(_is_listed, pattern, layer)
-        ranges += [_key_rows(run) for run in _runs(placed, is_listed) if is_listed(run[0])]
-    return tuple(ranges)
+class _Recent:
+    """Plans by the very objects that they were compiled from.
+
+    To look up a plan by value takes time for every name and size. Whoever keeps the groups and patterns of thousands
+    of groups, and hands in the same ones again, gets the plan by a comparison that is over in microseconds.
+    """
+
+    def __init__(self, num_kept: int) -> None:
+        self._num_kept = num_kept
+        self._kept: dict[tuple[int, ...], tuple[tuple[Any, ...], AttentionPlan]] = {}
+
+    def compile(self, specs: Any, patterns: Any, cached: Any, skip_unread_keys: bool) -> AttentionPlan:
+        if type(specs) in _SEQUENCES and type(patterns) in _SEQUENCES and type(cached) in _SEQUENCES:
+            found = self._kept.get(_ends(specs, patterns))
+            # NOTE: the same objects are equal without a look at them. Others are compared by value, and those kept are
+            # of our own classes, whose equal values are the same.
+            if found is not None and found[0] == (tuple(specs), tuple(patterns), tuple(cached), skip_unread_keys):
+                return found[1]
+        given = _read(specs, patterns, cached)
+        plan = _compile_cached(*_arguments(*given), skip_unread_keys)
+        if len(self._kept) >= self._num_kept:
+            self._kept.clear()
+        self._kept[_ends(*given[:2])] = (*map(tuple, given), skip_unread_keys), plan
+        return plan
 
 
-def _is_listed(pattern: int, layer: int, group: Group) -> bool:
-    return group.readers.count(pattern) > layer
+_SEQUENCES = (list, tuple)
+
+
+def _ends(specs: Any, patterns: Any) -> tuple[int, ...]:
+    """Enough to tell most calls apart. What is kept stays alive, so that nothing else has its id."""
+    return len(specs), len(patterns), *(id(each[at]) for each in (specs, patterns) if each for at in (0, -1))
+
+
+_RECENT = _Recent(num_kept=256)
+
+
+def _key_ranges(placed: list[Group], places: list[int]) -> tuple[tuple[int, int], ...]:
+    """The ranges of groups at some places among the keys, neighbouring ones merged. A k-th listing of a group goes to
+    a k-th layer of ranges, so that keys listed twice are visited twice."""
+    layers: list[list[list[int]]] = []  # of each its runs, first and last place
+    previous, times = -1, 0
+    for place in sorted(places):
+        times = times + 1 if place == previous else 0
+        previous = place
+        if times == len(layers):
+            layers.append([])
+        runs = layers[times]
+        if runs and runs[-1][1] == place - 1:
+            runs[-1][1] = place
+        else:
+            runs.append([place, place])
+    return tuple([_key_rows(placed[first], placed[last]) for runs in layers for first, last in runs])
 
 
 def _explain(plan: AttentionPlan) -> Iterator[str]:
-    unread = [group.name for group in plan.groups if not group.readers]
-    yield (
-        f"{len(plan.groups)} token groups, {len(plan.patterns)} patterns: {plan.num_queries} queries, "
-        f"{plan.num_keys} keys, {plan.num_pairs()} attended pairs"
-    )
+    made_of = f"{len(plan.groups)} token groups, {len(plan.patterns)} patterns"
+    if not plan.groups and plan.query_segments:
+        made_of = f"{len(plan.query_segments)} segments"
+    yield f"{made_of}: {plan.num_queries} queries, {plan.num_keys} keys, {plan.num_pairs()} attended pairs"
+    names: dict[int | None, list[str]] = {}
+    for group in plan.groups:
+        if group.query_start is not None:
+            names.setdefault(group.pattern, []).append(group.name)
     for segment in plan.query_segments:
-        names = [g.name for g in plan.groups if g.query_start is not None and g.pattern == segment.pattern]
         keys = " + ".join(f"[{start}, {end})" for start, end in segment.key_ranges)
         rows = f"queries [{segment.start}, {segment.end}) -> keys {keys}"
-        yield f"  {rows}   pattern {segment.pattern}: {', '.join(names)}"
+        who = f"   pattern {segment.pattern}: {', '.join(names[segment.pattern])}" if plan.groups else ""
+        yield f"  {rows}{who}"
+    unread = [group.name for group in plan.groups if not group.readers]
+    if not plan.groups:
+        unread = [f"[{start}, {end})" for start, end in _unread_rows(plan)]
     if unread:
         yield f"  keys that nobody attends to: {', '.join(unread)}"
+
+
+def _unread_rows(plan: AttentionPlan) -> Iterator[tuple[int, int]]:
+    """Maximal ranges of keys that lie in no segment's ranges."""
+    reached = 0
+    for start, end in sorted(keys for s in plan.query_segments for keys in s.key_ranges if keys[0] < keys[1]):
+        if start > reached:
+            yield reached, start
+        reached = max(reached, end)
+    if reached < plan.num_keys:
+        yield reached, plan.num_keys

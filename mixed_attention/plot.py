@@ -26,7 +26,10 @@ def plot_plan(plan: AttentionPlan, path: Path) -> None:
 
     Raises:
         ImportError: If matplotlib is not installed.
+        ValueError: If the plan is one of row ranges, which has no groups.
     """
+    if plan.query_segments and not plan.groups:
+        raise ValueError("plot: a plan made by from_segments has no token groups to draw; plan.mask() shows its rows")
     try:
         from matplotlib.backends.backend_agg import FigureCanvasAgg
         from matplotlib.figure import Figure

@@ -43,6 +43,19 @@ def test_new_sizes_compile_once_more_and_never_again(grad):
     assert counter.frame_count == 2
 
 
+def test_row_ranges_compile_once_for_all_sizes():
+    def attend_rows(x, first):
+        rows = [(0, first, [(0, first)]), (first, x.shape[1], [(first, x.shape[1]), (0, 2)])]
+        return ma.attention(x.sin(), x.cos(), x, ma.AttentionPlan.from_segments(rows, x.shape[1]))
+
+    counter = CompileCounterWithBackend("aot_eager")
+    compiled = torch.compile(attend_rows, backend=counter, fullgraph=True, dynamic=True)
+    for first, second in [(5, 7), (6, 9), (13, 4), (40, 31)]:
+        x = torch.randn(2, first + second, 2, 8)
+        assert torch.equal(compiled(x, first), attend_rows(x, first))
+    assert counter.frame_count == 1
+
+
 def test_inductor():
     compiled = torch.compile(attend, fullgraph=True)
     x = torch.randn(2, 19, 2, 8, requires_grad=True)

@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+import copy
 import os
 import pickle
 import subprocess
 import sys
-from dataclasses import FrozenInstanceError
+from collections.abc import Callable
+from dataclasses import FrozenInstanceError, replace
 from types import SimpleNamespace
 
 import pytest
@@ -19,6 +21,7 @@ from test_random import cases
 
 import mixed_attention as ma
 from mixed_attention import ops
+from mixed_attention import plan as plan_module
 
 A, B, C = ma.TokenSpec("a", 3), ma.TokenSpec("b", 4), ma.TokenSpec("c", 2)
 
@@ -200,6 +203,183 @@ def test_no_tokens_at_all():
     assert plan.mask().shape == (0, 0)
     q = torch.empty(2, 0, 3, 8)
     assert ma.attention(q, q, q, plan).shape == (2, 0, 3, 8)
+
+
+def test_kept_arguments_are_known_by_what_they_are():
+    """Arguments whose ends are the same objects differ in the middle, in what is cached, in the flag."""
+    middles = [ma.TokenSpec("m", size) for size in (1, 2)]
+    patterns = [pattern("abm", "am")]
+    for _ in range(2):
+        for middle in middles:
+            assert ma.AttentionPlan.compile([A, middle, B], patterns).num_keys == 7 + middle.size
+    unread = [A, C, B], [pattern("acb", "a")]
+    for _ in range(2):
+        sizes = [ma.AttentionPlan.compile(*unread, skip_unread_keys=flag).num_keys for flag in (False, True)]
+        assert sizes == [9, 3]
+    specs, patterns = [A, ma.TokenSpec("b", None), C], [pattern("abc", "b")]
+    for size in (4, 5, 4, 5):
+        assert ma.AttentionPlan.compile(specs, patterns, cached=[ma.TokenSpec("b", size)]).num_keys == 5 + size
+
+
+def test_kept_arguments_may_be_changed_afterwards():
+    specs, patterns = [A, B], [pattern("a", "a"), pattern("b", "b")]
+    before = ma.AttentionPlan.compile(specs, patterns)
+    specs.insert(1, C)
+    patterns.insert(1, pattern("c", "c"))
+    assert ma.AttentionPlan.compile(specs, patterns).num_queries == 9
+    assert before.num_queries == 7
+    flat = before.flat()
+    flat[0] = 99
+    assert before.flat() == [0, 3, 1, 0, 3, 3, 7, 1, 3, 7]
+
+
+def test_plans_can_be_replaced_and_copied_without_what_they_keep():
+    plan = ma.AttentionPlan.compile([A, B], [pattern("ab", "a")])
+    hash(plan), plan.flat()
+    for other in (copy.copy(plan), copy.deepcopy(plan), pickle.loads(pickle.dumps(plan))):
+        assert other == plan and hash(other) == hash(plan) and other.flat() == plan.flat()
+    shorter = replace(plan, query_segments=plan.query_segments[:0])
+    assert shorter != plan and shorter.flat() == []
+    assert b"_hash" not in pickle.dumps(plan)  # hashes of strings differ between processes
+
+
+def steps(work: Callable[[], object]) -> int:
+    """How many instructions of the plan's own code a piece of work takes."""
+    count = 0
+
+    def trace(frame, event, _):
+        nonlocal count
+        if frame.f_code.co_filename != plan_module.__file__:
+            return None
+        frame.f_trace_opcodes = True
+        count += event == "opcode"
+        return trace
+
+    before = sys.gettrace()
+    sys.settrace(trace)
+    try:
+        work()
+    finally:
+        sys.settrace(before)
+    return count
+
+
+def many_groups(kind: str, num_groups: int) -> tuple[list[ma.TokenSpec], list[ma.AttentionPattern]]:
+    """Patterns that name few groups each, but for one, or one group very often."""
+    names = [f"{kind}{i}" for i in range(num_groups)]
+    patterns = {
+        "self": [([name], [name]) for name in names],
+        "pooled": [([name], [name, names[0]]) for name in names[1:]] + [(names[:1], names)],
+        "window": [([name], names[max(i - 2, 0) : i + 3]) for i, name in enumerate(names)],
+        "repeats": [(names, [names[0]] * num_groups)],
+        "alternate": [(names[::2], names[1:3]), (names[1::2], names[:2])],
+    }[kind]
+    return [ma.TokenSpec(name, 3) for name in names], [ma.AttentionPattern(*each) for each in patterns]
+
+
+@pytest.mark.parametrize("kind", ["self", "pooled", "window", "repeats", "alternate"])
+def test_work_is_linear_in_the_groups(kind):
+    def work(arguments):
+        plan = ma.AttentionPlan.compile(*arguments)
+        return plan.flat(), plan.num_pairs(), plan.key_segments, hash(plan)
+
+    few, many = (steps(lambda n=n: work(many_groups(kind, n))) for n in (50, 200))
+    assert many < 4.5 * few
+    few, many = (steps(ma.AttentionPlan.compile(*many_groups(kind, n)).explain) for n in (50, 200))
+    assert many < 4.5 * few
+
+
+def rows_of(plan: ma.AttentionPlan) -> list[tuple[int, int, list[tuple[int, int]]]]:
+    return [(s.start, s.end, list(s.key_ranges)) for s in plan.query_segments]
+
+
+@given(case=cases())
+def test_row_ranges_say_the_same_as_the_names_they_came_from(case: Case):
+    named = case.plan
+    plan = ma.AttentionPlan.from_segments(rows_of(named), named.num_keys)
+    assert plan.flat() == named.flat()
+    assert (plan.num_queries, plan.num_keys, plan.num_pairs()) == (named.num_queries, named.num_keys, named.num_pairs())
+    assert torch.equal(plan.mask(), named.mask())
+    total = torch.zeros(plan.num_queries, plan.num_keys, dtype=torch.float64)
+    ends = [0]
+    for segment in plan.key_segments:
+        assert segment.start == ends[-1]
+        ends.append(segment.end)
+        for start, end in segment.query_ranges:
+            total[start:end, segment.start : segment.end] += 1
+    assert ends[-1] == plan.num_keys
+    assert torch.equal(total, counts(case))
+
+
+def test_attention_by_row_ranges_is_that_by_names():
+    case = Case((33, 17, 20, 9), "ab>acc cd>ca", batch_size=2, num_heads=2, head_dim=20)
+    inputs = make_inputs(case)
+    rows = ma.AttentionPlan.from_segments(rows_of(case.plan), case.plan.num_keys)
+    arguments = inputs.q, inputs.k, inputs.v
+    assert torch.equal(ma.attention(*arguments, rows), ma.attention(*arguments, case.plan))
+
+
+def test_row_ranges_in_any_order_overlapping_and_without_keys():
+    plan = ma.AttentionPlan.from_segments([(0, 3, [(4, 7), (0, 5)]), (3, 5, []), (5, 5, [(1, 2)]), (5, 9, [(7, 7)])])
+    assert (plan.num_queries, plan.num_keys, plan.num_pairs()) == (9, 7, 24)
+    generator = torch.Generator().manual_seed(0)
+    q, k, v = (torch.randn(2, n, 2, 8, generator=generator, dtype=torch.float64) for n in (9, 7, 7))
+    out, lse = ma.attention(q, k, v, plan, return_lse=True)
+    expected, expected_lse = ma.reference.attention(q, k, v, plan, return_lse=True)
+    torch.testing.assert_close((out, lse), (expected, expected_lse), rtol=1e-12, atol=1e-13)
+    assert not out[:, 3:].any() and lse[:, :, 3:].isneginf().all()
+    assert out[:, :3].ne(0).all()
+
+
+def test_plans_of_row_ranges_are_values_and_explain_themselves():
+    segments = [(0, 3, [(0, 2)]), (3, 5, [(0, 2), (4, 6)])]
+    plan = ma.AttentionPlan.from_segments(segments, num_keys=8)
+    again = ma.AttentionPlan.from_segments([(s, e, tuple(keys)) for s, e, keys in segments], 8)
+    assert plan == again and hash(plan) == hash(again) == hash(pickle.loads(pickle.dumps(plan)))
+    assert plan != ma.AttentionPlan.from_segments(segments)
+    assert plan.explain().splitlines() == [
+        "2 segments: 5 queries, 8 keys, 14 attended pairs",
+        "  queries [0, 3) -> keys [0, 2)",
+        "  queries [3, 5) -> keys [0, 2) + [4, 6)",
+        "  keys that nobody attends to: [2, 4), [6, 8)",
+    ]
+    with pytest.raises(ValueError, match=r"no token groups to draw; plan.mask\(\)"):
+        plan.plot("never.png")
+    assert ma.AttentionPlan.from_segments([]) == ma.AttentionPlan.compile([], [])
+
+
+SEGMENT_ERRORS = {
+    "gap": ([(0, 3, [(0, 3)]), (4, 6, [])], None, ValueError, r"segments\[1\]: queries \[4, 6\) do not begin at row 3"),
+    "overlap": ([(0, 3, []), (2, 6, [])], None, ValueError, "do not begin at row 3; segments must cover the queries"),
+    "late": ([(1, 3, [])], None, ValueError, "do not begin at row 0"),
+    "backwards": ([(0, 3, [(2, 1)])], None, ValueError, r"segments\[0\]: the range \[2, 1\) ends before it begins"),
+    "queries backwards": ([(0, -1, [])], None, ValueError, "row numbers of at least 0, got -1"),
+    "outside": ([(0, 3, [(0, 9)])], 8, ValueError, r"key range \[0, 9\) is not within the 8 keys"),
+    "negative": ([(0, 3, [(-1, 2)])], None, ValueError, "row numbers of at least 0, got -1"),
+    "float": ([(0, 3.0, [])], None, ValueError, "expected integers, got 3.0"),
+    "bool": ([(0, True, [])], None, ValueError, "expected integers, got True"),
+    "num_keys": ([(0, 3, [])], 3.0, ValueError, "num_keys: expected integers, got 3.0"),
+    "one range for a list": ([(0, 3, (0, 3))], None, TypeError, r"expected \(q_start, q_end, \[\(k_start"),
+    "pair": ([(0, 3)], None, TypeError, r"segments\[0\]: expected \(q_start"),
+    "triple of keys": ([(0, 3, [(0, 1, 2)])], None, TypeError, r"segments\[0\]: expected \(q_start"),
+    "number": ([7], None, TypeError, r"segments\[0\]: expected \(q_start"),
+    "no list": (7, None, TypeError, "segments: expected a list or a tuple, got int"),
+}
+
+
+@pytest.mark.parametrize("name", SEGMENT_ERRORS)
+def test_errors_of_row_ranges(name):
+    segments, num_keys, kind, message = SEGMENT_ERRORS[name]
+    with pytest.raises(kind, match=message):
+        ma.AttentionPlan.from_segments(segments, num_keys)
+
+
+def test_row_numbers_of_any_integer_class():
+    numpy = pytest.importorskip("numpy")
+    ends = numpy.array([0, 3, 7])
+    plan = ma.AttentionPlan.from_segments([(a, b, [(a, b)]) for a, b in zip(ends, ends[1:])], torch.tensor(9))
+    assert plan == ma.AttentionPlan.from_segments([(0, 3, [(0, 3)]), (3, 7, [(3, 7)])], 9)
+    assert {type(number) for number in plan.flat()} == {int}
 
 
 ERRORS = {
