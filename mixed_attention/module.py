@@ -12,6 +12,7 @@ from torch import Tensor, nn
 from mixed_attention import cache, checkpoint, packed
 from mixed_attention.cache import KVCache, KVEntry
 from mixed_attention.init import init_weights
+from mixed_attention.norm import RMSNorm
 from mixed_attention.packed import Freqs, Packed, Rotated
 from mixed_attention.plan import AttentionPatternLike, AttentionPlan, Group, TokenSpecLike, read_patterns, read_specs
 from mixed_attention.projection import Part, Runs, is_plain, linear, project, take
@@ -52,11 +53,15 @@ class ProjectedAttention(nn.Module):
         self.proj = self._linear(settings.dim, settings.dim, settings)
         self.proj_dropout = nn.Dropout(settings.dropout)
         init_weights(self, settings.init_weights)
+        self.qk_norm = settings.qk_norm
+        if settings.qk_norm:
+            self.q_norm = RMSNorm(settings.head_dim, affine=settings.qk_norm == "affine")
+            self.k_norm = RMSNorm(settings.head_dim, affine=settings.qk_norm == "affine")
         self.register_load_state_dict_pre_hook(checkpoint.adapt_layout)
 
     def reset_parameters(self) -> None:
         """Draws new weights by ``init_weights``, one projection after the other, as calling theirs does."""
-        for name in (*self.projections, "proj"):
+        for name in (*self.projections, "proj", *(("q_norm", "k_norm") if self.qk_norm else ())):
             getattr(self, name).reset_parameters()
 
     def _linear(self, in_features: int, out_features: int, settings: DotProductAttentionConfig) -> nn.Module:
@@ -121,13 +126,15 @@ class ProjectedAttention(nn.Module):
             )
 
     def _pack(self, buffer: Tensor, x: Tensor, slots: str, runs: Runs | None, freqs: Freqs | None) -> Packed:
-        """What was projected from tokens ``x``, and how it is to be rotated."""
+        """What was projected from tokens ``x``, and how it is to be normalised and rotated."""
         num_tokens = x.shape[1] if runs is None else sum(size for size, is_taken in runs if is_taken)
         shape = (x.shape[0], num_tokens, len(slots), self.num_heads, self.head_dim)
+        heads = slots.replace("v", "")
+        norms = tuple([getattr(self, f"{slot}_norm") for slot in heads]) if self.qk_norm else ()
         if freqs is None:
-            return Packed(buffer, shape)
+            return Packed(buffer, shape, norms=norms)
         self._check_freqs(freqs, (x.shape[0], x.shape[1]))
-        return Packed(buffer, shape, len(slots.replace("v", "")), freqs, runs)
+        return Packed(buffer, shape, len(heads), freqs, runs, norms)
 
     def _check_freqs(self, freqs: Freqs | None, tokens: tuple[int, int]) -> None:
         if freqs is not None and not isinstance(freqs, tuple):
@@ -153,7 +160,8 @@ class ProjectedAttention(nn.Module):
         return out.transpose(1, 2).flatten(2), lambda: slots
 
     def extra_repr(self) -> str:
-        return f"num_heads={self.num_heads}, head_dim={self.head_dim}, use_rope={self.use_rope}, dropout={self.dropout}"
+        names = ("num_heads", "head_dim", "use_rope", "dropout", "qk_norm")
+        return ", ".join(f"{name}={getattr(self, name)!r}" for name in names)
 
 
 def _joined(layers: Sequence[Any]) -> tuple[Tensor, Tensor | None]:

@@ -14,7 +14,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from mixed_attention import anchor, cache, checkpoint, module, packed, rope, spec
+from mixed_attention import anchor, cache, checkpoint, foreign, module, packed, rope, spec
 from mixed_attention.anchor import MissingAnchorTokenError, MissingBranchTokensError, UnexpectedTokenError
 from mixed_attention.cache import KVCache, KVEntry
 from mixed_attention.packed import Freqs
@@ -390,6 +390,9 @@ def _template_of(path: str, old: nn.Module) -> nn.Module:
         config = {name: getattr(core, name) for name in ("num_heads", "use_rope", "dropout")}
         config |= {name: getattr(old, name) for name in ("branches", "anchor_suffix") if hasattr(old, name)}
         config["dim"] = core.num_heads * core.head_dim
+        said = _settings(old) | _settings(core)
+        config |= {name: value for name, value in said.items() if name == "bias" or foreign.may_matter(name)}
+        config["qk_norm"] = _qk_norm(core, said)
         with torch.device("meta"):  # neither memory nor random numbers
             template = _replacement(old)(config | {"init_weights": "torch"})
     except (AttributeError, TypeError, ValueError) as error:
@@ -398,6 +401,31 @@ def _template_of(path: str, old: nn.Module) -> nn.Module:
     if core is not old:
         _check_parameters(f"{path}.mixed_attention", core, _core(template))
     return template
+
+
+def _settings(core: nn.Module) -> dict[str, Any]:
+    """What a module says of itself, by the configuration that it may keep and by its attributes."""
+    kept = getattr(core, "config", None)
+    fields = kept if isinstance(kept, Mapping) else getattr(kept, "__dict__", {})
+    return {**fields, **{name: value for name, value in vars(core).items() if not name.startswith("_")}}
+
+
+def _qk_norm(core: Any, said: Mapping[str, Any]) -> Any:
+    """Which norm of queries and keys a module has. Those that are modules stay, and are called as they are."""
+    norms = [name for name in ("q_norm", "k_norm") if core._modules.get(name) is not None]
+    wanted = said.get("qk_norm", bool(norms))
+    if wanted is not True or not norms:
+        return wanted
+    parameters = {f"{name}.{each}": p for name in norms for each, p in core._modules[name].named_parameters()}
+    if len(norms) == 1 and parameters:
+        return False  # then the check of parameters names them as unknown
+    if len(norms) == 1:
+        raise ValueError(f"qk_norm: expected both q_norm and k_norm, got {norms[0]} alone")
+    for name, parameter in parameters.items():
+        if tuple(parameter.shape) != (core.head_dim,):
+            expected = f"({core.head_dim},), one number per channel of a head"
+            raise ValueError(f"{name}: expected shape {expected}, got {tuple(parameter.shape)}")
+    return "affine" if parameters else True
 
 
 def _check_parameters(path: str, old: nn.Module, template: nn.Module) -> None:

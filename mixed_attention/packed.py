@@ -1,15 +1,15 @@
 """Attention on packed projections: rotated in place, read through strides, gradients into buffers of the same form.
 
-Private to the layers. A projection writes q, k and v, or some of them, as the slots of one buffer. In plain eager mode
-the buffer is rotated where it lies and the kernels read it there; the backward fills one gradient per buffer and
-rotates that back in place. Everywhere else the same is composed of :func:`mixed_attention.ops.rotate` and
-:func:`mixed_attention.ops.attention`.
+Private to the layers. A projection writes q, k and v, or some of them, as the slots of one buffer. Norms of q and k
+make a buffer of their own. In plain eager mode the buffer is rotated where it lies and the kernels read it there; the
+backward fills one gradient per buffer and rotates that back in place. Everywhere else the same is composed of
+:func:`mixed_attention.ops.rotate` and :func:`mixed_attention.ops.attention`.
 """
 
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 from torch import Tensor
@@ -35,6 +35,7 @@ class Packed:
         rotated: How many of the first slots ``freqs`` rotates; 0 without ``freqs``.
         freqs: Frequencies of tokens, as :func:`mixed_attention.apply_rope` takes them.
         runs: Which of these tokens are the N, None if all.
+        norms: What the first slots ``(B, N, H, D)`` go through before they are rotated, one each; none if empty.
     """
 
     buffer: Tensor
@@ -42,6 +43,7 @@ class Packed:
     rotated: int = 0
     freqs: Freqs | None = None
     runs: Runs | None = None
+    norms: tuple[Callable[[Tensor], Tensor], ...] = ()
 
     @classmethod
     def of(cls, slot: Tensor) -> Packed:
@@ -58,7 +60,7 @@ def attend(
     dropout_p: float = 0.0,
     parallel: bool = True,
 ) -> tuple[Tensor, Rotated]:
-    """Rotates and attends.
+    """Normalises, rotates and attends.
 
     Args:
         parts: Their slots, one part after the other, are q, k and v. Consumed.
@@ -70,6 +72,7 @@ def attend(
     Returns:
         The output ``(B, Nq, H * D)``, and what makes the rotated q, k and v.
     """
+    parts = [_normalised(part) for part in parts]
     if parallel and _may_run_in_place(parts):
         return _attend_in_place(parts, plan, key_padding_mask, dropout_p)
     q, k, v = slots = [slot for part in parts for slot in rotated_slots(part, parallel=parallel)]
@@ -81,8 +84,20 @@ def attend(
     return out.flatten(2), lambda: slots
 
 
+def _normalised(part: Packed) -> Packed:
+    """A part whose norms were applied, out of place."""
+    if not part.norms:
+        return part
+    slots = list(part.buffer.view(part.shape).unbind(2))
+    for index, norm in enumerate(part.norms):
+        slots[index] = norm(slots[index]).to(part.buffer.dtype)
+    # NOTE: a copy even of a single slot, because it may be rotated in place, and hooks may hold what norms have made.
+    return replace(part, buffer=torch.stack(slots, 2), norms=())
+
+
 def rotated_slots(part: Packed, *, parallel: bool = True) -> list[Tensor]:
-    """The slots of a part, ``(B, N, H, D)`` each, rotated out of place."""
+    """The slots of a part, ``(B, N, H, D)`` each, normalised and rotated out of place."""
+    part = _normalised(part)
     packed = part.buffer.view(part.shape)
     if part.freqs is None:
         return list(packed.unbind(2))

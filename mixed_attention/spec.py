@@ -6,9 +6,11 @@ import operator
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from inspect import Parameter, signature
-from typing import Any, TypeVar
+from typing import Any, Literal, TypeVar
 
 from torch import SymInt
+
+from mixed_attention import foreign
 
 
 def _as_size(name: str, size: Any) -> int | SymInt | None:
@@ -158,7 +160,14 @@ class Config:
             return cls(**config.model_dump())
         if isinstance(config, Config):
             return cls(**config.to_dict())
-        return cls(**{name: getattr(config, name) for name in cls._field_names() if hasattr(config, name)})
+        known = cls._field_names()
+        made = cls(**{name: getattr(config, name) for name in known if hasattr(config, name)})
+        others = [name for name in dir(config) if name not in known and foreign.may_matter(name)]
+        made._refuse({name: getattr(config, name) for name in others})
+        return made
+
+    def _refuse(self, fields: Mapping[str, Any]) -> None:
+        """Refuses unknown fields that would change what is computed."""
 
     @classmethod
     def _field_names(cls) -> set[str]:
@@ -201,10 +210,17 @@ class DotProductAttentionConfig(Config):
             output projection. (``"zeros"`` and ``"torchs"`` are known names that no module implements.)
         dropout: Probability with which an attention weight is dropped in training mode.
         hidden_dim: Another name for ``dim``.
-        **extra: Kept, not interpreted. ``head_dim`` is accepted and ignored: it is the width over the heads.
+        qk_norm: Whether the queries and fresh keys of every head are divided by their root mean square over its
+            channels before they are rotated, see :func:`mixed_attention.norm.rms_norm`. ``"affine"``: and multiplied
+            by learnable weights, ``q_norm.weight`` and ``k_norm.weight``, one per channel. Keys from a cache are taken
+            as they are: they went through this when it was recorded.
+        **extra: Kept, not interpreted, like ``attn_impl``, which says how and not what to compute. ``head_dim`` is
+            accepted and ignored: it is the width over the heads.
 
     Raises:
-        ValueError: If a value is missing or not allowed, or ``dim`` and ``hidden_dim`` differ.
+        ValueError: If a value is missing or not allowed, ``dim`` and ``hidden_dim`` differ, or an unknown field would
+            change what an attention computes: norms, masks, windows, biases, scales of scores and the like, see
+            :mod:`mixed_attention.foreign`.
     """
 
     def __init__(
@@ -217,6 +233,7 @@ class DotProductAttentionConfig(Config):
         dropout: float = 0.0,
         *,
         hidden_dim: int | None = None,
+        qk_norm: bool | Literal["affine"] = False,
         **extra: Any,
     ) -> None:
         if dim is not None and hidden_dim is not None and dim != hidden_dim:
@@ -235,6 +252,13 @@ class DotProductAttentionConfig(Config):
             raise ValueError(f"init_weights: expected one of {', '.join(INIT_MODES)}, got {init_weights!r}")
         if not 0 <= self.dropout <= 1:
             raise ValueError(f"dropout: expected a probability, got {dropout}")
+        if not isinstance(qk_norm, bool) and qk_norm != "affine":
+            raise ValueError(f"qk_norm: expected True, False or 'affine', got {qk_norm!r}")
+        self.qk_norm = qk_norm
+        self._refuse(extra)
+
+    def _refuse(self, fields: Mapping[str, Any]) -> None:
+        foreign.refuse(fields, self)
 
     @property
     def hidden_dim(self) -> int:
@@ -254,10 +278,10 @@ class MixedAttentionConfig(DotProductAttentionConfig):
         dim, num_heads, use_rope, bias, init_weights: See :class:`DotProductAttentionConfig`.
         parallel: True: the fused kernels. False: the readable reference, one pattern after the other. The numbers are
             the same within rounding.
-        dropout, hidden_dim: See :class:`DotProductAttentionConfig`.
+        dropout, hidden_dim, qk_norm: See :class:`DotProductAttentionConfig`.
         detach_kv_cache: Whether recorded caches are cut from the autograd graph. They stay attached by default, so
             that one can train through them.
-        **extra: Kept, not interpreted.
+        **extra: See :class:`DotProductAttentionConfig`.
     """
 
     def __init__(

@@ -101,6 +101,9 @@ def oracle(
         bias = None if core.q.bias is None else torch.cat([core.q.bias, core.k.bias, core.v.bias])
     projected = torch.nn.functional.linear(x, weight, bias)
     q, k, v = (t.unflatten(-1, (core.num_heads, -1)).transpose(1, 2) for t in projected.chunk(3, -1))
+    if core.qk_norm:
+        norms = core.q_norm.weight, core.k_norm.weight
+        q, k = (torch.nn.functional.rms_norm(t, t.shape[-1:], weight) for t, weight in zip((q, k), norms))
     if freqs is not None:
         q, k = (_rotate(t, freqs) for t in (q, k))
     weights = counts.expand(x.shape[0], 1, -1, -1)

@@ -32,9 +32,11 @@ class Case:
     use_rope: bool
     autocast: bool
     block: str = "attention"
+    qk_norm: bool | str = False
 
     def __str__(self) -> str:
-        names = [self.layout, "rope" * self.use_rope, "autocast" * self.autocast, self.block]
+        norm = "norm" * bool(self.qk_norm)
+        names = [self.layout, norm, "rope" * self.use_rope, "autocast" * self.autocast, self.block]
         return " ".join(name for name in names if name)
 
     @property
@@ -44,7 +46,7 @@ class Case:
     def make(self) -> tuple[nn.Module, Callable[[Tensor], Tensor], Tensor]:
         """The block's modules, what calls them with a sum of all that a layer returns, and tokens."""
         cls = {"fused": ma.MixedAttention, "separate": ma.noether.MixedAttention}[self.layout]
-        attention = make_layer(cls, use_rope=self.use_rope, dtype=self.dtype)
+        attention = make_layer(cls, use_rope=self.use_rope, qk_norm=self.qk_norm, dtype=self.dtype)
         norm, mlp = nn.LayerNorm(DIM, dtype=self.dtype), nn.Linear(DIM, DIM, dtype=self.dtype)
         freqs = make_freqs(JOINT.num_tokens) if self.use_rope else None
 
@@ -90,7 +92,12 @@ BLOCKS = [
     for layout, autocast in [("fused", False), ("separate", True)]
     for block in ["norm, attention", "residual", "attention, mlp", "twice"]
 ]
-ALL = pytest.mark.parametrize("case", [*CASES, *BLOCKS], ids=str)
+NORMED = [
+    Case("fused", True, False, qk_norm="affine"),
+    Case("separate", False, True, qk_norm=True),
+    Case("separate", True, True, "residual", "affine"),
+]
+ALL = pytest.mark.parametrize("case", [*CASES, *BLOCKS, *NORMED], ids=str)
 SINGLE = pytest.mark.parametrize("case", CASES, ids=str)
 NODES = [*CASES, Case("fused", False, False, "projection alone"), Case("fused", False, True, "projection alone")]
 SINGLE_NODES = pytest.mark.parametrize("case", NODES, ids=str)
