@@ -517,7 +517,8 @@ class _Recent:
         self._kept: dict[tuple[int, ...], tuple[tuple[Any, ...], AttentionPlan]] = {}
 
     def compile(self, specs: Any, patterns: Any, cached: Any, skip_unread_keys: bool) -> AttentionPlan:
-        if type(specs) in _SEQUENCES and type(patterns) in _SEQUENCES and type(cached) in _SEQUENCES:
+        are_many = type(specs) in _SEQUENCES and len(specs) >= _MANY
+        if are_many and type(patterns) in _SEQUENCES and type(cached) in _SEQUENCES:
             found = self._kept.get(_ends(specs, patterns))
             # NOTE: the same objects are equal without a look at them. Others are compared by value, and those kept are
             # of our own classes, whose equal values are the same.
@@ -525,6 +526,8 @@ class _Recent:
                 return found[1]
         given = _read(specs, patterns, cached)
         plan = _compile_cached(*_arguments(*given), skip_unread_keys)
+        if not are_many:
+            return plan
         if len(self._kept) >= self._num_kept:
             self._kept.clear()
         self._kept[_ends(*given[:2])] = (*map(tuple, given), skip_unread_keys), plan
@@ -532,6 +535,7 @@ class _Recent:
 
 
 _SEQUENCES = (list, tuple)
+_MANY = 32  # groups; of fewer a look-up by value costs less than to keep what callers make anew each time
 
 
 def _ends(specs: Any, patterns: Any) -> tuple[int, ...]:
