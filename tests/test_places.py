@@ -297,7 +297,7 @@ def test_modes_may_answer_for_the_operator():
 def test_a_default_device_changes_no_path():
     with torch.device("cpu"), NotesDispatch() as notes:
         through_layer(torch.randn(2, 5, 8), FREQS)
-    assert any("rope_out" in str(func) for func in notes.log), "the layer did not rotate in place"
+    assert any("mixed_attention.rope" in str(func) for func in notes.log), "the layer was composed"
 
 
 LAYERS = {
