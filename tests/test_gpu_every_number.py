@@ -123,11 +123,13 @@ def test_huge_scores(case: Case, any_order: None, device: torch.device):
     out = ma.attention(inputs.q, inputs.k, inputs.v, case.plan, **options_of(inputs))
     exact, _ = oracle(inputs)
     off = ((out.double() - exact.out) * rows).abs()
-    assert (off <= 2 * torch.finfo(case.dtype).eps * exact.out.abs() * rows + 1e-30).all()
+    # Factors of fp32 products keep 22 bits, in two parts, and leave out the product of the lower ones.
+    split = 3 * 2.0**-22 if case.dtype == FP32 else 0
+    assert (off <= (2 * torch.finfo(case.dtype).eps + split) * exact.out.abs() * rows + 1e-30).all()
     grads = torch.autograd.grad(out, (inputs.q, inputs.k, inputs.v), inputs.dout)
     seen = torch.einsum("bhqk,bqhd->bkhd", (s == top[..., :1]).double() * is_clear[..., None], inputs.dout.double())
     of_keys = torch.einsum("bhqk,bqhd->bkhd", (s == top[..., :1]).double(), inputs.dout.double().abs())
-    assert ((grads[2].double() - seen).abs() <= 4 * torch.finfo(case.dtype).eps * of_keys + 1e-30).all()
+    assert ((grads[2].double() - seen).abs() <= (4 * torch.finfo(case.dtype).eps + split) * of_keys + 1e-30).all()
     assert all(grad.isfinite().all() for grad in grads)
 
 

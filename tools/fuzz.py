@@ -47,6 +47,7 @@ from torch import Tensor, nn
 
 import mixed_attention as ma
 from mixed_attention import ops, reference
+from mixed_attention.module import LEAST_SKIPPED
 
 VARIABLE_OF = {"cpu": "MIXED_ATTENTION_CPU", "cuda": "MIXED_ATTENTION_GPU"}  # forces a family
 STOPS = signal.SIGINT, signal.SIGTERM
@@ -452,8 +453,11 @@ def _compose(
     q, k, v = packed.unbind(2)
     pairs = ops.real_freqs(freqs, x.dtype)
     q, k = (ops.rotate_composite(t, pairs, False) for t in (q, k))
-    # Without the keys that nobody reads, as in the layer: how keys lie in ranges decides which ones are dropped.
-    short = case.with_(skip_unread_keys=True)
+    # Without the keys that nobody reads, where the layer leaves them out: how keys lie in ranges decides which ones are
+    # dropped.
+    num_unread = sum(size for name, size in case.groups if name not in dict(case.with_(skip_unread_keys=True).placed))
+    skips = num_unread * x.shape[0] * x.shape[2] >= LEAST_SKIPPED.get(x.device.type, 0)
+    short = case.with_(skip_unread_keys=skips)
     placed = dict(short.placed)
     is_read = torch.tensor([name in placed for name, _ in case.groups]).repeat_interleave(torch.tensor(case.sizes))
     rows = is_read.nonzero()[:, 0].to(x.device)

@@ -25,9 +25,9 @@ __global__ void attention_combine_kernel(const FwdParams params, const float* pa
 
   // The logarithm of a part's sum relative to another's.
   const auto log2_ratio = [&](const RowPart& a, const RowPart& b) {
-    return fmaf(a.base - b.base, row.scale_log2, a.sum_log2 - b.sum_log2);
+    return fmaf(a.base - b.base, row.scale_log2, (a.offset - b.offset) + (a.sum_log2 - b.sum_log2));
   };
-  RowPart largest{0, -INFINITY};
+  RowPart largest{0, 0, -INFINITY};
   for (int i = 0; i < num_splits; ++i) {
     const RowPart part = row_parts[place(i)];
     if (part.has_sum() && !(largest.has_sum() && log2_ratio(part, largest) <= 0)) largest = part;

@@ -10,7 +10,7 @@ constexpr float kLn2 = 0.69314718055994530942f;
 // Natural; scale: of the row's raw scores, positive.
 __device__ inline float log_sum_exp(const RowPart& row, float scale) {
   if (!row.has_sum()) return -INFINITY;
-  return fmaf(row.base, scale, kLn2 * row.sum_log2);
+  return fmaf(row.base, scale, kLn2 * (row.offset + row.sum_log2));
 }
 
 }  // namespace mixed_attention::cuda

@@ -87,7 +87,9 @@ class OnlineSoftmax {
       // Not "sum > 0": a NaN that a query may see must show.
       const float inverse = sum == 0 ? 0.0f : factor / sum;
       const float score = score_of(row);
-      rows[row] = sum == 0 ? RowPart{0, -INFINITY} : RowPart{score, base_[row] + log2f(sum)};
+      // The logarithm of a number near 1 is exact to more digits than that of a power of two beside.
+      rows[row] = sum == 0 ? RowPart{0, 0, -INFINITY}
+                           : RowPart{score, base_[row] - kHeadroom, log2f(sum * static_cast<float>(1 << kHeadroom))};
 #pragma unroll
       for (int n = 0; n < kTilesOut; ++n) {
         out[m][n][e] *= inverse;

@@ -50,7 +50,7 @@ __device__ inline void store_result(const FwdKernelParams& params, const ItemRow
     const float sum = softmax.row_sum[i];
     const int row = row_begin + 8 * i;
     const bool exists = row < tile.row_end;
-    const RowPart part = softmax.part(i, own_base);
+    const RowPart part = softmax.template part<typename Config::Element>(i, own_base);
     store_row(out + 8 * i * params.out_strides.row, params.head_dim, o, i, inverse_of<Config>(sum), exists);
     if (exists && lane % 4 == 0) {
       lse[8 * i] = log_sum_exp(part, part.base != 0 ? scale_of<Config>(params, tile, row) : 0);
@@ -77,7 +77,7 @@ __device__ inline void store_part(const FwdKernelParams& params, int part, int f
         *reinterpret_cast<float2*>(out + column) = make_float2(pair[0] * inverse, pair[1] * inverse);
       }
     }
-    const RowPart part = softmax.part(i, own_base);
+    const RowPart part = softmax.template part<typename Config::Element>(i, own_base);
     if (lane % 4 == 0) params.row_parts[row + 8 * i] = part;
   }
 }

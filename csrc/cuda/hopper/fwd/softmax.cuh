@@ -157,20 +157,31 @@ struct OnlineSoftmax {
     row_sum[1] += tile_sum[1];
   }
 
-  // Sums over whole rows; once, after the last tile.
+  // Sums over whole rows; once, after the last tile. Without a finite score a row has the least that polynomials make,
+  // and nothing else; NaN stays.
   __device__ void finish() {
-    row_sum[0] = quad_sum(row_sum[0]);
-    row_sum[1] = quad_sum(row_sum[1]);
+#pragma unroll
+    for (int row = 0; row < 2; ++row) {
+      const float sum = quad_sum(row_sum[row]);
+      row_sum[row] = sum < kLeastSum ? 0 : sum;
+    }
   }
 
   // Of a row that is finished; all threads of a warp ask at a time.
+  template <typename Element>
   __device__ RowPart part(int row, float own_base) const {
+    constexpr float kLog2 = kReferenceWeightLog2<Element>;
     const float base = base_of(row, own_base);
-    if (row_sum[row] == 0) return {0, -INFINITY};
-    return {base, offset[row] + log2f(row_sum[row])};
+    if (row_sum[row] == 0) return {0, 0, -INFINITY};
+    // The logarithm of a number near 1 is exact to more digits than that of a power of two beside.
+    const float inverse = __int_as_float((127 - static_cast<int>(kLog2)) << 23);
+    return {base, offset[row] + kLog2, log2f(row_sum[row] * inverse)};
   }
 
  private:
+  // Far below the weight of any reference.
+  static constexpr float kLeastSum = 0x1p-100f;
+
   // All threads of a warp ask at a time.
   __device__ static float base_of(int row, float own_base) {
     return __shfl_sync(0xffffffff, own_base, threadIdx.x % 32 / 4 * 4 + row);
