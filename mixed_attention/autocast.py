@@ -5,9 +5,11 @@ The only module that asks torch, which raises an error about types of devices th
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from contextlib import AbstractContextManager, nullcontext
 
 import torch
+from torch import Tensor
 
 
 def autocast_dtype(device_type: str) -> torch.dtype | None:
@@ -22,3 +24,15 @@ def without_autocast(device_type: str) -> AbstractContextManager[None]:
     if torch.amp.is_autocast_available(device_type):
         return torch.autocast(device_type, enabled=False)
     return nullcontext()
+
+
+def cat(tensors: Sequence[Tensor], dim: int = 0) -> Tensor:
+    """``torch.cat`` of tensors of one dtype, also of that of 16 bits which autocast does not cast to.
+
+    Autocast takes part in it to promote, and raises an error about that dtype, which linear layers take.
+    """
+    first = tensors[0]
+    if first.dtype not in (torch.bfloat16, torch.float16) or autocast_dtype(first.device.type) in (None, first.dtype):
+        return torch.cat(tensors, dim)  # type: ignore[arg-type]
+    with without_autocast(first.device.type):
+        return torch.cat(tensors, dim)  # type: ignore[arg-type]

@@ -12,7 +12,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from mixed_attention.autocast import autocast_dtype
+from mixed_attention.autocast import autocast_dtype, cat
 from mixed_attention.plan import AttentionPlan
 
 KVEntry = dict[str, Tensor]
@@ -172,7 +172,7 @@ def join_keys(
             taken = taken + group.size
         if group.key_start is not None:
             pieces.append(piece)
-    k, v = pieces[0] if len(pieces) == 1 else (torch.cat(tensors, 1) for tensors in zip(*pieces))
+    k, v = pieces[0] if len(pieces) == 1 else (cat(tensors, 1) for tensors in zip(*pieces))
     return k, v
 
 
