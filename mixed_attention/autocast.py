@@ -5,9 +5,11 @@ The only module that asks torch, which raises an error about types of devices th
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from contextlib import AbstractContextManager, nullcontext
 
 import torch
+from torch import Tensor
 
 # Asked once: the compilers of older releases of torch cannot trace the question.
 _CASTS = frozenset(
@@ -29,3 +31,15 @@ def without_autocast(device_type: str) -> AbstractContextManager[None]:
     if device_type in _CASTS:
         return torch.autocast(device_type, enabled=False)
     return nullcontext()
+
+
+def cat(tensors: Sequence[Tensor], dim: int = 0) -> Tensor:
+    """``torch.cat`` of tensors of one dtype, also of that of 16 bits which autocast does not cast to.
+
+    Autocast takes part in it to promote, and raises an error about that dtype, which linear layers take.
+    """
+    first = tensors[0]
+    if first.dtype not in (torch.bfloat16, torch.float16) or autocast_dtype(first.device.type) in (None, first.dtype):
+        return torch.cat(tensors, dim)  # type: ignore[arg-type]
+    with without_autocast(first.device.type):
+        return torch.cat(tensors, dim)  # type: ignore[arg-type]

@@ -12,7 +12,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from mixed_attention.autocast import autocast_dtype
+from mixed_attention.autocast import autocast_dtype, cat
 from mixed_attention.plan import AttentionPlan
 
 KVEntry = dict[str, Tensor]
@@ -93,8 +93,24 @@ def read_entry(name: str, entry: Mapping[str, Any], q: Tensor) -> tuple[Tensor, 
                     f"kv_cache entry {name!r}: expected {which} of {what} {getattr(q, what)} to match x, "
                     f"got {getattr(tensor, what)}"
                 )
+    if entry.get("key_padding_mask") is not None:
+        _check_mask(name, entry["key_padding_mask"], q, k.shape[2])
     k, v = (tensor.transpose(1, 2).expand(q.shape[0], -1, -1, -1) for tensor in (k, v))
     return k, v
+
+
+def _check_mask(name: str, mask: Any, q: Tensor, seqlen: int) -> None:
+    """Checks the padding mask of an entry against its keys: joined with others, a wrong one would mask their keys."""
+    expected = f"kv_cache entry {name!r}: expected key_padding_mask"
+    if not isinstance(mask, Tensor) or mask.dtype != torch.bool:
+        got = mask.dtype if isinstance(mask, Tensor) else type(mask).__name__
+        raise ValueError(f"{expected} to be a bool tensor, True = real token, got {got}")
+    if mask.ndim != 2 or mask.shape[0] not in (1, q.shape[0]) or mask.shape[1] != seqlen:
+        raise ValueError(
+            f"{expected} of shape ({q.shape[0]} or 1, {seqlen}) to match x and its keys, got {tuple(mask.shape)}"
+        )
+    if mask.device != q.device:
+        raise ValueError(f"{expected} of device {q.device} to match x, got {mask.device}")
 
 
 def cached_length(kv_cache: Mapping[str, Any] | None, name: str) -> int:
@@ -156,7 +172,7 @@ def join_keys(
             taken = taken + group.size
         if group.key_start is not None:
             pieces.append(piece)
-    k, v = pieces[0] if len(pieces) == 1 else (torch.cat(tensors, 1) for tensors in zip(*pieces))
+    k, v = pieces[0] if len(pieces) == 1 else (cat(tensors, 1) for tensors in zip(*pieces))
     return k, v
 
 

@@ -10,6 +10,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from mixed_attention import cache, checkpoint, packed
+from mixed_attention.autocast import cat
 from mixed_attention.cache import KVCache, KVEntry
 from mixed_attention.init import init_weights
 from mixed_attention.norm import RMSNorm
@@ -104,7 +105,7 @@ class ProjectedAttention(nn.Module):
             columns = layer(x)
             self._check_rows(name, columns.shape[-1])
             made.update(zip(name, columns.chunk(len(name), -1)))
-        return [torch.cat([take(made[slot], runs) for slot in slots], -1) for slots, runs, _ in wanted]
+        return [cat([take(made[slot], runs) for slot in slots], -1) for slots, runs, _ in wanted]
 
     def _check_rows(self, name: str, num_rows: int) -> None:
         """Checks what a projection makes against the heads.
@@ -170,11 +171,11 @@ def _joined(layers: Sequence[Any]) -> tuple[Tensor, Tensor | None]:
         return layers[0].weight, layers[0].bias
     # NOTE: joining separate weights and multiplying once is never slower than one product each, from 64 tokens on
     # (measured on CPU, width 192, fp32 and bf16, forward and backward), and it writes the packed form directly.
-    weight = torch.cat([layer.weight for layer in layers])
+    weight = cat([layer.weight for layer in layers])
     if all(layer.bias is None for layer in layers):
         return weight, None
     biases = [layer.weight.new_zeros(len(layer.weight)) if layer.bias is None else layer.bias for layer in layers]
-    return weight, torch.cat(biases)
+    return weight, cat(biases)
 
 
 def _dense_plan(seqlen_q: int, seqlen_k: int) -> AttentionPlan:

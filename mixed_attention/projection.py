@@ -19,7 +19,7 @@ from torch._subclasses.functional_tensor import FunctionalTensor
 from torch.utils._device import DeviceContext
 
 from mixed_attention import ops
-from mixed_attention.autocast import autocast_dtype
+from mixed_attention.autocast import autocast_dtype, cat
 
 Runs = tuple[tuple[int, bool], ...]
 """Neighbouring tokens: how many, and whether they are taken; they add up to the sequence."""
@@ -146,7 +146,7 @@ def take(x: Tensor, runs: Runs | None) -> Tensor:
     kept = [piece for piece, (_, is_taken) in zip(pieces, runs) if is_taken]
     if not kept:
         return x[:, :0]
-    return kept[0] if len(kept) == 1 else torch.cat(kept, 1)
+    return kept[0] if len(kept) == 1 else cat(kept, 1)
 
 
 def _project_in_one_step(x: Tensor, weight: Tensor, bias: Tensor | None, parts: Sequence[Part]) -> list[Tensor] | None:

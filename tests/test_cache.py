@@ -265,6 +265,35 @@ def test_keys_and_values_of_different_length():
         read_with(lambda entry: {"k": entry["k"], "v": entry["v"][:, :, 1:]})
 
 
+BAD_MASKS = {
+    "a key more": (torch.ones(2, 5).bool(), r"of shape \(2 or 1, 4\) to match x and its keys, got \(2, 5\)"),
+    "another batch": (torch.ones(3, 4).bool(), r"of shape \(2 or 1, 4\) to match x and its keys, got \(3, 4\)"),
+    "a rank less": (torch.ones(4).bool(), r"of shape \(2 or 1, 4\) to match x and its keys, got \(4,\)"),
+    "a rank more": (torch.ones(2, 1, 4).bool(), r"of shape \(2 or 1, 4\) to match x and its keys, got \(2, 1, 4\)"),
+    "numbers": (torch.ones(2, 4), "to be a bool tensor, True = real token, got torch.float32"),
+    "a list": ([[True] * 4], "to be a bool tensor, True = real token, got list"),
+    "elsewhere": (torch.ones(2, 4, device="meta").bool(), "of device cpu to match x, got meta"),
+}
+
+
+@pytest.mark.parametrize("name", BAD_MASKS)
+def test_masks_of_entries_that_do_not_fit(name):
+    mask, message = BAD_MASKS[name]
+    with pytest.raises(ValueError, match=f"kv_cache entry 'volume_anchors': expected key_padding_mask {message}"):
+        read_with(lambda entry: {**entry, "key_padding_mask": mask})
+
+
+def test_masks_of_entries_that_are_wrong_in_sum_alone():
+    """As many in all as there are keys, but those of one group would mask a key of the other."""
+    layer, x = make_layer(use_rope=True), make_x(JOINT)
+    _, cache = record(layer, x, JOINT)
+    for name, num_keys in {"surface_anchors": 5, "volume_anchors": 5}.items():
+        cache[name]["key_padding_mask"] = torch.ones(2, num_keys, dtype=torch.bool)
+    specs, rows = without(JOINT, *ANCHORS)
+    with pytest.raises(ValueError, match="kv_cache entry 'surface_anchors': expected key_padding_mask of shape"):
+        layer(x[:, rows], specs, JOINT.patterns, freqs=FREQS[:, rows], kv_cache=cache)
+
+
 @pytest.mark.parametrize("entry", [None, {}, {"k": torch.ones(2, 3, 4, 8)}, {"k": 1, "v": 2}], ids=str)
 def test_entries_that_are_none(entry):
     with pytest.raises(

@@ -332,6 +332,31 @@ def test_separate_weights_of_other_dtypes_are_not_promoted():
         layer(x, SELF.specs, SELF.patterns)
 
 
+@pytest.mark.parametrize("compiled", [False, True], ids=["eager", "compiled"])
+@pytest.mark.parametrize("change", [None, by_a_hook_after], ids=["plain", "called"])
+@pytest.mark.parametrize("scene", [CROSS, DENSE], ids=["keys of anchors", "keys of all"])
+@pytest.mark.parametrize("cls", [ma.MixedAttention, ma.noether.MixedAttention], ids=["fused", "separate"])
+@pytest.mark.parametrize("dtypes", [(torch.bfloat16, torch.float16), (torch.float16, torch.bfloat16)], ids=str)
+def test_autocast_to_another_dtype_of_16_bits(dtypes, cls, scene, change, compiled):
+    """Weights and tokens are cast, as those of linear layers are."""
+    stored, computed = dtypes
+    layer, x = make_layer(cls, use_rope=True, dtype=stored), make_x(scene, dtype=stored)
+    expected = copy.deepcopy(layer).to(computed).float()
+    for each in (layer, expected) if change else ():
+        for name in each.projections:
+            change(each, name)
+
+    def call(layer, x):
+        return tensor_of(layer(x, scene.specs, scene.patterns, freqs=FREQS))
+
+    torch._dynamo.reset()
+    with torch.autocast("cpu", computed):
+        out = (torch.compile(call, backend="eager") if compiled else call)(layer, x)
+        wanted = call(expected, x.detach().to(computed).float())
+    torch.testing.assert_close(out, wanted, rtol=2**-6, atol=2**-6)
+    assert all(grad.isfinite().all() for grad in gradients(out, [x, *layer.parameters()]))
+
+
 SHARDED = {
     "half of the rows": lambda linear: narrowed(linear, len(linear.weight) // 2),
     "a third of the rows": lambda linear: narrowed(linear, len(linear.weight) // 3),
