@@ -93,8 +93,26 @@ def read_entry(name: str, entry: Mapping[str, Any], q: Tensor) -> tuple[Tensor, 
                     f"kv_cache entry {name!r}: expected {which} of {what} {getattr(q, what)} to match x, "
                     f"got {getattr(tensor, what)}"
                 )
+    _check_mask(name, entry.get("key_padding_mask"), q.shape[0], k)
     k, v = (tensor.transpose(1, 2).expand(q.shape[0], -1, -1, -1) for tensor in (k, v))
     return k, v
+
+
+def _check_mask(name: str, mask: Any, batch_size: int, k: Tensor) -> None:
+    """Checks the padding mask of an entry, which may be None."""
+    if mask is None:
+        return
+    expected = f"a bool tensor ({batch_size} or 1, {k.shape[2]}) on {k.device}"
+    if not isinstance(mask, Tensor):
+        raise ValueError(
+            f"kv_cache entry {name!r}: expected key_padding_mask to be {expected}, got {type(mask).__name__}"
+        )
+    fits = mask.ndim == 2 and mask.shape[0] in (1, batch_size) and mask.shape[1] == k.shape[2]
+    if not fits or mask.dtype != torch.bool or mask.device != k.device:
+        raise ValueError(
+            f"kv_cache entry {name!r}: expected key_padding_mask to be {expected}, got {mask.dtype} "
+            f"{tuple(mask.shape)} on {mask.device}"
+        )
 
 
 def cached_length(kv_cache: Mapping[str, Any] | None, name: str) -> int:
