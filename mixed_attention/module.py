@@ -155,6 +155,9 @@ class ProjectedAttention(nn.Module):
         if attn_mask is None:
             plan = _dense_plan(parts[0].shape[1], parts[-1].shape[1])
             return packed.attend(parts, plan, dropout_p=self._dropout_p)
+        if not isinstance(attn_mask, Tensor) or (type(attn_mask) is Tensor and attn_mask.ndim < 2):
+            got = f"shape {tuple(attn_mask.shape)}" if isinstance(attn_mask, Tensor) else type(attn_mask).__name__
+            raise ValueError(f"attn_mask: expected a tensor of rank 2 or more, as (B, H, Nq, Nk), got {got}")
         slots = [slot for part in parts for slot in packed.rotated_slots(part)]
         q, k, v = (slot.transpose(1, 2) for slot in slots)
         out = F.scaled_dot_product_attention(q, k, v, attn_mask=attn_mask, dropout_p=self._dropout_p)

@@ -32,6 +32,7 @@ def apply_rope(x: Tensor, freqs: Tensor | tuple[Tensor, ...]) -> Tensor:
 
     Raises:
         TypeError: If ``x`` is no tensor.
+        ValueError: If ``x`` is not of rank 4.
         AssertionError: If ``freqs`` is neither a complex tensor of rank 3 nor a tuple of real ones, or the slices of
             the legacy form are wider than the head.
         RuntimeError: If D is odd, or a size of ``freqs`` does not match ``x``.
@@ -40,6 +41,8 @@ def apply_rope(x: Tensor, freqs: Tensor | tuple[Tensor, ...]) -> Tensor:
         UserWarning: If angles come in 16 bits, in which they are off by up to whole radians.
     """
     check_tensors(x=x)
+    if x.ndim != 4:
+        raise ValueError(f"x: expected shape (batch_size, seqlen, num_heads, head_dim), got {tuple(x.shape)}")
     if isinstance(freqs, tuple):
         _warn_of_16_bits("freqs: angles", freqs, stacklevel=3)
         return _rotate_halves(x, freqs)

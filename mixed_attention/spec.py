@@ -64,8 +64,11 @@ class TokenSpec:
         """Builds a spec from ``{name: size}``.
 
         Raises:
+            TypeError: If ``entry`` is no mapping.
             ValueError: If the mapping does not hold exactly one entry.
         """
+        if not isinstance(entry, Mapping):
+            raise TypeError(f"TokenSpec.from_dict: expected a mapping {{name: size}}, got {type(entry).__name__}")
         if len(entry) != 1:
             raise ValueError(f"TokenSpec.from_dict expects exactly one key-value pair, got {len(entry)}")
         ((name, size),) = entry.items()
@@ -319,7 +322,8 @@ class AnchorAttentionConfig(MixedAttentionConfig):
         self, *args: Any, branches: Sequence[str] | None = None, anchor_suffix: str = "_anchors", **attention: Any
     ) -> None:
         super().__init__(*args, **attention)
-        if not branches or isinstance(branches, str) or not all(isinstance(branch, str) for branch in branches):
+        is_list = isinstance(branches, Sequence) and not isinstance(branches, (str, bytes))
+        if not branches or not is_list or not all(isinstance(branch, str) for branch in branches):
             raise ValueError(f"branches: expected a list of at least one name prefix, got {branches!r}")
         self.branches = list(branches)
         self.anchor_suffix = anchor_suffix

@@ -77,6 +77,7 @@ def stream(
             made = _named(_RESULT, predict(_unnamed(chunk)), "; a function around the model may leave the rest out")
             forms = {name: _form(_label(_RESULT, name), tensor, dim, length) for name, tensor in made.items()}
             if not results:
+                _check_numbers(made, results_device)
                 expected = forms
                 results = {name: _empty_like(tensor, dim, num_queries, results_device) for name, tensor in made.items()}
             _check_alike(forms, expected)
@@ -143,9 +144,21 @@ def _check_alike(forms: dict[Hashable, _Form], expected: dict[Hashable, _Form]) 
                 )
 
 
+def _check_numbers(made: dict[Hashable, Tensor], device: torch.device | None) -> None:
+    """Checks that results can be copied to where they are wanted."""
+    for name, tensor in made.items():
+        if tensor.is_meta and device is not None and device.type != "meta":
+            raise ValueError(
+                f"{_label(_RESULT, name)}: expected numbers to copy to {device}, got a tensor on meta, which has none; "
+                "output_device=None leaves results where they are"
+            )
+
+
 def _size(label: str, tensor: Tensor, dim: int) -> int:
-    if tensor.layout != torch.strided:
-        raise ValueError(f"{label}: expected a dense tensor, got layout {tensor.layout}")
+    if tensor.is_nested or tensor.is_quantized or tensor.layout != torch.strided:
+        kinds = {"a nested tensor": tensor.is_nested, "a quantized tensor": tensor.is_quantized}
+        kind = next((kind for kind, applies in kinds.items() if applies), f"layout {tensor.layout}")
+        raise ValueError(f"{label}: expected a dense tensor, got {kind}")
     if not -tensor.ndim <= dim < tensor.ndim:
         raise ValueError(f"{label}: expected a tensor with dim {dim}, got shape {tuple(tensor.shape)}")
     return tensor.shape[dim]
@@ -174,10 +187,12 @@ def _as_device(name: str, value: Any) -> torch.device | None:
     if value is None:
         return None
     try:
-        return torch.device(value)
+        device = torch.device(value)
+        torch.empty(0, device=device)  # raises where there is no such device
+        return device
     except TypeError as error:
         raise TypeError(f"{name}: expected a device, its name or its index, got {value!r}") from error
-    except RuntimeError as error:
+    except (RuntimeError, ValueError, AssertionError, ImportError) as error:  # a torch without CUDA asserts
         why = str(error).splitlines()[0]
         raise ValueError(f"{name}: expected a device, its name or its index, got {value!r}: {why}") from error
 

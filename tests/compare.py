@@ -203,13 +203,14 @@ def oracle(
     # Sums over keys and over queries: what a tile adds up in the tensor cores, 64 terms, may have lost that much.
     stored = w + units.lost * 64 / 8
     off_s = _off_sum(case.scale * q, k, s, units) + u * s.abs()  # summed, and scaled
+    off_s = torch.where(s.isfinite(), off_s, 0.0)  # a score of -inf has the weight 0, whatever its key
     log_sum, lse_size = torch.where(has_keys, torch.log(p_sum), 0.0).abs(), torch.where(has_keys, lse, 0.0).abs()
     off_own_lse = _norm(p * off_s, -1, keepdim=True) + u * lse_size
     if exact_scores:
         off_s, lse_size = torch.zeros_like(s), lse_size.clamp(max=LARGE_LSE[q.device.type])
-    off_exp = torch.sqrt(off_s**2 + units.exponential**2)  # of 1, as is the next but one
+    off_exp = _hypot(off_s, units.exponential)  # of 1, as is the next but one
     off_lse = _norm(p * off_exp, -1, keepdim=True) + u * (1 + log_sum + lse_size)  # the sum, its logarithm, their whole
-    off_weight = torch.sqrt(off_exp**2 + w**2 + units.product**2)  # without what the row shares
+    off_weight = _hypot(off_exp, w, units.product)  # without what the row shares
     off_p = p_kept * off_weight
     off_out = _quadrature(off_p, v) + (off_lse + stored) * out.abs()
     off_delta = _norm(dout * off_out, -1, keepdim=True) + u * ((dout * out).abs().sum(-1, True) + dlse.abs())
@@ -217,14 +218,14 @@ def oracle(
     ds_size = ds.abs()
     if inputs.kept is not None:  # a key that is listed twice may be kept once: two numbers that cancel
         ds_size = once * (kept * (dp - delta).abs() + (weights - kept) * delta.abs())
-    off_ds = torch.sqrt((p_kept * off_dp) ** 2 + (ds_size**2) * (off_weight**2 + w**2 + units.product**2))
+    off_ds = _hypot(p_kept * off_dp, ds_size * _hypot(off_weight, w, units.product))
     off_row = off_delta * (p @ k).abs() + off_lse * (ds @ k).abs()
     off_dq = abs(case.scale) * (_quadrature(off_ds, k) + off_row) + stored * dq.abs()
-    off_ds_column = torch.sqrt(off_ds**2 + (p * off_delta) ** 2 + (ds * off_lse) ** 2)
+    off_ds_column = _hypot(off_ds, p * off_delta, ds * off_lse)
     off_dk = abs(case.scale) * _quadrature(off_ds_column.mT, q) + stored * dk.abs()
     # Rows that are alike, as all are under a scale of 0, have log-sum-exps that are off alike.
     off_alike = off_lse.amax(-2, keepdim=True) if off_lse.numel() else 0.0
-    off_dv = _quadrature(torch.sqrt(off_p**2 + (p_kept * off_lse) ** 2).mT, dout) + (off_alike + stored) * dv.abs()
+    off_dv = _quadrature(_hypot(off_p, p_kept * off_lse).mT, dout) + (off_alike + stored) * dv.abs()
 
     def rows_first(t: Tensor, like: Tensor) -> Tensor:
         return t.permute(heads_first).sum_to_size(like.shape)
@@ -318,13 +319,34 @@ def _off_sum(left: Tensor, right: Tensor, product: Tensor, units: Units) -> Tens
     return off
 
 
+# The squares of numbers near the largest overflow, so the three that follow square nothing as it is.
+
+
+def _hypot(first: Tensor, *others: Tensor | float) -> Tensor:
+    for other in others:
+        first = torch.hypot(first, torch.as_tensor(other, dtype=first.dtype, device=first.device))
+    return first
+
+
 def _norm(t: Tensor, dim: int, keepdim: bool = False) -> Tensor:
-    return t.square().sum(dim, keepdim).sqrt()
+    t, size = _scaled(t, dim)
+    norm = t.square().sum(dim, True).sqrt() * size
+    return norm if keepdim else norm.squeeze(dim)
 
 
 def _quadrature(off_left: Tensor, right: Tensor) -> Tensor:
     """The error of ``left @ right`` if the entries of ``left`` are off independently."""
-    return (off_left.square() @ right.square()).sqrt()
+    (off_left, off_size), (right, size) = _scaled(off_left, -1), _scaled(right, -2)
+    return (off_left.square() @ right.square()).sqrt() * off_size * size
+
+
+def _scaled(t: Tensor, dim: int) -> tuple[Tensor, Tensor]:
+    """Numbers up to one along a dim, and what they were divided by."""
+    if not t.numel():
+        return t, t.new_ones(())
+    size = t.abs().amax(dim, True)
+    size = torch.where((size > 0) & size.isfinite(), size, 1.0)
+    return t / size, size
 
 
 def _error_of_torch(inputs: Inputs, exact: Results) -> dict[str, float]:
@@ -426,7 +448,10 @@ def judge_every_number(actual: Results, inputs: Inputs, *, exact_scores: bool = 
         error = torch.where(is_finite, (got.double() - expected).abs(), 0)
         torch_error = torch.where(is_finite, (torchs.double() - expected).abs(), 0).amax(others, True)
         smallest = torch.finfo(got.dtype).smallest_normal  # below it kernels may round to zero
-        one_rounding = torch.where(is_finite & off.isfinite(), off, 0).amax(others, True)
+        # No range is wider than that of fp64: where errors overflow, it is those of sums of the head's largest results.
+        largest = torch.where(is_finite, expected.abs(), 0).amax(others, True)
+        off = torch.where(off.isfinite(), off, torch.finfo(got.dtype).eps * max(inputs.weights.shape[1:]) * largest)
+        one_rounding = torch.where(is_finite, off, 0).amax(others, True)
         bound = 2 * (torch_error + one_rounding) + smallest  # twice too: of a head there may be few numbers
         wrong = error > bound
         if wrong.any():

@@ -164,6 +164,34 @@ def test_ranks_of_dense_layers(x):
             perceiver(q, kv)
 
 
+@pytest.mark.parametrize("attn_mask", [torch.tensor(1.0), torch.ones(9), [True], "causal"], ids=repr)
+def test_masks_of_dense_layers(attn_mask):
+    dense = make_layer(ma.DotProductAttention, dtype=torch.float32)
+    perceiver = make_layer(ma.PerceiverAttention, dtype=torch.float32, kv_dim=None)
+    for call in (lambda: dense(X, attn_mask), lambda: perceiver(X, X, attn_mask)):
+        with pytest.raises(ValueError, match="attn_mask: expected a tensor of rank 2 or more"):
+            call()
+
+
+@pytest.mark.parametrize("entry", [[("a", 3)], "a", None, {"a"}], ids=repr)
+def test_entries_that_are_no_mappings(entry):
+    with pytest.raises(TypeError, match="TokenSpec.from_dict: expected a mapping"):
+        ma.TokenSpec.from_dict(entry)
+
+
+@pytest.mark.parametrize("branches", [3, 2.5, {"a"}, b"a", iter(["a"]), object()], ids=type)
+def test_branches_that_are_no_list(branches):
+    with pytest.raises(ValueError, match="branches: expected a list of at least one name prefix"):
+        ma.AnchorAttentionConfig(dim=8, num_heads=1, branches=branches)
+
+
+@pytest.mark.parametrize("x", [torch.tensor(1.0), torch.ones(6), torch.ones(1, 6, 8)], ids=["0", "1", "3"])
+@pytest.mark.parametrize("freqs", [torch.ones(1, 6, 4, dtype=torch.complex64), (torch.ones(1, 6, 4),)], ids=type)
+def test_ranks_of_what_is_rotated(x, freqs):
+    with pytest.raises(ValueError, match=r"x: expected shape \(batch_size, seqlen, num_heads, head_dim\)"):
+        ma.apply_rope(x, freqs)
+
+
 def test_batches_of_a_perceiver():
     q = make_x(SELF)
     with pytest.raises(ValueError, match="kv: expected batch_size 2 or 1 to match q, got 3"):

@@ -182,6 +182,34 @@ def test_a_layer_that_returns_a_cache_is_refused():
         ma.stream(lambda t: layer(t, [ma.TokenSpec("a_anchors", 6)], [ma.AttentionPattern(*[["a_anchors"]] * 2)]), x)
 
 
+def _quantized(t):
+    return torch.quantize_per_tensor(t, 0.1, 0, torch.qint8)
+
+
+def _nested(t):
+    return torch.nested.as_nested_tensor(list(t), layout=torch.strided)
+
+
+@pytest.mark.parametrize(
+    ("predict", "message"),
+    [
+        (_quantized, "expected a dense tensor, got a quantized tensor"),
+        (_nested, "expected a dense tensor, got a nested tensor"),
+        (lambda t: t.to("meta"), "expected numbers to copy to cpu, got a tensor on meta"),
+    ],
+)
+@pytest.mark.filterwarnings("ignore")  # of torch, about both kinds
+def test_results_that_hold_no_dense_numbers_are_refused(predict, message):
+    with pytest.raises(ValueError, match="^predict's result: " + message):
+        ma.stream(predict, torch.randn(1, 4, 2), chunk_size=2)
+
+
+def test_a_device_that_this_torch_was_not_built_for():
+    if torch.version.cuda is None:
+        with pytest.raises(ValueError, match="^device: expected a device, .* got 'cuda'"):
+            ma.stream(lambda t: t, torch.randn(1, 4, 2), device="cuda")
+
+
 @pytest.mark.parametrize(
     ("arguments", "error", "message"),
     [
@@ -205,6 +233,14 @@ def test_a_layer_that_returns_a_cache_is_refused():
         ({"device": "nonsense"}, ValueError, "device: expected a device, .* got 'nonsense'"),
         ({"device": 0.5}, TypeError, "device: expected a device, .* got 0.5"),
         ({"output_device": False}, TypeError, "output_device: expected a device, .* got False"),
+        ({"device": 10**30}, ValueError, "device: expected a device, .* got 1000"),
+        ({"output_device": "hpu:77"}, ValueError, "output_device: expected a device, .* got 'hpu:77'"),
+        ({"queries": _quantized(torch.zeros(1, 3, 2))}, ValueError, "queries: .* got a quantized tensor"),
+        (
+            {"queries": _nested(torch.zeros(1, 3, 2))},
+            ValueError,
+            "queries: .* got (a nested tensor|layout torch.jagged)",
+        ),
         ({"progress": 1}, TypeError, "progress: expected a bool or a text, got int"),
         ({"progress": None}, TypeError, "progress: expected a bool or a text, got NoneType"),
     ],
