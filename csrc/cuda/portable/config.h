@@ -34,15 +34,16 @@ constexpr int kMaxSharedBytes = 99 * 1024;
 // Spills: portable_fwd_kernel in portable_fwd_*16_d96 for sm_80, 44 bytes: eight words beyond 255 registers, and a tile
 // of half the rows to a warp would read every key and value twice as often
 // Spills: portable_fwd_kernel in portable_fwd_*16_d96 for sm_90, 8 bytes: one word, likewise
-// Spills: portable_fwd_kernel in portable_fwd_*16_d128 for sm_80, 88 bytes: what only partial blocks and dropout read
-// Spills: portable_fwd_kernel in portable_fwd_*16_d128 for sm_90, 108 bytes: likewise, and some words of the walk
-// Spills: portable_fwd_kernel in portable_fwd_tf32_d64 for sm_80, 12 bytes: two words, that three blocks fit
+// Spills: portable_fwd_kernel in portable_fwd_*16_d128 for sm_80, 108 bytes: what only partial blocks, dropout and large scores read
+// Spills: portable_fwd_kernel in portable_fwd_*16_d128 for sm_90, 152 bytes: likewise, and some words of the walk
+// Spills: portable_fwd_kernel in portable_fwd_tf32_d64 for sm_80, 24 bytes: some words, that three blocks fit
 // Spills: portable_fwd_kernel in portable_fwd_fp32_d128 for sm_80, 8 bytes: one word, for the sums that begin anew
 // Spills: portable_fwd_kernel in portable_fwd_fp32_d128 for sm_90, 12 bytes: two words, likewise
 // Spills: portable_fwd_kernel in portable_fwd_fp32_d192 for sm_80, 8 bytes: one word, likewise
-// Spills: portable_fwd_kernel in portable_fwd_fp32_d192 for sm_90, 12 bytes: two words, likewise
+// Spills: portable_fwd_kernel in portable_fwd_fp32_d192 for sm_90, 28 bytes: words of the walk, and what large scores read
 // Spills: portable_fwd_kernel in portable_fwd_fp32_d256 for sm_80, 8 bytes: one word, likewise
 // Spills: portable_fwd_kernel in portable_fwd_fp32_d256 for sm_90, 12 bytes: two words, likewise
+// Spills: portable_fwd_kernel in portable_fwd_*16_d256 for sm_90, 8 bytes: two words, read where scores are large
 constexpr Tile fwd_tile(Arithmetic arithmetic, int head_dim) {
   if (is_16_bit(arithmetic)) {
     if (head_dim <= 96) return {128, 64, 32, 2};
@@ -65,15 +66,17 @@ constexpr Tile fwd_tile(Arithmetic arithmetic, int head_dim) {
 // Spills: portable_dk_dv_kernel in portable_bwd_tf32_d64 for sm_80, 12 bytes: two words, that three blocks fit
 // Spills: portable_dk_dv_kernel in portable_bwd_fp32_d32 for sm_80, 8 bytes: one word, read once a block of queries
 // Spills: portable_dk_dv_kernel in portable_bwd_fp32_d64 for sm_80, 64 bytes: addresses, that three blocks fit
-// Spills: portable_dk_dv_kernel in portable_bwd_fp32_d64 for sm_90, 48 bytes: likewise
+// Spills: portable_dk_dv_kernel in portable_bwd_fp32_d64 for sm_90, 120 bytes: likewise, and what large scores read
 // Spills: portable_dk_dv_kernel in portable_bwd_fp32_d96 for sm_80, 20 bytes: addresses; the tile is the smallest
 // Spills: portable_dk_dv_kernel in portable_bwd_fp32_d96 for sm_90, 20 bytes: likewise
 // Spills: portable_dk_dv_kernel in portable_bwd_fp32_d128 for sm_80, 32 bytes: likewise
-// Spills: portable_dk_dv_kernel in portable_bwd_fp32_d128 for sm_90, 28 bytes: likewise
+// Spills: portable_dk_dv_kernel in portable_bwd_fp32_d128 for sm_90, 44 bytes: likewise
 // Spills: portable_dk_dv_kernel in portable_bwd_fp32_d192 for sm_80, 20 bytes: likewise
 // Spills: portable_dk_dv_kernel in portable_bwd_fp32_d192 for sm_90, 20 bytes: likewise
 // Spills: portable_dk_dv_kernel in portable_bwd_fp32_d256 for sm_80, 20 bytes: likewise
 // Spills: portable_dk_dv_kernel in portable_bwd_fp32_d256 for sm_90, 16 bytes: likewise
+// Spills: portable_dk_dv_kernel in portable_bwd_fp32_d32 for sm_90, 28 bytes: addresses, and what large scores read
+// Spills: portable_dk_dv_kernel in portable_bwd_tf32_d64 for sm_90, 8 bytes: one word, likewise
 constexpr Tile dk_dv_tile(Arithmetic arithmetic, int head_dim) {
   if (is_16_bit(arithmetic)) {
     if (head_dim <= 32) return {128, 32, 32, 2};
@@ -93,8 +96,8 @@ constexpr Tile dk_dv_tile(Arithmetic arithmetic, int head_dim) {
 // Of dq: two score tiles, one accumulator.
 //
 // Spills: portable_dq_kernel in portable_bwd_fp32_d64 for sm_90, 12 bytes: two words, that three blocks fit
-// Spills: portable_dq_kernel in portable_bwd_fp32_d192 for sm_80, 32 bytes: addresses; the tile is the smallest
-// Spills: portable_dq_kernel in portable_bwd_fp32_d192 for sm_90, 12 bytes: likewise
+// Spills: portable_dq_kernel in portable_bwd_fp32_d192 for sm_80, 44 bytes: addresses; the tile is the smallest
+// Spills: portable_dq_kernel in portable_bwd_fp32_d192 for sm_90, 44 bytes: likewise
 // Spills: portable_dq_kernel in portable_bwd_fp32_d256 for sm_80, 40 bytes: likewise
 // Spills: portable_dq_kernel in portable_bwd_fp32_d256 for sm_90, 40 bytes: likewise
 constexpr Tile dq_tile(Arithmetic arithmetic, int head_dim) {
