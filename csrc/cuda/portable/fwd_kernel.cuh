@@ -58,7 +58,7 @@ __global__ void __launch_bounds__(fwd_tile(kArithmetic, kHeadDim).num_threads(),
   const int thread_row = warp_row + threadIdx.x % 32 / 4;
 
   float out[kTilesM][kHeadDim / 8][4] = {};
-  OnlineSoftmax<kTilesM, (kArithmetic == Arithmetic::kFloat16 ? 0 : 20)> softmax;
+  OnlineSoftmax<kTilesM, (kArithmetic == Arithmetic::kBFloat16 ? 20 : 0)> softmax;
 
   // The queries and the first block of keys
   BlockWalk<kTile.block_rows> walk(work, item, args.work.num_splits);
