@@ -34,13 +34,13 @@ constexpr int kMaxSharedBytes = 99 * 1024;
 // Spills: portable_fwd_kernel in portable_fwd_*16_d96 for sm_80, 44 bytes: eight words beyond 255 registers, and a tile
 // of half the rows to a warp would read every key and value twice as often
 // Spills: portable_fwd_kernel in portable_fwd_*16_d96 for sm_90, 8 bytes: one word, likewise
-// Spills: portable_fwd_kernel in portable_fwd_*16_d128 for sm_80, 108 bytes: what only partial blocks, dropout and large scores read
+// Spills: portable_fwd_kernel in portable_fwd_*16_d128 for sm_80, 108 bytes: read by partial blocks and large scores
 // Spills: portable_fwd_kernel in portable_fwd_*16_d128 for sm_90, 152 bytes: likewise, and some words of the walk
 // Spills: portable_fwd_kernel in portable_fwd_tf32_d64 for sm_80, 24 bytes: some words, that three blocks fit
 // Spills: portable_fwd_kernel in portable_fwd_fp32_d128 for sm_80, 8 bytes: one word, for the sums that begin anew
 // Spills: portable_fwd_kernel in portable_fwd_fp32_d128 for sm_90, 12 bytes: two words, likewise
 // Spills: portable_fwd_kernel in portable_fwd_fp32_d192 for sm_80, 8 bytes: one word, likewise
-// Spills: portable_fwd_kernel in portable_fwd_fp32_d192 for sm_90, 28 bytes: words of the walk, and what large scores read
+// Spills: portable_fwd_kernel in portable_fwd_fp32_d192 for sm_90, 28 bytes: words of the walk and of large scores
 // Spills: portable_fwd_kernel in portable_fwd_fp32_d256 for sm_80, 8 bytes: one word, likewise
 // Spills: portable_fwd_kernel in portable_fwd_fp32_d256 for sm_90, 12 bytes: two words, likewise
 // Spills: portable_fwd_kernel in portable_fwd_*16_d256 for sm_90, 8 bytes: two words, read where scores are large
