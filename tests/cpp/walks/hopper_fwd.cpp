@@ -98,9 +98,9 @@ void check_workspace(const hopper::FwdPlan& plan, const ma::FwdParams& params) {
   const int64_t num_rows = int64_t{plan.table.splits.num_items()} * kBlockM;
   if (num_rows == 0) return;
   const int64_t out_end = bytes_between(params.workspace, plan.partial_out + num_rows * params.head_dim);
-  const int64_t lse_begin = bytes_between(params.workspace, plan.partial_lse);
-  const int64_t lse_end = bytes_between(params.workspace, plan.partial_lse + num_rows);
-  expect(out_end <= lse_begin && lse_end <= static_cast<int64_t>(plan.workspace_size), "parts leave the workspace");
+  const int64_t parts_begin = bytes_between(params.workspace, plan.row_parts);
+  const int64_t parts_end = bytes_between(params.workspace, plan.row_parts + num_rows);
+  expect(out_end <= parts_begin && parts_end <= static_cast<int64_t>(plan.workspace_size), "parts leave the workspace");
 }
 
 // Any items with keys that follow one another, in as many parts as they allow.
