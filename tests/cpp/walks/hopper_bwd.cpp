@@ -112,7 +112,7 @@ class ShareCheck {
     expect(sums_runs.size() <= hopper::KeyWorkTable::kMaxRanges, "more runs of sums than a kernel has room for");
     for (int64_t sequence = 0; sequence < num_sequences_; ++sequence) {
       for (int index = 0; index < num_tiles_; ++index) {
-        const hopper::QueryTile tile = hopper::query_tile(runs_.data(), static_cast<int>(runs_.size()), index);
+        const hopper::QueryTile tile = tile_of(index);
         dq.add(global(sequence), {tile.row_begin, tile.row_begin + tile.num_rows});
         for (const hopper::DqSumsRun& run : sums_runs) {
           const int tile_of_run = index - run.first_tile;
@@ -141,7 +141,7 @@ class ShareCheck {
 
   void visit(int64_t sequence, const hopper::QueryTile& tile, ma::Range keys) {
     expect(0 <= tile.index && tile.index < num_tiles_, "a query tile has statistics that nobody makes");
-    const hopper::QueryTile same = hopper::query_tile(runs_.data(), static_cast<int>(runs_.size()), tile.index);
+    const hopper::QueryTile same = tile_of(tile.index);
     expect(same.row_begin == tile.row_begin && same.num_rows == tile.num_rows, "a tile has another one's statistics");
     expect(0 < tile.num_rows && tile.num_rows <= hopper::kQueryTileRows, "a query tile has no rows or too many");
     visits_.add(global(sequence), {tile.row_begin, tile.row_begin + tile.num_rows}, keys);
@@ -196,6 +196,11 @@ class ShareCheck {
   const ma::BwdParams params_;
   const hopper::DqSums sums_;
   const int64_t first_sequence_, num_sequences_, num_tiles_;
+  hopper::QueryTile tile_of(int index) const {
+    const int run = hopper::run_of_tile(runs_.data(), static_cast<int>(runs_.size()), index);
+    return hopper::query_tile(runs_.data(), run, index);
+  }
+
   const std::vector<hopper::QueryRun>& runs_;
   Visits& visits_;
   std::vector<int64_t> owners_;  // of places of sums of dq: which tile of all sequences has added there
