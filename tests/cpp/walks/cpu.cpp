@@ -135,6 +135,8 @@ void check_cpu(const Problem& problem) {
   Notes bwd_notes{{}, {}, {}, problem.num_heads};
   notes = &bwd_notes;
   std::vector<double> dq(problem.num_sequences() * problem.seqlen_q(), 1);
+  const std::vector<double> lse(dq.size(), 0);  // no row is measured anew
+  params.lse = lse.data();
   params.dq = dq.data();
   params.dq_strides = {params.num_heads * params.seqlen_q, 1, params.seqlen_q};
   cpu::run_bwd(params);
