@@ -159,7 +159,7 @@ class ShareCheck {
   void check_addresses(const ma::BwdParams& whole, const BwdWorkspace& workspace, const BwdShare& share) const {
     const hopper::QueryStats stats =
         hopper::stats_of(share, whole, {workspace.lse_log2, workspace.delta, static_cast<int>(num_tiles_)});
-    const int64_t skipped = first_sequence_ * num_tiles_ * hopper::kQueryTileRows;
+    const int64_t skipped = first_sequence_ * num_tiles_ * hopper::kStatsTileFloats;
     expect(stats.lse_log2 == workspace.lse_log2 + skipped && stats.delta == workspace.delta + skipped,
            "a share has other statistics than its own");
     for (int64_t sequence = 0; sequence < num_sequences_; ++sequence) {
