@@ -210,6 +210,11 @@ struct UnitsRing {
 
 struct NoUnits {};
 
+// Whether an output has overflowed, and whether the block goes through its items once more for that: repair.cuh.
+struct RepairState {
+  int has_overflowed, is_repair;
+};
+
 // Tiles are slabs of (rows, kSlabColumns) factors, one after the other, as the copy engine's swizzle writes them; one
 // part follows the other.
 template <typename Config>
@@ -225,7 +230,8 @@ struct FwdSharedStorage {
   uint64_t v_full[Config::kStages], v_empty[Config::kStages];
 
   alignas(16) uint32_t key_bits[Config::kStages][kKeyBitWords];  // of k's tiles; only under a mask
-  float bases[2][Config::kBlockM];                               // of the rows of two items, by turns: OnlineSoftmax
+  float bases[2][Config::kBlockM];                               // of the rows of two items, by turns: RowBases
+  RepairState repair;
   std::conditional_t<Config::kHasUnits, UnitsRing<Config>, NoUnits> units;
 };
 

@@ -34,8 +34,8 @@ constexpr int place_of_stats(int row) { return row / 16 * 16 + row % 8 / 2 * 4 +
 
 // A tile of statistics: a number for each query; then, of log-sum-exps, where the references of the tile's rows begin
 // (row_reference.h), 8 bytes, and a number that is not 0 if a row has one; and 4 bytes, as the copy engine moves 16.
-inline constexpr int kReferencesFloats = 4, kMarkPlace = 2;
-inline constexpr int kStatsTileFloats = kQueryTileRows + kReferencesFloats;
+inline constexpr int kMarkPlace = kQueryTileRows + 2;
+inline constexpr int kStatsTileFloats = kQueryTileRows + 4;
 
 // Key rows of an item of that kernel.
 constexpr int key_tile_rows(int64_t head_dim) { return is_wide(head_dim) ? kWarpgroupRows : 2 * kWarpgroupRows; }
@@ -87,7 +87,6 @@ struct DkDvConfig : DkDvTuning<kHeadDim>, BwdTiles<Element, kHeadDim, kQueryTile
   using Tiles = BwdTiles<Element, kHeadDim, kQueryTileRows, key_tile_rows(kHeadDim)>;
   static constexpr bool kIsMasked = kIsMasked_;
   static constexpr int kConsumers = Tiles::kBlockN / kWarpgroupRows;
-  static constexpr int kStatsBytes = Tiles::kBlockM * sizeof(float);
   static constexpr int kScoreBytes = Tiles::kBlockN * Tiles::kBlockM * sizeof(Element);
   static constexpr int kDqTileFloats = Tiles::kBlockM * kHeadDim;
 
@@ -101,6 +100,9 @@ struct DkDvConfig : DkDvTuning<kHeadDim>, BwdTiles<Element, kHeadDim, kQueryTile
                                      : kHeadDim < 64 || !kAddsDq  ? 2
                                      : kIsMasked && !kTakesTurns  ? 0
                                                                   : 1;
+  // Whether steps without references are a loop of their own: a branch in the only loop costs up to a tenth of the rate
+  // where dq is added to. With turns and two blocks there are no registers for two loops.
+  static constexpr bool kSeparatesReferences = kAddsDq && !(kTakesTurns && kSplits > 1);
   // The operands of the products for dk and dv take turns in the same registers where these are few.
   static constexpr bool kSharesOperand = kHeadDim > 64 || kSplits > 1 || kIsMasked || kKeptInputs == 1;
 
@@ -136,9 +138,8 @@ struct DkDvSharedStorage {
   alignas(1024) Element dout[Config::kStagesDout][Config::kBlockM * Config::kHeadDim];
   // By warp: 16 rows of a result on their way out, or, where queries are split, its fp32 sums of the other block.
   alignas(1024) Element staging[Config::kConsumers * kWarpgroup / 32][Config::kSplits * 16 * Config::kHeadDim];
-  alignas(128) float lse_log2[Config::kStagesQ][Config::kBlockM];
+  alignas(128) float lse_log2[Config::kStagesQ][kStatsTileFloats];
   alignas(128) float delta[Config::kStagesDout][Config::kBlockM];
-  alignas(16) float references[Config::kStagesQ][kReferencesFloats];  // what follows lse_log2
 
   uint64_t kv_full, kv_empty;
   uint64_t q_full[Config::kStagesQ], q_empty[Config::kStagesQ];

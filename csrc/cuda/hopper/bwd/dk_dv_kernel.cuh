@@ -121,47 +121,64 @@ __device__ inline void consume(const DkDvKernelParams& params, DkDvSharedStorage
       ptx::wgmma_wait<0>(s);
 
       // The first step adds zeros to dk and hands nothing over, the last one's scores of a next tile are not used: a
-      // product that is issued in some steps only would make the compiler wait for each.
-      for (int tile = 0; tile < num_tiles; ++tile, ++num_used) {
-        const QRing previous{num_used - (tile > 0)}, next{num_used + (tile + 1 < num_tiles)};
-        const DoutRing dout{num_used}, next_dout{next.count};
+      // product that is issued in some steps only would make the compiler wait for each. kRelates: whether a query may
+      // have a reference.
+      const auto go_through_tiles = [&]<bool kRelates>() {
+        for (int tile = 0; tile < num_tiles; ++tile, ++num_used) {
+          const QRing previous{num_used - (tile > 0)}, next{num_used + (tile + 1 < num_tiles)};
+          const DoutRing dout{num_used}, next_dout{next.count};
 
-        issue_column_products<Element>(dk, ds_operand, previous_q);
-        v.template issue_transposed_scores<true>(dp, dout_tile);
-        const float* stats = shared.references[QRing{num_used}.stage()];
-        if (has_references(stats)) relate_columns(s, stats);
-        scale_columns(s, params.softmax_scale_log2, lse_log2);
-        // NOTE: behind a wait, a branch, ptxas spreads the handing over among the last exponentials; without one it
-        // does so with the products alone. Where dq is added to in turn that takes more registers than there are.
-        constexpr bool kWaitsEarly = Config::kAddsDq && !Config::kTakesTurns;
-        const auto wait_for_next = [&] { ptx::mbarrier_wait(shared.q_full[next.stage()], next.full_parity()); };
-        if constexpr (kWaitsEarly) wait_for_next();
-        if constexpr (Config::kAddsDq) {
-          hand_over(shared.dq_exchange, previous.count, ds_operand, first_row, own_keys, tile > 0);
+          issue_column_products<Element>(dk, ds_operand, previous_q);
+          v.template issue_transposed_scores<true>(dp, dout_tile);
+          if constexpr (kRelates) {
+            const float* lse_tile = shared.lse_log2[QRing{num_used}.stage()];
+            if (has_references(lse_tile)) relate_columns(s, lse_tile);
+          } else if constexpr (Config::kTakesTurns) {
+            // NOTE: a branch that is never taken, which keeps ptxas from mixing what follows with the products.
+            if (has_references(shared.lse_log2[QRing{num_used}.stage()])) __trap();
+          }
+          scale_columns(s, params.softmax_scale_log2, lse_log2);
+          // NOTE: behind a wait, a branch, ptxas spreads the handing over among the last exponentials; without one it
+          // does so with the products alone. Where dq is added to in turn that takes more registers than there are.
+          constexpr bool kWaitsEarly = Config::kAddsDq && !Config::kTakesTurns;
+          const auto wait_for_next = [&] { ptx::mbarrier_wait(shared.q_full[next.stage()], next.full_parity()); };
+          if constexpr (kWaitsEarly) wait_for_next();
+          if constexpr (Config::kAddsDq) {
+            hand_over(shared.dq_exchange, previous.count, ds_operand, first_row, own_keys, tile > 0);
+          }
+
+          exponentiate_all(s);
+          if constexpr (Config::kSharesOperand) ptx::wgmma_wait<1>(dk);
+          round_operand<Element>(p_operand, s);
+          issue_column_products<Element>(dv, p_operand, dout_tile);
+          ptx::wgmma_wait<1>(dk, dp);
+
+          multiply_all(dp, s);
+          previous_q = q_tile;
+          q_tile = tile_of(q_ring, next.stage());
+          dout_tile = tile_of(dout_ring, next_dout.stage());
+          if constexpr (!kWaitsEarly) wait_for_next();
+          k.issue_transposed_scores(s, q_tile);
+          if constexpr (Config::kSharesOperand) ptx::wgmma_wait<1>(dv);
+          round_operand<Element>(ds_operand, dp);
+          if (tile > 0) release(shared.q_empty[previous.stage()]);
+
+          ptx::mbarrier_wait(shared.dout_full[next_dout.stage()], next_dout.full_parity());
+          lse_log2.load(shared.lse_log2[next.stage()]);
+          start_differences(dp, shared.delta[next_dout.stage()]);
+          if constexpr (Config::kAddsDq) wait_for_room(shared.dq_exchange, num_used);
+          ptx::wgmma_wait<0>(dv, s);
+          release(shared.dout_empty[dout.stage()]);
         }
-
-        exponentiate_all(s);
-        if constexpr (Config::kSharesOperand) ptx::wgmma_wait<1>(dk);
-        round_operand<Element>(p_operand, s);
-        issue_column_products<Element>(dv, p_operand, dout_tile);
-        ptx::wgmma_wait<1>(dk, dp);
-
-        multiply_all(dp, s);
-        previous_q = q_tile;
-        q_tile = tile_of(q_ring, next.stage());
-        dout_tile = tile_of(dout_ring, next_dout.stage());
-        if constexpr (!kWaitsEarly) wait_for_next();
-        k.issue_transposed_scores(s, q_tile);
-        if constexpr (Config::kSharesOperand) ptx::wgmma_wait<1>(dv);
-        round_operand<Element>(ds_operand, dp);
-        if (tile > 0) release(shared.q_empty[previous.stage()]);
-
-        ptx::mbarrier_wait(shared.dout_full[next_dout.stage()], next_dout.full_parity());
-        lse_log2.load(shared.lse_log2[next.stage()]);
-        start_differences(dp, shared.delta[next_dout.stage()]);
-        if constexpr (Config::kAddsDq) wait_for_room(shared.dq_exchange, num_used);
-        ptx::wgmma_wait<0>(dv, s);
-        release(shared.dout_empty[dout.stage()]);
+      };
+      if constexpr (Config::kSeparatesReferences) {
+        if (has_references(params.stats, int64_t{item.batch} * params.table.num_heads + item.head)) {
+          go_through_tiles.template operator()<true>();
+        } else {
+          go_through_tiles.template operator()<false>();
+        }
+      } else {
+        go_through_tiles.template operator()<true>();
       }
 
       release(shared.kv_empty);

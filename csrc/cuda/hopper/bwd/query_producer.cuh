@@ -41,7 +41,7 @@ __device__ inline void init_input_barriers(SharedStorage& shared, int num_key_re
 template <typename Config, typename SharedStorage>
 __device__ inline void produce_queries(const DkDvKernelParams& params, SharedStorage& shared) {
   constexpr int kBlockM = Config::kBlockM, kBlockN = Config::kBlockN, kHeadDim = Config::kHeadDim;
-  constexpr int kReferencesBytes = kReferencesFloats * sizeof(float);
+  constexpr int kLseBytes = kStatsTileFloats * sizeof(float), kDeltaBytes = kBlockM * sizeof(float);
   uint32_t num_loaded = 0;  // query tiles, over all items
   uint32_t kv_parity = 1;
   for (KeyItems<Config> item(params.table); item.next();) {
@@ -65,19 +65,18 @@ __device__ inline void produce_queries(const DkDvKernelParams& params, SharedSto
       const RingUse<Config::kStagesQ> q{num_loaded};
       ptx::Mbarrier& q_full = shared.q_full[q.stage()];
       ptx::mbarrier_wait(shared.q_empty[q.stage()], q.empty_parity());
-      ptx::mbarrier_arrive_expect(q_full, Config::kTileBytesM + Config::kStatsBytes + kReferencesBytes);
+      ptx::mbarrier_arrive_expect(q_full, Config::kTileBytesM + kLseBytes);
       load_clipped_rows<kBlockM, kHeadDim>(shared.q[q.stage()], params.q, q_full, tile.row_begin, tile.num_rows,
                                            item.head, item.batch * params.q_batch_step);
-      ptx::load_bytes(shared.lse_log2[q.stage()], params.stats.lse_log2 + stats, q_full, Config::kStatsBytes);
-      ptx::load_bytes(shared.references[q.stage()], params.stats.lse_log2 + stats + kBlockM, q_full, kReferencesBytes);
+      ptx::load_bytes(shared.lse_log2[q.stage()], params.stats.lse_log2 + stats, q_full, kLseBytes);
 
       const RingUse<Config::kStagesDout> dout{num_loaded};
       ptx::Mbarrier& dout_full = shared.dout_full[dout.stage()];
       ptx::mbarrier_wait(shared.dout_empty[dout.stage()], dout.empty_parity());
-      ptx::mbarrier_arrive_expect(dout_full, Config::kTileBytesM + Config::kStatsBytes);
+      ptx::mbarrier_arrive_expect(dout_full, Config::kTileBytesM + kDeltaBytes);
       load_clipped_rows<kBlockM, kHeadDim>(shared.dout[dout.stage()], params.dout, dout_full, tile.row_begin,
                                            tile.num_rows, item.head, item.batch * params.dout_batch_step);
-      ptx::load_bytes(shared.delta[dout.stage()], params.stats.delta + stats, dout_full, Config::kStatsBytes);
+      ptx::load_bytes(shared.delta[dout.stage()], params.stats.delta + stats, dout_full, kDeltaBytes);
     }
   }
 }

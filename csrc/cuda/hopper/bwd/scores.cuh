@@ -9,6 +9,7 @@
 
 #include "cuda/common/row_reference.cuh"
 #include "cuda/hopper/bwd/config.h"
+#include "cuda/hopper/bwd/params.h"
 #include "cuda/hopper/fwd/softmax.cuh"
 #include "cuda/ptx/math.cuh"
 #include "cuda/ptx/wgmma.cuh"
@@ -47,13 +48,23 @@ class ColumnStats {
   float4 fours_[kColumns / 16];
 };
 
-// Whether a query of a tile has a reference; stats: what follows its log-sum-exps.
-__device__ inline bool has_references(const float* stats) { return stats[kMarkPlace] != 0; }
+// Whether a query of a tile has a reference.
+__device__ inline bool has_references(const float* lse_tile) { return lse_tile[kMarkPlace] != 0; }
+
+// Whether one of a sequence's head has, in any tile. All lanes of a warp ask at a time.
+__device__ inline bool has_references(const QueryStats& stats, int64_t sequence) {
+  const float* const first = stats.lse_log2 + sequence * stats.num_tiles * kStatsTileFloats;
+  bool has_one = false;
+  for (int tile = threadIdx.x % 32; tile < stats.num_tiles; tile += 32) {
+    has_one |= has_references(first + tile * kStatsTileFloats);
+  }
+  return __any_sync(0xffffffff, has_one);
+}
 
 // NOTE: a call, which the compiler would make of what many kernels share, costs them registers.
 template <int kCount>
-__device__ __forceinline__ void relate_columns(float (&s)[kCount], const float* stats) {
-  const auto* own = *reinterpret_cast<const RowReference* const*>(stats) + 2 * (threadIdx.x % 4);
+__device__ __forceinline__ void relate_columns(float (&s)[kCount], const float* lse_tile) {
+  const auto* own = *reinterpret_cast<const RowReference* const*>(lse_tile + kQueryTileRows) + 2 * (threadIdx.x % 4);
 #pragma unroll
   for (int i = 0; i < kCount; i += 4) {
 #pragma unroll

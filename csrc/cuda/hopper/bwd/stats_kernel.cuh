@@ -123,7 +123,7 @@ __global__ void __launch_bounds__(BwdStatsShape<Element, kHeadDim>::kThreads)
   RowReference* const references = params.scores.references + first_row;
   if (threadIdx.x == 0) {
     *reinterpret_cast<RowReference**>(lse_of_tile + kQueryTileRows) = references;
-    lse_of_tile[kQueryTileRows + kMarkPlace] = has_references;
+    lse_of_tile[kMarkPlace] = has_references;
   }
   if (!has_references) return;
   find_references<Element>(params.scores, run, queries, batch, head, params.lse + first_row, references,

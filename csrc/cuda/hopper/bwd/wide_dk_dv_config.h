@@ -30,7 +30,6 @@ struct WideDkDvConfig : WideDkDvTuning<kHeadDim>, BwdTiles<Element, kHeadDim, kQ
   static constexpr int kConsumers = 2, kSplits = 1;
   static constexpr int kThreads = (1 + kConsumers) * kWarpgroup;
   static constexpr int kProducerRegisters = 24, kConsumerRegisters = 240;
-  static constexpr int kStatsBytes = Tiles::kBlockM * sizeof(float);
 
   static_assert(is_wide(kHeadDim) && Tiles::kBlockN == kWarpgroupRows);
   // Weights pass through shared memory where keys and values are in registers.
@@ -45,9 +44,8 @@ struct WideDkDvSharedStorage {
   alignas(1024) Element v[Config::kBlockN * Config::kHeadDim];
   alignas(1024) Element q[Config::kStagesQ][Config::kBlockM * Config::kHeadDim];
   alignas(1024) Element dout[Config::kStagesDout][Config::kBlockM * Config::kHeadDim];
-  alignas(128) float lse_log2[Config::kStagesQ][Config::kBlockM];
+  alignas(128) float lse_log2[Config::kStagesQ][kStatsTileFloats];
   alignas(128) float delta[Config::kStagesDout][Config::kBlockM];
-  alignas(16) float references[Config::kStagesQ][kReferencesFloats];  // what follows lse_log2
 
   uint64_t kv_full, kv_empty, kv_kept;
   uint64_t q_full[Config::kStagesQ], q_empty[Config::kStagesQ];

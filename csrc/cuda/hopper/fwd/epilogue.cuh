@@ -5,6 +5,7 @@
 
 #include "cuda/common/log_sum_exp.cuh"
 #include "cuda/hopper/fwd/params.h"
+#include "cuda/hopper/fwd/repair.cuh"
 #include "cuda/hopper/fwd/softmax.cuh"
 #include "cuda/hopper/fwd/tile_units.cuh"
 #include "cuda/hopper/plan/work_items.cuh"
@@ -36,61 +37,84 @@ __device__ inline float scale_of(const FwdKernelParams& params, const ItemRows& 
 
 // Writes this warp's 16 rows of a tile's output and log-sum-exp, those that exist.
 template <typename Config>
-__device__ inline void store_result(const FwdKernelParams& params, const ItemRows& tile, int first_row,
-                                    const float (&o)[Config::kHeadDim / 2], OnlineSoftmax softmax, float own_base) {
+__device__ inline void store_result(const FwdKernelParams& params, FwdSharedStorage<Config>& shared,
+                                    const ItemRows& tile, int first_row, const float (&o)[Config::kHeadDim / 2],
+                                    OnlineSoftmax softmax, const RowBases& bases) {
   using Element = typename Config::Element;
   const int lane = threadIdx.x % 32;
   const int row_begin = tile.row_begin + first_row + lane / 4;
+  const bool exists[2] = {row_begin < tile.row_end, row_begin + 8 < tile.row_end};
   softmax.finish();
   Element* out = static_cast<Element*>(params.out) + tile.batch * params.out_strides.batch +
                  tile.head * params.out_strides.head + row_begin * params.out_strides.row;
+  if constexpr (kMayOverflow<Config>) {
+    if (shared.repair.is_repair) {
+#pragma unroll
+      for (int i = 0; i < 2; ++i) {
+        if (!exists[i]) continue;
+        replace_row(out + 8 * i * params.out_strides.row, params.head_dim, o, i,
+                    inverse_of<Config>(softmax.row_sum[i]));
+      }
+      return;
+    }
+    note_overflow(shared, o, exists);
+  }
   float* lse = params.lse + (int64_t{tile.batch} * params.table.num_heads + tile.head) * params.seqlen_q + row_begin;
 #pragma unroll
   for (int i = 0; i < 2; ++i) {
-    const float sum = softmax.row_sum[i];
-    const int row = row_begin + 8 * i;
-    const bool exists = row < tile.row_end;
-    const RowPart part = softmax.template part<typename Config::Element>(i, own_base);
-    store_row(out + 8 * i * params.out_strides.row, params.head_dim, o, i, inverse_of<Config>(sum), exists);
-    if (exists && lane % 4 == 0) {
-      lse[8 * i] = log_sum_exp(part, part.base != 0 ? scale_of<Config>(params, tile, row) : 0);
+    store_row(out + 8 * i * params.out_strides.row, params.head_dim, o, i, inverse_of<Config>(softmax.row_sum[i]),
+              exists[i]);
+    if (exists[i] && lane % 4 == 0) {
+      const RowPart part = softmax.template part<Element>(i, bases);
+      lse[8 * i] = log_sum_exp(part, part.base != 0 ? scale_of<Config>(params, tile, row_begin + 8 * i) : 0);
     }
   }
 }
 
 // Writes this warp's 16 rows of what a part of an item comes to, whether they exist or not.
 template <typename Config>
-__device__ inline void store_part(const FwdKernelParams& params, int part, int first_row,
-                                  const float (&o)[Config::kHeadDim / 2], OnlineSoftmax softmax, float own_base) {
+__device__ inline void store_part(const FwdKernelParams& params, FwdSharedStorage<Config>& shared, int part,
+                                  int first_row, const float (&o)[Config::kHeadDim / 2], OnlineSoftmax softmax,
+                                  const RowBases& bases) {
   const int lane = threadIdx.x % 32;
   const int64_t row = int64_t{part} * Config::kBlockM + first_row + lane / 4;
   softmax.finish();
+  float* const out = params.partial_out + row * params.head_dim;
+  if constexpr (kMayOverflow<Config>) {
+    if (shared.repair.is_repair) {
+#pragma unroll
+      for (int i = 0; i < 2; ++i) {
+        replace_row(out + 8 * i * params.head_dim, params.head_dim, o, i, inverse_of<Config>(softmax.row_sum[i]));
+      }
+      return;
+    }
+    note_overflow(shared, o, {true, true});
+  }
 #pragma unroll
   for (int i = 0; i < 2; ++i) {
-    float* out = params.partial_out + (row + 8 * i) * params.head_dim + lane % 4 * 2;
-    const float sum = softmax.row_sum[i];
-    const float inverse = inverse_of<Config>(sum);
+    float* const own_out = out + 8 * i * params.head_dim + lane % 4 * 2;
+    const float inverse = inverse_of<Config>(softmax.row_sum[i]);
 #pragma unroll
     for (int column = 0; column < Config::kHeadDim; column += 8) {
       const float* pair = o + column / 2 + 2 * i;
       if (column < params.head_dim) {
-        *reinterpret_cast<float2*>(out + column) = make_float2(pair[0] * inverse, pair[1] * inverse);
+        *reinterpret_cast<float2*>(own_out + column) = make_float2(pair[0] * inverse, pair[1] * inverse);
       }
     }
-    const RowPart part = softmax.template part<typename Config::Element>(i, own_base);
-    if (lane % 4 == 0) params.row_parts[row + 8 * i] = part;
+    if (lane % 4 == 0) params.row_parts[row + 8 * i] = softmax.template part<typename Config::Element>(i, bases);
   }
 }
 
 template <typename Config>
-__device__ inline void store_item(const FwdKernelParams& params, const ItemWalk<Config::kBlockM>& item, int first_row,
+__device__ inline void store_item(const FwdKernelParams& params, FwdSharedStorage<Config>& shared,
+                                  const ItemWalk<Config::kBlockM>& item, int first_row,
                                   const float (&o)[Config::kHeadDim / 2], const OnlineSoftmax& softmax,
-                                  float own_base) {
+                                  const RowBases& bases) {
   const ItemSplits& splits = params.table.splits;
   if (splits.has(item.item)) {
-    store_part<Config>(params, splits.place(item.item), first_row, o, softmax, own_base);
+    store_part<Config>(params, shared, splits.place(item.item), first_row, o, softmax, bases);
   } else {
-    store_result<Config>(params, item.rows(), first_row, o, softmax, own_base);
+    store_result<Config>(params, shared, item.rows(), first_row, o, softmax, bases);
   }
 }
 

@@ -22,6 +22,7 @@
 #include "cuda/hopper/fwd/epilogue.cuh"
 #include "cuda/hopper/fwd/params.h"
 #include "cuda/hopper/fwd/products.cuh"
+#include "cuda/hopper/fwd/repair.cuh"
 #include "cuda/hopper/fwd/softmax.cuh"
 #include "cuda/hopper/fwd/tile_units.cuh"
 #include "cuda/hopper/mask/key_bits.cuh"
@@ -54,14 +55,23 @@ __device__ inline void init_barriers(FwdSharedStorage<Config>& shared) {
   init_ring(shared.k_full, shared.k_empty, kConsumerWarps, Config::kIsMasked ? 2 : 1);
   init_ring(shared.v_full, shared.v_empty, kConsumerWarps);
   if constexpr (Config::kHasUnits) init_ring(shared.units.full, shared.units.empty, kConsumerWarps);
+  shared.repair = {};
   ptx::mbarrier_fence_init();
 }
 
+// What a producer has loaded, over all items: key tiles and tiles of queries.
 template <typename Config>
-__device__ inline void produce(const FwdKernelParams& params, FwdSharedStorage<Config>& shared) {
-  using Ring = RingUse<Config::kStages>;
-  uint32_t num_loaded = 0;  // key tiles, over all items
+struct Loaded {
+  uint32_t num_key_tiles = 0;
   RingUse<Config::kQueryBuffers> q{0};
+};
+
+template <typename Config>
+__device__ inline void produce(const FwdKernelParams& params, FwdSharedStorage<Config>& shared,
+                               Loaded<Config>& loaded) {
+  using Ring = RingUse<Config::kStages>;
+  uint32_t& num_loaded = loaded.num_key_tiles;
+  auto& q = loaded.q;
   for (ItemWalk<Config::kBlockM> items(params.table); items.next_with_keys(); ++q.count) {
     const TileShare share = items.share();
     const ItemRows queries = items.rows();
@@ -113,8 +123,9 @@ __device__ inline void produce(const FwdKernelParams& params, FwdSharedStorage<C
 
 // Under a mask a second thread follows the first and brings the bits of the key tiles.
 template <typename Config>
-__device__ inline void produce_key_bits(const FwdKernelParams& params, FwdSharedStorage<Config>& shared) {
-  RingUse<Config::kStages> use{0};
+__device__ inline void produce_key_bits(const FwdKernelParams& params, FwdSharedStorage<Config>& shared,
+                                        Loaded<Config>& loaded) {
+  RingUse<Config::kStages> use{loaded.num_key_tiles};
   for (ItemWalk<Config::kBlockM> items(params.table); items.next_with_keys();) {
     const TileShare share = items.share();
     const uint32_t* visible = params.visible + items.rows().batch * params.visible_step;
@@ -125,6 +136,7 @@ __device__ inline void produce_key_bits(const FwdKernelParams& params, FwdShared
       ptx::mbarrier_arrive(shared.k_full[use.stage()]);
     }
   }
+  loaded.num_key_tiles = use.count;
 }
 
 // The units of the key tiles of fp32 inputs come by a warp of their own, too.
@@ -207,12 +219,12 @@ __device__ inline void consume(const FwdKernelParams& params, FwdSharedStorage<C
       mask_columns(s, params.table.ranges[items.tiles().first_range + tile].tail);
     }
   };
-  // Where this thread has a base of an item, beside its neighbour's; two threads share it.
-  const auto base_of = [&](uint32_t item) -> float& {
-    return shared.bases[item % 2][consumer * kWarpgroupRows + threadIdx.x % kWarpgroup / 4 * 2 + threadIdx.x % 2];
+  const auto bases_of = [&](uint32_t item) {
+    return RowBases{shared.bases[item % 2] + first_row + lane / 4, shared.repair.is_repair != 0};
   };
-  const auto own_base = [&]() -> float& { return base_of(q_use.count); };
-  const auto weigh = [&] { softmax.weigh<Config::kPolynomialEvery>(s, products.scale_log2, own_base()); };
+  const auto start_softmax = [&] {
+    softmax.start<Element, Config::kPolynomialEvery>(s, products.scale_log2, bases_of(q_use.count));
+  };
   // NOTE: the answer depends on all exponentials. Without a barrier at this place ptxas moves most of them behind the
   // wait for the product that they should run under.
   const auto overflows = [&] {
@@ -227,82 +239,82 @@ __device__ inline void consume(const FwdKernelParams& params, FwdSharedStorage<C
     }
   };
 
-  bool has_keys = items.next_with_keys();
-  if (has_keys) {
-    begin_item();
-    products.start_item(params, items.rows(), first_row);
-    ptx::mbarrier_wait(shared.q_full[0], 0);
-    ptx::mbarrier_wait(shared.k_full[0], 0);
-    issue_s();
-    ptx::wgmma_wait<0>(s);
-    finish_s(share.begin);
-    release(shared.k_empty[0]);
-    softmax.start<Element>(s, products.scale_log2, own_base());
-    weigh();
-    softmax.settle<Element>();
-    softmax.add_tile();
-    products.take_weights(shared, k_use);
-  }
-  while (has_keys) {
-    clear(o);
-    for (int tile = share.begin + 1; tile < share.end; ++tile) {
-      const Ring v_use = k_use;
-      ++k_use.count;
-      issue_both(v_use);
-      if (has_rows) {
-        finish_s(tile);
-        weigh();
-      }
-      const bool is_overflow = overflows();
-      products.wait();
-      release(shared.v_empty[v_use.stage()]);
-      if (is_overflow) {
-        float factor[2];
-        issue_s();
-        ptx::wgmma_wait<0>(s);
-        finish_s(tile);
-        softmax.raise<Element>(s, products.scale_log2, factor, own_base());
-        weigh();
-        softmax.settle<Element>();
-        scale_rows(o, factor);
-      }
-      release(shared.k_empty[k_use.stage()]);
-      softmax.add_tile();
-      products.take_weights(shared, k_use);
-    }
-    release(shared.q_empty[q_use.stage()]);
-
-    const ItemWalk finished = items;
-    const OnlineSoftmax total = softmax;
-    const Ring v_use = k_use;
-    ++k_use.count;
-    ++q_use.count;
-    has_keys = items.next_with_keys();
+  do {
+    bool has_keys = items.next_with_keys();
     if (has_keys) {
+      begin_item();
       products.start_item(params, items.rows(), first_row);
       ptx::mbarrier_wait(shared.q_full[q_use.stage()], q_use.full_parity());
-      issue_both(v_use);
-      begin_item();
+      ptx::mbarrier_wait(shared.k_full[k_use.stage()], k_use.full_parity());
+      issue_s();
+      ptx::wgmma_wait<0>(s);
       finish_s(share.begin);
       release(shared.k_empty[k_use.stage()]);
-      softmax.start<Element>(s, products.scale_log2, own_base());
-      weigh();
-      overflows();
-      products.wait();
+      start_softmax();
       softmax.settle<Element>();
       softmax.add_tile();
       products.take_weights(shared, k_use);
-    } else {
-      issue_o(v_use);
-      products.wait();
     }
-    release(shared.v_empty[v_use.stage()]);
-    store_item<Config>(params, finished, first_row, o, total, base_of(q_use.count - 1));
-  }
-  for (bool is_left = items.item < params.table.num_items; is_left; is_left = items.next()) {
-    clear(o);
-    store_result<Config>(params, items.rows(), first_row, o, OnlineSoftmax{}, 0);
-  }
+    while (has_keys) {
+      clear(o);
+      for (int tile = share.begin + 1; tile < share.end; ++tile) {
+        const Ring v_use = k_use;
+        ++k_use.count;
+        issue_both(v_use);
+        if (has_rows) {
+          finish_s(tile);
+          softmax.weigh<Config::kPolynomialEvery>(s, products.scale_log2);
+        }
+        const bool is_overflow = overflows();
+        products.wait();
+        release(shared.v_empty[v_use.stage()]);
+        if (is_overflow) {
+          float factor[2];
+          issue_s();
+          ptx::wgmma_wait<0>(s);
+          finish_s(tile);
+          softmax.raise<Element, Config::kPolynomialEvery>(s, products.scale_log2, factor, bases_of(q_use.count));
+          softmax.settle<Element>();
+          scale_rows(o, factor);
+        }
+        release(shared.k_empty[k_use.stage()]);
+        softmax.add_tile();
+        products.take_weights(shared, k_use);
+      }
+      release(shared.q_empty[q_use.stage()]);
+
+      const ItemWalk finished = items;
+      const OnlineSoftmax total = softmax;
+      const Ring v_use = k_use;
+      ++k_use.count;
+      ++q_use.count;
+      has_keys = items.next_with_keys();
+      if (has_keys) {
+        products.start_item(params, items.rows(), first_row);
+        ptx::mbarrier_wait(shared.q_full[q_use.stage()], q_use.full_parity());
+        issue_both(v_use);
+        begin_item();
+        finish_s(share.begin);
+        release(shared.k_empty[k_use.stage()]);
+        start_softmax();
+        overflows();
+        products.wait();
+        softmax.settle<Element>();
+        softmax.add_tile();
+        products.take_weights(shared, k_use);
+      } else {
+        issue_o(v_use);
+        products.wait();
+      }
+      release(shared.v_empty[v_use.stage()]);
+      store_item<Config>(params, shared, finished, first_row, o, total, bases_of(q_use.count - 1));
+    }
+    for (bool is_left = items.item < params.table.num_items; is_left; is_left = items.next()) {
+      clear(o);
+      store_result<Config>(params, shared, items.rows(), first_row, o, OnlineSoftmax{}, bases_of(0));
+    }
+    items.restart();
+  } while (must_repair(shared));
 }
 
 template <typename Config>
@@ -325,13 +337,16 @@ __global__ void __launch_bounds__(Config::kThreads, 1)
   if (warpgroup == 0) {
     ptx::release_registers<Config::kProducerRegisters>();
     const int warp = threadIdx.x / 32;
-    if (warp == 0 && ptx::elect_one()) {
-      produce(params, shared);
-    } else if constexpr (Config::kHasUnits) {
-      if (warp == 1) produce_units(params, shared);
-    } else if (Config::kIsMasked && warp == 1 && ptx::elect_one()) {
-      produce_key_bits(params, shared);
-    }
+    Loaded<Config> loaded;
+    do {
+      if (warp == 0 && ptx::elect_one()) {
+        produce(params, shared, loaded);
+      } else if constexpr (Config::kHasUnits) {
+        if (warp == 1) produce_units(params, shared);
+      } else if (Config::kIsMasked && warp == 1 && ptx::elect_one()) {
+        produce_key_bits(params, shared, loaded);
+      }
+    } while (must_repair(shared));
   } else {
     ptx::acquire_registers<Config::kConsumerRegisters>();
     consume(params, shared, warpgroup - 1);

@@ -6,8 +6,9 @@
 // as accurate at 2^15 as at 1.
 //
 // An exponent is the score times the scale less the reference times the scale, and that product is rounded. What it
-// lost is a factor of the whole row and does no harm as long as it is about 1. Beyond kMostRounded the reference is
-// subtracted from the scores themselves instead, which is exact where it matters; that costs one branch a tile.
+// lost is a factor of the whole row and does no harm as long as it is about 1. Beyond kMostRounded the reference is a
+// score, the row's base, and is subtracted from the scores themselves, which is exact where it matters. Such rows have
+// an offset that makes all their weights infinite: they are repaired at every tile, and no other row pays for them.
 #pragma once
 
 #include <cuda_bf16.h>
@@ -47,21 +48,25 @@ __device__ inline void mask_columns(float (&scores)[kCount], int num_columns) {
 
 // Largest sum of weights of one thread and tile: fp16 ends at 2^16, bf16 leaves room for large values.
 template <typename Element>
-constexpr float kWeightLimit = 0x1p12f;
+constexpr float kWeightLimit = 0x1p32f;
 template <>
 constexpr float kWeightLimit<__half> = 0x1p15f;
 template <>
 constexpr float kWeightLimit<float> = 0x1p15f;  // which is multiplied as two of fp16
 
 // The logarithm of the weight that a reference itself gets. Two parts of fp16 hold 22 bits of weights down to 2^-3 and
-// an absolute 2^-25 below that, so that those of fp32 begin higher. Values of bf16 may be as large as any number of
-// fp32 is, and are added up before the sum is divided by that of the weights: 2^20 of them are to fit.
+// an absolute 2^-25 below that, so that those of fp32 begin higher.
 template <typename Element>
 constexpr float kReferenceWeightLog2 = 0;
 template <>
-constexpr float kReferenceWeightLog2<__nv_bfloat16> = -20;
-template <>
 constexpr float kReferenceWeightLog2<float> = 8;
+
+// The same of a base, which no weight of its row exceeds. Values of bf16 may be as large as any number of fp32, and are
+// added up before the sum is divided by that of the weights.
+template <typename Element>
+constexpr float kBaseWeightLog2 = kReferenceWeightLog2<Element>;
+template <>
+constexpr float kBaseWeightLog2<__nv_bfloat16> = -64;
 
 // What a row's maximum counts as where it has no finite score yet: no score is lower, and the first higher one
 // overflows.
@@ -77,50 +82,64 @@ __device__ constexpr bool is_polynomial(int i) {
   return false;
 }
 
-// Of the two rows of a thread, which may have a scale each. The sums are those of its own columns until finish(). Bases
-// are seldom other than 0 and lie in shared memory: that of even threads, own_base, is the first row's, that of odd
-// ones the other's.
+// Bases of the rows of an item, in shared memory, as they are seldom needed. thread_rows: the thread's first one; its
+// other one lies 8 rows behind. The four threads of a quad have the same.
+struct RowBases {
+  float* thread_rows;
+  bool has_all;  // whether every row is to have a base
+
+  __device__ float read(int row) const { return thread_rows[8 * row]; }
+
+  __device__ void write(const float (&base)[2]) const {
+    __syncwarp();  // what was there has been read
+    if (threadIdx.x % 4 == 0) {
+      thread_rows[0] = base[0];
+      thread_rows[8] = base[1];
+    }
+    __syncwarp();
+  }
+};
+
+// Of the two rows of a thread, which may have a scale each. The sums are those of its own columns until finish().
 struct OnlineSoftmax {
-  float offset[2];  // a weight is 2^(scale_log2 * (score - base) - offset)
+  float offset[2];  // a weight is 2^(scale_log2 * score - offset); or kHasBase
   float row_sum[2];
   float tile_sum[2];
 
-  // Takes the references from an item's first scores.
-  template <typename Element, int kCount>
-  __device__ void start(const float (&scores)[kCount], const float (&scale_log2)[2], float& own_base) {
-    float base[2];
-    find_references<Element>(base, offset, scores, scale_log2);
-    keep_bases(base, own_base);
+  // Takes the references from an item's first scores, and turns these into weights.
+  template <typename Element, int kPolynomialEvery, int kCount>
+  __device__ void start(float (&scores)[kCount], const float (&scale_log2)[2], const RowBases& bases) {
+    References references;
+    references.find<Element>(scores, scale_log2, bases.has_all);
+    weigh_relative<kPolynomialEvery>(scores, scale_log2, references, bases);
     row_sum[0] = row_sum[1] = 0;
   }
 
   // Gives rows whose weights overflowed the reference of the tile that made them, and takes what was added up before to
-  // it: rows of o by the factors. Each row decides by itself, so that none depends on its neighbours.
-  template <typename Element, int kCount>
-  __device__ void raise(const float (&scores)[kCount], const float (&scale_log2)[2], float (&factor)[2],
-                        float& own_base) {
-    float base_now[2] = {base_of(0, own_base), base_of(1, own_base)}, new_base[2], new_offset[2];
-    find_references<Element>(new_base, new_offset, scores, scale_log2);
+  // it: rows of o by the factors. Each row decides by itself, so that none depends on its neighbours. Turns the scores
+  // into weights.
+  template <typename Element, int kPolynomialEvery, int kCount>
+  __device__ void raise(float (&scores)[kCount], const float (&scale_log2)[2], float (&factor)[2],
+                        const RowBases& bases) {
+    References references;
+    references.find<Element>(scores, scale_log2, bases.has_all);
 #pragma unroll
     for (int row = 0; row < 2; ++row) {
-      const bool grows = quad_max(tile_sum[row]) > kWeightLimit<Element>;
-      const float growth = fmaf(base_now[row] - new_base[row], scale_log2[row], offset[row] - new_offset[row]);
+      const bool has_base = offset[row] == kHasBase;
+      const float base = has_base ? bases.read(row) : 0;
+      const float own_offset = has_base ? -kBaseWeightLog2<Element> : offset[row];
+      const bool grows = has_base ? references.largest[row] > base : quad_max(tile_sum[row]) > kWeightLimit<Element>;
+      const float growth = fmaf(base - references.base[row], scale_log2[row], own_offset - references.offset[row]);
       factor[row] = grows ? ptx::exp2(growth) : 1.f;
-      base_now[row] = grows ? new_base[row] : base_now[row];
-      offset[row] = grows ? new_offset[row] : offset[row];
       row_sum[row] *= factor[row];
+      if (!grows) references.set(row, base, own_offset, has_base);
     }
-    keep_bases(base_now, own_base);
+    weigh_relative<kPolynomialEvery>(scores, scale_log2, references, bases);
   }
 
   // Turns scores into weights.
   template <int kPolynomialEvery, int kCount>
-  __device__ void weigh(float (&scores)[kCount], const float (&scale_log2)[2], float own_base) {
-    if (__any_sync(0xffffffff, own_base != 0)) {
-      const float bases[2] = {base_of(0, own_base), base_of(1, own_base)};
-#pragma unroll
-      for (int i = 0; i < kCount; ++i) scores[i] -= bases[row_of(i)];
-    }
+  __device__ void weigh(float (&scores)[kCount], const float (&scale_log2)[2]) {
     const PolynomialExp2 polynomial[2] = {{scale_log2[0], offset[0]}, {scale_log2[1], offset[1]}};
 #pragma unroll
     for (int i = 0; i < kCount; ++i) {
@@ -136,10 +155,10 @@ struct OnlineSoftmax {
     }
   }
 
-  // Whether a weight may have left its format. NaN stays as it is.
+  // Whether a weight may have left its format, or a row has a base. NaN, which is both, stays as it is.
   template <typename Element>
   __device__ bool overflows() const {
-    return tile_sum[0] > kWeightLimit<Element> || tile_sum[1] > kWeightLimit<Element>;
+    return !(tile_sum[0] <= kWeightLimit<Element>) || !(tile_sum[1] <= kWeightLimit<Element>);
   }
 
   // Of weights under a reference of their own tile, which are 1 at most: a larger sum comes from a score of NaN or
@@ -167,45 +186,76 @@ struct OnlineSoftmax {
     }
   }
 
-  // Of a row that is finished; all threads of a warp ask at a time.
+  // Of a row that is finished.
   template <typename Element>
-  __device__ RowPart part(int row, float own_base) const {
-    constexpr float kLog2 = kReferenceWeightLog2<Element>;
-    const float base = base_of(row, own_base);
+  __device__ RowPart part(int row, const RowBases& bases) const {
     if (row_sum[row] == 0) return {0, 0, -INFINITY};
     // The logarithm of a number near 1 is exact to more digits than that of a power of two beside.
-    const float inverse = __int_as_float((127 - static_cast<int>(kLog2)) << 23);
-    return {base, offset[row] + kLog2, log2f(row_sum[row] * inverse)};
+    if (offset[row] == kHasBase)
+      return {bases.read(row), 0, log2f(row_sum[row] * power_of_2(-kBaseWeightLog2<Element>))};
+    constexpr float kLog2 = kReferenceWeightLog2<Element>;
+    return {0, offset[row] + kLog2, log2f(row_sum[row] * power_of_2(-kLog2))};
   }
 
  private:
+  static constexpr float kHasBase = -std::numeric_limits<float>::infinity();
+
   // Far below the weight of any reference.
   static constexpr float kLeastSum = 0x1p-100f;
 
-  // All threads of a warp ask at a time.
-  __device__ static float base_of(int row, float own_base) {
-    return __shfl_sync(0xffffffff, own_base, threadIdx.x % 32 / 4 * 4 + row);
-  }
+  // What the weights of a thread's rows are to be relative to: 2^(scale_log2 * (score - base) - offset).
+  struct References {
+    float largest[2];  // score of the tile
+    float base[2], offset[2];
+    bool has_base[2];
 
-  __device__ static void keep_bases(const float (&base)[2], float& own_base) {
-    own_base = threadIdx.x % 2 == 0 ? base[0] : base[1];
-  }
+    __device__ void set(int row, float new_base, float new_offset, bool is_base) {
+      base[row] = new_base;
+      offset[row] = new_offset;
+      has_base[row] = is_base;
+    }
 
-  template <typename Element, int kCount>
-  __device__ static void find_references(float (&base)[2], float (&offset)[2], const float (&scores)[kCount],
-                                         const float (&scale_log2)[2]) {
-    float tile_max[2] = {scores[0], scores[2]};
+    template <typename Element, int kCount>
+    __device__ void find(const float (&scores)[kCount], const float (&scale_log2)[2], bool has_all) {
+      float tile_max[2] = {scores[0], scores[2]};
 #pragma unroll
-    for (int i = 0; i < kCount; ++i) tile_max[row_of(i)] = fmaxf(tile_max[row_of(i)], scores[i]);
+      for (int i = 0; i < kCount; ++i) tile_max[row_of(i)] = fmaxf(tile_max[row_of(i)], scores[i]);
 #pragma unroll
-    for (int row = 0; row < 2; ++row) {
-      const float largest = fmaxf(quad_max(tile_max[row]), kNoReference);
-      const float reference = largest * scale_log2[row];
-      const bool is_rounded = fabsf(reference) > kMostRounded;
-      base[row] = is_rounded ? largest : 0;
-      offset[row] = (is_rounded ? 0 : reference) - kReferenceWeightLog2<Element>;
+      for (int row = 0; row < 2; ++row) {
+        largest[row] = fmaxf(quad_max(tile_max[row]), kNoReference);
+        // No product of a score and a scale of 1 at most is lower.
+        const bool is_least = largest[row] == kNoReference && scale_log2[row] <= 1;
+        const float reference = is_least ? kNoReference : largest[row] * scale_log2[row];
+        if (has_all || (!is_least && fabsf(reference) > kMostRounded)) {
+          set(row, largest[row], -kBaseWeightLog2<Element>, true);
+        } else {
+          set(row, 0, reference - kReferenceWeightLog2<Element>, false);
+        }
+      }
+    }
+  };
+
+  template <int kPolynomialEvery, int kCount>
+  __device__ void weigh_relative(float (&scores)[kCount], const float (&scale_log2)[2], const References& references,
+                                 const RowBases& bases) {
+    offset[0] = references.offset[0];
+    offset[1] = references.offset[1];
+    const bool has_base = __any_sync(0xffffffff, references.has_base[0] || references.has_base[1]);
+    if (has_base) {
+#pragma unroll
+      for (int i = 0; i < kCount; ++i) scores[i] -= references.base[row_of(i)];
+    }
+    weigh<kPolynomialEvery>(scores, scale_log2);
+    if (has_base) {
+      bases.write(references.base);
+#pragma unroll
+      for (int row = 0; row < 2; ++row) {
+        if (references.has_base[row]) offset[row] = kHasBase;
+      }
     }
   }
+
+  __device__ static float power_of_2(float log2) { return __int_as_float((127 + static_cast<int>(log2)) << 23); }
 };
 
 }  // namespace mixed_attention::cuda::hopper
