@@ -161,11 +161,17 @@ def test_scores_of_minus_infinity(case: Case, which: str, device: torch.device):
 
 
 @each_family
-def test_values_up_to_the_largest(case: Case, device: torch.device):
+@pytest.mark.parametrize("rise", [0, 30, 300], ids=["any scores", "rising scores", "steeply rising scores"])
+def test_values_up_to_the_largest(case: Case, rise: int, device: torch.device):
     """A mean of numbers is no larger than they are, and sums on the way to it do not overflow."""
     inputs = make_inputs(case, device)
     largest = 0.75 * torch.finfo(case.dtype).max  # which rounding does not take beyond the end
     with torch.no_grad():
+        if rise:  # from the first key to the last
+            inputs.q.zero_()
+            inputs.q[..., 0] = 1 / case.scale
+            places = torch.linspace(0, rise, inputs.k.shape[1], device=device)[None, :, None]
+            inputs.k[..., 0] = torch.where(inputs.k[..., 0].isfinite(), places, inputs.k[..., 0])
         inputs.v.copy_(torch.where(inputs.v.isfinite(), largest, inputs.v))
     out = ma.attention(inputs.q, inputs.k, inputs.v, case.plan, **options_of(inputs))
     sees = inputs.weights.any(-1)[..., None, None].expand_as(out)
