@@ -19,8 +19,8 @@ from bench.cases import Case
 from bench.operator import Inputs, make_inputs
 from bench.rows import Row, absent_row, dtype_of, in_precision, timing_row
 from bench.timing import Calls, graphed, take_turns
-from mixed_attention import packed
-from mixed_attention.projection import linear
+from mixed_attention.eager import packed
+from mixed_attention.eager.projection import linear
 
 FORWARD, TRAINING = "forward", "forward + backward"
 CALLS_A_SAMPLE = 16  # in a model a layer follows another: a GPU waits for the host before the first alone

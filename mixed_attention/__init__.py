@@ -1,18 +1,21 @@
 """Structured attention between named token groups, as one fused and differentiable PyTorch operator."""
 
+import sys as _sys
 from importlib import metadata as _metadata
 
-from mixed_attention import cache, checkpoint, noether, reference
-from mixed_attention.anchor import (
+from mixed_attention import cache, checkpoint, moved, noether, reference
+from mixed_attention.layers import (
     CrossAnchorAttention,
+    DotProductAttention,
     JointAnchorAttention,
     MissingAnchorTokenError,
     MissingBranchTokensError,
+    MixedAttention,
     MultiBranchAnchorAttention,
+    PerceiverAttention,
     SelfAnchorAttention,
     UnexpectedTokenError,
 )
-from mixed_attention.module import DotProductAttention, MixedAttention, PerceiverAttention
 from mixed_attention.ops import attention
 from mixed_attention.plan import AttentionPlan
 from mixed_attention.rope import RopeFrequency, apply_rope
@@ -31,6 +34,8 @@ try:
     __version__ = _metadata.version("mixed_attention")
 except _metadata.PackageNotFoundError:  # a checkout that was built in place and never installed
     __version__ = "0.0.0+unknown"
+
+moved.keep_old_paths(_sys.modules[__name__])
 
 __all__ = [
     "AnchorAttentionConfig",

@@ -294,7 +294,7 @@ class AttentionPlan:
         """
         lines = list(_explain(self))
         if torch.device(device).type == "cuda":
-            from mixed_attention.kernels import explain_kernels
+            from mixed_attention.explain import explain_kernels
 
             shape = {"batch_size": batch_size, "num_heads": num_heads, "head_dim": head_dim}
             lines += explain_kernels(self, device=torch.device(device), dtype=dtype, **shape)

@@ -214,9 +214,9 @@ class DotProductAttentionConfig(Config):
         dropout: Probability with which an attention weight is dropped in training mode.
         hidden_dim: Another name for ``dim``.
         qk_norm: Whether the queries and fresh keys of every head are divided by their root mean square over its
-            channels before they are rotated, see :func:`mixed_attention.norm.rms_norm`. ``"affine"``: and multiplied
-            by learnable weights, ``q_norm.weight`` and ``k_norm.weight``, one per channel. Keys from a cache are taken
-            as they are: they went through this when it was recorded.
+            channels before they are rotated, see :func:`mixed_attention.layers.norm.rms_norm`. ``"affine"``: and
+            multiplied by learnable weights, ``q_norm.weight`` and ``k_norm.weight``, one per channel. Keys from a
+            cache are taken as they are: they went through this when it was recorded.
         **extra: Kept, not interpreted, like ``attn_impl``, which says how and not what to compute. ``head_dim`` is
             accepted and ignored: it is the width over the heads.
 

@@ -107,7 +107,7 @@ def test_what_is_wrong_is_found_and_made_small(planted, monkeypatch):
 
 
 def test_a_layer_that_rotates_wrongly_is_found(monkeypatch):
-    monkeypatch.setattr(ma.packed.ops, "attend_in_place", _rotates_too_few(ops.attend_in_place))
+    monkeypatch.setattr(ma.eager.packed.ops, "attend_in_place", _rotates_too_few(ops.attend_in_place))
     failure = next(failure for failure in fuzz.search(range(200), CPU, Counter()) if failure)
     assert "of the layer is off by" in failure.error
     assert "is_layer=True" in failure.smaller

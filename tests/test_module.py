@@ -30,7 +30,7 @@ from torch.func import functional_call
 from torch.utils.checkpoint import checkpoint
 
 import mixed_attention as ma
-from mixed_attention import module
+from mixed_attention.layers import mixed as module
 
 LAYERS = {"fused": ma.MixedAttention, "separate": ma.noether.MixedAttention}
 

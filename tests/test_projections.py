@@ -307,7 +307,7 @@ def test_each_is_called_once_on_all_tokens(cls):
 
 def test_a_default_device_is_no_change(monkeypatch):
     layer, x = make_layer(), make_x(SELF)
-    monkeypatch.setattr(ma.module.ProjectedAttention, "_call", None)
+    monkeypatch.setattr(ma.layers.ProjectedAttention, "_call", None)
     with torch.device("cpu"):
         layer(x, SELF.specs, SELF.patterns)
 

@@ -26,7 +26,7 @@ from torch import nn
 from torch.utils.checkpoint import checkpoint
 
 import mixed_attention as ma
-from mixed_attention.norm import RMSNorm, rms_norm
+from mixed_attention.layers.norm import RMSNorm, rms_norm
 
 HEAD_DIM = DIM // NUM_HEADS
 KINDS = [True, "affine"]

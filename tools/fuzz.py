@@ -47,7 +47,7 @@ from torch import Tensor, nn
 
 import mixed_attention as ma
 from mixed_attention import ops, reference
-from mixed_attention.module import LEAST_SKIPPED
+from mixed_attention.layers.mixed import LEAST_SKIPPED
 
 VARIABLE_OF = {"cpu": "MIXED_ATTENTION_CPU", "cuda": "MIXED_ATTENTION_GPU"}  # forces a family
 STOPS = signal.SIGINT, signal.SIGTERM

@@ -29,7 +29,7 @@ struct ProjectedPart {
 std::vector<at::Tensor> project(const at::Tensor& x, const at::Tensor& weight, const std::optional<at::Tensor>& bias,
                                 const std::vector<ProjectedPart>& parts, at::ScalarType dtype);
 
-// What an attention over packed buffers computes, but for its tensors. See mixed_attention/packed.py.
+// What an attention over packed buffers computes, but for its tensors. See mixed_attention/eager/packed.py.
 struct PackedCall : AttentionCall {
   std::vector<std::vector<int64_t>> shapes;   // of each buffer: batch_size, seqlen, slots, num_heads, head_dim
   std::vector<int64_t> rotated;               // how many of its first slots are rotated

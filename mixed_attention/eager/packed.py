@@ -15,8 +15,8 @@ import torch
 from torch import Tensor
 
 from mixed_attention import ops, reference
+from mixed_attention.eager.projection import Runs, take, taken_ranges
 from mixed_attention.plan import AttentionPlan
-from mixed_attention.projection import Runs, take, taken_ranges
 from mixed_attention.rope import apply_rope
 
 Freqs = Tensor | tuple[Tensor, ...]

@@ -9,14 +9,15 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from mixed_attention import cache, checkpoint, packed
+from mixed_attention import cache, checkpoint
 from mixed_attention.autocast import cat
 from mixed_attention.cache import KVCache, KVEntry
-from mixed_attention.init import init_weights
-from mixed_attention.norm import RMSNorm
-from mixed_attention.packed import Freqs, Packed, Rotated
+from mixed_attention.eager import packed
+from mixed_attention.eager.packed import Freqs, Packed, Rotated
+from mixed_attention.eager.projection import Part, Runs, is_plain, linear, project, take
+from mixed_attention.layers.init import init_weights
+from mixed_attention.layers.norm import RMSNorm
 from mixed_attention.plan import AttentionPatternLike, AttentionPlan, Group, TokenSpecLike, read_patterns, read_specs
-from mixed_attention.projection import Part, Runs, is_plain, linear, project, take
 from mixed_attention.rope import check_freqs
 from mixed_attention.spec import (
     AttentionPattern,

@@ -9,8 +9,8 @@ from typing import Any
 from torch import Tensor, nn
 
 from mixed_attention.cache import KVCache
-from mixed_attention.module import MixedAttention
-from mixed_attention.packed import Freqs
+from mixed_attention.eager.packed import Freqs
+from mixed_attention.layers.mixed import MixedAttention
 from mixed_attention.plan import AttentionPatternLike, TokenSpecLike, read_specs
 from mixed_attention.spec import AnchorAttentionConfig, AttentionPattern
 

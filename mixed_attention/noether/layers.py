@@ -1,8 +1,4 @@
-"""Upstream's newest signatures, parameter layout and return types (release 2026.4.0), over the same layers.
-
-Import from here instead of from upstream, or let :func:`swap` replace the modules inside a model. The classes at the
-top of the package have the older form: a fused ``qkv``, no cache in the arguments, a plain tensor in return.
-"""
+"""The layers of upstream's newest release, and the exchange of modules inside a model."""
 
 from __future__ import annotations
 
@@ -14,10 +10,11 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from mixed_attention import anchor, cache, checkpoint, foreign, module, packed, rope, spec
-from mixed_attention.anchor import MissingAnchorTokenError, MissingBranchTokensError, UnexpectedTokenError
+from mixed_attention import cache, checkpoint, foreign, layers, rope, spec
 from mixed_attention.cache import KVCache, KVEntry
-from mixed_attention.packed import Freqs
+from mixed_attention.eager import packed
+from mixed_attention.eager.packed import Freqs
+from mixed_attention.layers.anchor import MissingAnchorTokenError, MissingBranchTokensError, UnexpectedTokenError
 from mixed_attention.plan import AttentionPatternLike, AttentionPlan, Group, TokenSpecLike
 from mixed_attention.spec import AttentionPattern, TokenSpec
 
@@ -40,13 +37,13 @@ __all__ = [
 ]
 
 
-class DotProductAttention(module.DotProductAttention):
+class DotProductAttention(layers.DotProductAttention):
     """:class:`mixed_attention.DotProductAttention` with separate ``q``, ``k`` and ``v`` layers."""
 
     projections = ("q", "k", "v")
 
 
-class _RecordsAlways(module.ProjectedAttention):
+class _RecordsAlways(layers.ProjectedAttention):
     """Every call returns a cache, although training throws it away: there it shall cost nothing."""
 
     @property
@@ -54,7 +51,7 @@ class _RecordsAlways(module.ProjectedAttention):
         return not (self.training and torch.is_grad_enabled())
 
 
-class MixedAttention(_RecordsAlways, DotProductAttention, module.MixedAttention):
+class MixedAttention(_RecordsAlways, DotProductAttention, layers.MixedAttention):
     """:class:`mixed_attention.MixedAttention` with separate ``q``, ``k`` and ``v`` layers; always returns a pair.
 
     The cache is compact, but for calls in training mode that record a graph: there it is views of what the graph holds.
@@ -78,7 +75,7 @@ class MixedAttention(_RecordsAlways, DotProductAttention, module.MixedAttention)
         return self._attend(x, token_specs, attention_patterns, key_padding_mask, freqs, kv_cache, record=True)
 
 
-class MultiBranchAnchorAttention(anchor.MultiBranchAnchorAttention):
+class MultiBranchAnchorAttention(layers.MultiBranchAnchorAttention):
     """:class:`mixed_attention.MultiBranchAnchorAttention` over :class:`MixedAttention`; always returns a pair."""
 
     mixed_attention_class = MixedAttention
@@ -99,19 +96,19 @@ class MultiBranchAnchorAttention(anchor.MultiBranchAnchorAttention):
         return self.mixed_attention(x, token_specs, self._patterns(token_specs), key_padding_mask, freqs, kv_cache)
 
 
-class SelfAnchorAttention(MultiBranchAnchorAttention, anchor.SelfAnchorAttention):
+class SelfAnchorAttention(MultiBranchAnchorAttention, layers.SelfAnchorAttention):
     """Every branch attends to its own anchors."""
 
 
-class CrossAnchorAttention(MultiBranchAnchorAttention, anchor.CrossAnchorAttention):
+class CrossAnchorAttention(MultiBranchAnchorAttention, layers.CrossAnchorAttention):
     """Every branch attends to the anchors of all other branches."""
 
 
-class JointAnchorAttention(MultiBranchAnchorAttention, anchor.JointAnchorAttention):
+class JointAnchorAttention(MultiBranchAnchorAttention, layers.JointAnchorAttention):
     """All tokens attend to the anchors of all branches."""
 
 
-class PerceiverAttention(_RecordsAlways, module.PerceiverAttention):
+class PerceiverAttention(_RecordsAlways, layers.PerceiverAttention):
     """:class:`mixed_attention.PerceiverAttention` with separate ``k`` and ``v`` layers; always returns a pair.
 
     The cache: see :class:`MixedAttention`.
@@ -215,7 +212,7 @@ class UntiedMixedAttention(MixedAttention):
         if kv_cache is not None:
             raise NotImplementedError("kv_cache is not supported with per-domain projections")
         self._check_rope(freqs)
-        module.check_tokens(x, token_specs, key_padding_mask)
+        layers.check_tokens(x, token_specs, key_padding_mask)
         cache.check_names(kv_cache, [group.name for group in token_specs if group.size is None])
         plan = AttentionPlan.compile(token_specs, attention_patterns)
         sizes = self._domain_sizes(plan.groups)
@@ -268,12 +265,12 @@ class RopeFrequency(rope.RopeFrequency):
 
 _PACKAGES = ("noether", "emmi")
 _FUSED_CLASSES: dict[str, type[nn.Module]] = {
-    "DotProductAttention": module.DotProductAttention,
-    "MixedAttention": module.MixedAttention,
-    "PerceiverAttention": module.PerceiverAttention,
-    "SelfAnchorAttention": anchor.SelfAnchorAttention,
-    "CrossAnchorAttention": anchor.CrossAnchorAttention,
-    "JointAnchorAttention": anchor.JointAnchorAttention,
+    "DotProductAttention": layers.DotProductAttention,
+    "MixedAttention": layers.MixedAttention,
+    "PerceiverAttention": layers.PerceiverAttention,
+    "SelfAnchorAttention": layers.SelfAnchorAttention,
+    "CrossAnchorAttention": layers.CrossAnchorAttention,
+    "JointAnchorAttention": layers.JointAnchorAttention,
 }
 _SEPARATE_CLASSES: dict[str, type[nn.Module]] = {
     "DotProductAttention": DotProductAttention,
@@ -452,7 +449,7 @@ def _become(old: nn.Module, template: nn.Module) -> None:
         if old._modules.get(name) is None:  # a dropout, which has no parameters
             old._modules[name] = child.train(old.training)
     old.__class__ = type(template)
-    if isinstance(old, module.ProjectedAttention):
+    if isinstance(old, layers.ProjectedAttention):
         old.register_load_state_dict_pre_hook(checkpoint.adapt_layout)
-    if isinstance(old, module.MixedAttention) and isinstance(old.proj_dropout, nn.Dropout):
+    if isinstance(old, layers.MixedAttention) and isinstance(old.proj_dropout, nn.Dropout):
         old.proj_dropout.p = old.dropout  # nobody calls it there, but it says how much the layer drops
