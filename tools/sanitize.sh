@@ -13,7 +13,8 @@ run_tests() {
   "$python" "$(dirname "$python")/pytest" -q -p no:cacheprovider -o pythonpath= "$@"
 }
 # The example and the packaging start programs of their own.
-run_tests tests --ignore=tests/test_example_airfoil.py --ignore=tests/test_packaging.py --ignore=tests/test_readme.py
+run_tests tests --ignore=tests/docs/test_example_airfoil.py --ignore=tests/docs/test_readme.py \
+  --ignore=tests/tools/test_packaging.py
 # The other instruction sets that this machine offers.
 instruction_set() { "$python" -c "import mixed_attention as ma; print(ma.ops.cpu_instruction_set())" 2>/dev/null; }
 chosen=$(instruction_set)
@@ -21,5 +22,5 @@ for wanted in AMX AVX512_BF16 AVX512 AVX2 portable; do
   [ "$wanted" != "$chosen" ] || continue
   export MIXED_ATTENTION_CPU=$wanted
   instruction_set >/dev/null || { echo "NOTE: this machine has no $wanted" >&2; continue; }
-  run_tests tests/test_edges.py tests/test_random.py tests/test_rope.py
+  run_tests tests/operator/test_edges.py tests/operator/test_random.py tests/operator/test_rope.py
 done

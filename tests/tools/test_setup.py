@@ -6,7 +6,7 @@ from pathlib import Path
 import pytest
 import torch
 
-ROOT = Path(__file__).parents[1]
+ROOT = Path(__file__).parents[2]
 VARIABLES = ("MIXED_ATTENTION_CUDA", "MIXED_ATTENTION_HEAD_DIMS", "TORCH_CUDA_ARCH_LIST", "CXX")
 HOPPER, PORTABLE = "csrc/cuda/instantiate_hopper_fwd.cu", "csrc/cuda/common/rope.cu"
 

@@ -3,12 +3,12 @@
 from __future__ import annotations
 
 import copy
-import os
 import pickle
 import subprocess
 import sys
 from collections.abc import Callable
 from dataclasses import FrozenInstanceError, replace
+from pathlib import Path
 from types import SimpleNamespace
 
 import pytest
@@ -17,7 +17,7 @@ from cases import EDGE_CASES, NAMES, Case, counts, make_inputs
 from compare import run
 from hypothesis import given
 from hypothesis import strategies as st
-from test_random import cases
+from strategies import cases
 
 import mixed_attention as ma
 from mixed_attention import ops
@@ -414,7 +414,7 @@ def test_specs_and_plans_need_no_compiled_part():
         "plan = ma.AttentionPlan.compile([ma.TokenSpec('a', 2)], [ma.AttentionPattern(['a'], ['a'])])\n"
         "assert plan.flat() == [0, 2, 1, 0, 2] and not ma.ops.is_compiled()"
     )
-    subprocess.run([sys.executable, "-c", code], check=True, cwd=os.path.dirname(os.path.dirname(__file__)))
+    subprocess.run([sys.executable, "-c", code], check=True, cwd=Path(__file__).parents[2])
 
 
 @pytest.mark.parametrize("name", EDGE_CASES)

@@ -54,7 +54,9 @@ for dtype in DTYPES.values():
 
 
 def _run_with(instruction_set):
-    paths = [str(Path(__file__).parent), str(Path(ma.__file__).parents[1])]  # the package that is being tested
+    here = Path(__file__).parent
+    package = Path(ma.__file__).parents[1]  # the one that is being tested
+    paths = [str(here), str(here.parent), str(package)]
     environment = os.environ | {"MIXED_ATTENTION_CPU": instruction_set, "PYTHONPATH": os.pathsep.join(paths)}
     return subprocess.run([sys.executable, "-c", SCRIPT], env=environment, capture_output=True, text=True)
 

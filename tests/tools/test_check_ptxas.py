@@ -6,7 +6,7 @@ from pathlib import Path
 
 import pytest
 
-SPEC = importlib.util.spec_from_file_location("check_ptxas", Path(__file__).parents[1] / "tools" / "check_ptxas.py")
+SPEC = importlib.util.spec_from_file_location("check_ptxas", Path(__file__).parents[2] / "tools" / "check_ptxas.py")
 check_ptxas = sys.modules["check_ptxas"] = importlib.util.module_from_spec(SPEC)
 SPEC.loader.exec_module(check_ptxas)
 

@@ -9,7 +9,7 @@ import torch
 from bench import timeline
 from bench.timeline import Kernel
 
-CUDA = Path(__file__).parent.parent / "csrc" / "cuda"
+CUDA = Path(__file__).parents[2] / "csrc" / "cuda"
 OURS = "void mixed_attention::cuda::hopper::(anonymous namespace)::"
 NAMES = {
     "attention forward": [

@@ -14,7 +14,7 @@ import mixed_attention as ma
 from mixed_attention import __main__ as main
 from mixed_attention import ops
 
-ROOT = Path(__file__).parents[1]
+ROOT = Path(__file__).parents[2]
 
 
 def run(code_or_module, *, module=False, **variables):

@@ -23,7 +23,7 @@ from examples.airfoil.report import Report
 from examples.airfoil.settings import Settings
 from examples.airfoil.train import Training
 
-ROOT = Path(__file__).parents[1]
+ROOT = Path(__file__).parents[2]
 TINY = ["--epochs", "3", "--sections", "12", "--cases", "1", "--queries", "3000"]
 
 
