@@ -3,7 +3,14 @@
 import sys as _sys
 from importlib import metadata as _metadata
 
-from mixed_attention import cache, checkpoint, moved, noether, reference
+from mixed_attention import cache, checkpoint, explain, moved, noether, plot, reference
+from mixed_attention.config import (
+    AnchorAttentionConfig,
+    DotProductAttentionConfig,
+    MixedAttentionConfig,
+    PerceiverAttentionConfig,
+    RopeFrequencyConfig,
+)
 from mixed_attention.layers import (
     CrossAnchorAttention,
     DotProductAttention,
@@ -19,21 +26,17 @@ from mixed_attention.layers import (
 from mixed_attention.ops import attention
 from mixed_attention.plan import AttentionPlan
 from mixed_attention.rope import RopeFrequency, apply_rope
-from mixed_attention.spec import (
-    AnchorAttentionConfig,
-    AttentionPattern,
-    DotProductAttentionConfig,
-    MixedAttentionConfig,
-    PerceiverAttentionConfig,
-    RopeFrequencyConfig,
-    TokenSpec,
-)
+from mixed_attention.spec import AttentionPattern, TokenSpec
 from mixed_attention.streaming import stream
 
 try:
     __version__ = _metadata.version("mixed_attention")
 except _metadata.PackageNotFoundError:  # a checkout that was built in place and never installed
     __version__ = "0.0.0+unknown"
+
+# Plans explain and draw themselves by what stands above them: the kernels that compute plans know what a plan is.
+AttentionPlan.explain = explain.explain  # type: ignore[assignment, method-assign]
+AttentionPlan.plot = plot.plot  # type: ignore[assignment, method-assign]
 
 moved.keep_old_paths(_sys.modules[__name__])
 

@@ -1,4 +1,4 @@
-"""The kernels that compute a plan on a GPU, in words."""
+"""A plan in words: its rows, and the kernels that compute it on a GPU."""
 
 from __future__ import annotations
 
@@ -10,7 +10,60 @@ from mixed_attention import ops
 from mixed_attention.plan import AttentionPlan
 
 
-def explain_kernels(
+def explain(
+    plan: AttentionPlan,
+    *,
+    device: torch.device | str = "cpu",
+    dtype: torch.dtype = torch.bfloat16,
+    batch_size: int = 1,
+    num_heads: int = 1,
+    head_dim: int = 64,
+) -> str:
+    """The plan in words: which rows attend to which, and who reads which keys.
+
+    For a GPU (``device="cuda"``) also which kernels compute a call of these shapes, in which tiles, and how often
+    their number fills the device.
+    """
+    lines = list(_rows(plan))
+    if torch.device(device).type == "cuda":
+        shape = {"batch_size": batch_size, "num_heads": num_heads, "head_dim": head_dim}
+        lines += _kernels(plan, device=torch.device(device), dtype=dtype, **shape)
+    return "\n".join(lines)
+
+
+def _rows(plan: AttentionPlan) -> Iterator[str]:
+    made_of = f"{len(plan.groups)} token groups, {len(plan.patterns)} patterns"
+    if not plan.groups and plan.query_segments:
+        made_of = f"{len(plan.query_segments)} segments"
+    yield f"{made_of}: {plan.num_queries} queries, {plan.num_keys} keys, {plan.num_pairs()} attended pairs"
+    names: dict[int | None, list[str]] = {}
+    for group in plan.groups:
+        if group.query_start is not None:
+            names.setdefault(group.pattern, []).append(group.name)
+    for segment in plan.query_segments:
+        keys = " + ".join(f"[{start}, {end})" for start, end in segment.key_ranges)
+        rows = f"queries [{segment.start}, {segment.end}) -> keys {keys}"
+        who = f"   pattern {segment.pattern}: {', '.join(names[segment.pattern])}" if plan.groups else ""
+        yield f"  {rows}{who}"
+    unread = [group.name for group in plan.groups if not group.readers]
+    if not plan.groups:
+        unread = [f"[{start}, {end})" for start, end in _unread_rows(plan)]
+    if unread:
+        yield f"  keys that nobody attends to: {', '.join(unread)}"
+
+
+def _unread_rows(plan: AttentionPlan) -> Iterator[tuple[int, int]]:
+    """Maximal ranges of keys that lie in no segment's ranges."""
+    reached = 0
+    for start, end in sorted(keys for s in plan.query_segments for keys in s.key_ranges if keys[0] < keys[1]):
+        if start > reached:
+            yield reached, start
+        reached = max(reached, end)
+    if reached < plan.num_keys:
+        yield reached, plan.num_keys
+
+
+def _kernels(
     plan: AttentionPlan, *, device: torch.device, dtype: torch.dtype, batch_size: int, num_heads: int, head_dim: int
 ) -> Iterator[str]:
     """One line for the forward, one for the backward.

@@ -5,14 +5,13 @@ from __future__ import annotations
 import sys
 from types import ModuleType
 
-from mixed_attention import explain, layers
+from mixed_attention import config, layers, spec
 from mixed_attention.eager import packed, projection
 from mixed_attention.layers import anchor, init, norm
 
 _MODULES = {
     "anchor": anchor,
     "init": init,
-    "kernels": explain,
     "module": layers,
     "norm": norm,
     "packed": packed,
@@ -20,8 +19,22 @@ _MODULES = {
 }
 
 
+_CONFIGURATIONS = (
+    "AnchorAttentionConfig",
+    "Config",
+    "DotProductAttentionConfig",
+    "MixedAttentionConfig",
+    "PerceiverAttentionConfig",
+    "RopeFrequencyConfig",
+    "UntiedMixedAttentionConfig",
+)
+"""What lay in ``spec`` together with groups and patterns."""
+
+
 def keep_old_paths(package: ModuleType) -> None:
-    """Makes modules importable by their old names, as the very objects that they are by the new ones."""
+    """Makes modules and classes importable by their old names, as the very objects that they are by the new ones."""
+    for name in _CONFIGURATIONS:
+        setattr(spec, name, getattr(config, name))
     for name, module in _MODULES.items():
         sys.modules[f"{package.__name__}.{name}"] = module
         setattr(package, name, module)

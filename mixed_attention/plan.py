@@ -278,38 +278,21 @@ class AttentionPlan:
                 mask[segment.start : segment.end, start:end] = True
         return mask
 
-    def explain(
-        self,
-        *,
-        device: torch.device | str = "cpu",
-        dtype: torch.dtype = torch.bfloat16,
-        batch_size: int = 1,
-        num_heads: int = 1,
-        head_dim: int = 64,
-    ) -> str:
-        """The plan in words: which rows attend to which, and who reads which keys.
+    if TYPE_CHECKING:  # explain.py and plot.py, which know the kernels and plans, give these to the class
 
-        For a GPU (``device="cuda"``) also which kernels compute a call of these shapes, in which tiles, and how often
-        their number fills the device.
-        """
-        lines = list(_explain(self))
-        if torch.device(device).type == "cuda":
-            from mixed_attention.explain import explain_kernels
+        def explain(
+            self,
+            *,
+            device: torch.device | str = "cpu",
+            dtype: torch.dtype = torch.bfloat16,
+            batch_size: int = 1,
+            num_heads: int = 1,
+            head_dim: int = 64,
+        ) -> str:
+            """See :func:`mixed_attention.explain.explain`."""
 
-            shape = {"batch_size": batch_size, "num_heads": num_heads, "head_dim": head_dim}
-            lines += explain_kernels(self, device=torch.device(device), dtype=dtype, **shape)
-        return "\n".join(lines)
-
-    def plot(self, path: str | Path) -> None:
-        """Draws who attends to whom, groups along both axes, to an image file. Needs the ``plot`` extra.
-
-        Raises:
-            ImportError: If matplotlib is not installed.
-            ValueError: If the plan is one of row ranges, which has no groups.
-        """
-        from mixed_attention.plot import plot_plan
-
-        plot_plan(self, Path(path))
+        def plot(self, path: str | Path) -> None:
+            """See :func:`mixed_attention.plot.plot`."""
 
 
 def _runs(groups: Iterable[Group], key: Callable[[Group], object]) -> Iterator[list[Group]]:
@@ -562,35 +545,3 @@ def _key_ranges(placed: list[Group], places: list[int]) -> tuple[tuple[int, int]
         else:
             runs.append([place, place])
     return tuple([_key_rows(placed[first], placed[last]) for runs in layers for first, last in runs])
-
-
-def _explain(plan: AttentionPlan) -> Iterator[str]:
-    made_of = f"{len(plan.groups)} token groups, {len(plan.patterns)} patterns"
-    if not plan.groups and plan.query_segments:
-        made_of = f"{len(plan.query_segments)} segments"
-    yield f"{made_of}: {plan.num_queries} queries, {plan.num_keys} keys, {plan.num_pairs()} attended pairs"
-    names: dict[int | None, list[str]] = {}
-    for group in plan.groups:
-        if group.query_start is not None:
-            names.setdefault(group.pattern, []).append(group.name)
-    for segment in plan.query_segments:
-        keys = " + ".join(f"[{start}, {end})" for start, end in segment.key_ranges)
-        rows = f"queries [{segment.start}, {segment.end}) -> keys {keys}"
-        who = f"   pattern {segment.pattern}: {', '.join(names[segment.pattern])}" if plan.groups else ""
-        yield f"  {rows}{who}"
-    unread = [group.name for group in plan.groups if not group.readers]
-    if not plan.groups:
-        unread = [f"[{start}, {end})" for start, end in _unread_rows(plan)]
-    if unread:
-        yield f"  keys that nobody attends to: {', '.join(unread)}"
-
-
-def _unread_rows(plan: AttentionPlan) -> Iterator[tuple[int, int]]:
-    """Maximal ranges of keys that lie in no segment's ranges."""
-    reached = 0
-    for start, end in sorted(keys for s in plan.query_segments for keys in s.key_ranges if keys[0] < keys[1]):
-        if start > reached:
-            yield reached, start
-        reached = max(reached, end)
-    if reached < plan.num_keys:
-        yield reached, plan.num_keys

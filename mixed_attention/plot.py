@@ -17,8 +17,10 @@ _COLORS = ("#0072B2", "#E69F00", "#009E73", "#CC79A7", "#56B4E9", "#D55E00", "#F
 _SMALLEST_SHARE = 0.6  # of what a group would have if all had the same size, so that its label has room
 
 
-def plot_plan(plan: AttentionPlan, path: Path) -> None:
-    """Draws a plan to an image file. Its format follows from the name of the file.
+def plot(plan: AttentionPlan, path: str | Path) -> None:
+    """Draws who attends to whom, groups along both axes, to an image file. Needs the ``plot`` extra.
+
+    The format follows from the name of the file.
 
     Args:
         plan: The plan.

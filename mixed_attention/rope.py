@@ -10,8 +10,8 @@ import torch
 from torch import Tensor, nn
 
 from mixed_attention.autocast import without_autocast
+from mixed_attention.config import RopeFrequencyConfig
 from mixed_attention.ops import check_tensors, rotate
-from mixed_attention.spec import RopeFrequencyConfig
 
 
 def apply_rope(x: Tensor, freqs: Tensor | tuple[Tensor, ...]) -> Tensor:

@@ -9,10 +9,11 @@ from typing import Any
 from torch import Tensor, nn
 
 from mixed_attention.cache import KVCache
+from mixed_attention.config import AnchorAttentionConfig
 from mixed_attention.eager.packed import Freqs
 from mixed_attention.layers.mixed import MixedAttention
 from mixed_attention.plan import AttentionPatternLike, TokenSpecLike, read_specs
-from mixed_attention.spec import AnchorAttentionConfig, AttentionPattern
+from mixed_attention.spec import AttentionPattern
 
 
 class UnexpectedTokenError(ValueError):

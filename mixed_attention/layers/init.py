@@ -14,7 +14,7 @@ def init_weights(module: nn.Module, mode: str) -> None:
 
     Args:
         module: A layer; its output projection is ``module.proj``.
-        mode: See :class:`mixed_attention.spec.DotProductAttentionConfig`.
+        mode: See :class:`mixed_attention.config.DotProductAttentionConfig`.
 
     Raises:
         NotImplementedError: If the mode is known but no module implements it.

@@ -12,6 +12,7 @@ from torch import Tensor, nn
 from mixed_attention import cache, checkpoint
 from mixed_attention.autocast import cat
 from mixed_attention.cache import KVCache, KVEntry
+from mixed_attention.config import DotProductAttentionConfig, MixedAttentionConfig, PerceiverAttentionConfig
 from mixed_attention.eager import packed
 from mixed_attention.eager.packed import Freqs, Packed, Rotated
 from mixed_attention.eager.projection import Part, Runs, is_plain, linear, project, take
@@ -19,13 +20,7 @@ from mixed_attention.layers.init import init_weights
 from mixed_attention.layers.norm import RMSNorm
 from mixed_attention.plan import AttentionPatternLike, AttentionPlan, Group, TokenSpecLike, read_patterns, read_specs
 from mixed_attention.rope import check_freqs
-from mixed_attention.spec import (
-    AttentionPattern,
-    DotProductAttentionConfig,
-    MixedAttentionConfig,
-    PerceiverAttentionConfig,
-    TokenSpec,
-)
+from mixed_attention.spec import AttentionPattern, TokenSpec
 
 
 class ProjectedAttention(nn.Module):
