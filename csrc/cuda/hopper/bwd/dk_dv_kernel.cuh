@@ -103,6 +103,9 @@ __device__ inline void consume(const DkDvKernelParams& params, DkDvSharedStorage
       [[maybe_unused]] const auto own_keys = find_own_keys();
       float s[kBlockM / 2], dp[kBlockM / 2];
       uint32_t p_operand[kBlockM / 4], ds_operand[kBlockM / 4] = {};
+      // Whether one of the head's queries has; it is read while keys and values are on their way.
+      [[maybe_unused]] const bool has_reference =
+          has_references(params.stats, int64_t{item.batch} * params.table.num_heads + item.head);
       ptx::mbarrier_wait(shared.kv_full, kv_parity);
       kv_parity ^= 1;
       k.load(first_row);
@@ -172,7 +175,7 @@ __device__ inline void consume(const DkDvKernelParams& params, DkDvSharedStorage
         }
       };
       if constexpr (Config::kSeparatesReferences) {
-        if (has_references(params.stats, int64_t{item.batch} * params.table.num_heads + item.head)) {
+        if (has_reference) {
           go_through_tiles.template operator()<true>();
         } else {
           go_through_tiles.template operator()<false>();

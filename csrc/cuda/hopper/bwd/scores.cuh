@@ -55,6 +55,7 @@ __device__ inline bool has_references(const float* lse_tile) { return lse_tile[k
 __device__ inline bool has_references(const QueryStats& stats, int64_t sequence) {
   const float* const first = stats.lse_log2 + sequence * stats.num_tiles * kStatsTileFloats;
   bool has_one = false;
+#pragma unroll 8
   for (int tile = threadIdx.x % 32; tile < stats.num_tiles; tile += 32) {
     has_one |= has_references(first + tile * kStatsTileFloats);
   }
