@@ -210,11 +210,6 @@ struct UnitsRing {
 
 struct NoUnits {};
 
-// Whether an output has overflowed, and whether the block goes through its items once more for that: repair.cuh.
-struct RepairState {
-  int has_overflowed, is_repair;
-};
-
 // Tiles are slabs of (rows, kSlabColumns) factors, one after the other, as the copy engine's swizzle writes them; one
 // part follows the other.
 template <typename Config>
@@ -231,7 +226,7 @@ struct FwdSharedStorage {
 
   alignas(16) uint32_t key_bits[Config::kStages][kKeyBitWords];  // of k's tiles; only under a mask
   float bases[2][Config::kBlockM];                               // of the rows of two items, by turns: RowBases
-  RepairState repair;
+  int has_overflowed;                                            // whether an output has: overflow.cuh
   std::conditional_t<Config::kHasUnits, UnitsRing<Config>, NoUnits> units;
 };
 

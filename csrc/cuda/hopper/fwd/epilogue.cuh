@@ -4,8 +4,8 @@
 #include <cstdint>
 
 #include "cuda/common/log_sum_exp.cuh"
+#include "cuda/hopper/fwd/overflow.cuh"
 #include "cuda/hopper/fwd/params.h"
-#include "cuda/hopper/fwd/repair.cuh"
 #include "cuda/hopper/fwd/softmax.cuh"
 #include "cuda/hopper/fwd/tile_units.cuh"
 #include "cuda/hopper/plan/work_items.cuh"
@@ -47,18 +47,7 @@ __device__ inline void store_result(const FwdKernelParams& params, FwdSharedStor
   softmax.finish();
   Element* out = static_cast<Element*>(params.out) + tile.batch * params.out_strides.batch +
                  tile.head * params.out_strides.head + row_begin * params.out_strides.row;
-  if constexpr (kMayOverflow<Config>) {
-    if (shared.repair.is_repair) {
-#pragma unroll
-      for (int i = 0; i < 2; ++i) {
-        if (!exists[i]) continue;
-        replace_row(out + 8 * i * params.out_strides.row, params.head_dim, o, i,
-                    inverse_of<Config>(softmax.row_sum[i]));
-      }
-      return;
-    }
-    note_overflow(shared, o, exists);
-  }
+  if constexpr (kMayOverflow<Config>) note_overflow(shared, o, exists);
   float* lse = params.lse + (int64_t{tile.batch} * params.table.num_heads + tile.head) * params.seqlen_q + row_begin;
 #pragma unroll
   for (int i = 0; i < 2; ++i) {
@@ -79,26 +68,16 @@ __device__ inline void store_part(const FwdKernelParams& params, FwdSharedStorag
   const int lane = threadIdx.x % 32;
   const int64_t row = int64_t{part} * Config::kBlockM + first_row + lane / 4;
   softmax.finish();
-  float* const out = params.partial_out + row * params.head_dim;
-  if constexpr (kMayOverflow<Config>) {
-    if (shared.repair.is_repair) {
-#pragma unroll
-      for (int i = 0; i < 2; ++i) {
-        replace_row(out + 8 * i * params.head_dim, params.head_dim, o, i, inverse_of<Config>(softmax.row_sum[i]));
-      }
-      return;
-    }
-    note_overflow(shared, o, {true, true});
-  }
+  if constexpr (kMayOverflow<Config>) note_overflow(shared, o, {true, true});
 #pragma unroll
   for (int i = 0; i < 2; ++i) {
-    float* const own_out = out + 8 * i * params.head_dim + lane % 4 * 2;
+    float* out = params.partial_out + (row + 8 * i) * params.head_dim + lane % 4 * 2;
     const float inverse = inverse_of<Config>(softmax.row_sum[i]);
 #pragma unroll
     for (int column = 0; column < Config::kHeadDim; column += 8) {
       const float* pair = o + column / 2 + 2 * i;
       if (column < params.head_dim) {
-        *reinterpret_cast<float2*>(own_out + column) = make_float2(pair[0] * inverse, pair[1] * inverse);
+        *reinterpret_cast<float2*>(out + column) = make_float2(pair[0] * inverse, pair[1] * inverse);
       }
     }
     if (lane % 4 == 0) params.row_parts[row + 8 * i] = softmax.template part<typename Config::Element>(i, bases);

@@ -55,7 +55,7 @@ __device__ inline void init_barriers(FwdSharedStorage<Config>& shared) {
   init_ring(shared.k_full, shared.k_empty, kConsumerWarps, Config::kIsMasked ? 2 : 1);
   init_ring(shared.v_full, shared.v_empty, kConsumerWarps);
   if constexpr (Config::kHasUnits) init_ring(shared.units.full, shared.units.empty, kConsumerWarps);
-  shared.repair = {};
+  shared.has_overflowed = 0;
   ptx::mbarrier_fence_init();
 }
 
@@ -162,12 +162,6 @@ __device__ inline void produce_units(const FwdKernelParams& params, FwdSharedSto
   }
 }
 
-template <int kCount>
-__device__ inline void scale_rows(float (&o)[kCount], const float (&factor)[2]) {
-#pragma unroll
-  for (int i = 0; i < kCount; ++i) o[i] *= factor[row_of(i)];
-}
-
 template <typename Config>
 __device__ inline void consume(const FwdKernelParams& params, FwdSharedStorage<Config>& shared, int consumer) {
   using Element = typename Config::Element;
@@ -211,17 +205,8 @@ __device__ inline void consume(const FwdKernelParams& params, FwdSharedStorage<C
     ptx::wgmma_wait<1>(s);
   };
   // Scores of a tile that has not been released yet; what is no key gets -inf.
-  const auto finish_s = [&](int tile) {
-    products.finish_s(shared, k_use);
-    if constexpr (Config::kIsMasked) {
-      mask_keys(s, shared.key_bits[k_use.stage()]);
-    } else if (tile < share.num_partial) {
-      mask_columns(s, params.table.ranges[items.tiles().first_range + tile].tail);
-    }
-  };
-  const auto bases_of = [&](uint32_t item) {
-    return RowBases{shared.bases[item % 2] + first_row + lane / 4, shared.repair.is_repair != 0};
-  };
+  const auto finish_s = [&](int tile) { finish_scores(params, shared, products, items, share, k_use, tile); };
+  const auto bases_of = [&](uint32_t item) { return RowBases{shared.bases[item % 2] + first_row + lane / 4, false}; };
   const auto start_softmax = [&] {
     softmax.start<Element, Config::kPolynomialEvery>(s, products.scale_log2, bases_of(q_use.count));
   };
@@ -239,82 +224,80 @@ __device__ inline void consume(const FwdKernelParams& params, FwdSharedStorage<C
     }
   };
 
-  do {
-    bool has_keys = items.next_with_keys();
-    if (has_keys) {
-      begin_item();
-      products.start_item(params, items.rows(), first_row);
-      ptx::mbarrier_wait(shared.q_full[q_use.stage()], q_use.full_parity());
-      ptx::mbarrier_wait(shared.k_full[k_use.stage()], k_use.full_parity());
-      issue_s();
-      ptx::wgmma_wait<0>(s);
-      finish_s(share.begin);
+  bool has_keys = items.next_with_keys();
+  if (has_keys) {
+    begin_item();
+    products.start_item(params, items.rows(), first_row);
+    ptx::mbarrier_wait(shared.q_full[0], 0);
+    ptx::mbarrier_wait(shared.k_full[0], 0);
+    issue_s();
+    ptx::wgmma_wait<0>(s);
+    finish_s(share.begin);
+    release(shared.k_empty[0]);
+    start_softmax();
+    softmax.settle<Element>();
+    softmax.add_tile();
+    products.take_weights(shared, k_use);
+  }
+  while (has_keys) {
+    clear(o);
+    for (int tile = share.begin + 1; tile < share.end; ++tile) {
+      const Ring v_use = k_use;
+      ++k_use.count;
+      issue_both(v_use);
+      if (has_rows) {
+        finish_s(tile);
+        softmax.weigh<Config::kPolynomialEvery>(s, products.scale_log2);
+      }
+      const bool is_overflow = overflows();
+      products.wait();
+      release(shared.v_empty[v_use.stage()]);
+      if (is_overflow) {
+        float factor[2];
+        issue_s();
+        ptx::wgmma_wait<0>(s);
+        finish_s(tile);
+        softmax.raise<Element, Config::kPolynomialEvery>(s, products.scale_log2, factor, bases_of(q_use.count));
+        softmax.settle<Element>();
+        scale_rows(o, factor);
+      }
       release(shared.k_empty[k_use.stage()]);
-      start_softmax();
-      softmax.settle<Element>();
       softmax.add_tile();
       products.take_weights(shared, k_use);
     }
-    while (has_keys) {
-      clear(o);
-      for (int tile = share.begin + 1; tile < share.end; ++tile) {
-        const Ring v_use = k_use;
-        ++k_use.count;
-        issue_both(v_use);
-        if (has_rows) {
-          finish_s(tile);
-          softmax.weigh<Config::kPolynomialEvery>(s, products.scale_log2);
-        }
-        const bool is_overflow = overflows();
-        products.wait();
-        release(shared.v_empty[v_use.stage()]);
-        if (is_overflow) {
-          float factor[2];
-          issue_s();
-          ptx::wgmma_wait<0>(s);
-          finish_s(tile);
-          softmax.raise<Element, Config::kPolynomialEvery>(s, products.scale_log2, factor, bases_of(q_use.count));
-          softmax.settle<Element>();
-          scale_rows(o, factor);
-        }
-        release(shared.k_empty[k_use.stage()]);
-        softmax.add_tile();
-        products.take_weights(shared, k_use);
-      }
-      release(shared.q_empty[q_use.stage()]);
+    release(shared.q_empty[q_use.stage()]);
 
-      const ItemWalk finished = items;
-      const OnlineSoftmax total = softmax;
-      const Ring v_use = k_use;
-      ++k_use.count;
-      ++q_use.count;
-      has_keys = items.next_with_keys();
-      if (has_keys) {
-        products.start_item(params, items.rows(), first_row);
-        ptx::mbarrier_wait(shared.q_full[q_use.stage()], q_use.full_parity());
-        issue_both(v_use);
-        begin_item();
-        finish_s(share.begin);
-        release(shared.k_empty[k_use.stage()]);
-        start_softmax();
-        overflows();
-        products.wait();
-        softmax.settle<Element>();
-        softmax.add_tile();
-        products.take_weights(shared, k_use);
-      } else {
-        issue_o(v_use);
-        products.wait();
-      }
-      release(shared.v_empty[v_use.stage()]);
-      store_item<Config>(params, shared, finished, first_row, o, total, bases_of(q_use.count - 1));
+    const ItemWalk finished = items;
+    const OnlineSoftmax total = softmax;
+    const Ring v_use = k_use;
+    ++k_use.count;
+    ++q_use.count;
+    has_keys = items.next_with_keys();
+    if (has_keys) {
+      products.start_item(params, items.rows(), first_row);
+      ptx::mbarrier_wait(shared.q_full[q_use.stage()], q_use.full_parity());
+      issue_both(v_use);
+      begin_item();
+      finish_s(share.begin);
+      release(shared.k_empty[k_use.stage()]);
+      start_softmax();
+      overflows();
+      products.wait();
+      softmax.settle<Element>();
+      softmax.add_tile();
+      products.take_weights(shared, k_use);
+    } else {
+      issue_o(v_use);
+      products.wait();
     }
-    for (bool is_left = items.item < params.table.num_items; is_left; is_left = items.next()) {
-      clear(o);
-      store_result<Config>(params, shared, items.rows(), first_row, o, OnlineSoftmax{}, bases_of(0));
-    }
-    items.restart();
-  } while (must_repair(shared));
+    release(shared.v_empty[v_use.stage()]);
+    store_item<Config>(params, shared, finished, first_row, o, total, bases_of(q_use.count - 1));
+  }
+  for (bool is_left = items.item < params.table.num_items; is_left; is_left = items.next()) {
+    clear(o);
+    store_result<Config>(params, shared, items.rows(), first_row, o, OnlineSoftmax{}, bases_of(0));
+  }
+  if (must_repair(shared)) repair_items(params, shared, products, q_use, k_use, first_row);
 }
 
 template <typename Config>
@@ -338,6 +321,7 @@ __global__ void __launch_bounds__(Config::kThreads, 1)
     ptx::release_registers<Config::kProducerRegisters>();
     const int warp = threadIdx.x / 32;
     Loaded<Config> loaded;
+    bool is_repair = false;
     do {
       if (warp == 0 && ptx::elect_one()) {
         produce(params, shared, loaded);
@@ -346,7 +330,7 @@ __global__ void __launch_bounds__(Config::kThreads, 1)
       } else if (Config::kIsMasked && warp == 1 && ptx::elect_one()) {
         produce_key_bits(params, shared, loaded);
       }
-    } while (must_repair(shared));
+    } while (!is_repair && (is_repair = must_repair(shared)));
   } else {
     ptx::acquire_registers<Config::kConsumerRegisters>();
     consume(params, shared, warpgroup - 1);

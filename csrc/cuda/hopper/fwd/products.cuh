@@ -9,6 +9,7 @@
 #include "cuda/hopper/fwd/params.h"
 #include "cuda/hopper/fwd/softmax.cuh"
 #include "cuda/hopper/fwd/tile_units.cuh"
+#include "cuda/hopper/mask/key_bits.cuh"
 #include "cuda/hopper/plan/work_items.cuh"
 #include "cuda/hopper/split_fp16/half_products.cuh"
 #include "cuda/hopper/tile/products.cuh"
@@ -143,5 +144,25 @@ struct FwdProducts<Config> {
     for (int i = 0; i < Config::kBlockN / 2; ++i) s[i] *= numbers[i];
   }
 };
+
+// Of a tile that has not been released yet: scores as they are, and -inf of what is no key. tile: of the item's.
+template <typename Config>
+__device__ inline void finish_scores(const FwdKernelParams& params, FwdSharedStorage<Config>& shared,
+                                     FwdProducts<Config>& products, const ItemWalk<Config::kBlockM>& item,
+                                     const TileShare& share, RingUse<Config::kStages> use, int tile) {
+  products.finish_s(shared, use);
+  if constexpr (Config::kIsMasked) {
+    mask_keys(products.s, shared.key_bits[use.stage()]);
+  } else if (tile < share.num_partial) {
+    mask_columns(products.s, params.table.ranges[item.tiles().first_range + tile].tail);
+  }
+}
+
+// Rows of the output, or of a sum, by the factors of a thread's two rows.
+template <int kCount>
+__device__ inline void scale_rows(float (&o)[kCount], const float (&factor)[2]) {
+#pragma unroll
+  for (int i = 0; i < kCount; ++i) o[i] *= factor[row_of(i)];
+}
 
 }  // namespace mixed_attention::cuda::hopper

@@ -1,43 +1,29 @@
-// Outputs that overflow although their quotient by the sum of the weights would not. Values of bf16 may be as large as
-// any number of fp32, in which weights times values are added up, and weights are about 1, where they are most exact. A
-// block that finds such an output goes through all its items once more, with weights of 2^-64 at most, and replaces
-// what was not finite. Where a value is infinite or NaN that changes nothing but the time.
+// A second way through a block's items, for outputs that overflowed in the first one (overflow.cuh): tile by tile,
+// under weights of 2^-64 at most. It replaces what is not finite and leaves everything else; where a value is infinite
+// or NaN itself, that changes nothing but the time.
 #pragma once
 
-#include <cuda_bf16.h>
-
 #include <cstdint>
-#include <type_traits>
 
 #include "cuda/hopper/config.h"
+#include "cuda/hopper/fwd/epilogue.cuh"
+#include "cuda/hopper/fwd/overflow.cuh"
+#include "cuda/hopper/fwd/params.h"
+#include "cuda/hopper/fwd/products.cuh"
 #include "cuda/hopper/fwd/softmax.cuh"
+#include "cuda/hopper/plan/work_items.cuh"
+#include "cuda/hopper/tile/ring.cuh"
+#include "cuda/ptx/mbarrier.cuh"
+#include "cuda/ptx/wgmma.cuh"
 
 namespace mixed_attention::cuda::hopper {
 
-template <typename Config>
-inline constexpr bool kMayOverflow = std::is_same_v<typename Config::Element, __nv_bfloat16>;
-
 // Whether the block is to go through its items once more; all its threads ask at a time, after the last item.
 template <typename Config>
-__device__ inline bool must_repair(FwdSharedStorage<Config>& shared) {
+__device__ inline bool must_repair(const FwdSharedStorage<Config>& shared) {
   if constexpr (!kMayOverflow<Config>) return false;
   __syncthreads();
-  const bool must = shared.repair.has_overflowed != 0 && shared.repair.is_repair == 0;
-  if (!must) return false;
-  __syncthreads();  // all threads have read it
-  if (threadIdx.x == 0) shared.repair.is_repair = 1;
-  __syncthreads();
-  return true;
-}
-
-// Takes note of outputs of a thread's two rows that are not finite; exists: of each row.
-template <typename Config>
-__device__ inline void note_overflow(FwdSharedStorage<Config>& shared, const float (&o)[Config::kHeadDim / 2],
-                                     const bool (&exists)[2]) {
-  float zero[2] = {};  // NaN of a row that has such an output
-#pragma unroll
-  for (int i = 0; i < Config::kHeadDim / 2; ++i) zero[row_of(i)] = fmaf(o[i], 0.f, zero[row_of(i)]);
-  if ((exists[0] && zero[0] != 0) || (exists[1] && zero[1] != 0)) atomicExch(&shared.repair.has_overflowed, 1);
+  return shared.has_overflowed != 0;
 }
 
 // Writes one of a thread's two rows, i, times a factor, where memory has no finite numbers. out: the row in memory, of
@@ -53,6 +39,75 @@ __device__ inline void replace_row(Element* out, int num_columns, const float (&
       Element& number = out[own_column + j];
       if (!isfinite(static_cast<float>(number))) number = Element(o[column / 2 + 2 * i + j] * factor);
     }
+  }
+}
+
+// Of this warp's 16 rows of an item.
+template <typename Config>
+__device__ inline void replace_item(const FwdKernelParams& params, const ItemWalk<Config::kBlockM>& item, int first_row,
+                                    const float (&o)[Config::kHeadDim / 2], OnlineSoftmax softmax) {
+  using Element = typename Config::Element;
+  const int row_of_tile = first_row + threadIdx.x % 32 / 4;
+  const ItemRows rows = item.rows();
+  const ItemSplits& splits = params.table.splits;
+  softmax.finish();
+#pragma unroll
+  for (int i = 0; i < 2; ++i) {
+    const int row = row_of_tile + 8 * i;
+    const float inverse = inverse_of<Config>(softmax.row_sum[i]);
+    if (splits.has(item.item)) {
+      const int64_t part_row = int64_t{splits.place(item.item)} * Config::kBlockM + row;
+      replace_row(params.partial_out + part_row * params.head_dim, params.head_dim, o, i, inverse);
+    } else if (rows.row_begin + row < rows.row_end) {
+      const Strides& strides = params.out_strides;
+      Element* out = static_cast<Element*>(params.out) + rows.batch * strides.batch + rows.head * strides.head +
+                     (rows.row_begin + row) * strides.row;
+      replace_row(out, params.head_dim, o, i, inverse);
+    }
+  }
+}
+
+// A consumer's part; q_use and k_use: the next ones of the rings. The producers bring everything again.
+template <typename Config>
+__device__ inline void repair_items(const FwdKernelParams& params, FwdSharedStorage<Config>& shared,
+                                    FwdProducts<Config>& products, RingUse<Config::kQueryBuffers> q_use,
+                                    RingUse<Config::kStages> k_use, int first_row) {
+  using Element = typename Config::Element;
+  auto& s = products.s;
+  auto& o = products.o;
+  const RowBases bases{shared.bases[0] + first_row + threadIdx.x % 32 / 4, true};
+  const auto release = [](ptx::Mbarrier& empty) {
+    __syncwarp();
+    if (threadIdx.x % 32 == 0) ptx::mbarrier_arrive(empty);
+  };
+  for (ItemWalk<Config::kBlockM> items(params.table); items.next_with_keys(); ++q_use.count) {
+    const TileShare share = items.share();
+    OnlineSoftmax softmax;
+    products.start_item(params, items.rows(), first_row);
+    clear(o);
+    ptx::mbarrier_wait(shared.q_full[q_use.stage()], q_use.full_parity());
+    for (int tile = share.begin; tile < share.end; ++tile, ++k_use.count) {
+      ptx::mbarrier_wait(shared.k_full[k_use.stage()], k_use.full_parity());
+      products.issue_s(q_use.stage(), k_use.stage());
+      ptx::wgmma_wait<0>(s);
+      finish_scores(params, shared, products, items, share, k_use, tile);
+      release(shared.k_empty[k_use.stage()]);
+      if (tile == share.begin) {
+        softmax.start<Element, 0>(s, products.scale_log2, bases);
+      } else {
+        float factor[2];
+        softmax.raise<Element, 0>(s, products.scale_log2, factor, bases);
+        scale_rows(o, factor);
+      }
+      softmax.add_tile();
+      products.take_weights(shared, k_use);
+      ptx::mbarrier_wait(shared.v_full[k_use.stage()], k_use.full_parity());
+      products.issue_o(k_use.stage());
+      products.wait();
+      release(shared.v_empty[k_use.stage()]);
+    }
+    release(shared.q_empty[q_use.stage()]);
+    replace_item<Config>(params, items, first_row, o, softmax);
   }
 }
 

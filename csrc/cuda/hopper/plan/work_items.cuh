@@ -57,8 +57,6 @@ struct ItemWalk {
     return true;
   }
 
-  __device__ void restart() { round = item = segment = 0; }
-
   // Items without keys come last.
   __device__ bool next_with_keys() { return next() && tiles().num_tiles > 0; }
 
