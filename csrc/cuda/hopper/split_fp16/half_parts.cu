@@ -37,6 +37,20 @@ __device__ inline float power_of_two(int exponent) { return __int_as_float((expo
 // The exponent of a row's unit; largest: of the row's finite numbers. Units and their inverses are normal numbers.
 __device__ inline int unit_exponent(float largest) { return max((__float_as_int(largest) >> 23) - 127 - 14, -126); }
 
+// Infinity in two parts is 1 in high and infinity in low, with its sign. What the other factor is missing in its own
+// high part, perhaps nothing, or less than nothing, is multiplied by high alone, and does not make a NaN of infinity.
+__device__ inline void keep_infinities(HalfPair<2>& pair, float a, float b) {
+  constexpr uint32_t kOne = 0x3c00, kInfinity = 0x7c00, kSign = 0x8000, kHalf = 0xffff;
+  const auto keep = [&](float x, int shift) {
+    if (!isinf(x)) return;
+    const uint32_t sign = x < 0 ? kSign : 0;
+    pair.parts[0] = (pair.parts[0] & ~(kHalf << shift)) | (kOne | sign) << shift;
+    pair.parts[1] = (pair.parts[1] & ~(kHalf << shift)) | (kInfinity | sign) << shift;
+  };
+  keep(a, 0);
+  keep(b, 16);
+}
+
 // A block takes some rows of one head; blockIdx.y is the task.
 __global__ void __launch_bounds__(kThreads) hopper_half_parts_kernel(const __grid_constant__ HalfPartsParams params) {
   ptx::allow_next_grid();
@@ -67,7 +81,10 @@ __global__ void __launch_bounds__(kThreads) hopper_half_parts_kernel(const __gri
     const float inverse = power_of_two(-exponent);
     HalfPair<2> pairs[kChunk / 2];
 #pragma unroll
-    for (int i = 0; i < kChunk / 2; ++i) pairs[i] = HalfPair<2>::split(x[2 * i] * inverse, x[2 * i + 1] * inverse);
+    for (int i = 0; i < kChunk / 2; ++i) {
+      pairs[i] = HalfPair<2>::split(x[2 * i] * inverse, x[2 * i + 1] * inverse);
+      if (target.num_parts == 2) keep_infinities(pairs[i], x[2 * i], x[2 * i + 1]);
+    }
     const int64_t part_size = target.copies * source.seqlen * source.num_heads * source.head_dim;
     __half* chunk = static_cast<__half*>(target.parts) +
                     ((copy * source.seqlen + row) * source.num_heads + head) * source.head_dim + column;
