@@ -32,6 +32,7 @@ struct BwdArguments {
   float* lse_log2;  // BwdPlan
   float* delta;
   RowReference* references;
+  int* has_references;
   float *partial_dq, *partial_dk, *partial_dv;
   DqSum dq_sum;
 };
@@ -102,6 +103,7 @@ __global__ void portable_bwd_stats_kernel(const __grid_constant__ BwdArguments a
     args.references[index] = {0, -INFINITY, 0};
   }
   if (!__syncthreads_or(needs_reference(lse[index] * kLog2E))) return;
+  if (threadIdx.x == 0) *args.has_references = 1;
 
   constexpr int kLanes = RowProducts<Element>::kLanes;
   const int64_t own = index_of(kLanes);
@@ -148,6 +150,11 @@ __device__ void store_grad(float (&grad)[kTilesM][kTilesN][4], float factor, flo
   put_accumulators(staging, warp_row, warp_col, grad);
   __syncwarp();
   store_rows<kWarpRows, 8 * kTilesN>(staging, warp_row, warp_col, rows, row_begin, num_rows);
+}
+
+template <class Products>
+__device__ __forceinline__ float weight_of(float score, float scale_log2, float lse_log2) {
+  return ptx::exp2(fmaf(restored_score<Products::kLosesInfinities>(score), scale_log2, -lse_log2));
 }
 
 // dq: a thread block owns queries and streams keys.
@@ -208,6 +215,8 @@ __global__ void __launch_bounds__(dq_tile(kArithmetic, kHeadDim).num_threads(), 
     delta[i] = is_row ? args.delta[first_row + 8 * i] : 0;
     has_reference |= is_row && args.references[first_row + 8 * i].score != 0;
   }
+  // Where infinities were lost, and the infinity without a weight is the upper one, scores are gone through as well.
+  has_reference |= Products::kLosesInfinities && args.scale_log2 < 0;
   has_reference = __any_sync(0xFFFFFFFF, has_reference);
 
   const LaneTile lane_q(shared.q);
@@ -221,7 +230,8 @@ __global__ void __launch_bounds__(dq_tile(kArithmetic, kHeadDim).num_threads(), 
     float s[kTilesM][kTilesN][4] = {}, dp[kTilesM][kTilesN][4] = {};
     multiply_rows<Products>(s, lane_q, warp_row, lane_q.at(shared.k[stage]));
     if (has_reference) {
-      relate_rows(s, args.references + first_row, item.num_rows - thread_row, copysignf(1, args.scale_log2));
+      relate_rows<Products::kLosesInfinities>(s, args.references + first_row, item.num_rows - thread_row,
+                                              copysignf(1, args.scale_log2));
     }
     multiply_rows<Products>(dp, lane_q.at(shared.dout), warp_row, lane_q.at(shared.v[stage]));
     // Behind the products, whose last results take a while.
@@ -242,7 +252,7 @@ __global__ void __launch_bounds__(dq_tile(kArithmetic, kHeadDim).num_threads(), 
 #pragma unroll
         for (int i = 0; i < 2 * kTilesM; ++i) {
           float& score = s[i / 2][n][i % 2 * 2 + e];
-          const float p = ptx::exp2(fmaf(score, args.scale_log2, -lse_log2[i]));
+          const float p = weight_of<Products>(score, args.scale_log2, lse_log2[i]);
           score = visible ? p * (dp[i / 2][n][i % 2 * 2 + e] - delta[i]) : 0.0f;
         }
       }
@@ -271,7 +281,7 @@ __global__ void __launch_bounds__(dq_tile(kArithmetic, kHeadDim).num_threads(), 
 enum class Grads { kAll, kKeyAndValue, kKey, kValue };
 
 // Transposed scores of a warp become probabilities. lse_log2: of the scores' queries, in shared memory.
-template <int kTilesM, int kTilesN>
+template <class Products, int kTilesM, int kTilesN>
 __device__ void to_probabilities(float (&s)[kTilesM][kTilesN][4], const float* lse_log2, float scale_log2) {
 #pragma unroll
   for (int n = 0; n < kTilesN; ++n) {
@@ -279,8 +289,8 @@ __device__ void to_probabilities(float (&s)[kTilesM][kTilesN][4], const float* l
 #pragma unroll
     for (int i = 0; i < 2 * kTilesM; ++i) {
       float* pair = &s[i / 2][n][i % 2 * 2];
-      pair[0] = ptx::exp2(fmaf(pair[0], scale_log2, -lse.x));
-      pair[1] = ptx::exp2(fmaf(pair[1], scale_log2, -lse.y));
+      pair[0] = weight_of<Products>(pair[0], scale_log2, lse.x);
+      pair[1] = weight_of<Products>(pair[1], scale_log2, lse.y);
     }
   }
 }
@@ -369,7 +379,6 @@ struct DkDvShared {
   SharedTile<Element, kTile.rows, kHeadDim> k, v;  // and dk, dv, at the end
   SharedTile<Element, kTile.block_rows, kHeadDim> q[kTile.stages], dout[kTile.stages];
   float lse_log2[kTile.stages][kTile.block_rows], delta[kTile.stages][kTile.block_rows];
-  float reference[kTile.stages][kTile.block_rows];  // the score alone, 0 of rows that have none
   // ds for dq. Where warps share keys, each takes p and ds, by turns, of all the block's queries from here.
   [[no_unique_address]] std::conditional_t<kGrads == Grads::kAll || (kTile.sharing > 1),
                                            SharedTile<Element, kTile.rows, kTile.block_rows>, Nothing> scores;
@@ -466,7 +475,6 @@ __global__ void __launch_bounds__(dk_dv_tile(kArithmetic, kHeadDim).num_threads(
       const int64_t row = first_query + (bytes ? block.row_begin + threadIdx.x : 0);
       ptx::cp_async_4(&shared.lse_log2[stage][threadIdx.x], args.lse_log2 + row, bytes);
       ptx::cp_async_4(&shared.delta[stage][threadIdx.x], args.delta + row, bytes);
-      ptx::cp_async_4(&shared.reference[stage][threadIdx.x], &args.references[row].score, bytes);
     }
   };
   load_tile<kThreads>(shared.k, rows(params.k, params.k_strides, params.head_dim), item.row_begin, item.num_rows, mask);
@@ -483,13 +491,14 @@ __global__ void __launch_bounds__(dk_dv_tile(kArithmetic, kHeadDim).num_threads(
   }
   const bool some_hidden = item.num_rows < kTile.rows || mask != nullptr;
   const bool drops = args.dropout.seed != nullptr;
+  // NOTE: to ask for each block whether one of its queries has a reference costs all calls a few percent.
+  const bool some_references = *args.has_references != 0 || (Products::kLosesInfinities && args.scale_log2 < 0);
 
   const LaneTile lane_k(shared.k);
   float dk[kWantsDk ? kTilesM : 1][kWarpCols / 8][4] = {}, dv[kWantsDv ? kTilesM : 1][kWarpCols / 8][4] = {};
   for (int stage = 0; !walk.done(); stage = (stage + 1) % kTile.stages) {
     ptx::cp_async_wait_all();
-    const bool has_references =
-        __syncthreads_or(threadIdx.x < kTile.block_rows && shared.reference[stage][threadIdx.x] != 0);
+    __syncthreads();
     const Block block = walk.block();
     walk.advance();
     if (kTile.stages == 2 && !walk.done()) load_next(stage ^ 1);
@@ -512,13 +521,13 @@ __global__ void __launch_bounds__(dk_dv_tile(kArithmetic, kHeadDim).num_threads(
       const int query = (turn * kTile.sharing + sharer) * kScoreRows;
       float p[kTilesM][kScoreRows / 8][4] = {}, ds[kTilesM][kScoreRows / 8][4] = {};
       multiply_rows<Products>(p, lane_k, warp_row, lane_q, query);
-      if (has_references) {
-        relate_columns(p, args.references + first_query + block.row_begin + query, block.num_rows - query,
-                       copysignf(1, args.scale_log2));
+      if (some_references) {
+        relate_columns<Products::kLosesInfinities>(p, args.references + first_query + block.row_begin + query,
+                                                   block.num_rows - query, copysignf(1, args.scale_log2));
       }
       if constexpr (kWantsDk) multiply_rows<Products>(ds, lane_k.at(shared.v), warp_row, lane_dout, query);
       // The exponentials run under the second product: nothing may stand between them.
-      to_probabilities(p, shared.lse_log2[stage] + query, args.scale_log2);
+      to_probabilities<Products>(p, shared.lse_log2[stage] + query, args.scale_log2);
       if (drops || some_hidden) {
         if (drops) {
           const WorkRange& range = walk.range_of(block);

@@ -86,18 +86,20 @@ void launch_bwd(const BwdParams& params, const BwdPlan& plan) {
       .lse_log2 = plan.lse_log2,
       .delta = plan.delta,
       .references = plan.references,
+      .has_references = plan.has_references,
       .partial_dq = plan.partial_dq,
       .partial_dk = plan.partial_dk,
       .partial_dv = plan.partial_dv,
       .dq_sum = {plan.dq_sum, plan.dq_sum_cols},
   };
   const InlineWork in_parameters = bring(plan.by_key, params.stream);
+  const auto* first_zero = reinterpret_cast<const char*>(plan.has_references);
+  const auto* last_zero = reinterpret_cast<const char*>(plan.adds_dq ? plan.dq_sum + plan.dq_sum_size : nullptr);
+  const size_t num_zeros = plan.adds_dq ? static_cast<size_t>(last_zero - first_zero) : sizeof(int);
+  check(cudaMemsetAsync(plan.has_references, 0, num_zeros, stream), "cudaMemsetAsync");
   if (rows > 0) {
     portable_bwd_stats_kernel<Element><<<blocks_for(32 * rows, 256), 256, 0, stream>>>(args, in_parameters);
     check(cudaGetLastError(), "portable_bwd_stats_kernel");
-  }
-  if (plan.adds_dq) {
-    check(cudaMemsetAsync(plan.dq_sum, 0, plan.dq_sum_size * sizeof(float), stream), "cudaMemsetAsync");
   }
   if (const unsigned grid = plan.by_key.grid(copies)) {
     launch_by_key<kArithmetic, kHeadDim>(args, in_parameters, plan, grid);

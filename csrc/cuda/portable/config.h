@@ -66,7 +66,7 @@ constexpr Tile fwd_tile(Arithmetic arithmetic, int head_dim) {
 // Spills: portable_dk_dv_kernel in portable_bwd_tf32_d64 for sm_80, 12 bytes: two words, that three blocks fit
 // Spills: portable_dk_dv_kernel in portable_bwd_fp32_d32 for sm_80, 8 bytes: one word, read once a block of queries
 // Spills: portable_dk_dv_kernel in portable_bwd_fp32_d64 for sm_80, 64 bytes: addresses, that three blocks fit
-// Spills: portable_dk_dv_kernel in portable_bwd_fp32_d64 for sm_90, 120 bytes: likewise, and what large scores read
+// Spills: portable_dk_dv_kernel in portable_bwd_fp32_d64 for sm_90, 124 bytes: likewise, and what large scores read
 // Spills: portable_dk_dv_kernel in portable_bwd_fp32_d96 for sm_80, 20 bytes: addresses; the tile is the smallest
 // Spills: portable_dk_dv_kernel in portable_bwd_fp32_d96 for sm_90, 20 bytes: likewise
 // Spills: portable_dk_dv_kernel in portable_bwd_fp32_d128 for sm_80, 32 bytes: likewise
@@ -96,6 +96,7 @@ constexpr Tile dk_dv_tile(Arithmetic arithmetic, int head_dim) {
 // Of dq: two score tiles, one accumulator.
 //
 // Spills: portable_dq_kernel in portable_bwd_fp32_d64 for sm_90, 12 bytes: two words, that three blocks fit
+// Spills: portable_dq_kernel in portable_bwd_fp32_d128 for sm_90, 24 bytes: addresses, read once a block of keys
 // Spills: portable_dq_kernel in portable_bwd_fp32_d192 for sm_80, 44 bytes: addresses; the tile is the smallest
 // Spills: portable_dq_kernel in portable_bwd_fp32_d192 for sm_90, 44 bytes: likewise
 // Spills: portable_dq_kernel in portable_bwd_fp32_d256 for sm_80, 40 bytes: likewise

@@ -96,6 +96,7 @@ BwdPlan plan_bwd(const BwdParams& params) {
       .lse_log2 = scratch.take<float>(copies * params.seqlen_q),
       .delta = scratch.take<float>(copies * params.seqlen_q),
       .references = scratch.take<RowReference>(copies * params.seqlen_q),
+      .has_references = scratch.take<int>(1),
   };
   if (plan.adds_dq) {
     plan.dq_sum_cols = static_cast<int>((params.head_dim + 7) / 8 * 8);

@@ -40,6 +40,7 @@ struct BwdPlan {
   float* lse_log2;                 // (batch_size, num_heads, seqlen_q); +inf for rows without keys
   float* delta;                    // likewise
   RowReference* references;        // likewise
+  int* has_references;             // one word, 0 where no row has one; zeros from here on to the end of dq_sum
   float* dq_sum;                   // DqSum; null unless adds_dq
   int dq_sum_cols;                 // head_dim of the problem, rounded up to a multiple of 8
   int64_t dq_sum_size;             // in numbers

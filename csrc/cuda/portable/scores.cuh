@@ -20,9 +20,17 @@ __device__ void negate(float (&s)[kTilesM][kTilesN][4]) {
   }
 }
 
+// A score as the backward takes it where products lose infinities (tensor_core.cuh) and leave NaN. In a row whose
+// log-sum-exp is a number an infinite score has no weight; in one whose log-sum-exp is NaN so are all weights.
+template <bool kLosesInfinities>
+__device__ __forceinline__ float restored_score(float score, float sign = 1) {
+  if constexpr (!kLosesInfinities) return score;
+  return sign > 0 ? fmaxf(score, -INFINITY) : fminf(score, INFINITY);
+}
+
 // Scores of rows that have a reference become relative to it; references: from that of this thread's first row on, of
-// which num_rows exist.
-template <int kTilesM, int kTilesN>
+// which num_rows exist. sign: that of the scale.
+template <bool kLosesInfinities, int kTilesM, int kTilesN>
 __device__ void relate_rows(float (&s)[kTilesM][kTilesN][4], const RowReference* references, int num_rows, float sign) {
 #pragma unroll
   for (int i = 0; i < 2 * kTilesM; ++i) {
@@ -33,14 +41,14 @@ __device__ void relate_rows(float (&s)[kTilesM][kTilesN][4], const RowReference*
 #pragma unroll
       for (int e = 0; e < 2; ++e) {
         float& score = s[i / 2][n][i % 2 * 2 + e];
-        score = relative_score(score, own, sign);
+        score = relative_score(restored_score<kLosesInfinities>(score, sign), own, sign);
       }
     }
   }
 }
 
 // The same of columns; references: from that of column 0 on.
-template <int kTilesM, int kTilesN>
+template <bool kLosesInfinities, int kTilesM, int kTilesN>
 __device__ void relate_columns(float (&s)[kTilesM][kTilesN][4], const RowReference* references, int num_columns,
                                float sign) {
 #pragma unroll
@@ -53,7 +61,7 @@ __device__ void relate_columns(float (&s)[kTilesM][kTilesN][4], const RowReferen
 #pragma unroll
       for (int i = 0; i < 2 * kTilesM; ++i) {
         float& score = s[i / 2][n][i % 2 * 2 + e];
-        score = relative_score(score, own, sign);
+        score = relative_score(restored_score<kLosesInfinities>(score, sign), own, sign);
       }
     }
   }

@@ -4,6 +4,10 @@
 // thousands loses 1e-5 of its size. Products as exact as fp32 (kCutsOffTooMuch) therefore begin a new sum every few
 // steps and are added up outside, where additions round.
 //
+// Infinity has no parts (kLosesInfinities): what it is multiplied into comes out as NaN, in the products of three
+// terms, and so does what is multiplied by a number that rounds up to infinity, less than 2^-12 of it from the largest
+// there is.
+//
 // Operands are a: 16 rows, and b: 8 columns, of one depth step of 32 bytes: 16 elements of 16 bits or 8 of 32.
 // With g = lane / 4 and t = lane % 4, a thread's accumulators stand at rows g and g + 8, columns 2t and 2t + 1.
 #pragma once
@@ -20,7 +24,7 @@ template <class Element_>
 struct Products16 {
   using Element = Element_;
   static constexpr int kDepth = 16;
-  static constexpr bool kCutsOffTooMuch = false;
+  static constexpr bool kCutsOffTooMuch = false, kLosesInfinities = false;
 
   struct A {
     uint32_t x[4];
@@ -66,7 +70,7 @@ template <int kTerms>
 struct ProductsTf32 {
   using Element = float;
   static constexpr int kDepth = 8;
-  static constexpr bool kCutsOffTooMuch = kTerms == 3;
+  static constexpr bool kCutsOffTooMuch = kTerms == 3, kLosesInfinities = kTerms == 3;
 
   template <int kCount>
   struct Operand {

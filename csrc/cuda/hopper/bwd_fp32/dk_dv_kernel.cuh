@@ -99,6 +99,13 @@ __device__ inline void produce(const Fp32DkDvKernelParams& params, Fp32DkDvShare
   }
 }
 
+// Whether a query of some tiles has a reference. All lanes of a warp ask at a time.
+__device__ inline bool has_references(const DoutNumbers* tiles, int num_tiles) {
+  bool has_one = false;
+  for (int tile = threadIdx.x % 32; tile < num_tiles; tile += 32) has_one |= tiles[tile].references != nullptr;
+  return __any_sync(0xffffffff, has_one);
+}
+
 template <typename Config>
 __device__ inline void consume(const Fp32DkDvKernelParams& params, Fp32DkDvSharedStorage<Config>& shared,
                                int consumer) {
@@ -154,45 +161,56 @@ __device__ inline void consume(const Fp32DkDvKernelParams& params, Fp32DkDvShare
       ptx::wgmma_wait<0>(s);
 
       // The first step adds zeros to dk, the last one's scores of a next tile are not used: a product that is issued
-      // in some steps only would make the compiler wait for each.
-      for (int tile = 0; tile < num_tiles; ++tile) {
-        const Ring next{use.count + (tile + 1 < num_tiles)};
-        const int stage = use.stage();
-        // NOTE: ptxas would hold the 16 descriptors of keys and values through the loop, and spill others for them. It
-        // computes them in each step if they may differ.
-        const auto anew = [&](ptx::Operand operand) { return ptx::Operand{operand.low + (use.count >> 31)}; };
-        const ptx::Operand q_tile = tile_of(q_ring, use), dout_tile = tile_of(dout_ring, use);
-        const ColumnNumbers lse_log2(shared.q_numbers[stage].lse_log2), q_units(shared.q_numbers[stage].units);
-        const ColumnNumbers delta(shared.dout_numbers[stage].delta), dout_factors(shared.dout_numbers[stage].factors);
+      // in some steps only would make the compiler wait for each. kRelates: whether a query may have a reference, for
+      // which the others' steps shall not wait.
+      const auto go_through_tiles = [&]<bool kRelates>() {
+        for (int tile = 0; tile < num_tiles; ++tile) {
+          const Ring next{use.count + (tile + 1 < num_tiles)};
+          const int stage = use.stage();
+          // NOTE: ptxas would hold the 16 descriptors of keys and values through the loop, and spill others for them.
+          // It computes them in each step if they may differ.
+          const auto anew = [&](ptx::Operand operand) { return ptx::Operand{operand.low + (use.count >> 31)}; };
+          const ptx::Operand q_tile = tile_of(q_ring, use), dout_tile = tile_of(dout_ring, use);
+          const ColumnNumbers lse_log2(shared.q_numbers[stage].lse_log2), q_units(shared.q_numbers[stage].units);
+          const ColumnNumbers delta(shared.dout_numbers[stage].delta), dout_factors(shared.dout_numbers[stage].factors);
 
-        ptx::mbarrier_wait(shared.dout_full[stage], use.full_parity());
-        issue_transposed_scores(dp, anew(v), dout_tile);
-        add_rows(dk, sum, lift.inverse);
-        if (const RowReference* own = shared.dout_numbers[stage].references) {
-          relate(
-              s, [&](int i) { return own[8 * (i / 4) + 2 * (lane % 4) + i % 2]; }, q_units, k_units,
-              params.softmax_scale_log2);
+          ptx::mbarrier_wait(shared.dout_full[stage], use.full_parity());
+          issue_transposed_scores(dp, anew(v), dout_tile);
+          add_rows(dk, sum, lift.inverse);
+          if constexpr (kRelates) {
+            if (const RowReference* own = shared.dout_numbers[stage].references) {
+              relate(
+                  s, [&](int i) { return own[8 * (i / 4) + 2 * (lane % 4) + i % 2]; }, q_units, k_units,
+                  params.softmax_scale_log2);
+            }
+          }
+          weigh(s, q_units, k_units, lse_log2);
+          split_operand(operand, s, dout_factors);
+          issue_half_column_products<Config::kPartBytesM>(sum, operand, dout_tile);
+          ptx::wgmma_wait<1>(dp);
+
+          const float dout_unit = shared.dout_numbers[stage].unit;
+          const RowNumbers dp_units{{v_units.of_row[0] * dout_unit, v_units.of_row[1] * dout_unit}};
+          differentiate(dp, s, dp_units, dout_factors, delta, q_units);
+          ptx::mbarrier_wait(shared.q_full[next.stage()], next.full_parity());
+          issue_transposed_scores(s, anew(k), tile_of(q_ring, next));
+          ptx::wgmma_wait<1>(sum);
+          release(shared.dout_empty[stage]);
+          add_rows(dv, sum, {{dout_unit, dout_unit}});
+
+          lift = RowLift::of(dp);
+          split_operand(operand, dp, lift.factor);
+          issue_half_column_products<Config::kPartBytesM>(sum, operand, q_tile);
+          ptx::wgmma_wait<0>(s, sum);
+          release(shared.q_empty[stage]);
+          ++use.count;
         }
-        weigh(s, q_units, k_units, lse_log2);
-        split_operand(operand, s, dout_factors);
-        issue_half_column_products<Config::kPartBytesM>(sum, operand, dout_tile);
-        ptx::wgmma_wait<1>(dp);
-
-        const float dout_unit = shared.dout_numbers[stage].unit;
-        const RowNumbers dp_units{{v_units.of_row[0] * dout_unit, v_units.of_row[1] * dout_unit}};
-        differentiate(dp, s, dp_units, dout_factors, delta, q_units);
-        ptx::mbarrier_wait(shared.q_full[next.stage()], next.full_parity());
-        issue_transposed_scores(s, anew(k), tile_of(q_ring, next));
-        ptx::wgmma_wait<1>(sum);
-        release(shared.dout_empty[stage]);
-        add_rows(dv, sum, {{dout_unit, dout_unit}});
-
-        lift = RowLift::of(dp);
-        split_operand(operand, dp, lift.factor);
-        issue_half_column_products<Config::kPartBytesM>(sum, operand, q_tile);
-        ptx::wgmma_wait<0>(s, sum);
-        release(shared.q_empty[stage]);
-        ++use.count;
+      };
+      const int64_t sequence = int64_t{item.batch} * params.table.num_heads + item.head;
+      if (has_references(params.dout_numbers + sequence * params.num_query_tiles, params.num_query_tiles)) {
+        go_through_tiles.template operator()<true>();
+      } else {
+        go_through_tiles.template operator()<false>();
       }
 
       release(shared.kv_empty);

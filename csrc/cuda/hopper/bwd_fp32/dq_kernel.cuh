@@ -33,6 +33,7 @@
 #include "cuda/ptx/dependent_grids.cuh"
 #include "cuda/ptx/elect.cuh"
 #include "cuda/ptx/mbarrier.cuh"
+#include "cuda/ptx/named_barrier.cuh"
 #include "cuda/ptx/setmaxnreg.cuh"
 #include "cuda/ptx/tma.cuh"
 #include "cuda/ptx/wgmma.cuh"
@@ -151,7 +152,7 @@ __device__ inline void consume(const Fp32DqKernelParams& params, Fp32DqSharedSto
 
     if (num_tiles > 0) {
       RowNumbers lse_log2{}, delta{}, q_units{}, dout_units{};
-      bool has_reference = false;
+      bool has_reference[2] = {};
       const int64_t stats = (int64_t{item.batch} * params.table.num_heads + item.head) * params.seqlen_q;
       const auto units_of = [&](const HalfInput& input) {
         return units_of_head(input, params.table.num_heads, params.seqlen_q, item.head, item.batch);
@@ -160,9 +161,11 @@ __device__ inline void consume(const Fp32DqKernelParams& params, Fp32DqSharedSto
       for (int i = 0; i < 2; ++i) {
         const int row = row_begin + lane / 4 + 8 * i;
         if (row < item.tiles().row_end) {
-          lse_log2.of_row[i] = params.lse[stats + row] * std::numbers::log2e_v<float>;
-          if (needs_reference(lse_log2.of_row[i])) {
-            has_reference = true;
+          const float lse = params.lse[stats + row];
+          // +inf makes the weights of a row zero whose scores are all -inf.
+          lse_log2.of_row[i] = lse == -INFINITY ? INFINITY : lse * std::numbers::log2e_v<float>;
+          if (lse != -INFINITY && needs_reference(lse_log2.of_row[i])) {
+            has_reference[i] = true;
             lse_log2.of_row[i] = params.references[stats + row].sum_log2;
           }
           delta.of_row[i] = params.delta[stats + row];
@@ -170,7 +173,8 @@ __device__ inline void consume(const Fp32DqKernelParams& params, Fp32DqSharedSto
           dout_units.of_row[i] = units_of(params.dout)[row];
         }
       }
-      has_reference = __any_sync(0xffffffff, has_reference);
+      // A warpgroup multiplies together.
+      const bool relates = ptx::named_barrier_any(1 + consumer, kWarpgroup, has_reference[0] || has_reference[1]);
 
       float s[kBlockN / 2], dp[kBlockN / 2], sum[kHeadDim / 2] = {};
       HalfOperand<Config::kParts, kBlockN / 4> operand;
@@ -182,36 +186,46 @@ __device__ inline void consume(const Fp32DqKernelParams& params, Fp32DqSharedSto
       ptx::wgmma_wait<0>(s);
 
       // The first step adds zeros to dq, the last one's scores of a next tile are not used: a product that is issued
-      // in some steps only would make the compiler wait for each.
-      for (int tile = 0; tile < num_tiles; ++tile) {
-        const Ring next{use.count + (tile + 1 < num_tiles)};
-        const int stage = use.stage();
-        const ColumnNumbers k_units(shared.k_units[stage]), v_units(shared.v_units[stage]);
+      // in some steps only would make the compiler wait for each. kRelates: whether a query may have a reference.
+      const auto go_through_tiles = [&]<bool kRelates>() {
+        for (int tile = 0; tile < num_tiles; ++tile) {
+          const Ring next{use.count + (tile + 1 < num_tiles)};
+          const int stage = use.stage();
+          const ColumnNumbers k_units(shared.k_units[stage]), v_units(shared.v_units[stage]);
 
-        ptx::mbarrier_wait(shared.v_full[stage], use.full_parity());
-        issue_scores(dp, dout, tile_of(v_ring, use));
-        add_rows(dq, sum, lift.inverse);
-        if (tile < item.tiles().num_partial) {
-          mask_columns(s, params.table.ranges[item.tiles().first_range + tile].tail);
-        }
-        if (has_reference) {
-          const RowReference* own = params.references + stats + row_begin + lane / 4;
-          relate(s, [&](int i) { return own[8 * row_of(i)]; }, k_units, q_units, params.softmax_scale_log2);
-        }
-        weigh(s, k_units, q_units, lse_log2);
-        hold_weights(s, ptx::shared_address(&shared.q_full));
-        ptx::wgmma_wait<0>(dp);
-        release(shared.v_empty[stage]);
+          ptx::mbarrier_wait(shared.v_full[stage], use.full_parity());
+          issue_scores(dp, dout, tile_of(v_ring, use));
+          add_rows(dq, sum, lift.inverse);
+          if (tile < item.tiles().num_partial) {
+            mask_columns(s, params.table.ranges[item.tiles().first_range + tile].tail);
+          }
+          if constexpr (kRelates) {
+            const RowReference* own = params.references + stats + row_begin + lane / 4;
+            const auto reference_of = [&](int i) {
+              return has_reference[row_of(i)] ? own[8 * row_of(i)] : RowReference{0, -INFINITY, 0};
+            };
+            relate(s, reference_of, k_units, q_units, params.softmax_scale_log2);
+          }
+          weigh(s, k_units, q_units, lse_log2);
+          hold_weights(s, ptx::shared_address(&shared.q_full));
+          ptx::wgmma_wait<0>(dp);
+          release(shared.v_empty[stage]);
 
-        differentiate(dp, s, dout_units, v_units, delta, k_units);
-        ptx::mbarrier_wait(shared.k_full[next.stage()], next.full_parity());
-        issue_scores(s, q, tile_of(k_ring, next));
-        lift = RowLift::of(dp);
-        split_operand(operand, dp, lift.factor);
-        issue_half_column_products<Config::kPartBytesN>(sum, operand, tile_of(k_ring, use));
-        ptx::wgmma_wait<0>(s, sum);
-        release(shared.k_empty[stage]);
-        ++use.count;
+          differentiate(dp, s, dout_units, v_units, delta, k_units);
+          ptx::mbarrier_wait(shared.k_full[next.stage()], next.full_parity());
+          issue_scores(s, q, tile_of(k_ring, next));
+          lift = RowLift::of(dp);
+          split_operand(operand, dp, lift.factor);
+          issue_half_column_products<Config::kPartBytesN>(sum, operand, tile_of(k_ring, use));
+          ptx::wgmma_wait<0>(s, sum);
+          release(shared.k_empty[stage]);
+          ++use.count;
+        }
+      };
+      if (relates) {
+        go_through_tiles.template operator()<true>();
+      } else {
+        go_through_tiles.template operator()<false>();
       }
 
       release(shared.q_empty);
