@@ -5,6 +5,7 @@
 
 #include "cuda/common/log_sum_exp.cuh"
 #include "cuda/portable/config.h"
+#include "cuda/portable/plain_row.cuh"
 #include "cuda/portable/scores.cuh"
 #include "cuda/portable/softmax.cuh"
 #include "cuda/portable/tensor_core.cuh"
@@ -23,6 +24,25 @@ struct FwdArguments {
   float* partial_out;  // FwdPlan
   RowPart* row_parts;
 };
+
+// Those of a warp's rows that exist and have an output that is not finite: bit i stands for row i. Rows without a sum
+// are as they should be.
+template <int kTilesM, int kTilesN>
+__device__ unsigned rows_to_repair(const float (&out)[kTilesM][kTilesN][4], const RowPart (&row_parts)[2 * kTilesM],
+                                   int num_rows) {
+  unsigned rows = 0;
+#pragma unroll
+  for (int i = 0; i < 2 * kTilesM; ++i) {
+    float zero = 0;
+#pragma unroll
+    for (int n = 0; n < kTilesN; ++n) {
+      zero = fmaf(out[i / 2][n][i % 2 * 2], 0.0f, fmaf(out[i / 2][n][i % 2 * 2 + 1], 0.0f, zero));
+    }
+    const int row = threadIdx.x % 32 / 4 + 8 * i;
+    if (zero != 0 && row_parts[i].has_sum() && row < num_rows) rows |= 1u << row;
+  }
+  return __reduce_or_sync(0xFFFFFFFF, rows);
+}
 
 template <Arithmetic kArithmetic, int kHeadDim>
 struct FwdShared {
@@ -58,7 +78,7 @@ __global__ void __launch_bounds__(fwd_tile(kArithmetic, kHeadDim).num_threads(),
   const int thread_row = warp_row + threadIdx.x % 32 / 4;
 
   float out[kTilesM][kHeadDim / 8][4] = {};
-  OnlineSoftmax<kTilesM, (kArithmetic == Arithmetic::kBFloat16 ? 20 : 0)> softmax;
+  OnlineSoftmax<kTilesM> softmax;
 
   // The queries and the first block of keys
   BlockWalk<kTile.block_rows> walk(work, item, args.work.num_splits);
@@ -142,19 +162,58 @@ __global__ void __launch_bounds__(fwd_tile(kArithmetic, kHeadDim).num_threads(),
   }
 
   // The output: through shared memory, for whole rows to be written at a time. A warp meets only its own rows there.
-  const int num_rows = min(kTile.warp_rows, item.num_rows - warp_row);
-  if (is_split) {
-    float* rows = args.partial_out + (split_copy * params.seqlen_q + item.row_begin + warp_row) * params.head_dim_v;
-    store_fp32(rows, params.head_dim_v, num_rows, 0, out);
-    return;
-  }
-  ptx::cp_async_wait_all();  // of the queries, where there was no key
-  __syncthreads();
-  put_accumulators(shared.q, warp_row, 0, out);
-  __syncwarp();
+  const int num_rows = min(kTile.warp_rows, item.num_rows - warp_row), first_row = item.row_begin + warp_row;
+  // Weighted sums of fp16 do not overflow, and its infinities are not lost.
+  unsigned repairs = kArithmetic == Arithmetic::kFloat16 ? 0 : rows_to_repair(out, row_parts, num_rows);
   const auto o =
       rows_of<Element>(params.out, params.out_strides, item.batch, item.head, params.head_dim_v, args.aligned);
-  store_rows<kTile.warp_rows, kHeadDim>(shared.q, warp_row, 0, o, item.row_begin + warp_row, num_rows);
+  const int64_t part = split_copy * params.seqlen_q + first_row;
+  float* const partial_out = args.partial_out + part * params.head_dim_v;
+  if (is_split) {
+    store_fp32(partial_out, params.head_dim_v, num_rows, 0, out);
+  } else {
+    ptx::cp_async_wait_all();  // of the queries, where there was no key
+    __syncthreads();
+    put_accumulators(shared.q, warp_row, 0, out);
+    __syncwarp();
+    store_rows<kTile.warp_rows, kHeadDim>(shared.q, warp_row, 0, o, first_row, num_rows);
+  }
+
+  for (; repairs != 0; repairs &= repairs - 1) {
+    const int row = __ffs(static_cast<int>(repairs)) - 1;
+    const auto for_each_key = [&](const auto& visit) {
+      const DropoutParams marks{args.dropout.seed, args.dropout.threshold, 1.0f};
+#pragma unroll 1
+      for (BlockWalk<kTile.block_rows> blocks(work, item, args.work.num_splits); !blocks.done(); blocks.advance()) {
+        const Block block = blocks.block();
+        const WorkRange& range = blocks.range_of(block);
+#pragma unroll 1
+        for (int key = block.row_begin; key < block.row_begin + block.num_rows; ++key) {
+          if (mask != nullptr && !mask[key]) continue;
+          const auto factor = [&] {
+            if (!drops) return 1.0f;
+            const Dropout dropout(marks, static_cast<int>(copy));
+            return dropout.weight(first_row + row, range.range_index, key - range.begin);
+          };
+          if (!visit(k.row(key), v.row(key), factor)) return;
+        }
+      }
+    };
+    PlainRow<Element, kHeadDim> plain(q.row(first_row + row), q.num_cols, v.num_cols, args.scale_log2,
+                                      args.negate ? -1.0f : 1.0f);
+    const RowPart row_part = plain.compute(for_each_key);
+    if (isnan(row_part.sum_log2)) continue;
+    const float factor = drops ? args.dropout.inverse_keep_probability : 1.0f;
+    __syncwarp();  // what is replaced has been written
+    if (is_split) {
+      plain.store(partial_out + static_cast<int64_t>(row) * params.head_dim_v, factor);
+      if (threadIdx.x % 32 == 0) args.row_parts[part + row] = row_part;
+    } else {
+      plain.store(o.row(first_row + row), factor);
+      float* const lse = static_cast<float*>(params.lse) + copy * params.seqlen_q;
+      if (threadIdx.x % 32 == 0) lse[first_row + row] = log_sum_exp(row_part, args.scale);
+    }
+  }
 }
 
 }  // namespace mixed_attention::cuda::portable

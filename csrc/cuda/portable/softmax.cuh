@@ -13,9 +13,8 @@
 
 namespace mixed_attention::cuda {
 
-// The rows of one thread in the layout of mma's accumulators: 2 for each tile of 16; four lanes share a row. Bases are
-// kHeadroom above the maximum: values may be as large as the numbers that they are summed up in.
-template <int kTilesM, int kHeadroom>
+// The rows of one thread in the layout of mma's accumulators: 2 for each tile of 16; four lanes share a row.
+template <int kTilesM>
 class OnlineSoftmax {
  public:
   __device__ OnlineSoftmax() {
@@ -37,15 +36,15 @@ class OnlineSoftmax {
 #pragma unroll
     for (int row = 0; row < kRows; ++row) {
       block_max[row] = max_of_row(s, row);
-      outgrown |= fmaf(block_max[row], scale_log2, -base_[row]) > kMostAboveBase - kHeadroom;
+      outgrown |= fmaf(block_max[row], scale_log2, -base_[row]) > kMostAboveBase;
     }
     if (!__any_sync(0xFFFFFFFF, outgrown)) return;
 #pragma unroll
     for (int row = 0; row < kRows; ++row) {
       const float maximum = block_max[row] * scale_log2;
-      const bool grows = maximum - base_[row] > kMostAboveBase - kHeadroom;
+      const bool grows = maximum - base_[row] > kMostAboveBase;
       const float score = grows && fabsf(maximum) > kMostRounded ? block_max[row] : 0;
-      const float base = !grows ? base_[row] : (score != 0 ? 0 : maximum) + kHeadroom;
+      const float base = !grows ? base_[row] : score != 0 ? 0 : maximum;
       if (score != 0) {
         subtract(s, row, score);
         keep_score(row, score);
@@ -87,9 +86,7 @@ class OnlineSoftmax {
       // Not "sum > 0": a NaN that a query may see must show.
       const float inverse = sum == 0 ? 0.0f : factor / sum;
       const float score = score_of(row);
-      // The logarithm of a number near 1 is exact to more digits than that of a power of two beside.
-      rows[row] = sum == 0 ? RowPart{0, 0, -INFINITY}
-                           : RowPart{score, base_[row] - kHeadroom, log2f(sum * static_cast<float>(1 << kHeadroom))};
+      rows[row] = sum == 0 ? RowPart{0, 0, -INFINITY} : RowPart{score, base_[row], log2f(sum)};
 #pragma unroll
       for (int n = 0; n < kTilesOut; ++n) {
         out[m][n][e] *= inverse;
