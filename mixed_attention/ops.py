@@ -261,6 +261,9 @@ def attention(
     dtype = autocast_dtype(q.device.type)
     if dtype is not None:
         q, k, v = (t.to(dtype) if t.dtype == torch.float32 else t for t in (q, k, v))
+    if q.is_cuda and abs(scale) < _LEAST_SCALE and q.dtype in (torch.float32, torch.bfloat16):
+        # GPU kernels scale products, which overflow long before scores of such a scale do, and round it.
+        q, scale = q * _LEAST_SCALE, scale / _LEAST_SCALE
     seed = draw_seed(q.device) if dropout_p > 0 else None
     path: Callable[..., tuple[Tensor, Tensor]]
     if by_dispatcher:
@@ -292,6 +295,9 @@ def _number(name: str, value: Any, expected: str) -> Any:
         return float(value)
     raise TypeError(f"{name}: expected {expected}, got {type(value).__name__}")
 
+
+# Numbers of fp32 and bf16 that matter under a smaller scale can be multiplied by it without loss.
+_LEAST_SCALE = 2.0**-64
 
 _DTYPES = (torch.float32, torch.float64, torch.bfloat16, torch.float16)
 
