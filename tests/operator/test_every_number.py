@@ -219,7 +219,8 @@ def test_scales(scale: float, dtype: torch.dtype, path: Path, device: torch.devi
 @each_dtype
 def test_values_up_to_the_largest(dtype: torch.dtype, path: Path, device: torch.device):
     """A mean of numbers is no larger than they are, and sums on the way to it must not overflow."""
-    largest = torch.finfo(dtype).max * (1 if path is run else 0.999)  # the reference rounds as torch does, up too
+    has_kernels = path is run and ma.ops.has_kernels(device.type, dtype)
+    largest = torch.finfo(dtype).max * (1 if has_kernels else 0.999)  # the reference rounds as torch does, up too
     parts = [1.0, 0.75, 0.5, 2.0**-4, 2.0**-10]
     inputs = make_inputs(Case(SIZES, "a>b b>ab", num_heads=2 * len(parts), dtype=dtype, dlse=False), device)
     with torch.no_grad():
