@@ -96,7 +96,8 @@ constexpr Tile dk_dv_tile(Arithmetic arithmetic, int head_dim) {
 // Of dq: two score tiles, one accumulator.
 //
 // Spills: portable_dq_kernel in portable_bwd_fp32_d64 for sm_90, 12 bytes: two words, that three blocks fit
-// Spills: portable_dq_kernel in portable_bwd_fp32_d128 for sm_90, 24 bytes: addresses, read once a block of keys
+// Spills: portable_dq_kernel in portable_bwd_fp32_d128 for sm_80, 28 bytes: addresses, read once a block of keys
+// Spills: portable_dq_kernel in portable_bwd_fp32_d128 for sm_90, 24 bytes: likewise
 // Spills: portable_dq_kernel in portable_bwd_fp32_d192 for sm_80, 44 bytes: addresses; the tile is the smallest
 // Spills: portable_dq_kernel in portable_bwd_fp32_d192 for sm_90, 44 bytes: likewise
 // Spills: portable_dq_kernel in portable_bwd_fp32_d256 for sm_80, 40 bytes: likewise
