@@ -11,10 +11,12 @@ from contextlib import AbstractContextManager, nullcontext
 import torch
 from torch import Tensor
 
+from mixed_attention.torch_internals import private_backend_name
+
 # Asked once: the compilers of older releases of torch cannot trace the question.
 _CASTS = frozenset(
     name
-    for name in ("cpu", "cuda", "xpu", "mps", "hpu", "mtia", "maia", "xla", torch._C._get_privateuse1_backend_name())
+    for name in ("cpu", "cuda", "xpu", "mps", "hpu", "mtia", "maia", "xla", private_backend_name())
     if torch.amp.is_autocast_available(name)
 )
 

@@ -19,9 +19,8 @@ from typing import Any, Literal, NamedTuple, overload
 import torch
 from torch import Tensor, nn
 from torch.autograd import forward_ad
-from torch.utils._device import DeviceContext
 
-from mixed_attention import reference
+from mixed_attention import reference, torch_internals
 from mixed_attention.autocast import autocast_dtype
 from mixed_attention.plan import AttentionPlan, QuerySegment
 
@@ -130,8 +129,7 @@ def has_kernels(device_type: str, dtype: torch.dtype) -> bool:
     """
     if _C is None or (device_type == "cuda" and dtype == torch.float64):
         return False
-    key = torch._C._dispatch_key_for_device(device_type)
-    return torch._C._dispatch_has_kernel_for_dispatch_key("mixed_attention::forward", key)
+    return torch_internals.has_operator_kernel("mixed_attention::forward", device_type)
 
 
 def is_plain(*tensors: Tensor) -> bool:
@@ -143,20 +141,20 @@ def is_plain(*tensors: Tensor) -> bool:
     for tensor in tensors:
         if type(tensor) is not Tensor and type(tensor) is not nn.Parameter:
             return False
-    return not torch._C._is_torch_function_mode_enabled() or all(
-        isinstance(mode, DeviceContext) for mode in torch.overrides._get_current_function_mode_stack()
+    return not torch_internals.is_function_mode_enabled() or all(
+        isinstance(mode, torch_internals.DeviceContext) for mode in torch_internals.function_modes()
     )
 
 
 def needs_composite(*tensors: Tensor | None) -> bool:
     """Whether a transform is active that only a composition of framework operators answers rightly."""
-    if torch._C._functorch.peek_interpreter_stack() is not None:
+    if torch_internals.current_transform() is not None:
         return True
-    has_duals = forward_ad._current_level >= 0
+    has_duals = torch_internals.is_forward_mode()
     for tensor in tensors:
         if tensor is None:
             continue
-        if torch._C._functorch.is_legacy_batchedtensor(tensor):  # is_grads_batched
+        if torch_internals.is_legacy_batched(tensor):  # is_grads_batched
             return True
         if has_duals and forward_ad.unpack_dual(tensor).tangent is not None:
             return True
@@ -395,7 +393,7 @@ def _needs_reference(q: Tensor, k: Tensor, v: Tensor) -> bool:
 
 def run_forward(*arguments) -> tuple[Tensor, Tensor]:
     """The kernels themselves, with the arguments of the operator; without a derivative."""
-    with torch._C._AutoDispatchBelowAutograd():
+    with torch_internals.below_autograd():
         return torch.ops.mixed_attention.forward.default(*arguments)
 
 

@@ -8,18 +8,21 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from itertools import pairwise
-from types import ModuleType
 from typing import Any, NamedTuple
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
-from torch._subclasses.fake_tensor import FakeTensor
-from torch._subclasses.functional_tensor import FunctionalTensor
-from torch.utils._device import DeviceContext
 
 from mixed_attention import ops
 from mixed_attention.autocast import autocast_dtype, cat
+from mixed_attention.torch_internals import (
+    DeviceContext,
+    function_modes,
+    is_linear_torchs,
+    num_function_modes,
+    plain_parameters,
+)
 
 Runs = tuple[tuple[int, bool], ...]
 """Neighbouring tokens: how many, and whether they are taken; they add up to the sequence."""
@@ -35,20 +38,6 @@ class Part(NamedTuple):
 
 _AUTOCAST_FROM = (torch.float32, torch.bfloat16, torch.float16)
 
-_PLAIN_TENSORS = (Tensor, nn.Parameter, FakeTensor, FunctionalTensor)
-"""Those that are no more than their numbers; the last two are what tracers put in the place of such."""
-
-
-def _torchs_own(function: Any, module: ModuleType) -> Any:
-    """The function if its module defines it, else None: somebody may have patched it before we were imported."""
-    return function if getattr(function, "__globals__", None) is vars(module) else None
-
-
-_FORWARD = _torchs_own(nn.Linear.forward, nn.modules.linear)
-_CALL = _torchs_own(nn.Linear.__call__, nn.modules.module)
-_CALL_IMPL = _torchs_own(nn.Linear._call_impl, nn.modules.module)
-_LINEAR = torch._C._nn.linear
-
 
 def is_plain(*layers: Any) -> bool:
     """Whether calling the layers does nothing but multiply by weights and add biases, which may be joined.
@@ -60,39 +49,24 @@ def is_plain(*layers: Any) -> bool:
     """
     if not _calls_are_torchs():
         return False
-    tensors = []
+    tensors: list[Tensor] = []
     for layer in layers:
-        if type(layer) is not nn.Linear:
+        parameters = plain_parameters(layer)
+        if parameters is None:
             return False
-        # NOTE: dicts instead of attributes, which take several times as long of a module.
-        own = layer.__dict__
-        if own["_forward_pre_hooks"] or own["_forward_hooks"] or own["_backward_pre_hooks"] or own["_backward_hooks"]:
-            return False
-        if "forward" in own or "_call_impl" in own or "_compiled_call_impl" in own or "weight" in own or "bias" in own:
-            return False
-        parameters = own["_parameters"]
-        weight, bias = parameters.get("weight"), parameters.get("bias", "missing")
-        if type(weight) not in _PLAIN_TENSORS or not (bias is None or type(bias) in _PLAIN_TENSORS):
-            return False
+        weight, bias = parameters
         tensors += [weight] if bias is None else [weight, bias]
     return len(layers) == 1 or all(t.dtype == tensors[0].dtype and t.device == tensors[0].device for t in tensors)
 
 
 def _calls_are_torchs() -> bool:
-    """Whether nobody has changed what calling a linear layer runs, for all of them at once."""
-    if (
-        nn.Linear.forward is not _FORWARD
-        or nn.Linear.__call__ is not _CALL
-        or nn.Linear._call_impl is not _CALL_IMPL
-        or F.linear is not _LINEAR
-        or nn.modules.module._has_any_global_hook()
-    ):
+    """Whether calling a linear layer runs what torch has it run, and no mode overrides the product."""
+    if not is_linear_torchs():
         return False
     # NOTE: the compiler traces modes by itself, and products of parts are still calls of F.linear to them.
-    if not torch._C._len_torch_function_stack() or torch.compiler.is_compiling():
+    if not num_function_modes() or torch.compiler.is_compiling():
         return True
-    modes = torch.overrides._get_current_function_mode_stack()
-    return all(type(mode) is DeviceContext for mode in modes)  # a default device; it changes no product
+    return all(type(mode) is DeviceContext for mode in function_modes())  # a default device; it changes no product
 
 
 def linear(x: Tensor, layer: nn.Module) -> Tensor:

@@ -1,0 +1,101 @@
+"""What the package asks of torch that has no public name: one file to mend when torch changes.
+
+Most are torch's own functions by other names, so that asking costs nothing and the compiler knows them. Each has a test
+(`tests/tools/test_torch_internals.py`), which fails where a release of torch answers otherwise.
+"""
+
+from __future__ import annotations
+
+from types import ModuleType
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+from torch._subclasses.fake_tensor import FakeTensor
+from torch._subclasses.functional_tensor import FunctionalTensor
+from torch.autograd import forward_ad
+from torch.utils._device import DeviceContext as DeviceContext
+
+private_backend_name = torch._C._get_privateuse1_backend_name
+"""What the type of device is called that torch leaves to others."""
+
+below_autograd = torch._C._AutoDispatchBelowAutograd
+"""A context in which operators are called without their derivatives."""
+
+is_function_mode_enabled = torch._C._is_torch_function_mode_enabled
+"""Whether a mode intercepts torch's functions here."""
+
+num_function_modes = torch._C._len_torch_function_stack
+"""How many modes intercept torch's functions, those that are switched off here included."""
+
+function_modes = torch.overrides._get_current_function_mode_stack
+"""These modes. A :class:`DeviceContext` among them is a default device."""
+
+current_transform = torch._C._functorch.peek_interpreter_stack
+"""The innermost transform of functorch, None outside of any."""
+
+is_legacy_batched = torch._C._functorch.is_legacy_batchedtensor
+"""Whether a tensor is a batch of such, as ``is_grads_batched`` makes them."""
+
+has_global_hooks = nn.modules.module._has_any_global_hook
+"""Whether there are hooks on all modules."""
+
+
+def is_forward_mode() -> bool:
+    """Whether tensors may have tangents here."""
+    return forward_ad._current_level >= 0
+
+
+def has_operator_kernel(operator: str, device_type: str) -> bool:
+    """Whether an operator, ``"namespace::name"``, has a kernel of its own for a type of device."""
+    key = torch._C._dispatch_key_for_device(device_type)
+    return torch._C._dispatch_has_kernel_for_dispatch_key(operator, key)
+
+
+def _torchs_own(function: Any, module: ModuleType) -> Any:
+    """The function if its module defines it, else None: somebody may have patched it before we were imported."""
+    return function if getattr(function, "__globals__", None) is vars(module) else None
+
+
+_FORWARD = _torchs_own(nn.Linear.forward, nn.modules.linear)
+_CALL = _torchs_own(nn.Linear.__call__, nn.modules.module)
+_CALL_IMPL = _torchs_own(nn.Linear._call_impl, nn.modules.module)
+_LINEAR = torch._C._nn.linear
+
+
+def is_linear_torchs() -> bool:
+    """Whether nobody has changed what calling a linear layer runs, for all of them at once."""
+    return (
+        nn.Linear.forward is _FORWARD
+        and nn.Linear.__call__ is _CALL
+        and nn.Linear._call_impl is _CALL_IMPL
+        and F.linear is _LINEAR
+        and not has_global_hooks()
+    )
+
+
+_PLAIN_TENSORS = (Tensor, nn.Parameter, FakeTensor, FunctionalTensor)
+"""Those that are no more than their numbers; the last two are what tracers put in the place of such."""
+
+
+def plain_parameters(layer: Any) -> tuple[Tensor, Tensor | None] | None:
+    """Weight and bias of a linear layer whose call is their product and sum and nothing else; None for others.
+
+    Others are those with hooks, of another class (subclasses, parametrizations), another module in its place
+    (adapters), with a forward set on the object, after ``module.compile()``, and those whose weight or bias is missing
+    or a tensor subclass (quantised, distributed).
+    """
+    if type(layer) is not nn.Linear:
+        return None
+    # NOTE: dicts instead of attributes, which take several times as long of a module.
+    own = layer.__dict__
+    if own["_forward_pre_hooks"] or own["_forward_hooks"] or own["_backward_pre_hooks"] or own["_backward_hooks"]:
+        return None
+    if "forward" in own or "_call_impl" in own or "_compiled_call_impl" in own or "weight" in own or "bias" in own:
+        return None
+    parameters = own["_parameters"]
+    weight, bias = parameters.get("weight"), parameters.get("bias", "missing")
+    if type(weight) not in _PLAIN_TENSORS or not (bias is None or type(bias) in _PLAIN_TENSORS):
+        return None
+    return weight, bias
