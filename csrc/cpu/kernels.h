@@ -62,7 +62,7 @@ struct BwdShared {
   const void* delta;  // (batch_size, num_heads, seqlen_q) of Acc: row sums of out * dout, less dlse
   void* dq_acc;       // sums of dq in Acc, with the strides below: dq itself, or scratch for 16-bit types
   Strides dq_acc_strides;
-  // Of rows whose log-sum-exp is large, (batch_size, num_heads, seqlen_q) of Acc: a score, as the products make it, and
+  // For rows of large log-sum-exps, (batch_size, num_heads, seqlen_q) of Acc: a score, as the products make it, and
   // log2 of the sum of exp2(scale * (s - max)). Null where there are no such rows.
   const void *row_max, *row_log2_sum;
   int* progress;  // per (batch, head, query tile): visits that have added their part to dq

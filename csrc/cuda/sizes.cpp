@@ -3,14 +3,13 @@
 #include <limits>
 #include <string>
 
+#include "ceil_div.h"
 #include "cuda/launch.h"
 #include "cuda/portable/work_table.h"
 #include "schedule.h"
 
 namespace mixed_attention::cuda {
 namespace {
-
-int64_t ceil_div(int64_t a, int64_t b) { return (a + b - 1) / b; }
 
 // A segment's tiles and blocks by these: at most so many fit anywhere.
 constexpr int64_t kLeastTileRows = 32, kLeastBlockRows = 16;

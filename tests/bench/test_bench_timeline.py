@@ -90,7 +90,7 @@ def test_the_gpu_is_busy_while_any_kernel_runs():
 
 
 def test_rows(monkeypatch):
-    """Of four calls a sample, whose kernels are made up: on a CPU there are none."""
+    """Four calls make a sample. Their kernels are made up: on a CPU there are none."""
     profiled = [Kernel("nvjet_hsh", 0.0, 400.0), Kernel(OURS + "hopper_dq_kernel()", 500.0, 700.0)]
     monkeypatch.setattr(timeline, "kernels", lambda run: run() or profiled)
     calls = []

@@ -669,7 +669,7 @@ def test_derivatives_of_second_order(device):
 @pytest.mark.parametrize("head_dim", [2, 6, 16, pytest.param(64, marks=pytest.mark.every_kind), 128])
 @pytest.mark.parametrize("batch_size_freqs", [1, 2])
 def test_rotation(batch_size_freqs, head_dim, dtype, device):
-    """Of strided tokens, with both gradients, against the composite in fp64."""
+    """Strided tokens are rotated, with both gradients, as the composite does it in fp64."""
     torch.manual_seed(0)
     exact_dtype = torch.float64 if dtype == torch.float64 else FP32
     x = torch.randn(2, 37, 4, head_dim + 3, dtype=torch.float64)[..., 1 : head_dim + 1].to(device, dtype)

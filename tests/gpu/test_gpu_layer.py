@@ -360,7 +360,7 @@ def memory_of_backward(out: Tensor, wanted: Sequence[Tensor], *, retain_graph: b
 
 
 def projection_bytes(x: Tensor, scene: Scene) -> int:
-    """Of all queries, and of the keys and values of two groups."""
+    """The bytes of all queries, and of the keys and values of two groups."""
     keys = scene.sizes[GROUPS[0]] + scene.sizes[GROUPS[2]]
     return x.nbytes // scene.num_tokens * (scene.num_tokens + 2 * keys)
 
@@ -369,7 +369,7 @@ def projection_bytes(x: Tensor, scene: Scene) -> int:
 def test_gradients_take_the_place_of_what_nobody_needs_any_more(head_dim, device):
     layer, x, call = make_training_call(device, head_dim=head_dim)
     wanted = [x, *layer.parameters()]
-    # Of the fp32 sums of dq half take the place of the output.
+    # Half of the fp32 sums of dq take the place of the output.
     spared = projection_bytes(x, LARGE) + (x.nbytes if head_dim == 64 else 0)
     memory_of_backward(call(), wanted)  # the first one of a process takes more
     kept, last = (memory_of_backward(call(), wanted, retain_graph=keeps) for keeps in (True, False))

@@ -107,7 +107,7 @@ def test_tuple_frequencies_are_the_complex_ones_of_permuted_heads():
 @pytest.mark.parametrize("parallel", [True, False], ids=["fused kernels", "reference"])
 @pytest.mark.parametrize("learns_freqs", [True, False], ids=["gradient of freqs", "constant freqs"])
 def test_errors_in_low_precision_are_those_of_the_framework(dtype, scene, parallel, learns_freqs):
-    """Of the output and of all gradients: twice the framework's error, plus one rounding of the result."""
+    """The output and all gradients have at most twice the framework's error, plus one rounding of the result."""
     low = make_layer(use_rope=True, parallel=parallel).to(dtype)
     x, freqs = make_x(scene, dtype=dtype), make_freqs(scene.num_tokens).to(torch.complex64).requires_grad_(learns_freqs)
     direction = torch.randn(x.shape, generator=torch.Generator().manual_seed(0)).to(dtype)

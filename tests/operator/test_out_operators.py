@@ -94,7 +94,7 @@ def test_inference_tensors(operator):
 
 
 def addresses(tensor):
-    """Of every element, in order, with those that coincide."""
+    """The places of all elements in storage, in order; places that coincide are repeated."""
     index = tensor.storage_offset() + sum(
         torch.arange(size).reshape([-1] + [1] * (tensor.ndim - 1 - dim)) * stride
         for dim, (size, stride) in enumerate(zip(tensor.shape, tensor.stride()))

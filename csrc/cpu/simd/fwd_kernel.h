@@ -152,7 +152,7 @@ class FwdTile {
                        KeyRows{v, p_.v_strides.row, keys_, count}, v_, width_v_);
   }
 
-  // Of so many keys.
+  // The columns that so many keys take.
   static int64_t columns_of(int64_t count) { return round_up(count, 2 * kLane); }
 
   // kRows rows from `first` on against the keys of the tile.

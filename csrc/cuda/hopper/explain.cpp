@@ -1,4 +1,5 @@
 // Tiles of the Hopper kernels, for people to read.
+#include "ceil_div.h"
 #include "cuda/common/device.h"
 #include "cuda/hopper/bwd/config.h"
 #include "cuda/hopper/bwd/launch.h"
@@ -14,7 +15,7 @@ namespace {
 template <class Segments>
 Layout layout(const AttentionParams& params, const Segments& segments, int tile_rows, int block_rows) {
   int64_t num_tiles = 0;
-  for (const auto& segment : segments) num_tiles += (segment.rows.size() + tile_rows - 1) / tile_rows;
+  for (const auto& segment : segments) num_tiles += ceil_div(segment.rows.size(), tile_rows);
   num_tiles *= params.batch_size * params.num_heads;
   return {tile_rows, block_rows, 1, num_tiles, num_multiprocessors(params.device), 0};
 }

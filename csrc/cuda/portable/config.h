@@ -16,7 +16,7 @@ struct Tile {
 
   constexpr int num_warps() const { return rows / warp_rows * sharing; }
   constexpr int num_threads() const { return 32 * num_warps(); }
-  // Of a block's rows: whose scores a warp of the kernel for dk and dv has at a time.
+  // How many of a block's rows a warp of the kernel for dk and dv has the scores of at a time.
   constexpr int score_rows() const { return block_rows / sharing < 32 ? block_rows / sharing : 32; }
 };
 
@@ -56,7 +56,7 @@ constexpr Tile fwd_tile(Arithmetic arithmetic, int head_dim) {
   return {32, 16, 16, 2};
 }
 
-// Of dk, dv: two accumulators of R * head_dim / sharing / 32 registers, two score tiles of R * score_rows / 32.
+// dk and dv take two accumulators of R * head_dim / sharing / 32 registers, two score tiles of R * score_rows / 32.
 // At D128 in 16 bits, two warps of 32 keys with half of the columns each read shared memory two thirds as often as
 // warps of 16 keys with all of them, although they hand their scores to each other. 64 queries to a block instead of 32
 // halve the barriers, and let a warp take 32 of them for dq, too; with one stage two such blocks fit a multiprocessor
@@ -93,7 +93,7 @@ constexpr Tile dk_dv_tile(Arithmetic arithmetic, int head_dim) {
   return {32, 16, 16, 1};
 }
 
-// Of dq: two score tiles, one accumulator.
+// dq takes two score tiles and one accumulator.
 //
 // Spills: portable_dq_kernel in portable_bwd_fp32_d64 for sm_90, 12 bytes: two words, that three blocks fit
 // Spills: portable_dq_kernel in portable_bwd_fp32_d128 for sm_80, 28 bytes: addresses, read once a block of keys

@@ -101,7 +101,7 @@ class OnlineSoftmax {
   // Powers of two: probabilities up to 256 are as exact as those up to 1 in every arithmetic, and fit fp16.
   static constexpr float kMostAboveBase = 8;
 
-  // Of a row without keys so far: not -inf, so that no inf - inf arises.
+  // The maximum of a row without keys so far is not -inf, so that no inf - inf arises.
   static constexpr float kLowest = std::numeric_limits<float>::lowest();
 
   // Bases up to here, in units of log 2, are rounded by 2^-5 at most.

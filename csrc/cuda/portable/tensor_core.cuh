@@ -205,7 +205,7 @@ __device__ void multiply_rows(float (&c)[kTilesM][kTilesN][4], const TileA& a, i
                               int b_row = 0) {
   constexpr int kSteps = TileB::kCols / Products::kDepth;
   constexpr bool kIsNew = Products::kCutsOffTooMuch && kSteps > 8;
-  // Of 16 columns: the backward then agrees on the scores with a forward that does not cut off, or cuts off elsewhere.
+  // A sum has 16 columns: so the backward agrees on scores with a forward that does not cut off, or cuts off elsewhere.
   constexpr int kStepsAtOnce = kIsNew ? 2 : kSteps;
 #pragma unroll
   for (int first = 0; first < kSteps; first += kStepsAtOnce) {

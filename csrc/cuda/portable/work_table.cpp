@@ -3,12 +3,12 @@
 #include <algorithm>
 #include <iterator>
 
+#include "ceil_div.h"
+
 namespace mixed_attention::cuda {
 namespace {
 
 int32_t to_int32(int64_t value) { return static_cast<int32_t>(value); }
-
-int64_t ceil_div(int64_t a, int64_t b) { return (a + b - 1) / b; }
 
 // Numbers the tiles, longest walks first.
 void number_tiles(HostWork& work, int tile_rows) {

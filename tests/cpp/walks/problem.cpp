@@ -10,7 +10,7 @@ class Random {
  public:
   explicit Random(uint64_t seed) : generator_(seed) {}
 
-  // Of [low, high].
+  // Draws from [low, high].
   int64_t between(int64_t low, int64_t high) { return low + static_cast<int64_t>(generator_() % (high - low + 1)); }
   bool one_in(int64_t count) { return between(1, count) == 1; }
   uint32_t die() { return static_cast<uint32_t>(generator_() >> 32); }

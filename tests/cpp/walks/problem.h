@@ -52,7 +52,7 @@ Problem random_problem(uint64_t seed);
 // As many queries, or keys, as the kernels count, with a few on the other side.
 std::vector<Problem> largest_problems(int64_t num_rows);
 
-// Of problems that fail in the same way one that no small step makes smaller. fails: whether a problem does.
+// Returns a problem that fails in the same way and that no small step makes smaller. fails: whether a problem does.
 template <class Fails>
 Problem shrink(Problem problem, const Fails& fails);
 

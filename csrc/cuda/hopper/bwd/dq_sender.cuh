@@ -17,7 +17,7 @@
 
 namespace mixed_attention::cuda::hopper {
 
-// Of the query tiles that go through buffer `stage`.
+// Sends the query tiles that go through buffer `stage`.
 template <typename Config>
 __device__ inline void send_dq(const DkDvKernelParams& params, DkDvSharedStorage<Config>& shared, int stage) {
   constexpr int kBytes = Config::kDqTileFloats * sizeof(float);

@@ -38,7 +38,7 @@ struct BwdWorkspace {
   size_t size;
 };
 
-// Of the pointers it reads params.workspace, null to learn the size, and asks whether there is a mask, whether the
+// Lays out params.workspace, null to learn the size. Other pointers count only by whether there is a mask, whether the
 // gradients take the place of the inputs, and whether there is spare memory.
 BwdWorkspace bwd_workspace(const BwdParams& params);
 

@@ -89,7 +89,7 @@ struct DqSumsKernelParams {
   DqSumsRun sums_runs[KeyWorkTable::kMaxRanges];  // of one tile, all are added
 };
 
-// Of items that are never cut into parts.
+// A table whose items are never cut into parts.
 struct UncutWorkTable : WorkTable {};
 
 struct DqKernelParams {

@@ -23,7 +23,7 @@ struct BwdPlan {
   std::vector<BwdShare> shares;  // one after the other, adding up their dq in the same memory; the first is the largest
 };
 
-// Of the pointers it asks whether there is a mask, and whether there is spare memory. To measure another form, this is
+// Pointers count only by whether there is a mask and whether there is spare memory. To measure another form, this is
 // the place to change.
 BwdPlan plan_bwd(const BwdParams& params, const std::vector<QueryRun>& runs);
 

@@ -62,7 +62,7 @@ struct RoundOfItems {
   }
 };
 
-// Of an item that has query tiles.
+// The walk over the query tiles of an item that has any.
 template <typename Config>
 class QueryWalk {
  public:
@@ -83,7 +83,7 @@ class QueryWalk {
     return queries_.next();
   }
 
-  // Of the tile that next() gave: where it is among those of all key segments, and, where there are turns, this one.
+  // Where the tile that next() gave is among those of all key segments, and its turn, where there are turns.
   __device__ int place() const { return segment_.first_tile + position_; }
   __device__ int turn() const { return items_.turn(position_ - share_.first); }
 

@@ -10,7 +10,7 @@
 
 namespace mixed_attention::cuda::hopper {
 
-// Of a tile's queries, by all threads of a block. lse and references: those of the tile's first row. keep(row, number)
+// Finds those of a tile's queries, by all threads of a block. lse, references: from the tile's on. keep(row, number)
 // takes the log-sum-exp in base 2, relative to the reference, of a row that has one; row: of the tile.
 template <typename Element, typename Keep>
 __device__ inline void find_references(const ScoreSource& source, int run, const QueryTile& queries, int64_t batch,

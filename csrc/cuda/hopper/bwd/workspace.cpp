@@ -17,7 +17,7 @@ int64_t num_sequences(const BwdParams& params) { return params.batch_size * para
 
 int64_t num_rows(const BwdParams& params) { return num_sequences(params) * params.seqlen_q; }
 
-// Of q, and of whatever has its shape.
+// How many numbers q has, and whatever has its shape.
 int64_t num_elements(const BwdParams& params) { return num_rows(params) * params.head_dim; }
 
 // Those of the largest share serve all.

@@ -19,7 +19,7 @@ struct Fp32BwdWorkspace {
   size_t size;
 };
 
-// Of the pointers it reads params.workspace, null to learn the size.
+// params.workspace is the only pointer that it reads; it is null to learn the size.
 Fp32BwdWorkspace fp32_bwd_workspace(const BwdParams& params);
 
 // Whether a call can be served, of a problem that can.

@@ -26,7 +26,7 @@ __device__ inline float inverse_of(float sum) {
   return sum == 0 ? 0 : __fdividef(kWhole, sum);
 }
 
-// Of a row's raw scores; row: among all of its head.
+// The scale of a row's raw scores; row: among all of its head.
 template <typename Config>
 __device__ inline float scale_of(const FwdKernelParams& params, const ItemRows& tile, int row) {
   if constexpr (!Config::kHasUnits) return params.softmax_scale;

@@ -29,7 +29,7 @@ struct FwdPlan {
   size_t workspace_size = 0;
 };
 
-// Of the pointers it reads params.workspace, null for a plan of the same sizes, and asks whether there is a mask.
+// params.workspace is null for a plan of the same sizes. Other pointers count only by whether there is a mask.
 FwdPlan plan_fwd(const FwdParams& params);
 
 // Instantiated by cuda/instantiate_hopper_fwd.cu, one object per element type, head_dim and number of parts.

@@ -36,8 +36,8 @@ struct FwdOperands {
   __device__ Operand v(int stage) const { return v_ring.advance(stage * Config::kTileBytesN); }
 };
 
-// Of 16 bits: the output is summed up in the tensor cores. The same steps for both, in the order in which a tile takes
-// them; start_item comes before an item's first.
+// In 16 bits the output is summed up in the tensor cores. Both forms have the same steps, in the order in which a tile
+// takes them; start_item comes before an item's first.
 template <typename Config>
 struct FwdProducts {
   using Element = typename Config::Element;
@@ -71,8 +71,8 @@ struct FwdProducts {
   __device__ void take_weights(FwdSharedStorage<Config>&, Ring) { round_operand<Element>(p, s); }
 };
 
-// Of fp32. What a tile adds to the output is a sum of its own, in units of the tile's largest value, and is added up
-// outside the tensor cores; these cut sums off, additions round.
+// In fp32 what a tile adds to the output is a sum of its own, in units of the tile's largest value. It is added up
+// outside the tensor cores, because these cut sums off and additions round.
 template <typename Config>
   requires(Config::kHasUnits)
 struct FwdProducts<Config> {

@@ -100,7 +100,7 @@ struct RowBases {
   }
 };
 
-// Of the two rows of a thread, which may have a scale each. The sums are those of its own columns until finish().
+// The state of a thread's two rows, which may have a scale each. Sums are those of its own columns until finish().
 struct OnlineSoftmax {
   float offset[2];  // a weight is 2^(scale_log2 * score - offset); or kHasBase
   float row_sum[2];
@@ -161,8 +161,8 @@ struct OnlineSoftmax {
     return !(tile_sum[0] <= kWeightLimit<Element>) || !(tile_sum[1] <= kWeightLimit<Element>);
   }
 
-  // Of weights under a reference of their own tile, which are 1 at most: a larger sum comes from a score of NaN or
-  // infinity in a column of the polynomial's, and is to show.
+  // Weights under a reference of their own tile are 1 at most: a larger sum comes from a score of NaN or infinity
+  // in a column of the polynomial's, and is to show.
   template <typename Element>
   __device__ void settle() {
 #pragma unroll
@@ -186,7 +186,7 @@ struct OnlineSoftmax {
     }
   }
 
-  // Of a row that is finished.
+  // The part of a row that is finished.
   template <typename Element>
   __device__ RowPart part(int row, const RowBases& bases) const {
     if (row_sum[row] == 0) return {0, 0, -INFINITY};

@@ -3,6 +3,8 @@
 #include <algorithm>
 #include <stdexcept>
 
+#include "ceil_div.h"
+
 namespace mixed_attention::cuda::hopper {
 namespace {
 
@@ -14,8 +16,6 @@ constexpr int kStepsOfCombining = 2;  // the second launch
 constexpr int kMaxParts = 32;   // the combination goes through them one by one; times tiles they fit 32 bits
 constexpr int kMaxRounds = 3;   // that parts are made to fill
 constexpr int kLeastGain = 32;  // of the time, one in so many: the estimate is not better than that
-
-int ceil_div(int a, int b) { return (a + b - 1) / b; }
 
 // What an item belongs to; number: without parts.
 const QueryTiles& segment_of(const WorkTable& table, int number) {

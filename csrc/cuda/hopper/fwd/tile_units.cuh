@@ -36,7 +36,7 @@ struct TileUnitsLoad {
 
   float k[kRows], v[kRows];
 
-  // Of rows past the tile's end nothing is read: they belong to others, whose values the result does not depend on.
+  // Nothing is read of rows past the tile's end: they belong to others, whose values the result does not depend on.
   __device__ TileUnitsLoad(const float* k_units, const float* v_units, KeyTile tile) {
 #pragma unroll
     for (int i = 0; i < kRows; ++i) {

@@ -3,6 +3,7 @@
 #include <algorithm>
 #include <limits>
 
+#include "ceil_div.h"
 #include "cuda/hopper/bwd/config.h"
 #include "schedule.h"
 
@@ -12,8 +13,6 @@ namespace {
 constexpr int64_t kMaxInt = std::numeric_limits<int>::max();
 
 int to_int(int64_t value) { return static_cast<int>(value); }
-
-int64_t ceil_div(int64_t a, int64_t b) { return (a + b - 1) / b; }
 
 // Readers read whole query segments.
 const QueryRun& run_of(const Reader& reader, const std::vector<QueryRun>& runs) {

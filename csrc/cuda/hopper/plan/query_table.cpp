@@ -5,6 +5,7 @@
 #include <numeric>
 #include <vector>
 
+#include "ceil_div.h"
 #include "cuda/hopper/config.h"
 #include "schedule.h"
 
@@ -82,7 +83,7 @@ WorkTable make_work_table(const AttentionParams& params, int block_m, int block_
                    [](const QueryTiles& a, const QueryTiles& b) { return a.num_steps > b.num_steps; });
   for (int i = 0; i < num_segments; ++i) {
     QueryTiles& tiles = table.segments[i];
-    const int64_t num_blocks = (tiles.row_end - tiles.row_begin + block_m - 1) / block_m;
+    const int64_t num_blocks = ceil_div(tiles.row_end - tiles.row_begin, block_m);
     table.num_items += static_cast<int>(num_blocks * params.num_heads * params.batch_size);
     tiles.item_end = table.num_items;
   }

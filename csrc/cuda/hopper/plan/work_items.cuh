@@ -30,7 +30,7 @@ __device__ inline ItemRows rows_of_item(const Table& table, int number, int segm
           sequence / table.num_heads};
 }
 
-// Of an item's key tiles those from begin to end, at least one. The first num_partial of all are partial ones.
+// The key tiles of an item from begin to end, at least one. The first num_partial of all are partial ones.
 struct TileShare {
   int begin, end, num_partial;
 };

@@ -5,14 +5,14 @@
 
 namespace mixed_attention::cuda::hopper {
 
-// Of a thread's two rows.
+// One number for each of a thread's two rows.
 struct RowNumbers {
   float of_row[2];
 
   __device__ float operator[](int i) const { return of_row[row_of(i)]; }
 };
 
-// Of columns, from shared memory.
+// One number for each column, from shared memory.
 class ColumnNumbers {
  public:
   __device__ explicit ColumnNumbers(const float* numbers) : own_(numbers + 2 * (threadIdx.x % 4)) {}

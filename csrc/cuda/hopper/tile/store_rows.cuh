@@ -81,7 +81,7 @@ __device__ inline void store_row(Element* out, int num_columns, const float (&o)
         *reinterpret_cast<uint4*>(out + own_column) = uint4{words[0], words[1], words[2], words[3]};
       }
     } else {
-      // Of two times 8 columns the even threads get 4 each of the first ones, the odd threads of the second ones.
+      // There are two times 8 columns. Even threads get 4 each of the first ones, odd threads of the second ones.
       const bool is_odd = thread % 2;
       const float2 low{first[0] * factor, first[1] * factor}, high{first[4] * factor, first[5] * factor};
       const float2 sent = is_odd ? low : high;
