@@ -1,12 +1,9 @@
-"""Reads what nvcc and ptxas said about the CUDA kernels; fails on spills that no kernel's comment admits.
+"""Reads what nvcc and ptxas said about the CUDA kernels; fails on spills that csrc/cuda/spills.txt does not admit.
 
-Registers that do not fit are spilled to a stack in local memory. Where that is the better choice, a comment in
-csrc/cuda says so, with the most bytes that may be stored or loaded, and the reason:
-
-    // Spills: portable_dk_dv_kernel in portable_bwd_fp32_d128 for sm_80, 40 bytes: the reason
-
-The name of the instantiation may be a pattern (``portable_bwd_*16_d64``). Performance warnings of ptxas, such as a
-wgmma that was serialised (C7510), always fail.
+Registers that do not fit are spilled to a stack in local memory. Where that is the better choice, a row of that list
+says so: kernel, object, architecture, the most bytes that may be stored or loaded, and the reason. The name of the
+object may be a pattern (``portable_bwd_*16_d64``). Performance warnings of ptxas, such as a wgmma that was serialised
+(C7510), always fail.
 
 Usage: check_ptxas.py FOLDER    with the build.ninja, objects and logs of setup.py
 """
@@ -15,19 +12,18 @@ from __future__ import annotations
 
 import re
 import sys
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterator
 from dataclasses import dataclass
 from fnmatch import fnmatch
 from pathlib import Path
 
-CUDA = Path(__file__).resolve().parent.parent / "csrc" / "cuda"
+ADMITTED = Path(__file__).resolve().parent.parent / "csrc" / "cuda" / "spills.txt"
 ENTRY = re.compile(r"Compiling entry function '(\S+)' for '(\w+)'")
 LENGTH = re.compile(r"\d+")
 STACK = re.compile(r"(\d+) bytes stack frame, (\d+) bytes spill stores, (\d+) bytes spill loads")
 REGISTERS = re.compile(r"Used (\d+) registers")
 WARNING = re.compile(r"\bC75\d\d\b|Potential Performance Loss|ptxas (warning|error)")
 OBJECT = re.compile(r"^build (\S+\.o): nvcc", re.MULTILINE)
-ADMITTED = re.compile(r"// Spills: (\w+) in (\S+) for (\w+), (\d+) bytes: \S")
 
 
 @dataclass(frozen=True)
@@ -47,7 +43,7 @@ class Kernel:
 
 @dataclass(frozen=True)
 class Admission:
-    """A comment that admits spills."""
+    """A row of the list, which admits spills."""
 
     name: str
     instantiation: str
@@ -87,15 +83,26 @@ def warnings(log: str) -> Iterator[str]:
     return (line for line in log.splitlines() if WARNING.search(line))
 
 
-def admissions(sources: Iterable[str]) -> list[Admission]:
-    """The comments of sources."""
-    found = (match.groups() for source in sources for match in ADMITTED.finditer(source))
-    return [Admission(name, instantiation, arch, int(most)) for name, instantiation, arch, most in found]
+def admissions(text: str) -> list[Admission]:
+    """The rows of a list.
+
+    Raises:
+        ValueError: If a row lacks something, the reason say, or its bytes are no number.
+    """
+    found = []
+    for row in text.splitlines():
+        if not row.strip() or row.startswith("#"):
+            continue
+        fields = row.split(maxsplit=4)
+        if len(fields) != 5 or not fields[3].isdecimal():
+            raise ValueError(f"{ADMITTED.name}: expected kernel, object, architecture, bytes, reason, got {row!r}")
+        found.append(Admission(*fields[:3], int(fields[3])))
+    return found
 
 
 def main(folder: Path) -> int:
     """Prints every kernel and what is wrong; returns the exit status."""
-    admitted = admissions(path.read_text() for path in CUDA.glob("**/*.*"))
+    admitted = admissions(ADMITTED.read_text())
     objects = [folder / name for name in OBJECT.findall((folder / "build.ninja").read_text())]
     logs = {path.stem: path.with_suffix(".o.log").read_text() for path in objects}
     found = [kernel for name, log in logs.items() for kernel in kernels(name, log)]
@@ -103,7 +110,7 @@ def main(folder: Path) -> int:
     for kernel in found:
         print(kernel)
         if kernel.spilled and not any(admission.admits(kernel) for admission in admitted):
-            failures.append(f"{kernel}: no comment admits that")
+            failures.append(f"{kernel}: spills.txt does not admit that")
     if not found:
         failures.append(f"{folder} has no report on a kernel")
     print(*(f"FAILED {failure}" for failure in failures), sep="\n", end="\n" if failures else "")

@@ -18,20 +18,19 @@ ptxas info    : Function properties for {MANGLED}
     {{stack}} bytes stack frame, {{stores}} bytes spill stores, {{loads}} bytes spill loads
 ptxas info    : Used 255 registers, used 1 barriers, 3568 bytes cmem[0]
 """
-ADMISSION = "// Spills: fwd_kernel in fwd_*16_d64 for sm_80, 20 bytes: a reason\n"
+ADMISSION = "fwd_kernel  fwd_*16_d64  sm_80  20  a reason\n"
 
 
 @pytest.fixture
 def status(tmp_path, monkeypatch):
-    """What the tool returns for one object with a log, given the sources."""
+    """What the tool returns for one object with a log, given the rows of the list."""
 
-    def run(log, source=""):
-        (tmp_path / "csrc").mkdir()
-        (tmp_path / "csrc" / "kernel.cuh").write_text(source)
+    def run(log, admitted=""):
+        (tmp_path / "spills.txt").write_text("# kernel, object, architecture, bytes, reason\n" + admitted)
         (tmp_path / "build.ninja").write_text("build fwd_bf16_d64.o: nvcc kernel.cu\n")
         (tmp_path / "fwd_bf16_d64.o.log").write_text(log)
         (tmp_path / "left_over.o.log").write_text(LOG.format(stack=8, stores=8, loads=8))
-        monkeypatch.setattr(check_ptxas, "CUDA", tmp_path / "csrc")
+        monkeypatch.setattr(check_ptxas, "ADMITTED", tmp_path / "spills.txt")
         return check_ptxas.main(tmp_path)
 
     return run
@@ -43,10 +42,10 @@ def test_kernel_without_spills_passes(status, capsys):
 
 
 @pytest.mark.parametrize("spill", [{"stack": 8}, {"stores": 4}, {"loads": 4}], ids=["stack", "stores", "loads"])
-def test_spills_fail_unless_a_comment_admits_them(status, capsys, spill):
+def test_spills_fail_unless_the_list_admits_them(status, capsys, spill):
     log = LOG.format(**{"stack": 0, "stores": 0, "loads": 0, **spill})
     assert status(log) == 1
-    assert "bytes spilled: no comment admits that" in capsys.readouterr().out
+    assert "bytes spilled: spills.txt does not admit that" in capsys.readouterr().out
 
 
 def test_admitted_spills_pass(status):
@@ -55,10 +54,23 @@ def test_admitted_spills_pass(status):
 
 @pytest.mark.parametrize(
     ("old", "new"),
-    [("fwd_kernel", "bwd_kernel"), ("d64", "d128"), ("sm_80", "sm_90"), ("20 bytes", "16 bytes"), ("a reason", "")],
+    [("fwd_kernel", "bwd_kernel"), ("d64", "d128"), ("sm_80", "sm_90"), ("20", "16")],
 )
-def test_what_is_admitted_is_no_other_kernel_and_no_more_bytes_and_has_a_reason(status, old, new):
+def test_what_is_admitted_is_no_other_kernel_and_no_more_bytes(status, old, new):
     assert status(LOG.format(stack=8, stores=8, loads=20), ADMISSION.replace(old, new)) == 1
+
+
+@pytest.mark.parametrize(("old", "new"), [("a reason", ""), ("sm_80", ""), ("20", "few")])
+def test_a_row_without_reason_or_number_is_refused(status, old, new):
+    with pytest.raises(ValueError, match="expected kernel, object, architecture, bytes, reason"):
+        status(
+            LOG.format(stack=0, stores=0, loads=0),
+            ADMISSION.replace("a reason", "reason").replace(old.split()[-1], new),
+        )
+
+
+def test_the_list_of_the_project_can_be_read():
+    assert len(check_ptxas.admissions(check_ptxas.ADMITTED.read_text())) > 10
 
 
 @pytest.mark.parametrize("warning", ["ptxas info : (C7510) Potential Performance Loss: wgmma", "ptxas warning : odd"])

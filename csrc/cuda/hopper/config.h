@@ -126,7 +126,6 @@ struct FwdPartsTuning;
 
 // Numbers of two parts. Scores, weights, output and what a tile adds to it take 192 registers, which leaves two
 // warpgroups; as products take three times as long as those of one part, they hide the softmax all the same.
-// Spills: hopper_attention_fwd_kernel in hopper_fwd_fp32_d64 for sm_90a, 8 bytes: one word, once an item
 template <>
 struct FwdPartsTuning<64, 2> {
   static constexpr int kConsumers = 2, kBlockN = 128, kStages = 2, kProducerRegisters = 40, kConsumerRegisters = 232;
@@ -134,8 +133,6 @@ struct FwdPartsTuning<64, 2> {
 };
 
 // The output and what a tile adds to it take twice the registers: half as many keys.
-// Spills: hopper_attention_fwd_kernel in hopper_fwd_fp32_d128 for sm_90a, 152 bytes: numbers of barriers and the like,
-// five words read in the loop over tiles, where the addresses of 36 products want registers as well.
 template <>
 struct FwdPartsTuning<128, 2> {
   static constexpr int kConsumers = 2, kBlockN = 64, kStages = 2, kProducerRegisters = 40, kConsumerRegisters = 232;

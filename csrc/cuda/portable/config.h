@@ -30,20 +30,6 @@ constexpr int kMaxSharedBytes = 99 * 1024;
 
 // Registers of a thread, for R rows to a warp: scores R * block_rows / 32, output R * head_dim / 32. At D128 64 keys to
 // a block instead of 32 halve what a block costs beside its products.
-//
-// Spills: portable_fwd_kernel in portable_fwd_*16_d96 for sm_80, 44 bytes: eight words beyond 255 registers, and a tile
-// of half the rows to a warp would read every key and value twice as often
-// Spills: portable_fwd_kernel in portable_fwd_*16_d96 for sm_90, 8 bytes: one word, likewise
-// Spills: portable_fwd_kernel in portable_fwd_*16_d128 for sm_80, 108 bytes: read by partial blocks and large scores
-// Spills: portable_fwd_kernel in portable_fwd_*16_d128 for sm_90, 152 bytes: likewise, and some words of the walk
-// Spills: portable_fwd_kernel in portable_fwd_tf32_d64 for sm_80, 24 bytes: some words, that three blocks fit
-// Spills: portable_fwd_kernel in portable_fwd_fp32_d128 for sm_80, 8 bytes: one word, for the sums that begin anew
-// Spills: portable_fwd_kernel in portable_fwd_fp32_d128 for sm_90, 12 bytes: two words, likewise
-// Spills: portable_fwd_kernel in portable_fwd_fp32_d192 for sm_80, 8 bytes: one word, likewise
-// Spills: portable_fwd_kernel in portable_fwd_fp32_d192 for sm_90, 28 bytes: words of the walk and of large scores
-// Spills: portable_fwd_kernel in portable_fwd_fp32_d256 for sm_80, 8 bytes: one word, likewise
-// Spills: portable_fwd_kernel in portable_fwd_fp32_d256 for sm_90, 12 bytes: two words, likewise
-// Spills: portable_fwd_kernel in portable_fwd_*16_d256 for sm_90, 8 bytes: two words, read where scores are large
 constexpr Tile fwd_tile(Arithmetic arithmetic, int head_dim) {
   if (is_16_bit(arithmetic)) {
     if (head_dim <= 96) return {128, 64, 32, 2};
@@ -61,22 +47,6 @@ constexpr Tile fwd_tile(Arithmetic arithmetic, int head_dim) {
 // warps of 16 keys with all of them, although they hand their scores to each other. 64 queries to a block instead of 32
 // halve the barriers, and let a warp take 32 of them for dq, too; with one stage two such blocks fit a multiprocessor
 // of 8.0, and the next queries come during dq's product.
-//
-// Spills: portable_dk_dv_kernel in portable_bwd_*16_d128 for sm_80, 80 bytes: addresses, read once a block of queries
-// Spills: portable_dk_dv_kernel in portable_bwd_tf32_d64 for sm_80, 12 bytes: two words, that three blocks fit
-// Spills: portable_dk_dv_kernel in portable_bwd_fp32_d32 for sm_80, 8 bytes: one word, read once a block of queries
-// Spills: portable_dk_dv_kernel in portable_bwd_fp32_d64 for sm_80, 64 bytes: addresses, that three blocks fit
-// Spills: portable_dk_dv_kernel in portable_bwd_fp32_d64 for sm_90, 124 bytes: likewise, and what large scores read
-// Spills: portable_dk_dv_kernel in portable_bwd_fp32_d96 for sm_80, 20 bytes: addresses; the tile is the smallest
-// Spills: portable_dk_dv_kernel in portable_bwd_fp32_d96 for sm_90, 20 bytes: likewise
-// Spills: portable_dk_dv_kernel in portable_bwd_fp32_d128 for sm_80, 32 bytes: likewise
-// Spills: portable_dk_dv_kernel in portable_bwd_fp32_d128 for sm_90, 44 bytes: likewise
-// Spills: portable_dk_dv_kernel in portable_bwd_fp32_d192 for sm_80, 20 bytes: likewise
-// Spills: portable_dk_dv_kernel in portable_bwd_fp32_d192 for sm_90, 20 bytes: likewise
-// Spills: portable_dk_dv_kernel in portable_bwd_fp32_d256 for sm_80, 20 bytes: likewise
-// Spills: portable_dk_dv_kernel in portable_bwd_fp32_d256 for sm_90, 16 bytes: likewise
-// Spills: portable_dk_dv_kernel in portable_bwd_fp32_d32 for sm_90, 28 bytes: addresses, and what large scores read
-// Spills: portable_dk_dv_kernel in portable_bwd_tf32_d64 for sm_90, 8 bytes: one word, likewise
 constexpr Tile dk_dv_tile(Arithmetic arithmetic, int head_dim) {
   if (is_16_bit(arithmetic)) {
     if (head_dim <= 32) return {128, 32, 32, 2};
@@ -94,14 +64,6 @@ constexpr Tile dk_dv_tile(Arithmetic arithmetic, int head_dim) {
 }
 
 // dq takes two score tiles and one accumulator.
-//
-// Spills: portable_dq_kernel in portable_bwd_fp32_d64 for sm_90, 12 bytes: two words, that three blocks fit
-// Spills: portable_dq_kernel in portable_bwd_fp32_d128 for sm_80, 28 bytes: addresses, read once a block of keys
-// Spills: portable_dq_kernel in portable_bwd_fp32_d128 for sm_90, 24 bytes: likewise
-// Spills: portable_dq_kernel in portable_bwd_fp32_d192 for sm_80, 44 bytes: addresses; the tile is the smallest
-// Spills: portable_dq_kernel in portable_bwd_fp32_d192 for sm_90, 44 bytes: likewise
-// Spills: portable_dq_kernel in portable_bwd_fp32_d256 for sm_80, 40 bytes: likewise
-// Spills: portable_dq_kernel in portable_bwd_fp32_d256 for sm_90, 40 bytes: likewise
 constexpr Tile dq_tile(Arithmetic arithmetic, int head_dim) {
   if (is_16_bit(arithmetic) && head_dim <= 64) return {128, 32, 32, 2};
   if (is_16_bit(arithmetic) && head_dim <= 128) return {64, 32, 16, 2};

@@ -26,8 +26,6 @@ __device__ inline float block_max(float x) {
 }
 
 // One block to a tile of queries of one head, four threads to a row.
-//
-// Spills: hopper_fp32_bwd_stats_kernel in launch for sm_90a, 24 bytes: of what finds references, seldom run
 __global__ void __launch_bounds__(kFp32StatsThreads)
     hopper_fp32_bwd_stats_kernel(const __grid_constant__ Fp32BwdStatsKernelParams params) {
   ptx::allow_next_grid();
