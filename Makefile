@@ -61,6 +61,7 @@ lint: $(VENV)/ready
 	$(BIN)/ruff format --check .
 	$(BIN)/mypy
 	$(BIN)/clang-format --dry-run -Werror $$(git ls-files 'csrc/*.h' 'csrc/*.cpp' 'csrc/*.cu' 'csrc/*.cuh' 'tests/cpp/*')
+	$(BIN)/shellcheck .ci/run $$(git ls-files '*.sh')
 
 sanitize: $(VENV)/ready ## the tests under AddressSanitizer and UBSan, with the kernels of every instruction set
 	mkdir -p $(SANITIZED) && cp -r mixed_attention $(SANITIZED)/ && rm -f $(SANITIZED)/mixed_attention/*.so

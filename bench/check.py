@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
+from typing import Any
 
 import torch
 import torch.nn.functional as F
@@ -35,7 +36,7 @@ def exact_attention(q: Tensor, k: Tensor, v: Tensor, plan: ma.AttentionPlan) -> 
 
 class _Exact(torch.autograd.Function):
     @staticmethod
-    def forward(ctx, q, k, v, plan):
+    def forward(ctx: Any, q: Tensor, k: Tensor, v: Tensor, plan: ma.AttentionPlan) -> Tensor:
         out = torch.empty(*q.shape[:3], v.shape[-1], dtype=q.dtype, device=q.device)
         for segment in plan.query_segments:
             keys, values = _rows(k, segment), _rows(v, segment)
@@ -46,7 +47,7 @@ class _Exact(torch.autograd.Function):
         return out
 
     @staticmethod
-    def backward(ctx, dout):
+    def backward(ctx: Any, dout: Tensor) -> tuple[Tensor | None, ...]:
         q, k, v, out = ctx.saved_tensors
         dq, dk, dv = torch.empty_like(q), torch.zeros_like(k), torch.zeros_like(v)
         scale, delta = q.shape[-1] ** -0.5, (dout * out).sum(-1).transpose(1, 2)[..., None]

@@ -50,10 +50,11 @@ class WithoutSkip(nn.Module):
 
 
 class BaselineLayer(nn.Module):
-    """Upstream's algorithm: one projection, rotation as fp32 complex numbers, rows gathered by cat for every pattern,
-    patterns of equal lengths stacked into one call of the framework's attention, outputs joined by cat, projection.
+    """Upstream's algorithm.
 
-    Takes the weights of our layer, so that both compute the same function.
+    One projection, rotation as fp32 complex numbers, rows gathered by cat for every pattern, patterns of equal lengths
+    stacked into one call of the framework's attention, outputs joined by cat, projection. Takes the weights of our
+    layer, so that both compute the same function.
     """
 
     def __init__(self, layer: ma.MixedAttention, case: Case) -> None:

@@ -188,8 +188,10 @@ def loss_curve(model: nn.Module, step: Step, num_steps: int) -> list[float]:
 
 
 def loss_curves(models: dict[str, nn.Module], step: Step, num_steps: int) -> Iterator[Row]:
-    """The curves of all models, and how far each is from that of upstream's in fp32: the root mean square of the
-    relative differences. What 16 bits do to upstream's own curve is the yardstick for ours.
+    """The curves of all models, and how far each is from that of upstream's in fp32.
+
+    The distance is the root mean square of the relative differences. What 16 bits do to upstream's own curve is the
+    yardstick for ours.
     """
     exact = loss_curve(models["noether"], replace(step, dtype=torch.float32), num_steps)
     for name, model in models.items():

@@ -180,7 +180,6 @@ def _num_sets(case: Case, device: torch.device, dtype: torch.dtype) -> int:
 
 def _forwards(peer: Peer, case: Case, sets: Sequence[Inputs], count: int) -> Callable[..., None]:
     """Forward calls without autograd, each on the next set of inputs."""
-
     values = [inputs.values for inputs in sets]
 
     @torch.no_grad()

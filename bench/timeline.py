@@ -104,8 +104,11 @@ def kernels(run: Callable[[], object]) -> list[Kernel]:
 
 
 def by_bucket(kernels: Sequence[Kernel]) -> dict[str, float]:
-    """Microseconds of each bucket. What two kernels share counts for the one that began first: a kernel may be there
-    already, and wait, while the one before it ends."""
+    """Microseconds of each bucket.
+
+    What two kernels share counts for the one that began first: a kernel may be there already, and wait, while the one
+    before it ends.
+    """
     times = dict.fromkeys(NAMES, 0.0)
     attention = FORWARD
     for kernel, time in reversed(list(zip(kernels, _own_times(kernels)))):

@@ -421,8 +421,11 @@ def project(
 
 
 def packed_call(*arguments):
-    """What :func:`attend_in_place` computes: shapes of the buffers, how many slots of each are rotated, the ranges of
-    tokens that they have, None for all; segments, scale, dropout."""
+    """What :func:`attend_in_place` computes.
+
+    Shapes of the buffers, how many slots of each are rotated, the ranges of tokens that they have, None for all;
+    segments, scale, dropout.
+    """
     return _C.PackedCall(*arguments)
 
 

@@ -22,18 +22,24 @@ class TokenSpecLike(Protocol):
     """Anything with the two attributes of a token group; upstream's own classes qualify."""
 
     @property
-    def name(self) -> str: ...
+    def name(self) -> str:
+        """Name of the group."""
+
     @property
-    def size(self) -> int | None: ...
+    def size(self) -> int | None:
+        """Number of tokens, None for a group whose keys and values come from a cache."""
 
 
 class AttentionPatternLike(Protocol):
     """Anything with the two attributes of a pattern; upstream's own classes qualify."""
 
     @property
-    def query_tokens(self) -> Sequence[str]: ...
+    def query_tokens(self) -> Sequence[str]:
+        """Names of the groups that attend."""
+
     @property
-    def key_value_tokens(self) -> Sequence[str]: ...
+    def key_value_tokens(self) -> Sequence[str]:
+        """Names of the groups attended to."""
 
 
 def read_specs(specs: Any, argument: str = "token_specs") -> list[TokenSpec]:
@@ -530,8 +536,10 @@ _RECENT = _Recent(num_kept=256)
 
 
 def _key_ranges(placed: list[Group], places: list[int]) -> tuple[tuple[int, int], ...]:
-    """The ranges of groups at some places among the keys, neighbouring ones merged. A k-th listing of a group goes to
-    a k-th layer of ranges, so that keys listed twice are visited twice."""
+    """The ranges of groups at some places among the keys, neighbouring ones merged.
+
+    A k-th listing of a group goes to a k-th layer of ranges, so that keys listed twice are visited twice.
+    """
     layers: list[list[list[int]]] = []  # of each its runs, first and last place
     previous, times = -1, 0
     for place in sorted(places):

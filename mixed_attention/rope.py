@@ -276,4 +276,5 @@ class RopeFrequency(nn.Module):
         return self
 
     def extra_repr(self) -> str:
+        """What a printed model says of this module."""
         return f"hidden_dim={self.hidden_dim}, input_dim={self.input_dim}, max_wavelength={self.max_wavelength}"

@@ -51,6 +51,7 @@ def count_exponentials(sass: str) -> tuple[int, int, int]:
 
 
 def main(objects: list[str]) -> int:
+    """Prints every kernel and what is wrong; returns the exit status."""
     failures = checked = 0
     for path in objects:
         _, *parts = FUNCTION.split(disassemble(path))

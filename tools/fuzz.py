@@ -446,7 +446,7 @@ def _compose(
     mask: Tensor | None,
     case: Case,
     attend: Callable[..., Tensor],
-    **dropout,
+    **dropout: Any,
 ) -> Tensor:
     """The layer's definition."""
     packed = F.linear(x, layer.qkv.weight, layer.qkv.bias).unflatten(-1, (3, case.num_heads, case.head_dim))
@@ -606,6 +606,7 @@ def search(
 
 
 def error_of(trial: Trial, device: torch.device) -> Exception | None:
+    """What a trial raises, None if all is right."""
     try:
         check(trial, device)
     except Exception as error:
@@ -723,6 +724,7 @@ def _work(share: tuple[str, range], at: Any, results: Any, device_name: str, end
 
 
 def main() -> int:
+    """Runs what the command line asks for; returns the exit status."""
     arguments = _parse()
     device = torch.device(arguments.device)
     if arguments.replay is not None:

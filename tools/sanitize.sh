@@ -5,8 +5,8 @@ package=$(realpath "$1")
 python=$(realpath --no-symlinks "$2")
 # Python itself is not instrumented, so the sanitizer's runtime is loaded before it; and as it frees little at exit,
 # leaks cannot be told apart.
-export LD_PRELOAD="$(gcc -print-file-name=libasan.so) $(gcc -print-file-name=libubsan.so)"
-export ASAN_OPTIONS=detect_leaks=0:detect_odr_violation=0 UBSAN_OPTIONS=print_stacktrace=1
+LD_PRELOAD="$(gcc -print-file-name=libasan.so) $(gcc -print-file-name=libubsan.so)"
+export LD_PRELOAD ASAN_OPTIONS=detect_leaks=0:detect_odr_violation=0 UBSAN_OPTIONS=print_stacktrace=1
 export PYTHONPATH="$package:$PWD"  # bench lies here, and so would the package that is built for use
 # `python -m pytest` would put the current folder before that path.
 run_tests() {

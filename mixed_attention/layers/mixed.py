@@ -160,6 +160,7 @@ class ProjectedAttention(nn.Module):
         return out.transpose(1, 2).flatten(2), lambda: slots
 
     def extra_repr(self) -> str:
+        """What a printed model says of this module."""
         names = ("num_heads", "head_dim", "use_rope", "dropout", "qk_norm")
         return ", ".join(f"{name}={getattr(self, name)!r}" for name in names)
 

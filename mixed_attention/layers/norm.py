@@ -39,4 +39,5 @@ class RMSNorm(nn.RMSNorm):
         super().__init__(head_dim, elementwise_affine=affine)
 
     def forward(self, x: Tensor) -> Tensor:
+        """See :func:`rms_norm`."""
         return rms_norm(x, self.weight)

@@ -16,7 +16,9 @@ from torch.overrides import TorchFunctionMode
 from mixed_attention import torch_internals as internals
 
 PACKAGE = Path(internals.__file__).parent
-PRIVATE = re.compile(r"\btorch(?:\.\w+)*\._[a-zA-Z]|\bfrom torch(?:\.\w+)*\._[a-zA-Z]|\b_current_level\b|\._call_impl\b")
+PRIVATE = re.compile(
+    r"\btorch(?:\.\w+)*\._[a-zA-Z]|\bfrom torch(?:\.\w+)*\._[a-zA-Z]|\b_current_level\b|\._call_impl\b"
+)
 
 
 class Watching(TorchFunctionMode):
