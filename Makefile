@@ -5,6 +5,7 @@ BIN := $(VENV)/bin
 RUN := PATH="$(abspath $(BIN)):$$PATH"
 SANITIZED := build/sanitize
 WITH_CUDA := build/with-cuda
+OBJECTS := build/objects
 N ?= 20000
 J ?= $(shell nproc)
 RELEASE := build/release
@@ -15,7 +16,7 @@ demo: build ## train the airfoil surrogate, evaluate and draw it
 	$(BIN)/python -m examples.airfoil
 
 build: $(VENV)/ready ## compile the extension in place; only what changed
-	$(RUN) python setup.py --quiet build_ext --inplace
+	$(RUN) python setup.py --quiet build_ext --inplace --build-temp $(OBJECTS)
 
 $(VENV)/ready: requirements.txt
 	$(PYTHON) -m venv $(VENV)
@@ -23,7 +24,7 @@ $(VENV)/ready: requirements.txt
 	touch $@
 
 kernels: $(VENV)/ready ## the package with its CUDA kernels, on any machine with nvcc; reads the compiler's report and its code
-	MIXED_ATTENTION_CUDA=1 $(RUN) python setup.py --quiet build --build-lib $(WITH_CUDA) --build-temp $(WITH_CUDA)/temp
+	MIXED_ATTENTION_CUDA=1 $(RUN) python setup.py --quiet build --build-lib $(WITH_CUDA) --build-temp $(OBJECTS)
 	$(BIN)/python tools/check_ptxas.py build/cuda
 	$(BIN)/python tools/check_sass.py $$(find build/cuda -path '*hopper*' -name '*.o')
 	cd $(WITH_CUDA) && $(abspath $(BIN))/python -c "import torch; from mixed_attention import ops; \
@@ -32,8 +33,8 @@ kernels: $(VENV)/ready ## the package with its CUDA kernels, on any machine with
 same-code: $(VENV)/ready ## whether the kernels' machine code is what BEFORE=file holds; without it, writes that to standard output
 	@$(BIN)/python tools/same_code.py build/cuda $(if $(BEFORE),--against $(BEFORE))
 
-smoke: $(VENV)/ready ## the torch-free kernel library with its C++ tests
-	$(RUN) cmake -S . -B build/cmake -G Ninja -DCMAKE_BUILD_TYPE=Release
+smoke: build ## the C++ tests of the kernels, which it takes as they are compiled for the package
+	$(RUN) cmake -S . -B build/cmake -G Ninja -DCMAKE_BUILD_TYPE=Release -DMIXED_ATTENTION_OBJECTS=$(abspath $(OBJECTS))
 	$(RUN) cmake --build build/cmake
 	$(RUN) ctest --test-dir build/cmake --output-on-failure
 

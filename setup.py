@@ -223,9 +223,13 @@ def extension(cuda: Path | None) -> Extension:
     files = sources("*.cpp", "torch/*.cpp", "cpu/*.cpp")
     compile_flags = COMPILE_FLAGS + THREAD_FLAGS + sanitizer_flags()
     link_flags = THREAD_FLAGS + sanitizer_flags()
-    if cuda is not None:
+    # The flags are the same with and without CUDA kernels, so that either build finds what the other has compiled.
+    if toolkit := cuda or find_cuda():
+        compile_flags.append(f"-isystem{toolkit / 'include'}")
+    if cuda is None:
+        files += sources("cpu_only/*.cpp")
+    else:
         files += sources("cuda/**/*.cpp")
-        compile_flags += ["-DMIXED_ATTENTION_WITH_CUDA", f"-isystem{cuda / 'include'}"]
         if wanted_head_dims():
             compile_flags.append(f"-DMIXED_ATTENTION_HEAD_DIMS={','.join(wanted_head_dims())}")
         link_flags += [f"-L{cuda / folder}" for folder in ("lib64", "lib") if (cuda / folder).exists()]

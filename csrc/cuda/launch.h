@@ -8,6 +8,9 @@
 
 namespace mixed_attention::cuda {
 
+// Whether the kernels are in this build. Without them csrc/cpu_only stands for all that is declared here.
+bool is_built();
+
 // What decides which family of kernels serves a call. Whether fp32 may be rounded to TF32 does not: every family that
 // serves fp32 has kernels for either, and chooses by AttentionParams::allow_tf32.
 struct Problem {

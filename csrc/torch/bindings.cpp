@@ -8,7 +8,10 @@
 #include <torch/library.h>
 #include <torch/version.h>
 
+#include <string>
+
 #include "cpu/launch.h"
+#include "cuda/launch.h"
 #include "environment.h"
 #include "torch/attend.h"
 #include "torch/checks.h"
@@ -50,14 +53,9 @@ void bump_versions(const c10::OperatorHandle& op, c10::DispatchKeySet keys, torc
   for (const at::Tensor& each : written) torch::autograd::impl::bump_version(each);
 }
 
-#ifdef MIXED_ATTENTION_WITH_CUDA
-constexpr const char* kPlaces = "the CPU or a GPU";
-#else
-constexpr const char* kPlaces = "the CPU (built without CUDA kernels)";
-#endif
-
 // Stands wherever there are no kernels, and says which argument has led there.
 void refuse_place(const c10::OperatorHandle& op, torch::jit::Stack* stack) {
+  const char* places = mixed_attention::cuda::is_built() ? "the CPU or a GPU" : "the CPU (built without CUDA kernels)";
   const auto& arguments = op.schema().arguments();
   const auto values = torch::jit::last(*stack, arguments.size());
   const auto for_each_tensor = [&](const auto& check) {
@@ -68,7 +66,7 @@ void refuse_place(const c10::OperatorHandle& op, torch::jit::Stack* stack) {
   for_each_tensor([](const char* name, const at::Tensor& tensor) { mixed_attention::check_dense(name, tensor); });
   for_each_tensor([&](const char* name, const at::Tensor& tensor) {
     const c10::DispatchKey backend = tensor.options().computeDispatchKey();
-    TORCH_CHECK_NOT_IMPLEMENTED(op.hasKernelForDispatchKey(backend), name, ": expected a tensor on ", kPlaces, ", got ",
+    TORCH_CHECK_NOT_IMPLEMENTED(op.hasKernelForDispatchKey(backend), name, ": expected a tensor on ", places, ", got ",
                                 tensor.device(), "; mixed_attention.reference.attention computes it");
   });
   TORCH_CHECK_NOT_IMPLEMENTED(false, op.schema().name(), ": no kernel for tensors of these kinds");
@@ -124,9 +122,9 @@ void refuse(torch::Library& m) {
 
 TORCH_LIBRARY_IMPL(mixed_attention, CPU, m) { implement(m); }
 
-#ifdef MIXED_ATTENTION_WITH_CUDA
-TORCH_LIBRARY_IMPL(mixed_attention, CUDA, m) { implement(m); }
-#endif
+TORCH_LIBRARY_IMPL(mixed_attention, CUDA, m) {
+  if (mixed_attention::cuda::is_built()) implement(m);
+}
 
 TORCH_LIBRARY_IMPL(mixed_attention, CompositeExplicitAutograd, m) { refuse(m); }
 TORCH_LIBRARY_IMPL(mixed_attention, NestedTensorCPU, m) { refuse(m); }
@@ -146,11 +144,8 @@ TORCH_LIBRARY_IMPL(mixed_attention, Autograd, m) {
 
 PYBIND11_MODULE(TORCH_EXTENSION_NAME, m) {
   m.doc() = "Compiled part of mixed_attention; its operators live in torch.ops.mixed_attention.";
-#ifdef MIXED_ATTENTION_WITH_CUDA
-  m.attr("build_flags") = "torch " TORCH_VERSION ", compiler " __VERSION__ ", with CUDA kernels";
-#else
-  m.attr("build_flags") = "torch " TORCH_VERSION ", compiler " __VERSION__ ", without CUDA kernels";
-#endif
+  m.attr("build_flags") = std::string("torch " TORCH_VERSION ", compiler " __VERSION__) +
+                          (mixed_attention::cuda::is_built() ? ", with" : ", without") + " CUDA kernels";
   m.def("cpu_instruction_set", &mixed_attention::cpu::instruction_set, "Instruction set of the CPU kernels here.");
   m.def(
       "check_environment",

@@ -14,13 +14,11 @@
 #include <type_traits>
 
 #include "cpu/launch.h"
-#include "torch/checks.h"
-#ifdef MIXED_ATTENTION_WITH_CUDA
 #include "cuda/launch.h"
-#endif
 #include "environment.h"
 #include "params.h"
 #include "schedule.h"
+#include "torch/checks.h"
 
 namespace mixed_attention {
 namespace {
@@ -93,7 +91,6 @@ void fill_device(Params& params, const Tensor& tensor) {
   }
 }
 
-#ifdef MIXED_ATTENTION_WITH_CUDA
 cuda::Problem problem_of(const AttentionParams& params) {
   return {params.dtype, params.head_dim, params.head_dim_v, params.device};
 }
@@ -108,35 +105,27 @@ void check_served(const std::string& refusal) {
 Tensor allocate_workspace(size_t bytes, const Tensor& like) {
   return bytes == 0 ? Tensor() : at::empty({static_cast<int64_t>(bytes)}, like.options().dtype(at::kByte));
 }
-#endif
 
 void run_fwd(FwdParams& params, const Tensor& q) {
   if (q.is_cpu()) return cpu::run_fwd(params);
-#ifdef MIXED_ATTENTION_WITH_CUDA
   check_served(cuda::choose_fwd(problem_of(params)).why_none());
   check_served(cuda::refusal_of_sizes(params));
   const Tensor workspace = allocate_workspace(cuda::fwd_workspace_size(params), q);
   if (workspace.defined()) params.workspace = workspace.mutable_data_ptr();
   cuda::run_fwd(params);
-#endif
 }
 
 void run_bwd(BwdParams& params, const Tensor& q) {
   if (q.is_cpu()) return cpu::run_bwd(params);
-#ifdef MIXED_ATTENTION_WITH_CUDA
   check_served(cuda::choose_bwd(problem_of(params)).why_none());
   check_served(cuda::refusal_of_sizes(params));
   const Tensor workspace = allocate_workspace(cuda::bwd_workspace_size(params), q);
   if (workspace.defined()) params.workspace = workspace.mutable_data_ptr();
   cuda::run_bwd(params);
-#endif
 }
 
 void run_rope(const RopeParams& params, const Tensor& x) {
-  if (x.is_cpu()) return cpu::run_rope(params);
-#ifdef MIXED_ATTENTION_WITH_CUDA
-  cuda::run_rope(params);
-#endif
+  x.is_cpu() ? cpu::run_rope(params) : cuda::run_rope(params);
 }
 
 void check_inputs(const Tensor& q, const Tensor& k, const Tensor& v, double softmax_scale,
@@ -265,10 +254,7 @@ std::tuple<Tensor, Tensor> forward(const Tensor& q, const Tensor& k, const Tenso
 namespace {
 
 bool can_overwrite_inputs(const BwdParams& params, const Tensor& q) {
-#ifdef MIXED_ATTENTION_WITH_CUDA
-  if (q.is_cuda()) return cuda::can_overwrite_inputs(params);
-#endif
-  return false;
+  return q.is_cuda() && cuda::can_overwrite_inputs(params);
 }
 
 // Beside what check_inputs checks. Gradients are given, or none.
@@ -471,21 +457,18 @@ void check_backward(const Tensor& dout, const OptionalTensor& dlse, const Tensor
 
 std::pair<std::string, std::string> cuda_kernel(at::ScalarType dtype, int64_t head_dim, int64_t head_dim_v, int device,
                                                 bool backward) {
-#ifdef MIXED_ATTENTION_WITH_CUDA
   const cuda::Problem problem{to_dtype("dtype", dtype), head_dim, head_dim_v, device};
   const cuda::Choice choice = backward ? cuda::choose_bwd(problem) : cuda::choose_fwd(problem);
   switch (choice.family) {
-    case cuda::Choice::Family::kNone: return {"none", choice.why};
     case cuda::Choice::Family::kPortable: return {"portable", choice.why};
     case cuda::Choice::Family::kHopper: return {"hopper", choice.why};
+    default: return {"none", choice.why};
   }
-#endif
-  return {"none", "built without CUDA kernels; rebuild with MIXED_ATTENTION_CUDA=1"};
 }
 
 std::tuple<int, int, int, int64_t, int, int64_t> cuda_layout(at::ScalarType dtype, std::array<int64_t, 6> shape,
                                                              at::IntArrayRef segments, int device, bool backward) {
-#ifdef MIXED_ATTENTION_WITH_CUDA
+  TORCH_CHECK_NOT_IMPLEMENTED(cuda::is_built(), "built without CUDA kernels; rebuild with MIXED_ATTENTION_CUDA=1");
   const auto [batch_size, num_heads, seqlen_q, seqlen_k, head_dim, head_dim_v] = shape;
   const Schedule schedule = make_schedule(segments.data(), segments.size(), seqlen_q, seqlen_k);
   BwdParams params{};
@@ -503,9 +486,6 @@ std::tuple<int, int, int, int64_t, int, int64_t> cuda_layout(at::ScalarType dtyp
       backward ? cuda::layout_bwd(params) : cuda::layout_fwd({static_cast<const AttentionParams&>(params)});
   return {layout.tile_rows, layout.block_rows, layout.num_splits,
           layout.num_tiles, layout.num_slots,  layout.num_split_tiles};
-#else
-  TORCH_CHECK_NOT_IMPLEMENTED(false, "built without CUDA kernels; rebuild with MIXED_ATTENTION_CUDA=1");
-#endif
 }
 
 }  // namespace mixed_attention

@@ -1,6 +1,7 @@
 """What setup.py decides: whether there are CUDA kernels, for which chips, of which sources, and what it says if not."""
 
 import importlib.util
+import re
 from pathlib import Path
 
 import pytest
@@ -148,3 +149,22 @@ def test_without_cuda_nothing_of_it_is_compiled(setup):
     extension = setup.extension(None)
     assert not any("cuda" in source for source in extension.sources)
     assert "-DMIXED_ATTENTION_WITH_CUDA" not in extension.extra_compile_args
+
+
+def test_a_build_finds_what_the_other_has_compiled(setup, toolkit):
+    """With CUDA kernels and without: the same flags, and all sources but those of either alone."""
+    without, with_cuda = setup.extension(None), setup.extension(toolkit)
+    assert without.extra_compile_args == with_cuda.extra_compile_args
+    assert without.include_dirs == with_cuda.include_dirs
+    (stand_in,) = set(without.sources) - set(with_cuda.sources)
+    assert stand_in == "csrc/cpu_only/launch.cpp"
+    assert all("cuda" in source for source in set(with_cuda.sources) - set(without.sources))
+    assert not any("#if" in path.read_text() for path in (ROOT / "csrc" / "torch").glob("*.cpp"))
+
+
+def test_kernels_know_neither_torch_nor_python():
+    """CMake's build of them alone is not compiled by every `make test`, which takes their objects from this one."""
+    foreign = re.compile(r'#include [<"](ATen|c10|torch|pybind11|Python)')
+    others = [p for p in (ROOT / "csrc").rglob("*.*") if (ROOT / "csrc" / "torch") not in p.parents]
+    assert others
+    assert [path for path in others if foreign.search(path.read_text())] == []
