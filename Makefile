@@ -8,6 +8,10 @@ WITH_CUDA := build/with-cuda
 OBJECTS := build/objects
 N ?= 20000
 J ?= $(shell nproc)
+# Tests side by side; each process has torch in memory. Who runs out of tests takes over the other's last ones, so that
+# those of a file mostly share what the file prepares.
+PYTEST := $(BIN)/python -m pytest -q
+SIDE_BY_SIDE := -n $(shell n=$$(nproc); echo $$((n < 8 ? n : 8))) --dist worksteal
 RELEASE := build/release
 
 .PHONY: demo build kernels same-code smoke test test-long test-gpu fuzz fuzz-gpu bench lint sanitize sanitize-gpu release-check clean
@@ -39,14 +43,14 @@ smoke: build ## the C++ tests of the kernels, which it takes as they are compile
 	$(RUN) ctest --test-dir build/cmake --output-on-failure
 
 test: build smoke ## all tests but the long and the GPU ones
-	$(BIN)/python -m pytest -q
+	$(PYTEST) $(SIDE_BY_SIDE)
 
 test-long: build smoke ## the long random sweep as well
 	build/cmake/walks 1000000
-	HYPOTHESIS_PROFILE=long $(BIN)/python -m pytest -q -m "not gpu"
+	HYPOTHESIS_PROFILE=long $(PYTEST) $(SIDE_BY_SIDE) -m "not gpu"
 
 test-gpu: build ## what needs a CUDA device
-	$(BIN)/python -m pytest -q -m gpu
+	$(PYTEST) -m gpu
 
 fuzz: build ## N random problems against the oracle; prints the seed of a failure and a smaller input that still fails
 	$(BIN)/python tools/fuzz.py -n $(N) -j $(J)

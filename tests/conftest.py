@@ -8,6 +8,8 @@ from collections.abc import Iterator
 # NOTE: read when torch is loaded. Threads that wait for others by spinning take the cores from them where tests share a
 # machine: beside a few busy processes two dozen small cases took 13 s instead of 0.3 s.
 os.environ.setdefault("OMP_WAIT_POLICY", "passive")
+if "PYTEST_XDIST_WORKER" in os.environ:  # one of several processes: as few threads as are still several
+    os.environ.setdefault("OMP_NUM_THREADS", "2")
 
 import pytest
 import torch
