@@ -83,8 +83,10 @@ AROUND = (
     "export",
     "ddp",
     "fsdp2",
+    "fsdp2_of_wrapped",
 )
-ON_RANKS = ("ddp", "fsdp2")
+ON_RANKS = ("ddp", "fsdp2", "fsdp2_of_wrapped")
+WRAPPED = "_checkpoint_wrapped_module."  # in the names of parameters of modules in torch's own wrapper
 
 
 @dataclass(frozen=True)
@@ -372,13 +374,17 @@ def put_into(row: Row, model: Model, inputs: Sequence[Tensor | None]) -> tuple[C
         return call, model
     elif row.around == "ddp":
         return nn.parallel.DistributedDataParallel(model), model
-    elif row.around == "fsdp2":
+    elif row.around in ("fsdp2", "fsdp2_of_wrapped"):
+        from torch.distributed.algorithms._checkpoint.checkpoint_wrapper import checkpoint_wrapper
         from torch.distributed.device_mesh import init_device_mesh
         from torch.distributed.fsdp import fully_shard
 
         mesh = init_device_mesh("cpu", (NUM_RANKS,))
-        for attention in model.attentions():
-            fully_shard(attention, mesh=mesh)
+        for branch in model.branches:
+            for index, module in enumerate(branch):
+                if isinstance(module, ma.MixedAttention):
+                    branch[index] = checkpoint_wrapper(module) if row.around == "fsdp2_of_wrapped" else module
+                    fully_shard(branch[index], mesh=mesh)
         fully_shard(model, mesh=mesh)
     return model, model
 
@@ -446,12 +452,13 @@ def check(row: Row, rank: int | None = None) -> None:
     yardstick = merge(expected_of(row, model, dtype, row.mode, seeds)) if row.mode == "autocast" else exact
 
     hook(row, model)
+    names = dict(model.named_parameters()).keys()
     inputs = make_inputs(row, dtype, seeds[own_index])
     with MODES[row.mode]():
         call, module = put_into(row, model, inputs)
     own, gradients = results_of(call, module, inputs, row.mode)
-    gradients = {name: _whole(gradient) for name, gradient in gradients.items()}
-    assert gradients.keys() == dict(model.named_parameters()).keys() or row.mode not in TRAINS
+    gradients = {name.replace(WRAPPED, ""): _whole(gradient) for name, gradient in gradients.items()}
+    assert gradients.keys() == names or row.mode not in TRAINS
     got = own | fused(gradients)
     assert got.keys() == exact.keys()
     for name, expected in exact.items():
@@ -481,7 +488,7 @@ class Ranks:
             self._start()
         for _, connection in self._workers:
             connection.send(row)
-        reports = [connection.recv() if connection.poll(180) else "no answer" for _, connection in self._workers]
+        reports = [connection.recv() if connection.poll(600) else "no answer" for _, connection in self._workers]
         if any(reports):
             self.stop()
             pytest.fail("\n".join(f"rank {rank}: {report}" for rank, report in enumerate(reports) if report))
@@ -505,7 +512,7 @@ class Ranks:
 
 def _work(rank, store, connection) -> None:
     torch.set_num_threads(1)
-    dist.init_process_group("gloo", init_method=store, rank=rank, world_size=NUM_RANKS, timeout=timedelta(seconds=60))
+    dist.init_process_group("gloo", init_method=store, rank=rank, world_size=NUM_RANKS, timeout=timedelta(seconds=300))
     while True:
         row = connection.recv()
         try:
