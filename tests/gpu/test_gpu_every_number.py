@@ -188,7 +188,9 @@ def test_values_up_to_the_largest(case: Case, rise: int, device: torch.device):
         inputs.v.copy_(torch.where(inputs.v.isfinite(), largest, inputs.v))
     out = ma.attention(inputs.q, inputs.k, inputs.v, case.plan, **options_of(inputs))
     sees = inputs.weights.any(-1)[..., None, None].expand_as(out)
-    assert (out[sees].double() >= largest * (1 - 4 * torch.finfo(case.dtype).eps)).all() and out.isfinite().all()
+    # Each of the additions rounds the sum in fp32, and so does each of those of the weights.
+    allowed = 4 * torch.finfo(case.dtype).eps + 2 * inputs.k.shape[1] * 2.0**-24
+    assert (out[sees].double() >= largest * (1 - allowed)).all() and out.isfinite().all()
 
 
 def test_portable_kernels(device: torch.device):

@@ -525,6 +525,9 @@ __global__ void __launch_bounds__(dk_dv_tile(kArithmetic, kHeadDim).num_threads(
         relate_columns<Products::kLosesInfinities>(p, args.references + first_query + block.row_begin + query,
                                                    block.num_rows - query, copysignf(1, args.scale_log2));
       }
+      if constexpr (!Products::kLosesInfinities) {
+        if (block.num_rows < kTile.block_rows) clear_columns(p, block.num_rows - query);
+      }
       if constexpr (kWantsDk) multiply_rows<Products>(ds, lane_k.at(shared.v), warp_row, lane_dout, query);
       // The exponentials run under the second product: nothing may stand between them.
       to_probabilities<Products>(p, shared.lse_log2[stage] + query, args.scale_log2);

@@ -47,7 +47,21 @@ __device__ void relate_rows(float (&s)[kTilesM][kTilesN][4], const RowReference*
   }
 }
 
-// The same of columns; references: from that of column 0 on.
+// Scores of columns from num_columns on become 0: what fills up a block is zero, and zero times infinity is NaN.
+template <int kTilesM, int kTilesN>
+__device__ void clear_columns(float (&s)[kTilesM][kTilesN][4], int num_columns) {
+#pragma unroll
+  for (int n = 0; n < kTilesN; ++n) {
+#pragma unroll
+    for (int e = 0; e < 2; ++e) {
+      if (8 * n + threadIdx.x % 4 * 2 + e < num_columns) continue;
+#pragma unroll
+      for (int i = 0; i < 2 * kTilesM; ++i) s[i / 2][n][i % 2 * 2 + e] = 0;
+    }
+  }
+}
+
+// The same as relate_rows of columns; references: from that of column 0 on.
 template <bool kLosesInfinities, int kTilesM, int kTilesN>
 __device__ void relate_columns(float (&s)[kTilesM][kTilesN][4], const RowReference* references, int num_columns,
                                float sign) {

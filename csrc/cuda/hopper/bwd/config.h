@@ -33,8 +33,11 @@ inline constexpr int kQueryTileRows = 64;
 constexpr int place_of_stats(int row) { return row / 16 * 16 + row % 8 / 2 * 4 + row / 8 % 2 * 2 + row % 2; }
 
 // A tile of statistics: a number for each query; then, of log-sum-exps, where the references of the tile's rows begin
-// (row_reference.h), 8 bytes, and a number that is not 0 if a row has one; and 4 bytes, as the copy engine moves 16.
+// (row_reference.h), 8 bytes, and a mark; and 4 bytes, as the copy engine moves 16.
 inline constexpr int kMarkPlace = kQueryTileRows + 2;
+
+// The marks of a tile other than 0: one of its rows has a reference; or none has, but the tile has fewer rows than fit.
+inline constexpr float kHasReferences = 1, kIsPartial = 2;
 inline constexpr int kStatsTileFloats = kQueryTileRows + 4;
 
 // Key rows of an item of that kernel.
@@ -100,9 +103,9 @@ struct DkDvConfig : DkDvTuning<kHeadDim>, BwdTiles<Element, kHeadDim, kQueryTile
                                      : kHeadDim < 64 || !kAddsDq  ? 2
                                      : kIsMasked && !kTakesTurns  ? 0
                                                                   : 1;
-  // Whether steps without references are a loop of their own: a branch in the only loop costs up to a tenth of the rate
-  // where dq is added to. With turns and two blocks there are no registers for two loops.
-  static constexpr bool kSeparatesReferences = kAddsDq && !(kTakesTurns && kSplits > 1);
+  // Whether steps that relate no scores are a loop of their own: a branch in the only loop costs up to a tenth of the
+  // rate where dq is added to. With turns and two blocks there are no registers for two loops.
+  static constexpr bool kSeparatesRareItems = kAddsDq && !(kTakesTurns && kSplits > 1);
   // The operands of the products for dk and dv take turns in the same registers where these are few.
   static constexpr bool kSharesOperand = kHeadDim > 64 || kSplits > 1 || kIsMasked || kKeptInputs == 1;
 

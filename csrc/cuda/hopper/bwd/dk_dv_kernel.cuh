@@ -28,6 +28,7 @@
 #include "cuda/hopper/bwd/own_rows.cuh"
 #include "cuda/hopper/bwd/params.h"
 #include "cuda/hopper/bwd/query_producer.cuh"
+#include "cuda/hopper/bwd/rare_items.cuh"
 #include "cuda/hopper/bwd/scores.cuh"
 #include "cuda/hopper/tile/products.cuh"
 #include "cuda/hopper/tile/ring.cuh"
@@ -103,11 +104,15 @@ __device__ inline void consume(const DkDvKernelParams& params, DkDvSharedStorage
       [[maybe_unused]] const auto own_keys = find_own_keys();
       float s[kBlockM / 2], dp[kBlockM / 2];
       uint32_t p_operand[kBlockM / 4], ds_operand[kBlockM / 4] = {};
-      // Whether one of the head's queries has; it is read while keys and values are on their way.
-      [[maybe_unused]] const bool has_reference =
-          has_references(params.stats, int64_t{item.batch} * params.table.num_heads + item.head);
+      [[maybe_unused]] bool is_rare = false;
+      if constexpr (Config::kSeparatesRareItems) {  // read while keys and values are on their way
+        is_rare = sees_reference(params.stats, int64_t{item.batch} * params.table.num_heads + item.head);
+      }
       ptx::mbarrier_wait(shared.kv_full, kv_parity);
       kv_parity ^= 1;
+      if constexpr (Config::kSeparatesRareItems) {
+        is_rare = is_rare_item(consumer, sees_infinity<Config>(shared.k, first_row) || is_rare);
+      }
       k.load(first_row);
       v.load(first_row);
       const QRing first{num_used};
@@ -124,8 +129,8 @@ __device__ inline void consume(const DkDvKernelParams& params, DkDvSharedStorage
       ptx::wgmma_wait<0>(s);
 
       // The first step adds zeros to dk and hands nothing over, the last one's scores of a next tile are not used: a
-      // product that is issued in some steps only would make the compiler wait for each. kRelates: whether a query may
-      // have a reference.
+      // product that is issued in some steps only would make the compiler wait for each. kRelates: whether scores may
+      // have to.
       const auto go_through_tiles = [&]<bool kRelates>() {
         for (int tile = 0; tile < num_tiles; ++tile, ++num_used) {
           const QRing previous{num_used - (tile > 0)}, next{num_used + (tile + 1 < num_tiles)};
@@ -135,10 +140,10 @@ __device__ inline void consume(const DkDvKernelParams& params, DkDvSharedStorage
           v.template issue_transposed_scores<true>(dp, dout_tile);
           if constexpr (kRelates) {
             const float* lse_tile = shared.lse_log2[QRing{num_used}.stage()];
-            if (has_references(lse_tile)) relate_columns(s, lse_tile);
+            if (is_marked(lse_tile)) relate_columns(s, lse_tile);
           } else if constexpr (Config::kTakesTurns) {
             // NOTE: a branch that is never taken, which keeps ptxas from mixing what follows with the products.
-            if (has_references(shared.lse_log2[QRing{num_used}.stage()])) __trap();
+            if (shared.lse_log2[QRing{num_used}.stage()][kMarkPlace] == kHasReferences) __trap();
           }
           scale_columns(s, params.softmax_scale_log2, lse_log2);
           // NOTE: behind a wait, a branch, ptxas spreads the handing over among the last exponentials; without one it
@@ -174,8 +179,8 @@ __device__ inline void consume(const DkDvKernelParams& params, DkDvSharedStorage
           release(shared.dout_empty[dout.stage()]);
         }
       };
-      if constexpr (Config::kSeparatesReferences) {
-        if (has_reference) {
+      if constexpr (Config::kSeparatesRareItems) {
+        if (is_rare) {
           go_through_tiles.template operator()<true>();
         } else {
           go_through_tiles.template operator()<false>();

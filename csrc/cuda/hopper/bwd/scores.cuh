@@ -48,20 +48,10 @@ class ColumnStats {
   float4 fours_[kColumns / 16];
 };
 
-// Whether a query of a tile has a reference.
-__device__ inline bool has_references(const float* lse_tile) { return lse_tile[kMarkPlace] != 0; }
+// Whether scores of a tile of queries are to become relative: its mark.
+__device__ inline bool is_marked(const float* lse_tile) { return lse_tile[kMarkPlace] != 0; }
 
-// Whether one of a sequence's head has, in any tile. All lanes of a warp ask at a time.
-__device__ inline bool has_references(const QueryStats& stats, int64_t sequence) {
-  const float* const first = stats.lse_log2 + sequence * stats.num_tiles * kStatsTileFloats;
-  bool has_one = false;
-#pragma unroll 8
-  for (int tile = threadIdx.x % 32; tile < stats.num_tiles; tile += 32) {
-    has_one |= has_references(first + tile * kStatsTileFloats);
-  }
-  return __any_sync(0xffffffff, has_one);
-}
-
+// Scores that are NaN, as those of no query may be, become 0.
 // NOTE: a call, which the compiler would make of what many kernels share, costs them registers.
 template <int kCount>
 __device__ __forceinline__ void relate_columns(float (&s)[kCount], const float* lse_tile) {

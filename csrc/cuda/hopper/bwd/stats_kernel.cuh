@@ -119,13 +119,14 @@ __global__ void __launch_bounds__(BwdStatsShape<Element, kHeadDim>::kThreads)
   }
 
   has_references = __syncthreads_or(has_references);
+  const bool is_partial = queries.num_rows < kQueryTileRows;
   const int64_t first_row = sequence * params.seqlen_q + queries.row_begin;
   RowReference* const references = params.scores.references + first_row;
   if (threadIdx.x == 0) {
     *reinterpret_cast<RowReference**>(lse_of_tile + kQueryTileRows) = references;
-    lse_of_tile[kMarkPlace] = has_references;
+    lse_of_tile[kMarkPlace] = has_references ? kHasReferences : is_partial ? kIsPartial : 0;
   }
-  if (!has_references) return;
+  if (!has_references && !is_partial) return;
   find_references<Element>(params.scores, run, queries, batch, head, params.lse + first_row, references,
                            [&](int row, float lse_log2) { lse_of_tile[place_of_stats(row)] = lse_log2; });
 }

@@ -100,7 +100,7 @@ __device__ inline void own_dv(const DkDvKernelParams& params, WideDkDvSharedStor
       const auto weigh = [&](QRing q) {
         ColumnStats<Config::kBlockM> lse_log2;
         const float* lse_tile = shared.lse_log2[q.stage()];
-        if (has_references(lse_tile)) relate_columns(s, lse_tile);
+        if (is_marked(lse_tile)) relate_columns(s, lse_tile);
         lse_log2.load(shared.lse_log2[q.stage()]);
         scale_columns(s, params.softmax_scale_log2, lse_log2);
         exponentiate_all(s);

@@ -128,7 +128,8 @@ struct OnlineSoftmax {
       const bool has_base = offset[row] == kHasBase;
       const float base = has_base ? bases.read(row) : 0;
       const float own_offset = has_base ? -kBaseWeightLog2<Element> : offset[row];
-      const bool grows = has_base ? references.largest[row] > base : quad_max(tile_sum[row]) > kWeightLimit<Element>;
+      const float largest_sum = quad_max(tile_sum[row]);  // of all lanes, whichever of their rows have a base
+      const bool grows = has_base ? references.largest[row] > base : largest_sum > kWeightLimit<Element>;
       const float growth = fmaf(base - references.base[row], scale_log2[row], own_offset - references.offset[row]);
       factor[row] = grows ? ptx::exp2(growth) : 1.f;
       row_sum[row] *= factor[row];

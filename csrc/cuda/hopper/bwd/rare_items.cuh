@@ -1,0 +1,53 @@
+// Which items want the loop that relates scores: where a query of their head has a reference (row_reference.h), or a
+// key of theirs has an entry that is infinite or NaN. What fills up a tile of queries is zero, and zero times infinity
+// would be NaN in the sums of such a key, which the queries that there are may give no weight.
+#pragma once
+
+#include <cuda_bf16.h>
+
+#include <cstdint>
+#include <type_traits>
+
+#include "cuda/hopper/bwd/config.h"
+#include "cuda/hopper/bwd/params.h"
+#include "cuda/ptx/named_barrier.cuh"
+
+namespace mixed_attention::cuda::hopper {
+
+// Whether a query of a sequence's head has a reference; each of a warpgroup's threads looks at some of the tiles.
+__device__ inline bool sees_reference(const QueryStats& stats, int64_t sequence) {
+  const float* const first = stats.lse_log2 + sequence * stats.num_tiles * kStatsTileFloats;
+  bool has_one = false;
+#pragma unroll 4
+  for (int tile = threadIdx.x % kWarpgroup; tile < stats.num_tiles; tile += kWarpgroup) {
+    has_one |= first[tile * kStatsTileFloats + kMarkPlace] == kHasReferences;
+  }
+  return has_one;
+}
+
+// Whether a warp's rows of a tile of keys have an entry that is not finite; each lane looks at some of the entries.
+template <typename Config>
+__device__ inline bool sees_infinity(const typename Config::Element* k, int first_row) {
+  constexpr uint32_t kInfinity = std::is_same_v<typename Config::Element, __nv_bfloat16> ? 0x7F80 : 0x7C00;
+  uint32_t largest = 0;  // of both halves of the words
+#pragma unroll
+  for (int slab = 0; slab < Config::kHeadDim / Config::kSlabColumns; ++slab) {
+    const char* rows = reinterpret_cast<const char*>(k) + slab * Config::kSlabBytesN + first_row * Config::kRowBytes;
+#pragma unroll
+    for (int bytes = 0; bytes < kWarpRows * Config::kRowBytes; bytes += 32 * sizeof(uint4)) {
+      const uint4 words = *reinterpret_cast<const uint4*>(rows + bytes + threadIdx.x % 32 * sizeof(uint4));
+      for (const uint32_t word : {words.x, words.y, words.z, words.w}) {
+        largest = __vmaxu2(largest, word & 0x7FFF7FFF);
+      }
+    }
+  }
+  return largest >> 16 >= kInfinity || (largest & 0xFFFF) >= kInfinity;
+}
+
+// Of what the threads of a consumer have seen.
+__device__ inline bool is_rare_item(int consumer, bool sees_one) {
+  constexpr int kFirstBarrier = 8;  // behind those of the exchange of dq
+  return ptx::named_barrier_any(kFirstBarrier + consumer, kWarpgroup, sees_one);
+}
+
+}  // namespace mixed_attention::cuda::hopper
