@@ -9,13 +9,13 @@ from pathlib import Path
 
 import torch
 
-from bench import facts, files, layer, memory, operator, overhead, repeats, tables, timeline
+from bench import facts, files, host, layer, memory, operator, repeats, tables, timeline
 from bench.cases import QUICK, Case, suite
 from bench.peers import BACKWARD, FORWARD, peers
 from bench.rows import PRECISIONS, Row, dtype_of
 
 OURS = ("ours", "ours, deterministic")
-WHAT = ("operator", "layer", "overhead", "memory", "repeats", "timeline")
+WHAT = ("operator", "layer", "host", "memory", "repeats", "timeline")
 PASSES = {"fwd": FORWARD, "bwd": BACKWARD}
 
 
@@ -69,8 +69,8 @@ def _measure(args: argparse.Namespace, cases: tuple[Case, ...], device: torch.de
                 yield from timeline.measure(case, device, precision, args.peers, args.rounds)
             if "memory" in args.what and device.type == "cuda":
                 yield operator.gpu_memory(case, device, precision, everybody["ours"]())
-    if "overhead" in args.what:
-        yield from overhead.measure(device, args.rounds)
+    if "host" in args.what:
+        yield from host.measure(device, args.rounds)
     if "repeats" in args.what:
         yield from repeats.measure(device, args.repeats)
     if "memory" in args.what and device.type == "cpu":
@@ -97,7 +97,7 @@ def main() -> int:
 
 def _name(args: argparse.Namespace) -> str:
     """The file of a run. What leaves out cases has a name of its own, so that it replaces no whole run."""
-    precisions = args.dtype if {*args.what} - {"overhead", "repeats"} else []
+    precisions = args.dtype if {*args.what} - {"host", "repeats"} else []
     special = [
         *(["compiled"] if args.compiled else []),
         *([facts.family()] if facts.family() else []),

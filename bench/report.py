@@ -163,7 +163,7 @@ def _questions() -> Iterator[Question]:
     yield Question(
         "How much host time does a call take?",
         "Microseconds of an eager forward of the operator.",
-        ("operator-bf16", "overhead"),
+        ("operator-bf16", "overhead", "host"),
         _host_time,
     )
     yield Question(
@@ -302,6 +302,9 @@ def _host_time(rows: Sequence[Row]) -> Iterator[str]:
     if calls := rows_of(rows, "operator", has="host_microseconds"):
         yield _by_case(calls, _everybody(lambda row: f"{row['host_microseconds']:.0f}"))
     if calls := rows_of(rows, "overhead"):
+        yield _by_case(calls, _everybody(lambda row: f"{1000 * tables.median_of(row):.0f}"))
+    for (dtype, passed), calls in grouped(rows_of(rows, "host"), "dtype", "pass"):
+        yield f"{tables.SHORT[dtype]}, {passed}:\n"
         yield _by_case(calls, _everybody(lambda row: f"{1000 * tables.median_of(row):.0f}"))
 
 

@@ -72,6 +72,7 @@ def _sections(rows: Sequence[Row]) -> Iterator[str]:
         ("layer", "Peak memory of the layer over weights, inputs and gradients, MiB", _peak, [("ours", smaller)]),
         ("memory", "Memory of the operator beyond inputs, outputs and gradients, MiB", _extra, []),
         ("overhead", "Host time of one call of eight tokens, milliseconds", _milliseconds, []),
+        ("host", "Host time of one call, microseconds", _microseconds, []),
     ):
         for key, group in grouped(rows_of(rows, kind, has=_FIELDS[kind]), "dtype", "pass"):
             yield f"### {title}, {TITLES[key[0]]}, {key[1]}\n\n{markdown(group, cell, *columns)}"
@@ -126,7 +127,7 @@ def _points(rows: Sequence[Row]) -> Iterator[Row]:
         yield {"case": "distance from fp32", "who": row["who"], "text": f"{row['distance']:.1e}"}
 
 
-_FIELDS = {"layer": "peak_bytes", "memory": "extra_bytes", "overhead": "milliseconds"}
+_FIELDS = {"layer": "peak_bytes", "memory": "extra_bytes", "overhead": "milliseconds", "host": "milliseconds"}
 
 
 def rows_of(rows: Iterable[Row], kind: str, has: str = "kind") -> list[Row]:
@@ -246,6 +247,11 @@ def _extra(row: Row) -> str:
 def _milliseconds(row: Row) -> str:
     time = row["milliseconds"]
     return f"{time['median']:.4g} ({time['lower']:.4g} – {time['upper']:.4g})"
+
+
+def _microseconds(row: Row) -> str:
+    time = row["milliseconds"]
+    return f"{1000 * time['median']:.1f} ({1000 * time['lower']:.1f} – {1000 * time['upper']:.1f})"
 
 
 def markdown(rows: Sequence[Row], cell: Callable[[Row], str], *columns: Column) -> str:

@@ -49,10 +49,10 @@ class Clock:
     def milliseconds(self, calls: Calls) -> float:
         """The time of one call, on average over a sample. On a GPU that is of host and device, whichever is slower."""
         with calls.within():
-            return (self._of_gpu if self.is_cuda else self._of_host)(calls.run) / calls.count
+            return (self._of_gpu if self.is_cuda else self.of_host)(calls.run) / calls.count
 
     @staticmethod
-    def _of_host(run: Callable[[], object]) -> float:
+    def of_host(run: Callable[[], object]) -> float:
         start = time.perf_counter()
         run()
         return 1e3 * (time.perf_counter() - start)
@@ -89,6 +89,30 @@ def take_turns(calls: Mapping[Key, Calls], device: torch.device, rounds: int) ->
                 samples[name].append(clock.milliseconds(each))
     finally:
         gc.enable()
+    return {name: summary(values) for name, values in samples.items()}
+
+
+def host_turns(calls: Mapping[Key, Calls], device: torch.device, rounds: int) -> dict[Key, Timing]:
+    """The same of how long the host is busy with a call; on a GPU the work itself runs on meanwhile.
+
+    Args:
+        calls: What to time, by name; so few calls in a sample that the queue of launches never fills.
+        device: Where it runs. It is idle when a sample begins.
+        rounds: Number of rounds.
+    """
+    for each in calls.values():
+        each.run(), each.run()
+    samples: dict[Key, list[float]] = {name: [] for name in calls}
+    gc.collect()
+    gc.disable()
+    try:
+        for _ in range(rounds):
+            for name, each in calls.items():
+                synchronize(device)
+                samples[name].append(Clock.of_host(each.run) / each.count)
+    finally:
+        gc.enable()
+    synchronize(device)
     return {name: summary(values) for name, values in samples.items()}
 
 

@@ -72,12 +72,19 @@ std::vector<KeySegment> invert(const std::vector<QuerySegment>& segments, int64_
 
 }  // namespace
 
-Schedule make_schedule(const int64_t* flat, size_t length, int64_t seqlen_q, int64_t seqlen_k) {
+Schedule parse_schedule(const int64_t* flat, size_t length, int64_t seqlen_q, int64_t seqlen_k) {
   Schedule schedule{seqlen_q, seqlen_k, parse(flat, length, seqlen_q, seqlen_k), {}, 0};
-  schedule.key_segments = invert(schedule.query_segments, seqlen_k);
   for (const QuerySegment& segment : schedule.query_segments) {
     for (const Range& keys : segment.keys) schedule.num_pairs += segment.rows.size() * keys.size();
   }
+  return schedule;
+}
+
+void add_inverse(Schedule& schedule) { schedule.key_segments = invert(schedule.query_segments, schedule.seqlen_k); }
+
+Schedule make_schedule(const int64_t* flat, size_t length, int64_t seqlen_q, int64_t seqlen_k) {
+  Schedule schedule = parse_schedule(flat, length, seqlen_q, seqlen_k);
+  add_inverse(schedule);
   return schedule;
 }
 

@@ -39,8 +39,15 @@ struct Schedule {
   int64_t num_pairs;                         // attended (query, key) pairs
 };
 
-// Parses a flat plan, per segment: begin, end, number of ranges, then begin and end of every key range.
+// Parses a flat plan, per segment: begin, end, number of ranges, then begin and end of every key range. The result has
+// no key segments yet.
 // Throws std::invalid_argument where it is malformed, does not cover the queries once and in order, or leaves a tensor.
+Schedule parse_schedule(const int64_t* flat, size_t length, int64_t seqlen_q, int64_t seqlen_k);
+
+// Makes the key segments, which backward passes alone read.
+void add_inverse(Schedule& schedule);
+
+// Both.
 Schedule make_schedule(const int64_t* flat, size_t length, int64_t seqlen_q, int64_t seqlen_k);
 
 }  // namespace mixed_attention

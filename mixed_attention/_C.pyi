@@ -90,3 +90,14 @@ def attend_in_place(
     call: PackedCall,
 ) -> list[Tensor]: ...
 def set_backward_composite(composite: Callable[..., list[Tensor | None]]) -> None: ...
+
+class LayerCall:
+    def __init__(self, parts: Sequence[ProjectedPart], attention: PackedCall) -> None: ...
+
+def run_layer(
+    x: Tensor,
+    maps: Sequence[tuple[Tensor, Tensor | None]],
+    freqs: Tensor | None,
+    key_padding_mask: Tensor | None,
+    call: LayerCall,
+) -> list[Tensor] | None: ...

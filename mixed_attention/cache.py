@@ -6,7 +6,7 @@ a padding mask was given when it was recorded, the entries also hold it, as ``"k
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping, Sequence, Set
 from typing import Any
 
 import torch
@@ -17,6 +17,11 @@ from mixed_attention.plan import AttentionPlan
 
 KVEntry = dict[str, Tensor]
 KVCache = dict[str, KVEntry]
+
+
+def is_recorded(name: str, named: Set[str]) -> bool:
+    """Whether a group goes into a cache: those whose name contains ``_anchor``, and those that are named."""
+    return "_anchor" in name or name in named
 
 
 def to(kv_cache: Any, device: torch.device | str | None = None, dtype: torch.dtype | None = None) -> Any:

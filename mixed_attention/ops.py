@@ -444,6 +444,34 @@ def attend_in_place(
     return _C.attend_in_place(buffers, pairs, key_padding_mask, dropout_seed, call)
 
 
+def layer_call(parts: Sequence[tuple[int, int, Sequence[tuple[int, int]] | None]], attention: Any) -> Any:
+    """What :func:`run_layer` computes: the parts of :func:`project`, and what :func:`packed_call` makes."""
+    return _C.LayerCall([_C.ProjectedPart(*part) for part in parts], attention)
+
+
+def run_layer(
+    x: Tensor,
+    maps: Sequence[tuple[Tensor, Tensor | None]],
+    freqs: Tensor | None,
+    key_padding_mask: Tensor | None,
+    call: Any,
+) -> list[Tensor] | None:
+    """A whole layer in plain eager mode: :func:`project`, :func:`attend_in_place` and :func:`project` again.
+
+    Args:
+        x: Tokens ``(B, N, C)``.
+        maps: Weights and biases of the linear maps to q, k and v, which are read as one, and of the output projection.
+        freqs: Complex frequencies ``(B or 1, N, D / 2)``.
+        key_padding_mask: As :func:`attention` takes it.
+        call: What :func:`layer_call` makes.
+
+    Returns:
+        The tokens ``(B, N, dim)``, and the buffers of q, k and v as parts of the graph. None, and nothing done, where
+        this is no plain eager mode on a device with kernels, or something does not fit.
+    """
+    return None if _C is None else _C.run_layer(x, maps, freqs, key_padding_mask, call)
+
+
 def set_backward_composite(composite: Callable[..., list[Tensor | None]]) -> None:
     """Says what :func:`attend_in_place` calls where its derivative is to be differentiated itself."""
     if _C is not None:

@@ -253,6 +253,11 @@ class AttentionPlan:
     def _flat(self) -> tuple[int, ...]:
         return tuple(_flatten(self.query_segments))
 
+    @cached_property
+    def kept(self) -> dict[Any, Any]:
+        """What others have derived from the plan and look up again; neither part of its value nor pickled."""
+        return {}
+
     def __hash__(self) -> int:
         return self._hash
 

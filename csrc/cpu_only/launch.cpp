@@ -24,13 +24,10 @@ std::string refusal_of_sizes(const AttentionParams&) { refuse(); }
 Layout layout_fwd(const FwdParams&) { refuse(); }
 Layout layout_bwd(const BwdParams&) { refuse(); }
 
-size_t fwd_workspace_size(const FwdParams&) { refuse(); }
-size_t bwd_workspace_size(const BwdParams&) { refuse(); }
+Launch<FwdParams> plan_fwd(const FwdParams&) { refuse(); }
+Launch<BwdParams> plan_bwd(const BwdParams&) { refuse(); }
 
-bool can_overwrite_inputs(const BwdParams&) { refuse(); }
-
-void run_fwd(const FwdParams&) { refuse(); }
-void run_bwd(const BwdParams&) { refuse(); }
 void run_rope(const RopeParams&) { refuse(); }
+void run_cast(const CastParams&) { refuse(); }
 
 }  // namespace mixed_attention::cuda

@@ -9,6 +9,7 @@ using fp16 = __half;
 
 }  // namespace
 
-template void launch_bwd<DTYPE, HEAD_DIM>(const BwdParams& params);
+template void launch_bwd<DTYPE, HEAD_DIM>(const BwdParams& params, const std::vector<QueryRun>& runs,
+                                          const BwdPlan& plan);
 
 }  // namespace mixed_attention::cuda::hopper

@@ -1,6 +1,8 @@
 // Which kernel family serves a call.
 #include "cuda/launch.h"
 
+#include <utility>
+
 #include "cuda/hopper/launch.h"
 #include "cuda/portable/launch.h"
 #include "environment.h"
@@ -25,13 +27,9 @@ Problem problem_of(const AttentionParams& params) {
 // Not an element anywhere: nothing to compute, and nothing that a tensor map could describe.
 bool is_empty(const AttentionParams& params) { return params.batch_size == 0 || params.num_heads == 0; }
 
-// What a problem allows, the call at hand may still rule out.
-bool hopper_serves(const FwdParams& params) {
-  return !asks_for_portable_gpu_kernels() && hopper::refusal_fwd(problem_of(params)).empty() && hopper::can_fwd(params);
-}
-
-bool hopper_serves(const BwdParams& params) {
-  return !asks_for_portable_gpu_kernels() && hopper::refusal_bwd(problem_of(params)).empty() && hopper::can_bwd(params);
+// Why nothing serves a call of such a problem; empty where something does.
+std::string why_none(const Choice& choice, const AttentionParams& params) {
+  return choice.family == Family::kNone ? choice.why : refusal_of_sizes(params);
 }
 
 }  // namespace
@@ -42,26 +40,20 @@ Choice choose_fwd(const Problem& problem) { return choose(problem, hopper::refus
 
 Choice choose_bwd(const Problem& problem) { return choose(problem, hopper::refusal_bwd(problem)); }
 
-size_t fwd_workspace_size(const FwdParams& params) {
-  return hopper_serves(params) ? hopper::fwd_workspace_size(params) : portable::fwd_workspace_size(params);
+Launch<FwdParams> plan_fwd(const FwdParams& params) {
+  const Choice choice = choose_fwd(problem_of(params));
+  if (std::string why = why_none(choice, params); !why.empty()) return {.why_none = std::move(why)};
+  if (is_empty(params)) return {.run = [](const FwdParams&) {}};
+  return choice.family == Family::kHopper && hopper::can_fwd(params) ? hopper::launch_of_fwd(params)
+                                                                     : portable::launch_of_fwd(params);
 }
 
-size_t bwd_workspace_size(const BwdParams& params) {
-  return hopper_serves(params) ? hopper::bwd_workspace_size(params) : portable::bwd_workspace_size(params);
-}
-
-bool can_overwrite_inputs(const BwdParams& params) {
-  return hopper_serves(params) && hopper::can_overwrite_inputs(params);
-}
-
-void run_fwd(const FwdParams& params) {
-  if (is_empty(params)) return;
-  hopper_serves(params) ? hopper::run_fwd(params) : portable::run_fwd(params);
-}
-
-void run_bwd(const BwdParams& params) {
-  if (is_empty(params)) return;
-  hopper_serves(params) ? hopper::run_bwd(params) : portable::run_bwd(params);
+Launch<BwdParams> plan_bwd(const BwdParams& params) {
+  const Choice choice = choose_bwd(problem_of(params));
+  if (std::string why = why_none(choice, params); !why.empty()) return {.why_none = std::move(why)};
+  if (is_empty(params)) return {.run = [](const BwdParams&) {}};
+  return choice.family == Family::kHopper && hopper::can_bwd(params) ? hopper::launch_of_bwd(params)
+                                                                     : portable::launch_of_bwd(params);
 }
 
 }  // namespace mixed_attention::cuda

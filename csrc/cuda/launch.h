@@ -2,6 +2,7 @@
 #pragma once
 
 #include <cstddef>
+#include <functional>
 #include <string>
 
 #include "params.h"
@@ -48,16 +49,43 @@ struct Layout {
 Layout layout_fwd(const FwdParams& params);
 Layout layout_bwd(const BwdParams& params);
 
-// Bytes of device memory that a call needs beside its inputs and outputs; 0 for most.
-size_t fwd_workspace_size(const FwdParams& params);
-size_t bwd_workspace_size(const BwdParams& params);
+// How a call is served, decided once and before there is memory for it.
+template <class Params>
+struct Launch {
+  std::string why_none;       // why nothing serves it; empty where something does
+  size_t workspace_size = 0;  // bytes of device memory that it needs beside inputs and outputs; 0 for most
+  bool can_overwrite_inputs =
+      false;  // whether gradients may be where the inputs are: dq where q lies, dk where k does…
 
-// Whether run_bwd may be given the inputs as gradients: dq where q lies, dk where k does, dv where v does.
-bool can_overwrite_inputs(const BwdParams& params);
+  // Enqueues on params.stream and returns; it never synchronises and never allocates. The params are those of the plan,
+  // and params.workspace is there.
+  std::function<void(const Params&)> run;
+};
+
+// Of the pointers they compare some, and read none. Both throw std::invalid_argument where MIXED_ATTENTION_GPU asks for
+// what there is not.
+Launch<FwdParams> plan_fwd(const FwdParams& params);
+Launch<BwdParams> plan_bwd(const BwdParams& params);
+
+// Rounds fp32 tensors to 16 bits.
+struct CastParams {
+  static constexpr int kMostTensors = 8;
+
+  // Elements in a row.
+  struct Part {
+    const void* from;  // fp32
+    void* to;
+    int64_t count;
+  };
+
+  Part tensors[kMostTensors];
+  int num_tensors;
+  DType dtype;  // of the results, bf16 or fp16
+  void* stream;
+};
 
 // These enqueue on params.stream and return; they never synchronise and never allocate.
-void run_fwd(const FwdParams& params);
-void run_bwd(const BwdParams& params);
 void run_rope(const RopeParams& params);
+void run_cast(const CastParams& params);
 
 }  // namespace mixed_attention::cuda

@@ -6,6 +6,7 @@
 #include <ATen/core/ivalue.h>
 #include <c10/core/GradMode.h>
 #include <c10/core/impl/LocalDispatchKeySet.h>
+#include <c10/core/impl/TorchDispatchModeTLS.h>
 #include <torch/csrc/autograd/custom_function.h>
 #include <torch/csrc/autograd/graph_task.h>
 
@@ -37,16 +38,26 @@ struct Kept : torch::CustomClassHolder {
   Value value;
 };
 
-// Whether a derivative itself is to be differentiated or mapped: then it may neither overwrite nor run kernels, which
-// would answer a transform of functorch with zeros.
-inline bool needs_composite(const std::vector<at::Tensor>& grads) {
-  const auto is_transformed = [](const at::Tensor& grad) {
-    return grad.defined() && (grad.key_set().has(c10::DispatchKey::Batched) || grad._fw_grad(/*level=*/0).defined());
-  };
-  return c10::GradMode::is_enabled() ||
-         c10::impl::tls_is_dispatch_key_included(c10::DispatchKey::FuncTorchDynamicLayerFrontMode) ||
-         std::any_of(grads.begin(), grads.end(), is_transformed);
+// Whether a transform of functorch is active. Kernels would answer it with zeros.
+inline bool is_mapped() {
+  return c10::impl::tls_is_dispatch_key_included(c10::DispatchKey::FuncTorchDynamicLayerFrontMode);
 }
+
+// Whether a tensor stands for several, or has a tangent.
+inline bool is_transformed(const at::Tensor& tensor) {
+  return tensor.key_set().has(c10::DispatchKey::Batched) || tensor._fw_grad(/*level=*/0).defined();
+}
+
+// Whether a derivative itself is to be differentiated or mapped: then it may neither overwrite nor run kernels.
+inline bool needs_composite(const std::vector<at::Tensor>& grads) {
+  return c10::GradMode::is_enabled() || is_mapped() ||
+         std::any_of(grads.begin(), grads.end(),
+                     [](const at::Tensor& grad) { return grad.defined() && is_transformed(grad); });
+}
+
+// Whether Python sees every operation, as selective checkpointing does to keep results: then what was made must stay as
+// it is, and be made by operations that return it, as one that writes elsewhere might be left out of a recomputation.
+inline bool is_watched() { return c10::impl::dispatch_mode_enabled(); }
 
 // Of the memory that a node has saved: whether the node may give it away, and whether it has. To be made while the node
 // saves.

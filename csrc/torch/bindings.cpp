@@ -3,6 +3,7 @@
 #include <ATen/core/dispatch/Dispatcher.h>
 #include <c10/core/GradMode.h>
 #include <pybind11/stl.h>
+#include <torch/csrc/autograd/python_variable.h>
 #include <torch/csrc/autograd/variable.h>
 #include <torch/csrc/utils/pybind.h>
 #include <torch/library.h>
@@ -14,9 +15,11 @@
 #include "cuda/launch.h"
 #include "environment.h"
 #include "torch/attend.h"
+#include "torch/attend_in_place.h"
 #include "torch/checks.h"
 #include "torch/layer.h"
 #include "torch/ops.h"
+#include "torch/project.h"
 
 namespace {
 
@@ -73,6 +76,31 @@ void refuse_place(const c10::OperatorHandle& op, torch::jit::Stack* stack) {
 }
 
 using OptionalTensor = std::optional<at::Tensor>;
+
+// A tensor of torch's own class; others may have functions of their own, and are none here.
+std::optional<at::Tensor> plain_tensor(py::handle object) {
+  if (!THPVariable_CheckExact(object.ptr())) return {};
+  return THPVariable_Unpack(object.ptr());
+}
+
+// mixed_attention::run_layer for what comes from Python. maps: weight and bias each, of the output projection at last.
+std::optional<std::vector<at::Tensor>> run_layer(const py::handle& x, const py::list& maps, const py::handle& freqs,
+                                                 const py::handle& key_padding_mask,
+                                                 const mixed_attention::LayerCall& call) {
+  const OptionalTensor tokens = plain_tensor(x), complex = plain_tensor(freqs), mask = plain_tensor(key_padding_mask);
+  if (!tokens || !(complex || freqs.is_none()) || !(mask || key_padding_mask.is_none())) return {};
+  mixed_attention::LinearMaps in, out;
+  for (size_t i = 0; i < maps.size(); ++i) {
+    const py::tuple map = maps[i];
+    const OptionalTensor weight = plain_tensor(map[0]), bias = plain_tensor(map[1]);
+    if (!weight || !(bias || map[1].is_none())) return {};
+    mixed_attention::LinearMaps& into = i + 1 < maps.size() ? in : out;
+    into.weights.push_back(*weight);
+    into.biases.push_back(bias);
+  }
+  const py::gil_scoped_release no_gil;
+  return mixed_attention::run_layer(*tokens, in, out, complex, mask, call);
+}
 
 // A function of Python's that C++ calls. NOTE: never freed, because static objects outlive the interpreter.
 template <class Result>
@@ -233,6 +261,13 @@ PYBIND11_MODULE(TORCH_EXTENSION_NAME, m) {
   m.def("attend_in_place", &mixed_attention::attend_in_place, py::arg("buffers"), py::arg("freqs"),
         py::arg("key_padding_mask"), py::arg("dropout_seed"), py::arg("call"), py::call_guard<py::gil_scoped_release>(),
         "Rotates packed buffers where they lie and attends.");
+  py::class_<mixed_attention::LayerCall>(m, "LayerCall", "What a layer computes, but for its tensors.")
+      .def(py::init<std::vector<mixed_attention::ProjectedPart>, mixed_attention::PackedCall>(), py::arg("parts"),
+           py::arg("attention"));
+  m.def("run_layer", &run_layer, py::arg("x"), py::arg("maps"), py::arg("freqs"), py::arg("key_padding_mask"),
+        py::arg("call"),
+        "A whole layer: the tokens and the buffers of q, k and v, or None, and nothing done, where this is no plain "
+        "eager mode or something does not fit.");
   m.def(
       "set_backward_composite",
       [](const py::function& composite) {

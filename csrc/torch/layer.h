@@ -1,53 +1,38 @@
-// The differentiable steps of a layer in plain eager mode: few calls, little host time, nothing saved twice.
+// A whole layer in plain eager mode: the three nodes of its graph by one call from Python.
 #pragma once
 
 #include <ATen/core/Tensor.h>
 
-#include <functional>
 #include <optional>
-#include <utility>
 #include <vector>
 
-#include "torch/attend.h"
-#include "torch/autograd.h"
+#include "torch/attend_in_place.h"
+#include "torch/project.h"
 
 namespace mixed_attention {
 
-using Ranges = std::vector<std::pair<int64_t, int64_t>>;
-
-// Some neighbouring rows of a weight, and the tokens that they see; all tokens without ranges.
-struct ProjectedPart {
-  int64_t row_begin, row_end;
-  std::optional<Ranges> tokens;
+// What a layer computes, but for its tensors: which tokens go through which rows of its weights, and the attention over
+// what they make.
+struct LayerCall {
+  std::vector<ProjectedPart> parts;
+  PackedCall attention;
 };
 
-// Products of tokens (batch_size, seqlen, channels) with parts of a weight, computed in one dtype. Differentiable in
-// all tensors, any number of times.
+// Linear maps that are read as one: weights (rows, channels), one under the other, and their biases.
+struct LinearMaps {
+  std::vector<at::Tensor> weights;
+  OptionalTensors biases;
+};
+
+// Projects tokens (batch_size, seqlen, channels) to q, k and v, rotates them by complex freqs (batch_size or 1, seqlen,
+// head_dim / 2), attends, and projects the output. Tensors are of torch's own class.
 //
-// weight, bias: as nn.Linear has them. Rows that no part takes get zeros as gradient.
-// Returns (batch_size, tokens seen, rows) for every part.
-std::vector<at::Tensor> project(const at::Tensor& x, const at::Tensor& weight, const std::optional<at::Tensor>& bias,
-                                const std::vector<ProjectedPart>& parts, at::ScalarType dtype);
-
-// What an attention over packed buffers computes, but for its tensors. See mixed_attention/eager/packed.py.
-struct PackedCall : AttentionCall {
-  std::vector<std::vector<int64_t>> shapes;   // of each buffer: batch_size, seqlen, slots, num_heads, head_dim
-  std::vector<int64_t> rotated;               // how many of its first slots are rotated
-  std::vector<std::optional<Ranges>> tokens;  // of those that frequencies are given for, if not all
-};
-
-// Rotates the buffers where they lie, those that have frequencies (batch_size or 1, tokens, head_dim / 2, 2), and
-// attends. Returns the output (batch_size, seqlen_q, num_heads * head_dim), and the rotated buffers as parts of the
-// graph.
-std::vector<at::Tensor> attend_in_place(const std::vector<at::Tensor>& buffers, const OptionalTensors& freqs,
-                                        const std::optional<at::Tensor>& key_padding_mask,
-                                        const std::optional<at::Tensor>& dropout_seed, const PackedCall& call);
-
-// The gradients of the buffers by operators that have derivatives themselves: what a second derivative goes through.
-using BackwardComposite = std::function<OptionalTensors(
-    const std::vector<at::Tensor>& buffers, const OptionalTensors& freqs,
-    const std::optional<at::Tensor>& key_padding_mask, const std::optional<at::Tensor>& dropout_seed,
-    const PackedCall& call, const at::Tensor& dout, const OptionalTensors& drotated)>;
-void set_backward_composite(BackwardComposite composite);
+// Returns the tokens (batch_size, seqlen, channels) and behind them the buffers of q, k and v, as parts of the graph.
+// Nothing, and nothing done, where this is no plain eager mode on a device with kernels, or something does not fit:
+// then the layer is composed of framework operators, which know what is wrong.
+std::optional<std::vector<at::Tensor>> run_layer(const at::Tensor& x, const LinearMaps& in, const LinearMaps& out,
+                                                 const std::optional<at::Tensor>& freqs,
+                                                 const std::optional<at::Tensor>& key_padding_mask,
+                                                 const LayerCall& call);
 
 }  // namespace mixed_attention

@@ -19,6 +19,7 @@
 #include "params.h"
 #include "schedule.h"
 #include "torch/checks.h"
+#include "torch/schedules.h"
 
 namespace mixed_attention {
 namespace {
@@ -91,10 +92,6 @@ void fill_device(Params& params, const Tensor& tensor) {
   }
 }
 
-cuda::Problem problem_of(const AttentionParams& params) {
-  return {params.dtype, params.head_dim, params.head_dim_v, params.device};
-}
-
 // refusal: empty where there is none.
 void check_served(const std::string& refusal) {
   TORCH_CHECK_NOT_IMPLEMENTED(refusal.empty(), "no CUDA kernel serves this call: ", refusal,
@@ -106,22 +103,31 @@ Tensor allocate_workspace(size_t bytes, const Tensor& like) {
   return bytes == 0 ? Tensor() : at::empty({static_cast<int64_t>(bytes)}, like.options().dtype(at::kByte));
 }
 
-void run_fwd(FwdParams& params, const Tensor& q) {
-  if (q.is_cpu()) return cpu::run_fwd(params);
-  check_served(cuda::choose_fwd(problem_of(params)).why_none());
-  check_served(cuda::refusal_of_sizes(params));
-  const Tensor workspace = allocate_workspace(cuda::fwd_workspace_size(params), q);
+template <class Params>
+void run(const cuda::Launch<Params>& launch, Params& params, const Tensor& q) {
+  const Tensor workspace = allocate_workspace(launch.workspace_size, q);
   if (workspace.defined()) params.workspace = workspace.mutable_data_ptr();
-  cuda::run_fwd(params);
+  launch.run(params);
 }
 
-void run_bwd(BwdParams& params, const Tensor& q) {
-  if (q.is_cpu()) return cpu::run_bwd(params);
-  check_served(cuda::choose_bwd(problem_of(params)).why_none());
-  check_served(cuda::refusal_of_sizes(params));
-  const Tensor workspace = allocate_workspace(cuda::bwd_workspace_size(params), q);
-  if (workspace.defined()) params.workspace = workspace.mutable_data_ptr();
-  cuda::run_bwd(params);
+void run_fwd(FwdParams& params, const Tensor& q) {
+  if (q.is_cpu()) return cpu::run_fwd(params);
+  const cuda::Launch<FwdParams> launch = cuda::plan_fwd(params);
+  check_served(launch.why_none);
+  run(launch, params, q);
+}
+
+// Whether it ran: where the gradients are the inputs themselves, only if kernels can do that.
+bool run_bwd(BwdParams& params, const Tensor& q, bool is_in_place) {
+  if (q.is_cpu()) {
+    if (!is_in_place) cpu::run_bwd(params);
+    return !is_in_place;
+  }
+  const cuda::Launch<BwdParams> launch = cuda::plan_bwd(params);
+  check_served(launch.why_none);
+  if (is_in_place && !launch.can_overwrite_inputs) return false;
+  run(launch, params, q);
+  return true;
 }
 
 void run_rope(const RopeParams& params, const Tensor& x) {
@@ -169,9 +175,10 @@ void check_inputs(const Tensor& q, const Tensor& k, const Tensor& v, double soft
   }
 }
 
-Schedule checked_schedule(at::IntArrayRef segments, const Tensor& q, const Tensor& k) {
+std::shared_ptr<const Schedule> checked_schedule(at::IntArrayRef segments, const Tensor& q, const Tensor& k,
+                                                 Pass pass) {
   try {
-    return make_schedule(segments.data(), segments.size(), q.size(1), k.size(1));
+    return schedule_of(segments, q.size(1), k.size(1), pass);
   } catch (const std::invalid_argument& error) {
     TORCH_CHECK_VALUE(false, error.what());
   }
@@ -180,17 +187,22 @@ Schedule checked_schedule(at::IntArrayRef segments, const Tensor& q, const Tenso
 // Owns what the params point to.
 struct Call {
   Tensor q, k, v, key_padding_mask, dropout_seed;
-  Schedule schedule;
+  std::shared_ptr<const Schedule> schedule;
 };
 
-Call prepare(const Tensor& q, const Tensor& k, const Tensor& v, at::IntArrayRef segments, double softmax_scale,
-             const OptionalTensor& key_padding_mask, double dropout_p, const OptionalTensor& dropout_seed) {
+Call prepare(Pass pass, const Tensor& q, const Tensor& k, const Tensor& v, at::IntArrayRef segments,
+             double softmax_scale, const OptionalTensor& key_padding_mask, double dropout_p,
+             const OptionalTensor& dropout_seed) {
   check_inputs(q, k, v, softmax_scale, key_padding_mask, dropout_p, dropout_seed);
   check_memory("q", q);
   check_memory("k", k);
   check_memory("v", v);
-  Call call{last_dim_contiguous(q),          last_dim_contiguous(k), last_dim_contiguous(v), {}, {},
-            checked_schedule(segments, q, k)};
+  Call call{last_dim_contiguous(q),
+            last_dim_contiguous(k),
+            last_dim_contiguous(v),
+            {},
+            {},
+            checked_schedule(segments, q, k, pass)};
   if (key_padding_mask) {
     check_memory("key_padding_mask", *key_padding_mask);
     call.key_padding_mask = last_dim_contiguous(*key_padding_mask);
@@ -224,7 +236,7 @@ void fill(AttentionParams& params, const Call& call, double softmax_scale, doubl
   params.softmax_scale = softmax_scale;
   params.dropout_p = dropout_p;
   if (call.dropout_seed.defined()) params.dropout_seed = call.dropout_seed.const_data_ptr<int64_t>();
-  params.schedule = &call.schedule;
+  params.schedule = call.schedule.get();
   fill_device(params, q);
 }
 
@@ -238,7 +250,8 @@ Tensor sum_broadcast(const Tensor& grad, const Tensor& input) {
 std::tuple<Tensor, Tensor> forward(const Tensor& q, const Tensor& k, const Tensor& v, at::IntArrayRef segments,
                                    double softmax_scale, const OptionalTensor& key_padding_mask, double dropout_p,
                                    const OptionalTensor& dropout_seed) {
-  const Call call = prepare(q, k, v, segments, softmax_scale, key_padding_mask, dropout_p, dropout_seed);
+  const Call call =
+      prepare(Pass::kForward, q, k, v, segments, softmax_scale, key_padding_mask, dropout_p, dropout_seed);
   const c10::DeviceGuard guard(q.device());
   Tensor out = at::empty({q.size(0), q.size(1), q.size(2), v.size(3)}, q.options());
   Tensor lse = at::empty({q.size(0), q.size(2), q.size(1)}, q.options().dtype(lse_dtype(q)));
@@ -252,10 +265,6 @@ std::tuple<Tensor, Tensor> forward(const Tensor& q, const Tensor& k, const Tenso
 }
 
 namespace {
-
-bool can_overwrite_inputs(const BwdParams& params, const Tensor& q) {
-  return q.is_cuda() && cuda::can_overwrite_inputs(params);
-}
 
 // Beside what check_inputs checks. Gradients are given, or none.
 void check_gradients(const Tensor& dout, const OptionalTensor& dlse, const Tensor& q, const Tensor& k, const Tensor& v,
@@ -299,7 +308,8 @@ bool run_backward(const Tensor& dout, const OptionalTensor& dlse, const Tensor& 
                   const Tensor& out, const Tensor& lse, at::IntArrayRef segments, double softmax_scale,
                   const OptionalTensor& key_padding_mask, double dropout_p, const OptionalTensor& dropout_seed,
                   const Tensor& dq, const Tensor& dk, const Tensor& dv, bool is_in_place, bool may_overwrite_out) {
-  const Call call = prepare(q, k, v, segments, softmax_scale, key_padding_mask, dropout_p, dropout_seed);
+  const Call call =
+      prepare(Pass::kBackward, q, k, v, segments, softmax_scale, key_padding_mask, dropout_p, dropout_seed);
   check_gradients(dout, dlse, q, k, v, out, lse, {dq, dk, dv});
   for (const auto& [name, tensor] :
        {Named{"dout", &dout}, {"out", &out}, {"lse", &lse}, {"dq", &dq}, {"dk", &dk}, {"dv", &dv}}) {
@@ -332,9 +342,7 @@ bool run_backward(const Tensor& dout, const OptionalTensor& dlse, const Tensor& 
   params.dk_strides = strides(dk);
   params.dv_strides = strides(dv);
   params.deterministic = at::globalContext().deterministicAlgorithms();
-  if (is_in_place && !can_overwrite_inputs(params, q)) return false;
-  run_bwd(params, q);
-  return true;
+  return run_bwd(params, q, is_in_place);
 }
 
 bool is_same_memory(const Tensor& a, const Tensor& b) {
@@ -439,12 +447,35 @@ Tensor rope(const Tensor& x, const Tensor& freqs, bool conjugate) {
   return out;
 }
 
+bool cast_by_one_launch(at::TensorList from, at::TensorList to) {
+  if (from.empty() || from.size() > static_cast<size_t>(cuda::CastParams::kMostTensors)) return false;
+  const at::ScalarType dtype = to[0].scalar_type();
+  if (!from[0].is_cuda() || (dtype != at::kHalf && dtype != at::kBFloat16)) return false;
+  // NOTE: this is no operator, so that nobody has resolved what stands for other numbers than those in its memory.
+  const c10::DispatchKeySet lazy{c10::DispatchKey::Negative, c10::DispatchKey::ZeroTensor, c10::DispatchKey::Python};
+  cuda::CastParams params{};
+  for (size_t i = 0; i < from.size(); ++i) {
+    if (from[i].scalar_type() != at::kFloat || !from[i].is_contiguous() || !to[i].is_contiguous() ||
+        from[i].device() != from[0].device() || from[i].key_set().has_any(lazy)) {
+      return false;
+    }
+    check_memory("cast", from[i]);
+    params.tensors[i] = {from[i].const_data_ptr(), to[i].mutable_data_ptr(), from[i].numel()};
+  }
+  const c10::DeviceGuard guard(from[0].device());
+  params.num_tensors = static_cast<int>(from.size());
+  params.dtype = to_dtype("to", dtype);
+  params.stream = c10::impl::VirtualGuardImpl(at::kCUDA).getStream(from[0].device()).native_handle();
+  cuda::run_cast(params);
+  return true;
+}
+
 void check_forward(const Tensor& q, const Tensor& k, const Tensor& v, c10::SymIntArrayRef segments,
                    double softmax_scale, const OptionalTensor& key_padding_mask, double dropout_p,
                    const OptionalTensor& dropout_seed) {
   check_inputs(q, k, v, softmax_scale, key_padding_mask, dropout_p, dropout_seed);
   const auto numbers = c10::asIntArrayRefSlowOpt(segments);
-  if (numbers && !has_symbolic_sizes({&q, &k})) checked_schedule(*numbers, q, k);
+  if (numbers && !has_symbolic_sizes({&q, &k})) checked_schedule(*numbers, q, k, Pass::kForward);
 }
 
 void check_backward(const Tensor& dout, const OptionalTensor& dlse, const Tensor& q, const Tensor& k, const Tensor& v,

@@ -39,6 +39,10 @@ bool backward_in_place(const at::Tensor& dout, const std::optional<at::Tensor>& 
 at::Tensor rope(const at::Tensor& x, const at::Tensor& freqs, bool conjugate);
 void rope_out(const at::Tensor& x, const at::Tensor& freqs, bool conjugate, const at::Tensor& out);
 
+// Rounds fp32 tensors to those of 16 bits beside them, by one launch for all. False, and nothing done, where no kernel
+// can: on CPUs, for other dtypes, for tensors that are not contiguous, and for very many.
+bool cast_by_one_launch(at::TensorList from, at::TensorList to);
+
 // Throw what the operators would throw, without computing and without a look at memory: for the paths that do not reach
 // a kernel. What depends on symbolic sizes is left to the kernels. grads: dq, dk and dv, or none.
 void check_forward(const at::Tensor& q, const at::Tensor& k, const at::Tensor& v, c10::SymIntArrayRef segments,

@@ -47,7 +47,7 @@ def is_plain(*layers: Any) -> bool:
     patched on the class, ``module.compile()``, another ``F.linear``, a mode that overrides functions, weights and
     biases that are tensor subclasses (quantised, distributed), or that are missing or differ in dtype or device.
     """
-    if not _calls_are_torchs():
+    if not calls_are_torchs():
         return False
     tensors: list[Tensor] = []
     for layer in layers:
@@ -59,7 +59,7 @@ def is_plain(*layers: Any) -> bool:
     return len(layers) == 1 or all(t.dtype == tensors[0].dtype and t.device == tensors[0].device for t in tensors)
 
 
-def _calls_are_torchs() -> bool:
+def calls_are_torchs() -> bool:
     """Whether calling a linear layer runs what torch has it run, and no mode overrides the product."""
     if not is_linear_torchs():
         return False

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping, Sequence, Set
 from typing import Any
 
 import torch
@@ -13,14 +13,15 @@ from mixed_attention import cache, checkpoint
 from mixed_attention.autocast import cat
 from mixed_attention.cache import KVCache, KVEntry
 from mixed_attention.config import DotProductAttentionConfig, MixedAttentionConfig, PerceiverAttentionConfig
-from mixed_attention.eager import packed
+from mixed_attention.eager import at_once, packed
 from mixed_attention.eager.packed import Freqs, Packed, Rotated
-from mixed_attention.eager.projection import Part, Runs, is_plain, linear, project, take
+from mixed_attention.eager.projection import Part, Runs, calls_are_torchs, is_plain, linear, project, take
 from mixed_attention.layers.init import init_weights
 from mixed_attention.layers.norm import RMSNorm
 from mixed_attention.plan import AttentionPatternLike, AttentionPlan, Group, TokenSpecLike, read_patterns, read_specs
 from mixed_attention.rope import check_freqs
 from mixed_attention.spec import AttentionPattern, TokenSpec
+from mixed_attention.torch_internals import plain_parameters
 
 
 class ProjectedAttention(nn.Module):
@@ -321,12 +322,80 @@ class MixedAttention(DotProductAttention):
         record: bool,
     ) -> tuple[Tensor, KVCache | None]:
         """The layer, but for what the published signatures disagree about."""
+        found = None
+        if kv_cache is None and not torch.compiler.is_compiling():
+            found = self._at_once(x, token_specs, attention_patterns, key_padding_mask, freqs, record=record)
+        if found is None:
+            found = self._in_steps(x, token_specs, attention_patterns, key_padding_mask, freqs, kv_cache, record=record)
+        return found
+
+    def _at_once(
+        self,
+        x: Tensor,
+        token_specs: Sequence[TokenSpecLike],
+        attention_patterns: Sequence[AttentionPatternLike],
+        key_padding_mask: Tensor | None,
+        freqs: Freqs | None,
+        *,
+        record: bool,
+    ) -> tuple[Tensor, KVCache | None] | None:
+        """The layer by one call of C++, in plain eager mode; None elsewhere, and where there is an error to raise."""
+        if type(x) is not Tensor or self.qk_norm or not self.parallel or self.use_rope != (freqs is not None):
+            return None
+        request, shape = at_once.Request.of(token_specs, attention_patterns), x.shape
+        if request is None or request.has_cached or len(shape) != 3 or shape[1] != request.num_tokens:
+            return None
+        is_packed = len(self.projections) == 1
+        if "".join(self.projections) != "qkv" or (is_packed and self.num_heads * self.head_dim != self._dim):
+            return None
+        layers = [getattr(self, name) for name in (*self.projections, "proj")]
+        maps = [each for each in map(plain_parameters, layers) if each is not None]
+        if len(maps) < len(layers) or not calls_are_torchs():
+            return None
+        if key_padding_mask is not None:
+            check_tokens(x, token_specs, key_padding_mask)
+        to_record = request.recorded(self.cached_groups) if record else frozenset()
+        least = LEAST_SKIPPED.get(x.device.type, 0)
+        skips = request.num_unread > 0 and shape[0] * request.num_unread * shape[2] >= least
+        plan = request.plan(skips and request.read.issuperset(to_record))
+        mask = key_padding_mask
+        if mask is not None and plan.num_keys != plan.num_queries:
+            mask = take(mask, at_once.runs_with_keys(plan))
+        made = at_once.run(
+            x,
+            maps,
+            plan,
+            num_heads=self.num_heads,
+            head_dim=self.head_dim,
+            freqs=freqs,
+            key_padding_mask=mask,
+            dropout_p=self.dropout if self.training else 0.0,
+        )
+        if made is None:
+            return None
+        out, rotated = made
+        return out, self._recorded(plan, to_record, rotated, mask) if record else None
+
+    def _in_steps(
+        self,
+        x: Tensor,
+        token_specs: Sequence[TokenSpecLike],
+        attention_patterns: Sequence[AttentionPatternLike],
+        key_padding_mask: Tensor | None,
+        freqs: Freqs | None,
+        kv_cache: Mapping[str, Mapping[str, Tensor]] | None,
+        *,
+        record: bool,
+    ) -> tuple[Tensor, KVCache | None]:
+        """The layer in any mode: projection, rotation and attention, projection."""
         self._check_rope(freqs)
         token_specs = check_tokens(x, token_specs, key_padding_mask)
         attention_patterns = read_patterns(attention_patterns)
         cached = [spec.name for spec in token_specs if spec.size is None]
         to_record = (
-            set() if cached or not record else {spec.name for spec in token_specs if self._goes_to_cache(spec.name)}
+            set()
+            if cached or not record
+            else {spec.name for spec in token_specs if cache.is_recorded(spec.name, self.cached_groups)}
         )
         read = {name for pattern in attention_patterns for name in pattern.key_value_tokens}
         plan = AttentionPlan.compile(
@@ -341,15 +410,17 @@ class MixedAttention(DotProductAttention):
         if kv_cache is not None:
             mask = cache.join_masks(plan, key_padding_mask, kv_cache, x)
         else:
-            mask = None if key_padding_mask is None else take(key_padding_mask, _runs_with_keys(plan))
+            mask = None if key_padding_mask is None else take(key_padding_mask, at_once.runs_with_keys(plan))
         out, rotated = packed.attend(
             parts, plan, key_padding_mask=mask, dropout_p=self._dropout_p, parallel=self.parallel
         )
-        recorded = None
-        if record and not cached:
-            _, k, v = rotated()
-            recorded = {g.name: self._record(g, k, v, mask) for g in plan.groups if g.name in to_record}
+        recorded = self._recorded(plan, to_record, rotated, mask) if record and not cached else None
         return linear(out, self.proj), recorded
+
+    def _recorded(self, plan: AttentionPlan, names: Set[str], rotated: Rotated, mask: Tensor | None) -> KVCache:
+        """The cache of some groups."""
+        _, k, v = rotated()
+        return {group.name: self._record(group, k, v, mask) for group in plan.groups if group.name in names}
 
     def _parts(
         self, x: Tensor, plan: AttentionPlan, freqs: Freqs | None, kv_cache: Mapping[str, Mapping[str, Tensor]] | None
@@ -361,7 +432,7 @@ class MixedAttention(DotProductAttention):
             (q,) = self._project(x, ("q", None, freqs))
             fresh = []
         else:
-            q, kv = self._project(x, ("q", None, freqs), ("kv", _runs_with_keys(plan), freqs))
+            q, kv = self._project(x, ("q", None, freqs), ("kv", at_once.runs_with_keys(plan), freqs))
             if kv_cache is None:
                 return [q, kv]
             fresh = packed.rotated_slots(kv, parallel=self.parallel)
@@ -375,9 +446,6 @@ class MixedAttention(DotProductAttention):
         return cache.record_entry(
             k[:, rows], v[:, rows], kept, detach=self.detach_kv_cache, compact=self._records_copies
         )
-
-    def _goes_to_cache(self, name: str) -> bool:
-        return "_anchor" in name or name in self.cached_groups
 
     def _check_rope(self, freqs: Freqs | None) -> None:
         if self.use_rope != (freqs is not None):
@@ -470,11 +538,6 @@ def _pays_to_skip(x: Tensor, token_specs: Sequence[TokenSpecLike], read: set[str
         return True
     unread = sum(spec.size for spec in token_specs if spec.size is not None and spec.name not in read)
     return x.shape[0] * unread * x.shape[2] >= LEAST_SKIPPED.get(x.device.type, 0)
-
-
-def _runs_with_keys(plan: AttentionPlan) -> Runs:
-    """The tokens that are present, by whether the plan has keys of them."""
-    return tuple((g.size, g.key_start is not None) for g in plan.groups if g.query_start is not None)
 
 
 class PerceiverAttention(ProjectedAttention):

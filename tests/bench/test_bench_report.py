@@ -130,7 +130,7 @@ def test_a_file_lies_in_the_folder_of_its_machine(device, is_gpu, folder):
         (["--what", "operator", "--dtype", "float32", "tf32"], "operator-fp32-tf32"),
         (["--what", "operator", "layer", "--dtype", "bfloat16"], "operator-layer-bf16"),
         (["--what", "layer", "--dtype", "float16", "--compiled"], "layer-fp16-compiled"),
-        (["--what", "overhead", "repeats"], "overhead-repeats"),
+        (["--what", "host", "repeats"], "host-repeats"),
         (["--quick"], "operator-bf16-quick"),
         (["--what", "operator", "--dtype", "float16", "--case", "abupt-self"], "operator-fp16-selected"),
     ],

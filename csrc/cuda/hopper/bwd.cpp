@@ -1,7 +1,9 @@
 #include <cuda_bf16.h>
 #include <cuda_fp16.h>
 
+#include <memory>
 #include <string>
+#include <vector>
 
 #include "cuda/common/check.h"
 #include "cuda/hopper/bwd/config.h"
@@ -61,24 +63,28 @@ bool can_bwd(const BwdParams& params) {
          fits_work_table(params) && fits_key_work_table(params);
 }
 
-// The last kernel that reads keys and values is the one for their gradients: there they are read by those alone who
-// overwrite them, after their last use. Gradients of queries reach their place behind it. The kernels for fp32 read
-// copies.
-bool can_overwrite_inputs(const BwdParams& params) {
-  return params.dtype == DType::kFloat32 || can_move_dq(params) ||
-         plan_bwd(params, make_query_runs(*params.schedule)).dq_form != DqForm::kApart;
-}
-
-size_t bwd_workspace_size(const BwdParams& params) {
-  return params.dtype == DType::kFloat32 ? fp32_bwd_workspace(params).size : bwd_workspace(params).size;
-}
-
-void run_bwd(const BwdParams& params) {
-  if (params.dtype == DType::kFloat32) return launch_fp32_bwd(params);
-  with_bwd_head_dim(params.head_dim, [&]<int kHeadDim>() {
-    params.dtype == DType::kBFloat16 ? launch_bwd<__nv_bfloat16, kHeadDim>(params)
-                                     : launch_bwd<__half, kHeadDim>(params);
-  });
+// Gradients may be where the inputs are: the last kernel that reads keys and values is the one for their gradients.
+// There they are read by those alone who overwrite them, after their last use. Gradients of queries reach their place
+// behind it. The kernels for fp32 read copies.
+Launch<BwdParams> launch_of_bwd(const BwdParams& params) {
+  if (params.dtype == DType::kFloat32) {
+    return {.workspace_size = fp32_bwd_workspace(params).size, .can_overwrite_inputs = true, .run = launch_fp32_bwd};
+  }
+  struct Plan {
+    std::vector<QueryRun> runs;
+    BwdPlan plan;
+  };
+  const auto made = std::make_shared<Plan>();
+  made->runs = make_query_runs(*params.schedule);
+  made->plan = plan_bwd(params, made->runs);
+  return {.workspace_size = bwd_workspace(params, made->runs, made->plan).size,
+          .can_overwrite_inputs = can_move_dq(params) || made->plan.dq_form != DqForm::kApart,
+          .run = [made](const BwdParams& params) {
+            with_bwd_head_dim(params.head_dim, [&]<int kHeadDim>() {
+              params.dtype == DType::kBFloat16 ? launch_bwd<__nv_bfloat16, kHeadDim>(params, made->runs, made->plan)
+                                               : launch_bwd<__half, kHeadDim>(params, made->runs, made->plan);
+            });
+          }};
 }
 
 }  // namespace mixed_attention::cuda::hopper

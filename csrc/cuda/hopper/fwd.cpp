@@ -1,3 +1,4 @@
+#include <memory>
 #include <string>
 
 #include "cuda/common/device.h"
@@ -42,13 +43,14 @@ bool can_fwd(const FwdParams& params) {
          can_load(tensors.v) && can_store(params.out, params.out_strides, is_fp32 ? 4 : 2) && fits_work_table(params);
 }
 
-size_t fwd_workspace_size(const FwdParams& params) { return plan_fwd(params).workspace_size; }
-
-void run_fwd(const FwdParams& params) {
-  const FwdPlan plan = plan_fwd(params);
-  with_fwd_kernel(params, [&]<typename Element, int kHeadDim, int kParts>() {
-    launch_fwd<Element, kHeadDim, kParts>(params, plan);
-  });
+Launch<FwdParams> launch_of_fwd(const FwdParams& params) {
+  auto plan = std::make_shared<FwdPlan>(plan_fwd(params));
+  return {.workspace_size = plan->workspace_size, .run = [plan](const FwdParams& params) {
+            take_workspace(params, *plan);
+            with_fwd_kernel(params, [&]<typename Element, int kHeadDim, int kParts>() {
+              launch_fwd<Element, kHeadDim, kParts>(params, *plan);
+            });
+          }};
 }
 
 }  // namespace mixed_attention::cuda::hopper

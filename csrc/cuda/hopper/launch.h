@@ -1,7 +1,6 @@
 // The Hopper kernels' entry points, and what they serve.
 #pragma once
 
-#include <cstddef>
 #include <string>
 
 #include "cuda/launch.h"
@@ -20,14 +19,8 @@ bool can_bwd(const BwdParams& params);
 Layout layout_fwd(const FwdParams& params);
 Layout layout_bwd(const BwdParams& params);
 
-size_t fwd_workspace_size(const FwdParams& params);
-size_t bwd_workspace_size(const BwdParams& params);
-
-// Whether gradients may be written where the inputs lie, each in the place of its own.
-bool can_overwrite_inputs(const BwdParams& params);
-
-// These enqueue on params.stream and return.
-void run_fwd(const FwdParams& params);
-void run_bwd(const BwdParams& params);
+// How a call that these can serve is served.
+Launch<FwdParams> launch_of_fwd(const FwdParams& params);
+Launch<BwdParams> launch_of_bwd(const BwdParams& params);
 
 }  // namespace mixed_attention::cuda::hopper

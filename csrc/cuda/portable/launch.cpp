@@ -28,20 +28,23 @@ void with_kernel(Arithmetic arithmetic, int head_dim, Function&& function) {
 
 }  // namespace
 
-size_t fwd_workspace_size(const FwdParams& params) { return plan_fwd(params).workspace_size; }
-
-size_t bwd_workspace_size(const BwdParams& params) { return plan_bwd(params).workspace_size; }
-
-void run_fwd(const FwdParams& params) {
-  const FwdPlan plan = plan_fwd(params);
-  with_kernel(plan.arithmetic, plan.head_dim,
-              [&]<Arithmetic kArithmetic, int kHeadDim>() { launch_fwd<kArithmetic, kHeadDim>(params, plan); });
+// NOTE: the plan is made a second time once there is a workspace, as it holds the places of what lies there.
+Launch<FwdParams> launch_of_fwd(const FwdParams& params) {
+  return {.workspace_size = plan_fwd(params).workspace_size, .run = [](const FwdParams& params) {
+            const FwdPlan plan = plan_fwd(params);
+            with_kernel(plan.arithmetic, plan.head_dim, [&]<Arithmetic kArithmetic, int kHeadDim>() {
+              launch_fwd<kArithmetic, kHeadDim>(params, plan);
+            });
+          }};
 }
 
-void run_bwd(const BwdParams& params) {
-  const BwdPlan plan = plan_bwd(params);
-  with_kernel(plan.arithmetic, plan.head_dim,
-              [&]<Arithmetic kArithmetic, int kHeadDim>() { launch_bwd<kArithmetic, kHeadDim>(params, plan); });
+Launch<BwdParams> launch_of_bwd(const BwdParams& params) {
+  return {.workspace_size = plan_bwd(params).workspace_size, .run = [](const BwdParams& params) {
+            const BwdPlan plan = plan_bwd(params);
+            with_kernel(plan.arithmetic, plan.head_dim, [&]<Arithmetic kArithmetic, int kHeadDim>() {
+              launch_bwd<kArithmetic, kHeadDim>(params, plan);
+            });
+          }};
 }
 
 }  // namespace mixed_attention::cuda::portable

@@ -22,10 +22,9 @@ std::string refusal(const Problem& problem);
 Layout layout_fwd(const FwdParams& params);
 Layout layout_bwd(const BwdParams& params);
 
-size_t fwd_workspace_size(const FwdParams& params);
-size_t bwd_workspace_size(const BwdParams& params);
-void run_fwd(const FwdParams& params);
-void run_bwd(const BwdParams& params);
+// How a call that these can serve is served.
+Launch<FwdParams> launch_of_fwd(const FwdParams& params);
+Launch<BwdParams> launch_of_bwd(const BwdParams& params);
 
 // How the tensor cores multiply. kTf32x3 sums three products of the parts of each operand: as accurate as fp32.
 enum class Arithmetic { kFloat16, kBFloat16, kTf32, kTf32x3 };

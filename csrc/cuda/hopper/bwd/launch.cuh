@@ -198,9 +198,8 @@ void launch_tiles(const BwdParams& params, const QueryStats& stats, const BwdWor
 }
 
 template <typename Element, int kHeadDim>
-void launch_bwd(const BwdParams& params) {
-  const std::vector<QueryRun> runs = make_query_runs(*params.schedule);
-  const BwdWorkspace workspace = bwd_workspace(params);
+void launch_bwd(const BwdParams& params, const std::vector<QueryRun>& runs, const BwdPlan& plan) {
+  const BwdWorkspace workspace = bwd_workspace(params, runs, plan);
   const QueryStats stats{workspace.lse_log2, workspace.delta, num_query_tiles(runs)};
   launch_stats<Element, kHeadDim>(params, stats, workspace, runs);
   if (params.key_padding_mask != nullptr) {

@@ -39,11 +39,9 @@ struct BwdWorkspace {
 };
 
 // Lays out params.workspace, null to learn the size. Other pointers count only by whether there is a mask, whether the
-// gradients take the place of the inputs, and whether there is spare memory.
-BwdWorkspace bwd_workspace(const BwdParams& params);
-
-// The same with the work cut as a plan says, whatever is best; runs: make_query_runs.
+// gradients take the place of the inputs, and whether there is spare memory. runs: make_query_runs.
 BwdWorkspace bwd_workspace(const BwdParams& params, const std::vector<QueryRun>& runs, BwdPlan plan);
+
 // Room for one of every query, and a tile more, which may be read.
 RowReference* take_references(const BwdParams& params, Scratch& scratch);
 
@@ -56,6 +54,6 @@ BwdTensors bwd_tensors(const BwdParams& params, const BwdWorkspace& workspace);
 
 // Instantiated by cuda/instantiate_hopper_bwd.cu, one object per element type and head_dim.
 template <typename Element, int kHeadDim>
-void launch_bwd(const BwdParams& params);
+void launch_bwd(const BwdParams& params, const std::vector<QueryRun>& runs, const BwdPlan& plan);
 
 }  // namespace mixed_attention::cuda::hopper

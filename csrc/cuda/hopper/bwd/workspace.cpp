@@ -57,11 +57,6 @@ BwdTensors bwd_tensors(const BwdParams& params) {
           view(params.v, params.seqlen_k, params.v_strides), view(params.dout, params.seqlen_q, params.dout_strides)};
 }
 
-BwdWorkspace bwd_workspace(const BwdParams& params) {
-  const std::vector<QueryRun> runs = make_query_runs(*params.schedule);
-  return bwd_workspace(params, runs, plan_bwd(params, runs));
-}
-
 BwdWorkspace bwd_workspace(const BwdParams& params, const std::vector<QueryRun>& runs, BwdPlan plan) {
   Scratch scratch(params.workspace);
   // Every query segment may end in a tile that is filled up.

@@ -32,6 +32,9 @@ struct FwdPlan {
 // params.workspace is null for a plan of the same sizes. Other pointers count only by whether there is a mask.
 FwdPlan plan_fwd(const FwdParams& params);
 
+// Says where in params.workspace the parts of a plan lie, once that is there.
+void take_workspace(const FwdParams& params, FwdPlan& plan);
+
 // Instantiated by cuda/instantiate_hopper_fwd.cu, one object per element type, head_dim and number of parts.
 template <typename Element, int kHeadDim, int kParts = 1>
 void launch_fwd(const FwdParams& params, const FwdPlan& plan);

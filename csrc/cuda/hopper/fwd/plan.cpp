@@ -16,12 +16,19 @@ FwdTensors fwd_tensors(const FwdParams& params) {
 }
 
 FwdPlan plan_fwd(const FwdParams& params) {
-  return with_fwd_kernel(params, [&]<typename Element, int kHeadDim, int kParts>() {
+  FwdPlan plan = with_fwd_kernel(params, [&]<typename Element, int kHeadDim, int kParts>() {
     using Tuning = FwdTuningOf<Element, kHeadDim, kParts>;
-    constexpr int kBlockM = Tuning::kConsumers * kWarpgroupRows;
+    return FwdPlan{make_work_table(params, Tuning::kConsumers * kWarpgroupRows, Tuning::kBlockN)};
+  });
+  split_items(plan.table, num_multiprocessors(params.device));
+  take_workspace(params, plan);
+  return plan;
+}
+
+void take_workspace(const FwdParams& params, FwdPlan& plan) {
+  with_fwd_kernel(params, [&]<typename Element, int kHeadDim, int kParts>() {
+    constexpr int kBlockM = FwdTuningOf<Element, kHeadDim, kParts>::kConsumers * kWarpgroupRows;
     Scratch scratch(params.workspace);
-    FwdPlan plan{make_work_table(params, kBlockM, Tuning::kBlockN)};
-    split_items(plan.table, num_multiprocessors(params.device));
     if (const int64_t num_parts = plan.table.splits.num_items(); num_parts > 0) {
       plan.partial_out = scratch.take<float>(num_parts * kBlockM * params.head_dim);
       plan.row_parts = scratch.take<RowPart>(num_parts * kBlockM);
@@ -34,7 +41,6 @@ FwdPlan plan_fwd(const FwdParams& params) {
       plan.v_parts = take_half_parts(tensors.v, kParts, scratch);
     }
     plan.workspace_size = scratch.bytes();
-    return plan;
   });
 }
 

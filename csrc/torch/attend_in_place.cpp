@@ -1,0 +1,248 @@
+#include "torch/attend_in_place.h"
+
+#include <ATen/Functions.h>
+#include <ATen/TensorOperators.h>
+#include <ATen/core/LegacyTypeDispatch.h>
+#include <ATen/core/dispatch/Dispatcher.h>
+#include <c10/core/impl/LocalDispatchKeySet.h>
+#include <c10/util/accumulate.h>
+#include <torch/csrc/autograd/custom_function.h>
+
+#include <algorithm>
+
+#include "torch/checks.h"
+#include "torch/ops.h"
+
+namespace mixed_attention {
+namespace {
+
+using at::Tensor;
+using torch::autograd::AutogradContext;
+using torch::autograd::variable_list;
+
+std::vector<Tensor> slots(at::TensorList buffers, const std::vector<std::vector<int64_t>>& shapes) {
+  std::vector<Tensor> found;
+  for (size_t part = 0; part < buffers.size(); ++part) {
+    const Tensor packed = buffers[part].view(shapes[part]);
+    for (int64_t slot = 0; slot < packed.size(2); ++slot) found.push_back(packed.select(2, slot));
+  }
+  return found;
+}
+
+// Of frequencies for more tokens than there are, those that the ranges take.
+void rotate_in_place(const Tensor& buffer, const std::vector<int64_t>& shape, int64_t rotated, const Tensor& freqs,
+                     const std::optional<Ranges>& tokens, bool conjugate) {
+  static const auto op =
+      c10::Dispatcher::singleton().findSchemaOrThrow("mixed_attention::rope_out", "").typed<decltype(rope_out)>();
+  const int64_t num_heads = shape[3], head_dim = shape[4], row = shape[2] * num_heads * head_dim;
+  const Tensor heads =
+      buffer.as_strided({shape[0], shape[1], rotated * num_heads, head_dim}, {shape[1] * row, row, head_dim, 1});
+  if (!tokens) {
+    op.call(heads, freqs, conjugate, heads);
+    return;
+  }
+  int64_t place = 0;
+  for (const auto& [start, end] : *tokens) {
+    const Tensor run = heads.slice(1, place, place + end - start);
+    op.call(run, freqs.slice(1, start, end), conjugate, run);
+    place += end - start;
+  }
+}
+
+// The same into new memory, by operations that return what they make.
+Tensor rotate_copy(const Tensor& buffer, const std::vector<int64_t>& shape, int64_t rotated, const Tensor& freqs,
+                   const std::optional<Ranges>& tokens) {
+  static const auto op =
+      c10::Dispatcher::singleton().findSchemaOrThrow("mixed_attention::rope", "").typed<decltype(rope)>();
+  const int64_t num_heads = shape[3], num_rotated = rotated * num_heads;
+  const Tensor heads = buffer.view({shape[0], shape[1], shape[2] * num_heads, shape[4]});
+  const Tensor turned = op.call(heads.slice(2, 0, num_rotated), take(freqs, tokens), false);
+  return at::cat({turned, heads.slice(2, num_rotated)}, 2).view(buffer.sizes());
+}
+
+OptionalTensors optional_tensors(variable_list::const_iterator begin, size_t count) {
+  OptionalTensors result;
+  for (auto each = begin; each != begin + count; ++each) {
+    result.push_back(each->defined() ? std::optional(*each) : std::nullopt);
+  }
+  return result;
+}
+
+BackwardComposite& backward_composite() {
+  static BackwardComposite composite;
+  return composite;
+}
+
+// Whether somebody may see a product beside the one who hands it over: another tensor over its memory, or whoever
+// watches.
+bool is_seen(const Tensor& buffer) { return is_watched() || buffer.storage().use_count() != 1; }
+
+struct Attended {
+  Tensor out, lse;
+  variable_list buffers;  // as they were read
+  variable_list rotated;  // those of them that have frequencies
+  variable_list written;  // those of them that were rotated where they lie
+};
+
+// Rotates the buffers that have frequencies, where they lie if nobody sees it, and attends.
+Attended run_attend(at::TensorList given, const OptionalTensors& freqs, const std::optional<Tensor>& key_padding_mask,
+                    const std::optional<Tensor>& dropout_seed, const PackedCall& call) {
+  static const auto op = c10::Dispatcher::singleton()
+                             .findSchemaOrThrow("mixed_attention::forward", "")
+                             .typed<decltype(mixed_attention::forward)>();
+  const c10::impl::ExcludeDispatchKeyGuard no_autocast(c10::autocast_dispatch_keyset);
+  const at::AutoDispatchBelowADInplaceOrView guard;
+  Attended result{{}, {}, given.vec(), {}, {}};
+  for (size_t part = 0; part < given.size(); ++part) {
+    if (!freqs[part]) continue;
+    Tensor& buffer = result.buffers[part];
+    if (is_seen(buffer)) {
+      buffer = rotate_copy(buffer, call.shapes[part], call.rotated[part], *freqs[part], call.tokens[part]);
+    } else {
+      rotate_in_place(buffer, call.shapes[part], call.rotated[part], *freqs[part], call.tokens[part], false);
+      result.written.push_back(buffer);
+    }
+    result.rotated.push_back(buffer);
+  }
+  const std::vector<Tensor> qkv = slots(result.buffers, call.shapes);
+  const auto [heads, lse] = op.call(qkv[0], qkv[1], qkv[2], call.segments, call.softmax_scale, key_padding_mask,
+                                    call.dropout_p, dropout_seed);
+  result.out = heads.flatten(2);
+  result.lse = lse;
+  return result;
+}
+
+struct AttendState {
+  PackedCall call;
+  SavedMemory memory;
+};
+
+// NOTE: what is saved are the rotated buffers, as outputs: so a second derivative finds the way through this node's own
+// rotation, and a KV cache that is taken from them stays attached. Where nobody needs them after the backward, their
+// gradients take their place.
+struct AttendInPlace : torch::autograd::Function<AttendInPlace> {
+  static variable_list forward(AutogradContext* ctx, at::TensorList buffers, const OptionalTensors& freqs,
+                               const std::optional<Tensor>& key_padding_mask, const std::optional<Tensor>& dropout_seed,
+                               const PackedCall& call) {
+    Attended attended = run_attend(buffers, freqs, key_padding_mask, dropout_seed, call);
+    ctx->mark_dirty(attended.written);
+    ctx->set_materialize_grads(false);
+    variable_list saved{attended.out, attended.lse, key_padding_mask.value_or(Tensor()),
+                        dropout_seed.value_or(Tensor())};
+    saved.insert(saved.end(), attended.buffers.begin(), attended.buffers.end());
+    for (const std::optional<Tensor>& each : freqs) saved.push_back(each.value_or(Tensor()));
+    ctx->save_for_backward(saved);
+    ctx->saved_data["state"] = Kept<AttendState>::make({call, {}});
+    attended.rotated.insert(attended.rotated.begin(), attended.out);
+    return attended.rotated;
+  }
+
+  static variable_list backward(AutogradContext* ctx, variable_list grads) {
+    const variable_list saved = ctx->get_saved_variables();
+    AttendState& state = Kept<AttendState>::of(ctx->saved_data["state"]);
+    state.memory.check();
+    const c10::impl::ExcludeDispatchKeyGuard no_autocast(c10::autocast_dispatch_keyset);
+    const PackedCall& call = state.call;
+    const size_t num_parts = (saved.size() - 4) / 2;
+    const variable_list buffers(saved.begin() + 4, saved.begin() + 4 + num_parts);
+    const variable_list freqs(saved.begin() + 4 + num_parts, saved.end());
+    const std::optional<Tensor> mask = optional_tensor(saved[2]), seed = optional_tensor(saved[3]);
+    const Tensor dout = grads[0].defined() ? grads[0] : at::zeros_like(saved[0]);
+    OptionalTensors drotated;  // of every buffer, also those that are no outputs because nothing rotates them
+    size_t next = 1;
+    for (const Tensor& each : freqs) drotated.push_back(each.defined() ? optional_tensor(grads[next++]) : std::nullopt);
+    variable_list result(num_parts + 4);
+    if (needs_composite(grads)) {
+      const OptionalTensors found =
+          backward_composite()(buffers, optional_tensors(freqs.begin(), num_parts), mask, seed, call, dout, drotated);
+      for (size_t part = 0; part < num_parts; ++part) result[part] = found[part].value_or(Tensor());
+      return result;
+    }
+    const at::AutoDispatchBelowADInplaceOrView guard;
+    // Outputs are those buffers that were rotated. The projection that took the output has run by now, and holds it no
+    // more.
+    bool may_overwrite_buffers = state.memory.may_be_given<AttendInPlace>(ctx);
+    for (size_t part = 0; part < num_parts; ++part) {
+      may_overwrite_buffers = may_overwrite_buffers && freqs[part].defined() && is_seen_by_nobody_else(buffers[part]);
+    }
+    const bool may_overwrite_out = may_overwrite_buffers && is_seen_by_nobody_else(saved[0]);
+    const int64_t num_heads = call.shapes[0][3], head_dim = call.shapes[0][4];
+    const Tensor dheads = dout.unflatten(2, {num_heads, head_dim}),
+                 heads = saved[0].unflatten(2, {num_heads, head_dim});
+    const std::vector<Tensor> qkv = slots(buffers, call.shapes);
+    variable_list dbuffers;
+    if (may_overwrite_buffers) state.memory.give();
+    if (may_overwrite_buffers &&
+        backward_in_place(dheads, std::nullopt, qkv[0], qkv[1], qkv[2], heads, saved[1], call.segments,
+                          call.softmax_scale, mask, call.dropout_p, seed, may_overwrite_out)) {
+      for (const Tensor& buffer : buffers) dbuffers.push_back(buffer.detach());
+    } else {
+      state.memory.take_back();
+      for (const Tensor& buffer : buffers) dbuffers.push_back(at::empty_like(buffer));
+      static const auto op = c10::Dispatcher::singleton()
+                                 .findSchemaOrThrow("mixed_attention::backward_out", "")
+                                 .typed<decltype(backward_out)>();
+      const std::vector<Tensor> dqkv = slots(dbuffers, call.shapes);
+      op.call(dheads, std::nullopt, qkv[0], qkv[1], qkv[2], heads, saved[1], call.segments, call.softmax_scale, mask,
+              call.dropout_p, seed, dqkv[0], dqkv[1], dqkv[2]);
+    }
+    for (size_t part = 0; part < num_parts; ++part) {
+      if (drotated[part]) dbuffers[part].add_(*drotated[part]);
+      if (freqs[part].defined()) {
+        rotate_in_place(dbuffers[part], call.shapes[part], call.rotated[part], freqs[part], call.tokens[part], true);
+      }
+      result[part] = dbuffers[part];
+    }
+    return result;
+  }
+};
+
+void check_packed(at::TensorList buffers, const OptionalTensors& freqs, const PackedCall& call) {
+  const size_t num_parts = buffers.size();
+  TORCH_CHECK_VALUE(freqs.size() == num_parts && call.shapes.size() == num_parts && call.rotated.size() == num_parts &&
+                        call.tokens.size() == num_parts,
+                    "call: expected as many freqs, shapes, rotated and tokens as there are buffers, ", num_parts,
+                    ", got ", freqs.size(), ", ", call.shapes.size(), ", ", call.rotated.size(), " and ",
+                    call.tokens.size());
+  int64_t num_slots = 0;
+  for (size_t part = 0; part < num_parts; ++part) {
+    const at::IntArrayRef shape = call.shapes[part];
+    TORCH_CHECK_VALUE(shape.size() == 5 && std::all_of(shape.begin(), shape.end(), [](int64_t n) { return n >= 0; }),
+                      "shapes: expected (batch_size, seqlen, slots, num_heads, head_dim), got ", shape);
+    TORCH_CHECK_VALUE(buffers[part].defined() && buffers[part].numel() == c10::multiply_integers(shape),
+                      "buffers: expected as many numbers as shape ", shape, " has, got ",
+                      buffers[part].defined() ? buffers[part].numel() : 0);
+    num_slots += shape[2];
+    if (!freqs[part]) continue;
+    TORCH_CHECK_VALUE(buffers[part].is_contiguous(), "buffers: expected contiguous ones to rotate, got strides ",
+                      buffers[part].strides());
+    TORCH_CHECK_VALUE(0 <= call.rotated[part] && call.rotated[part] <= shape[2], "rotated: expected at most ", shape[2],
+                      " slots, got ", call.rotated[part]);
+    check_rank("freqs", *freqs[part], 4, "(batch_size or 1, seqlen, head_dim / 2, 2)");
+    if (!call.tokens[part]) continue;
+    const int64_t count = check_ranges("tokens", *call.tokens[part], freqs[part]->size(1));
+    TORCH_CHECK_VALUE(count == shape[1], "tokens: expected ranges of ", shape[1], " tokens, got ", count);
+  }
+  TORCH_CHECK_VALUE(num_slots == 3, "shapes: expected three slots, q, k and v, got ", num_slots);
+}
+
+}  // namespace
+
+std::vector<Tensor> attend_in_place(const std::vector<Tensor>& buffers, const OptionalTensors& freqs,
+                                    const std::optional<Tensor>& key_padding_mask,
+                                    const std::optional<Tensor>& dropout_seed, const PackedCall& call) {
+  check_packed(buffers, freqs, call);
+  if (!c10::GradMode::is_enabled()) {
+    Attended attended = run_attend(buffers, freqs, key_padding_mask, dropout_seed, call);
+    for (const Tensor& each : attended.written) {
+      if (!each.is_inference()) torch::autograd::impl::bump_version(each);
+    }
+    attended.rotated.insert(attended.rotated.begin(), attended.out);
+    return attended.rotated;
+  }
+  return AttendInPlace::apply(at::TensorList(buffers), freqs, key_padding_mask, dropout_seed, call);
+}
+
+void set_backward_composite(BackwardComposite composite) { backward_composite() = std::move(composite); }
+
+}  // namespace mixed_attention

@@ -1,0 +1,37 @@
+// Rotation and attention over packed buffers as one node of the graph.
+#pragma once
+
+#include <ATen/core/Tensor.h>
+
+#include <functional>
+#include <optional>
+#include <vector>
+
+#include "torch/attend.h"
+#include "torch/autograd.h"
+#include "torch/tokens.h"
+
+namespace mixed_attention {
+
+// What an attention over packed buffers computes, but for its tensors. See mixed_attention/eager/packed.py.
+struct PackedCall : AttentionCall {
+  std::vector<std::vector<int64_t>> shapes;   // of each buffer: batch_size, seqlen, slots, num_heads, head_dim
+  std::vector<int64_t> rotated;               // how many of its first slots are rotated
+  std::vector<std::optional<Ranges>> tokens;  // of those that frequencies are given for, if not all
+};
+
+// Rotates the buffers where they lie, those that have frequencies (batch_size or 1, tokens, head_dim / 2, 2), and
+// attends. Returns the output (batch_size, seqlen_q, num_heads * head_dim), and the rotated buffers as parts of the
+// graph.
+std::vector<at::Tensor> attend_in_place(const std::vector<at::Tensor>& buffers, const OptionalTensors& freqs,
+                                        const std::optional<at::Tensor>& key_padding_mask,
+                                        const std::optional<at::Tensor>& dropout_seed, const PackedCall& call);
+
+// The gradients of the buffers by operators that have derivatives themselves: what a second derivative goes through.
+using BackwardComposite = std::function<OptionalTensors(
+    const std::vector<at::Tensor>& buffers, const OptionalTensors& freqs,
+    const std::optional<at::Tensor>& key_padding_mask, const std::optional<at::Tensor>& dropout_seed,
+    const PackedCall& call, const at::Tensor& dout, const OptionalTensors& drotated)>;
+void set_backward_composite(BackwardComposite composite);
+
+}  // namespace mixed_attention

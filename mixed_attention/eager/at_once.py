@@ -1,0 +1,145 @@
+"""A whole layer in plain eager mode: one call of C++, and what is known before there are tensors is kept.
+
+Private to the layers. A small layer takes less time to compute than Python takes to say so in many calls. So the groups
+and patterns of a call are looked up by who they are, and the call's shapes, row ranges and segments by its sizes.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from typing import Any
+
+from torch import Tensor
+
+from mixed_attention import ops
+from mixed_attention.cache import is_recorded
+from mixed_attention.eager.projection import Runs, taken_ranges
+from mixed_attention.plan import AttentionPlan
+from mixed_attention.spec import AttentionPattern, TokenSpec
+
+
+class Request:
+    """Token groups and patterns, and what layers ask of them that is no matter of a call's tensors.
+
+    Attributes:
+        num_tokens: Of the groups that are in the sequence.
+        has_cached: Whether there are others.
+        read: Names of the groups that somebody attends to.
+        num_unread: Tokens of the groups that nobody attends to.
+    """
+
+    def __init__(self, specs: tuple[TokenSpec, ...], patterns: tuple[AttentionPattern, ...]) -> None:
+        self._given = specs, patterns  # whose ids stay theirs as long as this lives
+        self.num_tokens = sum([spec.size for spec in specs if spec.size is not None])
+        self.has_cached = any(spec.size is None for spec in specs)
+        self.read = frozenset([name for pattern in patterns for name in pattern.key_value_tokens])
+        self.num_unread = sum([spec.size for spec in specs if spec.size is not None and spec.name not in self.read])
+        self._plans: dict[bool, AttentionPlan] = {}
+        self._recorded: dict[frozenset[str], frozenset[str]] = {}
+
+    @staticmethod
+    def of(specs: Any, patterns: Any) -> Request | None:
+        """The request that these objects make, the same one for the same objects; None for those of other classes.
+
+        Ours never change, unlike the lists that they come in.
+        """
+        if type(specs) not in _SEQUENCES or type(patterns) not in _SEQUENCES:
+            return None
+        key = (len(specs), *map(id, specs), *map(id, patterns))
+        found = _requests.get(key)
+        if found is not None:
+            return found
+        if not {TokenSpec}.issuperset(map(type, specs)) or not {AttentionPattern}.issuperset(map(type, patterns)):
+            return None
+        found = Request(tuple(specs), tuple(patterns))
+        _keep(_requests, key, found)
+        return found
+
+    def plan(self, skip_unread_keys: bool) -> AttentionPlan:
+        """The plan of all groups, or without keys that nobody attends to."""
+        found = self._plans.get(skip_unread_keys)
+        if found is None:
+            specs, patterns = self._given
+            found = AttentionPlan.compile(specs, patterns, skip_unread_keys=skip_unread_keys)
+            self._plans[skip_unread_keys] = found
+        return found
+
+    def recorded(self, named: frozenset[str]) -> frozenset[str]:
+        """Names of the groups that go into a cache: the anchors, and those that are named."""
+        found = self._recorded.get(named)
+        if found is None:
+            names = [spec.name for spec in self._given[0]]
+            found = frozenset([name for name in names if is_recorded(name, named)])
+            _keep(self._recorded, named, found)
+        return found
+
+
+_SEQUENCES = (list, tuple)
+_MOST_KEPT = 256
+_requests: dict[tuple[int, ...], Request] = {}
+
+
+def _keep(kept: dict[Any, Any], key: Any, value: Any) -> None:
+    if len(kept) >= _MOST_KEPT:
+        kept.clear()
+    kept[key] = value
+
+
+def run(
+    x: Tensor,
+    maps: Sequence[tuple[Tensor, Tensor | None]],
+    plan: AttentionPlan,
+    *,
+    num_heads: int,
+    head_dim: int,
+    freqs: Any,
+    key_padding_mask: Tensor | None,
+    dropout_p: float,
+) -> tuple[Tensor, Callable[[], Sequence[Tensor]]] | None:
+    """The tokens that a layer makes ``(B, N, dim)``, and what makes the rotated q, k and v; None where it has no say.
+
+    Args:
+        x: Tokens ``(B, N, C)``.
+        maps: Weights and biases of the linear maps to q, k and v, in this order, and of the output projection.
+        plan: Whose queries are the tokens. Where it leaves out keys, these tokens are not projected to any.
+        num_heads: Heads.
+        head_dim: Channels of a head.
+        freqs: Complex frequencies of all tokens, or None.
+        key_padding_mask: Of the plan's keys.
+        dropout_p: Of attention weights.
+    """
+    key = ("layer", x.shape[0], num_heads, head_dim, freqs is None, dropout_p)
+    kept = plan.kept
+    found = kept.get(key)
+    if found is None:
+        found = _call(plan, x.shape[0], num_heads, head_dim, freqs is not None, dropout_p)
+        _keep(kept, key, found)
+    call, shapes = found
+    result = ops.run_layer(x, maps, freqs, key_padding_mask, call)
+    if result is None:
+        return None
+    out, *buffers = result
+    return out, lambda: [slot for buffer, shape in zip(buffers, shapes) for slot in buffer.view(shape).unbind(2)]
+
+
+def runs_with_keys(plan: AttentionPlan) -> Runs:
+    """The tokens that are present, by whether the plan has keys of them."""
+    return tuple((g.size, g.key_start is not None) for g in plan.groups if g.query_start is not None)
+
+
+def _call(
+    plan: AttentionPlan, batch_size: int, num_heads: int, head_dim: int, is_rotated: bool, dropout_p: float
+) -> tuple[Any, list[tuple[int, int, int, int, int]]]:
+    """What C++ takes, and the shapes of the buffers."""
+    rows, num_tokens = num_heads * head_dim, plan.num_queries
+    if all(group.key_start is not None for group in plan.groups):
+        parts: list[tuple[int, int, Any]] = [(0, 3 * rows, None)]
+        shapes, rotated = [(batch_size, num_tokens, 3, num_heads, head_dim)], [2]
+    else:
+        parts = [(0, rows, None), (rows, 3 * rows, taken_ranges(runs_with_keys(plan)))]
+        shapes = [(batch_size, n, s, num_heads, head_dim) for n, s in ((num_tokens, 1), (plan.num_keys, 2))]
+        rotated = [1, 1]
+    rotated = rotated if is_rotated else [0] * len(parts)
+    tokens = [ranges for _, _, ranges in parts]
+    attention = ops.packed_call(shapes, rotated, tokens, plan.flat(), head_dim**-0.5, dropout_p)
+    return ops.layer_call(parts, attention), shapes
