@@ -111,7 +111,9 @@ __device__ inline void consume(const DkDvKernelParams& params, DkDvSharedStorage
       ptx::mbarrier_wait(shared.kv_full, kv_parity);
       kv_parity ^= 1;
       if constexpr (Config::kSeparatesRareItems) {
-        is_rare = is_rare_item(consumer, sees_infinity<Config>(shared.k, first_row) || is_rare);
+        static_assert(kHeadDim == Config::kSlabColumns);
+        const Element* rows = shared.k + first_row * kHeadDim;
+        is_rare = is_rare_item(consumer, sees_infinity<Element, Config::kRowBytes>(rows) || is_rare);
       }
       k.load(first_row);
       v.load(first_row);

@@ -152,7 +152,7 @@ __device__ inline void consume(const DqKernelParams& params, DqSharedStorage<Con
             lse_log2[i] = params.references[stats + row].sum_log2;
           }
           // A row that sees no key has no weights: exp2(-inf - inf).
-          if (Config::kIsMasked && lse_log2[i] == -INFINITY) lse_log2[i] = INFINITY;
+          if (lse_log2[i] == -INFINITY) lse_log2[i] = INFINITY;
           delta[i] = params.delta[stats + row];
         }
       }

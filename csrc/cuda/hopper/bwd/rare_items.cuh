@@ -25,21 +25,16 @@ __device__ inline bool sees_reference(const QueryStats& stats, int64_t sequence)
   return has_one;
 }
 
-// Whether a warp's rows of a tile of keys have an entry that is not finite; each lane looks at some of the entries.
-template <typename Config>
-__device__ inline bool sees_infinity(const typename Config::Element* k, int first_row) {
-  constexpr uint32_t kInfinity = std::is_same_v<typename Config::Element, __nv_bfloat16> ? 0x7F80 : 0x7C00;
+// Whether a warp's rows of a slab of keys have an entry that is not finite; each lane looks at some of the entries.
+template <typename Element, int kRowBytes>
+__device__ inline bool sees_infinity(const void* rows) {
+  constexpr uint32_t kInfinity = std::is_same_v<Element, __nv_bfloat16> ? 0x7F80 : 0x7C00;
   uint32_t largest = 0;  // of both halves of the words
 #pragma unroll
-  for (int slab = 0; slab < Config::kHeadDim / Config::kSlabColumns; ++slab) {
-    const char* rows = reinterpret_cast<const char*>(k) + slab * Config::kSlabBytesN + first_row * Config::kRowBytes;
-#pragma unroll
-    for (int bytes = 0; bytes < kWarpRows * Config::kRowBytes; bytes += 32 * sizeof(uint4)) {
-      const uint4 words = *reinterpret_cast<const uint4*>(rows + bytes + threadIdx.x % 32 * sizeof(uint4));
-      for (const uint32_t word : {words.x, words.y, words.z, words.w}) {
-        largest = __vmaxu2(largest, word & 0x7FFF7FFF);
-      }
-    }
+  for (int bytes = 0; bytes < kWarpRows * kRowBytes; bytes += 32 * sizeof(uint4)) {
+    const uint4 words =
+        *reinterpret_cast<const uint4*>(static_cast<const char*>(rows) + bytes + threadIdx.x % 32 * sizeof(uint4));
+    for (const uint32_t word : {words.x, words.y, words.z, words.w}) largest = __vmaxu2(largest, word & 0x7FFF7FFF);
   }
   return largest >> 16 >= kInfinity || (largest & 0xFFFF) >= kInfinity;
 }

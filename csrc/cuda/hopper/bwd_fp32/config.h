@@ -27,8 +27,8 @@ struct DoutNumbers {
   float delta[kQueryTileRows];    // row sum of out * dout, less dlse
   float factors[kQueryTileRows];  // 2^15 at most
   float unit;
-  float padding;                   // the copy engine moves 16 bytes at a time
-  const RowReference* references;  // of the tile's rows; null if none has one
+  float has_reference;             // 1 if a row has one, else 0
+  const RowReference* references;  // of the tile's rows; null if none has one and there are as many as fit
 };
 
 // The parts of a tile of rows.

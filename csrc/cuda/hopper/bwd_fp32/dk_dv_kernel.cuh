@@ -21,6 +21,7 @@
 #include <cstdint>
 
 #include "cuda/hopper/bwd/query_tiles.cuh"
+#include "cuda/hopper/bwd/rare_items.cuh"
 #include "cuda/hopper/bwd/scores.cuh"
 #include "cuda/hopper/bwd_fp32/config.h"
 #include "cuda/hopper/bwd_fp32/params.h"
@@ -99,11 +100,14 @@ __device__ inline void produce(const Fp32DkDvKernelParams& params, Fp32DkDvShare
   }
 }
 
-// Whether a query of some tiles has a reference. All lanes of a warp ask at a time.
-__device__ inline bool has_references(const DoutNumbers* tiles, int num_tiles) {
+// Whether a query of some tiles has a reference; each of a warpgroup's threads looks at some of them.
+__device__ inline bool sees_reference(const DoutNumbers* tiles, int num_tiles) {
   bool has_one = false;
-  for (int tile = threadIdx.x % 32; tile < num_tiles; tile += 32) has_one |= tiles[tile].references != nullptr;
-  return __any_sync(0xffffffff, has_one);
+#pragma unroll 4
+  for (int tile = threadIdx.x % kWarpgroup; tile < num_tiles; tile += kWarpgroup) {
+    has_one |= tiles[tile].has_reference != 0;
+  }
+  return has_one;
 }
 
 template <typename Config>
@@ -154,15 +158,20 @@ __device__ inline void consume(const Fp32DkDvKernelParams& params, Fp32DkDvShare
       float s[kBlockM / 2], dp[kBlockM / 2], sum[kHeadDim / 2] = {};
       HalfOperand<Config::kParts, kBlockM / 4> operand;
       RowLift lift{};
+      const int64_t sequence = int64_t{item.batch} * params.table.num_heads + item.head;
+      bool is_rare = sees_reference(params.dout_numbers + sequence * params.num_query_tiles, params.num_query_tiles);
       ptx::mbarrier_wait(shared.kv_full, kv_parity);
       kv_parity ^= 1;
+      // Infinities are in the last part.
+      const __half* k_rows = shared.k[Config::kParts - 1] + first_row * kSlabColumns;
+      is_rare = is_rare_item(consumer, sees_infinity<__half, kRowBytes>(k_rows) || is_rare);
       ptx::mbarrier_wait(shared.q_full[use.stage()], use.full_parity());
       issue_transposed_scores(s, k, tile_of(q_ring, use));
       ptx::wgmma_wait<0>(s);
 
       // The first step adds zeros to dk, the last one's scores of a next tile are not used: a product that is issued
-      // in some steps only would make the compiler wait for each. kRelates: whether a query may have a reference, for
-      // which the others' steps shall not wait.
+      // in some steps only would make the compiler wait for each. kRelates: whether scores may have to, for which the
+      // others' steps shall not wait.
       const auto go_through_tiles = [&]<bool kRelates>() {
         for (int tile = 0; tile < num_tiles; ++tile) {
           const Ring next{use.count + (tile + 1 < num_tiles)};
@@ -206,8 +215,7 @@ __device__ inline void consume(const Fp32DkDvKernelParams& params, Fp32DkDvShare
           ++use.count;
         }
       };
-      const int64_t sequence = int64_t{item.batch} * params.table.num_heads + item.head;
-      if (has_references(params.dout_numbers + sequence * params.num_query_tiles, params.num_query_tiles)) {
+      if (is_rare) {
         go_through_tiles.template operator()<true>();
       } else {
         go_through_tiles.template operator()<false>();

@@ -11,13 +11,17 @@ namespace mixed_attention::cuda::hopper {
 __device__ inline int exponent_of(float unit) { return (__float_as_int(unit) >> 23) - 127; }
 
 // As relate_columns and relate_rows: references(i) is that of accumulator i, whose score is in units of
-// units[i] * others[i] / others_scale. Where there is no row or column, units[i] is 0, and so is the score.
+// units[i] * others[i] / others_scale. Where there is no row or column, units[i] is 0; zero times an
+// infinity may have made its score NaN.
 template <int kCount, typename References, typename Units, typename OtherUnits>
 __device__ __forceinline__ void relate(float (&s)[kCount], const References& references, const Units& units,
                                        const OtherUnits& others, float others_scale) {
 #pragma unroll
   for (int i = 0; i < kCount; ++i) {
-    if (units[i] == 0) continue;
+    if (units[i] == 0) {
+      s[i] = 0;
+      continue;
+    }
     const int exponent = exponent_of(units[i]) + exponent_of(others[i] / others_scale);
     RowReference reference = references(i);
     reference.score = scalbnf(reference.score, -exponent);

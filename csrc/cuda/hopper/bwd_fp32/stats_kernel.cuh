@@ -84,13 +84,15 @@ __global__ void __launch_bounds__(kFp32StatsThreads)
     dout_numbers.factors[row_of_tile] = dout_unit / largest_unit * 0x1p15f;
   }
   const bool has_references = __syncthreads_or(lse_log2 != INFINITY && needs_reference(lse_log2));
+  const bool is_partial = queries.num_rows < kQueryTileRows;
   const int64_t first_row = sequence * params.seqlen_q + queries.row_begin;
   RowReference* const references = params.scores.references + first_row;
   if (threadIdx.x == 0) {
     dout_numbers.unit = largest_unit * 0x1p-15f;
-    dout_numbers.references = has_references ? references : nullptr;
+    dout_numbers.has_reference = has_references;
+    dout_numbers.references = has_references || is_partial ? references : nullptr;
   }
-  if (!has_references) return;
+  if (!has_references && !is_partial) return;
   find_references<float>(params.scores, run, queries, batch, head, params.lse + first_row, references,
                          [&](int row, float lse_log2) { q_numbers.lse_log2[row] = lse_log2; });
 }
