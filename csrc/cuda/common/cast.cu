@@ -43,8 +43,11 @@ void run_cast(const CastParams& params) {
   constexpr int64_t kOfBlock = kThreads * kVector;
   const dim3 grid(static_cast<unsigned>(std::min((most + kOfBlock - 1) / kOfBlock, kMostBlocks)), params.num_tensors);
   const auto stream = static_cast<cudaStream_t>(params.stream);
-  params.dtype == DType::kFloat16 ? cast_kernel<__half><<<grid, kThreads, 0, stream>>>(params)
-                                  : cast_kernel<__nv_bfloat16><<<grid, kThreads, 0, stream>>>(params);
+  if (params.dtype == DType::kFloat16) {
+    cast_kernel<__half><<<grid, kThreads, 0, stream>>>(params);
+  } else {
+    cast_kernel<__nv_bfloat16><<<grid, kThreads, 0, stream>>>(params);
+  }
   check(cudaGetLastError(), "cast_kernel");
 }
 
