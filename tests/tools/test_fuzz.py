@@ -107,7 +107,8 @@ def test_what_is_wrong_is_found_and_made_small(planted, monkeypatch):
 
 
 def test_a_layer_that_rotates_wrongly_is_found(monkeypatch):
-    monkeypatch.setattr(ma.eager.packed.ops, "attend_in_place", _rotates_too_few(ops.attend_in_place))
+    monkeypatch.setattr(ops, "attend_in_place", _rotates_too_few(ops.attend_in_place))
+    monkeypatch.setattr(ops, "run_layer", _rotates_too_few_at_once(ops.run_layer))
     failure = next(failure for failure in fuzz.search(range(200), CPU, Counter()) if failure)
     assert "of the layer is off by" in failure.error
     assert "is_layer=True" in failure.smaller
@@ -120,6 +121,13 @@ def _rotates_too_few(attend):
         return attend(buffers, turned, mask, seed, call)
 
     return attend_in_place
+
+
+def _rotates_too_few_at_once(run):
+    def run_layer(x, maps, freqs, mask, call):
+        return run(x, maps, None if freqs is None else freqs.index_fill(1, torch.tensor([0]), 1.0), mask, call)
+
+    return run_layer
 
 
 def test_processes_that_end_or_hang_are_reported(monkeypatch, capfd):
