@@ -11,7 +11,7 @@ from collections.abc import Iterator
 import pytest
 import torch
 from cases import Case, Inputs, make_inputs
-from compare import deterministic, oracle, run
+from compare import deterministic, oracle, run, uses_tf32
 from torch import Tensor
 
 import mixed_attention as ma
@@ -38,8 +38,20 @@ FAMILIES = {
     "many keys, fp32": Case((40, 6000), "ab>ab", head_dim=64, cached="b"),
     "many keys, portable": Case((40, 6000), "ab>ab", head_dim=16, cached="b"),
     "many queries": Case((3000, 500), "a>b b>a", head_dim=64, dtype=BF16),
+    "TF32 of 64": Case(*PATTERNS, head_dim=64),
+    "TF32 of 128": Case(*PATTERNS, head_dim=128),
+    "TF32 of 16": Case(*PATTERNS, head_dim=16),
 }
-each_family = pytest.mark.parametrize("case", FAMILIES.values(), ids=FAMILIES)
+each_family = pytest.mark.parametrize("case", FAMILIES, indirect=True)
+
+
+@pytest.fixture
+def case(request: pytest.FixtureRequest) -> Iterator[Case]:
+    """A family's case, and torch's setting of it."""
+    before = torch.get_float32_matmul_precision()
+    torch.set_float32_matmul_precision("high" if request.param.startswith("TF32") else "highest")
+    yield FAMILIES[request.param]
+    torch.set_float32_matmul_precision(before)
 
 
 @pytest.fixture(params=[False, True], ids=["as it comes", "deterministic"])
@@ -60,6 +72,8 @@ def judge(inputs: Inputs) -> None:
     """
     case, results, (exact, _) = inputs.case, run(inputs), oracle(inputs)
     unit = {FP16: 2.0**-10, BF16: 2.0**-7, FP32: 2.0**-14}[case.dtype]
+    if uses_tf32(case.dtype, inputs.q.device):
+        unit = 2.0**-10
     q, k, v, dout = (t.detach().double().nan_to_num(0, 0, 0) for t in (inputs.q, inputs.k, inputs.v, inputs.dout))
     w = inputs.weights[:, None]
     s = torch.where(w > 0, case.scale * torch.einsum("bqhd,bkhd->bhqk", q, k), -torch.inf)
@@ -117,16 +131,21 @@ def test_huge_scores(case: Case, any_order: None, device: torch.device):
     s = torch.where(weights[:, None] > 0, s, -torch.inf)
     top = s.topk(2, -1).values
     size = torch.einsum("bqhd,bkhd->bhqk", q.double().abs(), k.double().nan_to_num(0, 0, 0).abs()).amax(-1)
-    is_clear = (top[..., 0] - top[..., 1] > 2.0**-17 * abs(case.scale) * size + 100) | (top[..., 0] == -torch.inf)
+    # By how much factors of a product of fp32 are off: they keep 22 bits, in two parts, and leave out the product of
+    # the lower ones; or they keep 11 bits. Parts of fp16 are in units of their row, so that small numbers are off by
+    # up to 2^-39 of its largest (half_parts.h).
+    split, of_largest = (3 * 2.0**-22, 2.0**-39) if case.dtype == FP32 else (0, 0)
+    is_tf32 = uses_tf32(case.dtype, device)
+    if is_tf32:
+        split = 2.0**-11
+    least_gap = 2.0**-8 if is_tf32 else 2.0**-17  # of the sizes' sum: more than two scores are off together
+    is_clear = (top[..., 0] - top[..., 1] > least_gap * abs(case.scale) * size + 100) | (top[..., 0] == -torch.inf)
     assert is_clear.float().mean() > 0.5
     rows = is_clear.transpose(1, 2)[..., None]
     inputs.dout.mul_(rows)
     out = ma.attention(inputs.q, inputs.k, inputs.v, case.plan, **options_of(inputs))
     exact, _ = oracle(inputs)
     off = ((out.double() - exact.out) * rows).abs()
-    # Factors of fp32 products keep 22 bits, in two parts, and leave out the product of the lower ones. Parts of fp16
-    # are in units of their row, so that small numbers are off by up to 2^-39 of its largest (half_parts.h).
-    split, of_largest = (3 * 2.0**-22, 2.0**-39) if case.dtype == FP32 else (0, 0)
     v_largest = inputs.v.detach().double().nan_to_num(0, 0, 0).abs().amax((1, 3), True)
     assert (
         off <= ((2 * torch.finfo(case.dtype).eps + split) * exact.out.abs() + of_largest * v_largest) * rows + 1e-30
@@ -137,8 +156,8 @@ def test_huge_scores(case: Case, any_order: None, device: torch.device):
     # logarithm, of that times log 2, of the result times log2(e), and of the base.
     lse = torch.where(is_clear & (top[..., 0].abs() * math.log2(math.e) <= 2.0**12), top[..., 0].abs(), 0)
     # Its scores may come from other kernels than the forward's, each off by what their factors left out.
-    off_scores = torch.where(lse > 0, 2 * split * abs(case.scale) * size, 0)
-    off_weight = 5 * 2.0**-24 * lse + off_scores + 4 * torch.finfo(case.dtype).eps + split
+    off_scores = torch.where(lse > 0, (4 if is_tf32 else 2) * split * abs(case.scale) * size, 0)
+    off_weight = torch.expm1(5 * 2.0**-24 * lse + off_scores) + 4 * torch.finfo(case.dtype).eps + split
     is_top, dout = (s == top[..., :1]).double(), inputs.dout.double()
     seen = torch.einsum("bhqk,bqhd->bkhd", is_top * is_clear[..., None], dout)
     allowed = torch.einsum("bhqk,bqhd->bkhd", is_top * off_weight[..., None], dout.abs())
@@ -192,6 +211,8 @@ def test_values_up_to_the_largest(case: Case, rise: int, device: torch.device):
     sees = inputs.weights.any(-1)[..., None, None].expand_as(out)
     # Each of the additions rounds the sum in fp32, and so does each of those of the weights.
     allowed = 4 * torch.finfo(case.dtype).eps + 2 * inputs.k.shape[1] * 2.0**-24
+    if uses_tf32(case.dtype, device):
+        allowed += 2 * 2.0**-11  # of the value and of its weight
     assert (out[sees].double() >= largest * (1 - allowed)).all() and out.isfinite().all()
 
 

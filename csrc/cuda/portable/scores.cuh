@@ -54,7 +54,9 @@ __device__ void clear_columns(float (&s)[kTilesM][kTilesN][4], int num_columns) 
   for (int n = 0; n < kTilesN; ++n) {
 #pragma unroll
     for (int e = 0; e < 2; ++e) {
-      if (8 * n + threadIdx.x % 4 * 2 + e < num_columns) continue;
+      // Signed: in warps whose queries all lie behind the block's end, num_columns is negative.
+      const int column = 8 * n + threadIdx.x % 4 * 2 + e;
+      if (column < num_columns) continue;
 #pragma unroll
       for (int i = 0; i < 2 * kTilesM; ++i) s[i / 2][n][i % 2 * 2 + e] = 0;
     }
