@@ -355,9 +355,7 @@ class MixedAttention(DotProductAttention):
         if key_padding_mask is not None:
             check_tokens(x, token_specs, key_padding_mask)
         to_record = request.recorded(self.cached_groups) if record else frozenset()
-        least = LEAST_SKIPPED.get(x.device.type, 0)
-        skips = request.num_unread > 0 and shape[0] * request.num_unread * shape[2] >= least
-        plan = request.plan(skips and request.read.issuperset(to_record))
+        plan = request.plan(request.read.issuperset(to_record) and _pays_to_skip(x, request.num_unread))
         mask = key_padding_mask
         if mask is not None and plan.num_keys != plan.num_queries:
             mask = take(mask, at_once.runs_with_keys(plan))
@@ -398,11 +396,12 @@ class MixedAttention(DotProductAttention):
             else {spec.name for spec in token_specs if cache.is_recorded(spec.name, self.cached_groups)}
         )
         read = {name for pattern in attention_patterns for name in pattern.key_value_tokens}
+        num_unread = sum(spec.size for spec in token_specs if spec.size is not None and spec.name not in read)
         plan = AttentionPlan.compile(
             token_specs,
             attention_patterns,
             cached=[TokenSpec(name, cache.cached_length(kv_cache, name)) for name in cached],
-            skip_unread_keys=read.issuperset(to_record) and (bool(cached) or _pays_to_skip(x, token_specs, read)),
+            skip_unread_keys=read.issuperset(to_record) and (bool(cached) or _pays_to_skip(x, num_unread)),
         )
         cache.check_names(kv_cache, cached)
         kv_cache = kv_cache if cached else None
@@ -533,11 +532,12 @@ it they cost hardly any time and save memory.
 """
 
 
-def _pays_to_skip(x: Tensor, token_specs: Sequence[TokenSpecLike], read: set[str]) -> bool:
+def _pays_to_skip(x: Tensor, num_unread: int) -> bool:
+    # NOTE: dropout draws by ranges of neighbouring keys, which unread ones part, be they none: every way through a
+    # layer has to decide alike, or a recomputation by another way drops other weights.
     if torch.compiler.is_compiling():  # sizes may be symbolic: they must not be compared
         return True
-    unread = sum(spec.size for spec in token_specs if spec.size is not None and spec.name not in read)
-    return x.shape[0] * unread * x.shape[2] >= LEAST_SKIPPED.get(x.device.type, 0)
+    return x.shape[0] * num_unread * x.shape[2] >= LEAST_SKIPPED.get(x.device.type, 0)
 
 
 class PerceiverAttention(ProjectedAttention):

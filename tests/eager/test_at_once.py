@@ -2,9 +2,13 @@
 
 from contextlib import nullcontext
 
+import hypothesis
 import pytest
 import torch
+from cases import Case
+from hypothesis import strategies as st
 from layers import JOINT, SELF, make_freqs, make_layer, make_x
+from strategies import attends
 from torch import nn
 from torch.autograd import forward_ad
 
@@ -44,6 +48,20 @@ def test_at_once_gives_the_bits_of_the_steps(name, scene, use_rope, autocast, gi
 
     got = results(lambda: run(layer._at_once), layer, x)
     for one, other in zip(got, results(lambda: run(layer._in_steps, None), layer, x), strict=True):
+        assert (one is None and other is None) or torch.equal(one, other)
+
+
+@hypothesis.given(st.data())
+def test_any_plan_gives_the_bits_of_the_steps(data):
+    """Empty groups and unread ones included: the same weights are dropped."""
+    sizes = tuple(data.draw(st.lists(st.sampled_from([0, 0, 1, 2, 5, 17]), min_size=1, max_size=5)))
+    case = Case(sizes, data.draw(attends(len(sizes))))
+    layer = make_layer(dtype=torch.float32, use_rope=True, dropout=0.5)
+    x = torch.randn(2, sum(sizes), layer.proj.out_features, requires_grad=True)
+    arguments = x, case.specs, case.patterns, None, make_freqs(sum(sizes))
+    got = results(lambda: layer._at_once(*arguments, record=False), layer, x)
+    expected = results(lambda: layer._in_steps(*arguments, None, record=False), layer, x)
+    for one, other in zip(got, expected, strict=True):
         assert (one is None and other is None) or torch.equal(one, other)
 
 

@@ -14,15 +14,19 @@
 #include "cuda/hopper/plan/work_items.cuh"
 #include "cuda/hopper/tile/ring.cuh"
 #include "cuda/ptx/mbarrier.cuh"
+#include "cuda/ptx/named_barrier.cuh"
 #include "cuda/ptx/wgmma.cuh"
 
 namespace mixed_attention::cuda::hopper {
 
-// Whether the block is to go through its items once more; all its threads ask at a time, after the last item.
+// Whether the block is to go through its items once more; all its threads ask at a time, after the last item. They come
+// from different places, as producers and consumers, and one by one where a warp has elected a thread.
 template <typename Config>
 __device__ inline bool must_repair(const FwdSharedStorage<Config>& shared) {
   if constexpr (!kMayOverflow<Config>) return false;
-  __syncthreads();
+  constexpr int kBarrier = 15;  // the consumers count theirs from 1 on
+  __syncwarp();
+  ptx::named_barrier_sync(kBarrier, Config::kThreads);
   return shared.has_overflowed != 0;
 }
 
