@@ -3,7 +3,7 @@
 import sys as _sys
 from importlib import metadata as _metadata
 
-from mixed_attention import cache, checkpoint, explain, moved, noether, plot, reference
+from mixed_attention import cache, checkpoint, explain, moved, noether, plot, ragged, reference
 from mixed_attention.config import (
     AnchorAttentionConfig,
     DotProductAttentionConfig,
@@ -65,6 +65,7 @@ __all__ = [
     "cache",
     "checkpoint",
     "noether",
+    "ragged",
     "reference",
     "stream",
 ]

@@ -393,8 +393,12 @@ def _invert(segments: Sequence[QuerySegment], num_keys: int) -> Iterator[KeySegm
         yield KeySegment(start, end, tuple(reading))
 
 
-def _check(names: tuple[str, ...], patterns: tuple[tuple[tuple[str, ...], tuple[str, ...]], ...]) -> None:
-    """Checks what upstream checks, in its order and with its words; then what it forgets."""
+def check_structure(names: tuple[str, ...], patterns: tuple[tuple[tuple[str, ...], tuple[str, ...]], ...]) -> None:
+    """Checks what upstream checks of names and patterns, in its order and with its words; then what it forgets.
+
+    Raises:
+        ValueError: If they do not fit each other.
+    """
     queries = [name for query_names, _ in patterns for name in query_names]
     twice = _first_repeated(queries)
     if twice is not None:
@@ -462,7 +466,7 @@ def _compile(
 ) -> AttentionPlan:
     # Branches only on names and positions, never on a size: sizes stay symbolic under torch.compile, and a change
     # of sizes needs no new compilation. An empty group is a range of length zero.
-    _check(names, patterns)
+    check_structure(names, patterns)
     pattern_of = {name: index for index, (query_names, _) in enumerate(patterns) for name in query_names}
     readers_of: dict[str, list[int]] = {name: [] for name in names}
     for index, (_, key_names) in enumerate(patterns):

@@ -115,12 +115,33 @@ def take(x: Tensor, runs: Runs | None) -> Tensor:
     """The tokens ``(B, n, ...)`` that the runs take out of ``(B, N, ...)``."""
     if runs is None:
         return x
+    if torch.compiler.is_compiling() and len(runs) > _MOST_PIECES:
+        return x.index_select(1, _rows_taken(runs, x.device))
     # NOTE: one split, because its derivative is one concatenation; slices would each make a gradient of full size.
     pieces = x.split([size for size, _ in runs], 1)
     kept = [piece for piece, (_, is_taken) in zip(pieces, runs) if is_taken]
     if not kept:
         return x[:, :0]
     return kept[0] if len(kept) == 1 else cat(kept, 1)
+
+
+_MOST_PIECES = 4
+"""How many pieces a compiled function cuts tokens into.
+
+The compiler asks of every piece whether it is empty, and compiles again for other answers. Row numbers have no pieces.
+"""
+
+
+def _rows_taken(runs: Runs, device: torch.device) -> Tensor:
+    """Row numbers of the tokens that the runs take."""
+    rows = torch.arange(sum([size for size, is_taken in runs if is_taken]), device=device)
+    taken, skipped = 0, rows
+    for size, is_taken in runs:
+        if is_taken:
+            taken = taken + size
+        else:
+            skipped = skipped + (rows >= taken) * size
+    return skipped
 
 
 def _project_in_one_step(x: Tensor, weight: Tensor, bias: Tensor | None, parts: Sequence[Part]) -> list[Tensor] | None:

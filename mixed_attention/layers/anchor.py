@@ -91,7 +91,7 @@ class MultiBranchAnchorAttention(nn.Module, ABC):
         return self.mixed_attention(
             x,
             token_specs,
-            self._patterns(token_specs),
+            self.patterns(token_specs),
             freqs=freqs,
             key_padding_mask=key_padding_mask,
             kv_cache=kv_cache,
@@ -109,8 +109,18 @@ class MultiBranchAnchorAttention(nn.Module, ABC):
             Patterns in which every group is a query exactly once.
         """
 
-    def _patterns(self, token_specs: Sequence[TokenSpecLike]) -> Sequence[AttentionPatternLike]:
-        """The patterns for groups that were checked against the branches."""
+    def patterns(self, token_specs: Sequence[TokenSpecLike]) -> Sequence[AttentionPatternLike]:
+        """The patterns that :meth:`forward` applies to some groups, which are checked against the branches.
+
+        Whoever calls :attr:`mixed_attention` by hand, as for a ragged batch, takes them from here.
+
+        Args:
+            token_specs: Name and size of the groups.
+
+        Raises:
+            ValueError: If groups and branches do not fit, see :meth:`forward`.
+            TypeError: If ``token_specs`` is no list of groups.
+        """
         token_specs = read_specs(token_specs)
         names = [spec.name for spec in token_specs]
         for name in names:

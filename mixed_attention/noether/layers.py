@@ -72,7 +72,7 @@ class MultiBranchAnchorAttention(layers.MultiBranchAnchorAttention):
         Returns:
             See :meth:`MixedAttention.forward`.
         """
-        return self.mixed_attention(x, token_specs, self._patterns(token_specs), key_padding_mask, freqs, kv_cache)
+        return self.mixed_attention(x, token_specs, self.patterns(token_specs), key_padding_mask, freqs, kv_cache)
 
 
 class SelfAnchorAttention(MultiBranchAnchorAttention, layers.SelfAnchorAttention):
