@@ -9,13 +9,13 @@ from pathlib import Path
 
 import torch
 
-from bench import facts, files, host, layer, memory, operator, repeats, tables, timeline
+from bench import facts, files, host, layer, memory, operator, ragged, repeats, tables, timeline
 from bench.cases import QUICK, Case, suite
 from bench.peers import BACKWARD, FORWARD, peers
 from bench.rows import PRECISIONS, Row, dtype_of
 
 OURS = ("ours", "ours, deterministic")
-WHAT = ("operator", "layer", "host", "memory", "repeats", "timeline")
+WHAT = ("operator", "layer", "host", "memory", "ragged", "repeats", "timeline")
 PASSES = {"fwd": FORWARD, "bwd": BACKWARD}
 
 
@@ -69,6 +69,8 @@ def _measure(args: argparse.Namespace, cases: tuple[Case, ...], device: torch.de
                 yield from timeline.measure(case, device, precision, args.peers, args.rounds)
             if "memory" in args.what and device.type == "cuda":
                 yield operator.gpu_memory(case, device, precision, everybody["ours"]())
+        if "ragged" in args.what:
+            yield from ragged.measure(device, precision, args.rounds)
     if "host" in args.what:
         yield from host.measure(device, args.rounds)
     if "repeats" in args.what:

@@ -26,6 +26,7 @@ NAMES = {
     "noether, compiled": "noether, compiled",
     "ours, compiled": "ours, compiled",
     "baseline": "torch modules",
+    "padded": "padded",
 }
 """Those whom a table of this page shows, in this order, as it calls them."""
 
@@ -76,12 +77,13 @@ def page(results: dict[Path, Result]) -> str:
 
 
 def _section(question: Question, results: dict[Path, Result]) -> str:
-    parts = [f"## {question.title}\n\n{fill(question.note, 120)}\n"]
+    head = f"## {question.title}\n\n{fill(question.note, 120)}\n"
+    parts = []
     for what in question.what:
         newest_first = sorted(results, key=lambda path: results[path]["date"], reverse=True)
         for path in (path for path in newest_first if path.stem == what):
             parts += [*question.answer(results[path]["rows"]), _source(path, results[path])]
-    return "\n".join(parts)
+    return "\n".join([head, *parts]) if parts else ""
 
 
 def _others(questions: Sequence[Question], results: dict[Path, Result]) -> str:
@@ -146,6 +148,13 @@ def _questions() -> Iterator[Question]:
         "The same layer; TFLOP/s and MiB.",
         ("layer-fp16-compiled",),
         _layer,
+    )
+    yield Question(
+        "What does a batch of samples of different sizes gain without padding?",
+        "The layer over `ma.ragged`'s one sequence, beside the same layer over the batch that is padded to the largest "
+        "sample, with a mask; 60 % of that are tokens. TFLOP/s of what tokens attend to, peak memory in MiB.",
+        ("ragged-bf16", "ragged-fp32"),
+        _ragged,
     )
     yield Question(
         "What does a whole model gain?",
@@ -271,6 +280,17 @@ def _layer(rows: Sequence[Row]) -> Iterator[str]:
         if passed != "forward":
             yield f"### {tables.TITLES[dtype]}, {passed}\n"
             yield _by_case(group, columns)
+
+
+def _ragged(rows: Sequence[Row]) -> Iterator[str]:
+    columns = [
+        *_everybody(_rate),
+        ("ours is faster", _eager(tables.faster)),
+        *(_column(who, _peak, f"{NAMES[who]}, MiB") for who in ("ours", "padded")),
+    ]
+    for (dtype, passed), group in grouped(rows_of(rows, "ragged"), "dtype", "pass"):
+        yield f"### {tables.TITLES[dtype]}, {passed}\n"
+        yield _by_case(group, columns)
 
 
 def _ratio_of_peaks(group: Sequence[Row]) -> str:

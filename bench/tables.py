@@ -61,6 +61,7 @@ def _sections(rows: Sequence[Row]) -> Iterator[str]:
     for kind, title, columns in (
         ("operator", "The operator", [("ours / best peer", ahead)]),
         ("layer", "The layer", [("ours is faster", faster), ("beside attention", _beside_attention)]),
+        ("ragged", "The layer, samples of different sizes", [("ours is faster", faster)]),
     ):
         for (dtype, passed, mode), group in grouped(rows_of(rows, kind), "dtype", "pass", "mode"):
             yield f"### {title}, {TITLES[dtype]}, {passed}{TITLES[mode]}\n\n{_rates(group, columns)}"
@@ -70,6 +71,7 @@ def _sections(rows: Sequence[Row]) -> Iterator[str]:
         yield f"### Relative error against fp64, {TITLES[key[0]]}, {key[1]} data\n\n{_errors(group)}"
     for kind, title, cell, columns in (
         ("layer", "Peak memory of the layer over weights, inputs and gradients, MiB", _peak, [("ours", smaller)]),
+        ("ragged", "Peak memory, samples of different sizes, MiB", _peak, [("ours", smaller)]),
         ("memory", "Memory of the operator beyond inputs, outputs and gradients, MiB", _extra, []),
         ("overhead", "Host time of one call of eight tokens, milliseconds", _milliseconds, []),
         ("host", "Host time of one call, microseconds", _microseconds, []),
@@ -127,7 +129,13 @@ def _points(rows: Sequence[Row]) -> Iterator[Row]:
         yield {"case": "distance from fp32", "who": row["who"], "text": f"{row['distance']:.1e}"}
 
 
-_FIELDS = {"layer": "peak_bytes", "memory": "extra_bytes", "overhead": "milliseconds", "host": "milliseconds"}
+_FIELDS = {
+    "layer": "peak_bytes",
+    "ragged": "peak_bytes",
+    "memory": "extra_bytes",
+    "overhead": "milliseconds",
+    "host": "milliseconds",
+}
 
 
 def rows_of(rows: Iterable[Row], kind: str, has: str = "kind") -> list[Row]:
