@@ -14,7 +14,7 @@ from torch import Tensor
 from mixed_attention import ops
 from mixed_attention.cache import is_recorded
 from mixed_attention.eager.projection import Runs, taken_ranges
-from mixed_attention.plan import AttentionPlan
+from mixed_attention.plan import MANY, AttentionPlan, ends
 from mixed_attention.spec import AttentionPattern, TokenSpec
 
 
@@ -45,9 +45,11 @@ class Request:
         """
         if type(specs) not in _SEQUENCES or type(patterns) not in _SEQUENCES:
             return None
-        key = (len(specs), *map(id, specs), *map(id, patterns))
+        # NOTE: thousands of ids take longer to hash than to compare one by one.
+        are_many = len(specs) >= MANY
+        key = ends(specs, patterns) if are_many else (len(specs), *map(id, specs), *map(id, patterns))
         found = _requests.get(key)
-        if found is not None:
+        if found is not None and (not are_many or found._given == (tuple(specs), tuple(patterns))):
             return found
         if not {TokenSpec}.issuperset(map(type, specs)) or not {AttentionPattern}.issuperset(map(type, patterns)):
             return None

@@ -158,6 +158,19 @@ def test_a_request_is_found_by_the_objects_and_not_by_the_list():
     assert Request.of(specs, patterns).num_tokens == first.num_tokens + 1
 
 
+def test_a_request_of_many_groups_is_found_by_the_objects_too():
+    specs = [ma.TokenSpec(f"g{i}", i % 5) for i in range(100)]
+    patterns = [ma.AttentionPattern([f"g{i}"], [f"g{i}", f"g{(i + 1) % 100}"]) for i in range(100)]
+    first = Request.of(specs, patterns)
+    assert Request.of(tuple(specs), tuple(patterns)) is first
+    for changed in range(100):
+        others = [ma.TokenSpec(s.name, s.size + 1) if i == changed else s for i, s in enumerate(specs)]
+        assert Request.of(others, patterns).num_tokens == first.num_tokens + 1
+        keys = [ma.AttentionPattern(p.query_tokens, ["g0"]) if i == changed else p for i, p in enumerate(patterns)]
+        found = Request.of(specs, keys)
+        assert found.plan(False).query_segments[changed].key_ranges == ((0, 0),), f"pattern {changed}"
+
+
 def test_a_request_takes_no_objects_that_may_change():
     class Changing:
         name, size = "all", 5

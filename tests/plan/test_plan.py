@@ -207,7 +207,7 @@ def test_no_tokens_at_all():
 
 def test_kept_arguments_are_known_by_what_they_are(monkeypatch):
     """Arguments whose ends are the same objects differ in the middle, in what is cached, in the flag."""
-    monkeypatch.setattr(plan_module, "_MANY", 0)
+    monkeypatch.setattr(plan_module, "MANY", 0)
     middles = [ma.TokenSpec("m", size) for size in (1, 2)]
     patterns = [pattern("abm", "am")]
     for _ in range(2):
@@ -223,7 +223,7 @@ def test_kept_arguments_are_known_by_what_they_are(monkeypatch):
 
 
 def test_kept_arguments_may_be_changed_afterwards(monkeypatch):
-    monkeypatch.setattr(plan_module, "_MANY", 0)
+    monkeypatch.setattr(plan_module, "MANY", 0)
     specs, patterns = [A, B], [pattern("a", "a"), pattern("b", "b")]
     before = ma.AttentionPlan.compile(specs, patterns)
     specs.insert(1, C)
