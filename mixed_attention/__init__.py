@@ -11,6 +11,7 @@ from mixed_attention.config import (
     PerceiverAttentionConfig,
     RopeFrequencyConfig,
 )
+from mixed_attention.distance import coordinate_bias
 from mixed_attention.layers import (
     CrossAnchorAttention,
     DotProductAttention,
@@ -64,6 +65,7 @@ __all__ = [
     "attention",
     "cache",
     "checkpoint",
+    "coordinate_bias",
     "noether",
     "ragged",
     "reference",

@@ -217,7 +217,8 @@ def attention(
     Args:
         q: Queries ``(B, Nq, H, D)``; fp32, fp64, bf16 or fp16; last dim contiguous, other strides free.
         k: Keys ``(B or 1, Nk, H, D)``, dtype and device of ``q``. With 1, one sequence serves the whole batch.
-        v: Values ``(B or 1, Nk, H, Dv)``, likewise.
+        v: Values ``(B or 1, Nk, H, Dv)``, likewise. Where kernels are made for values as wide as queries, narrower ones
+            are filled up with zeros.
         plan: The compiled patterns; ``plan.num_queries`` = Nq, ``plan.num_keys`` = Nk.
         softmax_scale: Factor on the products q·k; default ``D ** -0.5``. A number, which must be finite; or a
             floating-point tensor on the device of ``q``, of shape ``()`` or ``(1,)``, or ``(H,)`` or ``(1, 1, H, 1)``
@@ -262,6 +263,9 @@ def attention(
     if q.is_cuda and abs(scale) < _LEAST_SCALE and q.dtype in (torch.float32, torch.bfloat16):
         # GPU kernels scale products, which overflow long before scores of such a scale do, and round it.
         q, scale = q * _LEAST_SCALE, scale / _LEAST_SCALE
+    width_v = v.size(-1) if v.dim() == q.dim() == 4 else 0
+    if 0 < width_v < q.size(-1) and _fills_up(q.dtype, q.size(-1), width_v, q.device):
+        v = nn.functional.pad(v, (0, q.size(-1) - width_v))
     seed = draw_seed(q.device) if dropout_p > 0 else None
     path: Callable[..., tuple[Tensor, Tensor]]
     if by_dispatcher:
@@ -269,6 +273,8 @@ def attention(
     else:
         path = _composite if _needs_reference(q, k, v) else _C.attend
     out, lse = path(q, k, v, plan.flat(), scale, key_padding_mask, dropout_p, seed)
+    if v.size(-1) != width_v > 0:
+        out = out[..., :width_v]
     return (out, lse) if return_lse else out
 
 
@@ -284,6 +290,21 @@ def check_tensors(**arguments: Any) -> None:
             raise TypeError(f"{name}: expected a tensor, got {type(value).__name__}")
         if _C is not None and not torch.compiler.is_compiling():
             _C.check_dense(name, value)
+
+
+@torch.compiler.assume_constant_result  # the compiler cannot trace into C++
+def _fills_up(dtype: torch.dtype, head_dim: int, head_dim_v: int, device: torch.device) -> bool:
+    """Whether faster kernels serve values as wide as queries and keys, which zeros make of narrower ones.
+
+    Hopper's kernels do. All others take values of any width as they are.
+    """
+    if device.type != "cuda":
+        return False
+    families = [
+        [_C.cuda_kernel(dtype, head_dim, width, _index_of(device), backward)[0] for width in (head_dim, head_dim_v)]
+        for backward in (False, True)
+    ]
+    return ["hopper", "portable"] in families
 
 
 def _number(name: str, value: Any, expected: str) -> Any:
