@@ -223,6 +223,7 @@ struct FwdSharedStorage {
 
   alignas(16) uint32_t key_bits[Config::kStages][kKeyBitWords];  // of k's tiles; only under a mask
   float bases[2][Config::kBlockM];                               // of the rows of two items, by turns: RowBases
+  uint64_t finished;                                             // all consumer warps, with all of their items
   int has_overflowed;                                            // whether an output has: overflow.cuh
   std::conditional_t<Config::kHasUnits, UnitsRing<Config>, NoUnits> units;
 };

@@ -55,6 +55,7 @@ __device__ inline void init_barriers(FwdSharedStorage<Config>& shared) {
   init_ring(shared.k_full, shared.k_empty, kConsumerWarps, Config::kIsMasked ? 2 : 1);
   init_ring(shared.v_full, shared.v_empty, kConsumerWarps);
   if constexpr (Config::kHasUnits) init_ring(shared.units.full, shared.units.empty, kConsumerWarps);
+  ptx::mbarrier_init(shared.finished, kConsumerWarps);
   shared.has_overflowed = 0;
   ptx::mbarrier_fence_init();
 }
@@ -297,6 +298,7 @@ __device__ inline void consume(const FwdKernelParams& params, FwdSharedStorage<C
     clear(o);
     store_result<Config>(params, shared, items.rows(), first_row, o, OnlineSoftmax{}, bases_of(0));
   }
+  finish_items(shared);
   if (must_repair(shared)) repair_items(params, shared, products, q_use, k_use, first_row);
 }
 
@@ -321,16 +323,17 @@ __global__ void __launch_bounds__(Config::kThreads, 1)
     ptx::release_registers<Config::kProducerRegisters>();
     const int warp = threadIdx.x / 32;
     Loaded<Config> loaded;
-    bool is_repair = false;
-    do {
-      if (warp == 0 && ptx::elect_one()) {
-        produce(params, shared, loaded);
-      } else if constexpr (Config::kHasUnits) {
-        if (warp == 1) produce_units(params, shared);
-      } else if (Config::kIsMasked && warp == 1 && ptx::elect_one()) {
-        produce_key_bits(params, shared, loaded);
-      }
-    } while (!is_repair && (is_repair = must_repair(shared)));
+    const auto produce_by = [&](const auto& load) {
+      load(params, shared, loaded);
+      if (must_repair(shared)) load(params, shared, loaded);
+    };
+    if (warp == 0 && ptx::elect_one()) {
+      produce_by(produce<Config>);
+    } else if constexpr (Config::kHasUnits) {
+      if (warp == 1) produce_units(params, shared);
+    } else if (Config::kIsMasked && warp == 1 && ptx::elect_one()) {
+      produce_by(produce_key_bits<Config>);
+    }
   } else {
     ptx::acquire_registers<Config::kConsumerRegisters>();
     consume(params, shared, warpgroup - 1);

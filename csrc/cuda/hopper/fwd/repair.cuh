@@ -14,20 +14,24 @@
 #include "cuda/hopper/plan/work_items.cuh"
 #include "cuda/hopper/tile/ring.cuh"
 #include "cuda/ptx/mbarrier.cuh"
-#include "cuda/ptx/named_barrier.cuh"
 #include "cuda/ptx/wgmma.cuh"
 
 namespace mixed_attention::cuda::hopper {
 
-// Whether the block is to go through its items once more; all its threads ask at a time, after the last item. They come
-// from different places, as producers and consumers, and one by one where a warp has elected a thread.
+// Whether the block is to go through its items once more. Producers and consumers ask behind their last item, and wait
+// for the last consumer's.
 template <typename Config>
-__device__ inline bool must_repair(const FwdSharedStorage<Config>& shared) {
+__device__ inline bool must_repair(FwdSharedStorage<Config>& shared) {
   if constexpr (!kMayOverflow<Config>) return false;
-  constexpr int kBarrier = 15;  // the consumers count theirs from 1 on
-  __syncwarp();
-  ptx::named_barrier_sync(kBarrier, Config::kThreads);
+  ptx::mbarrier_wait(shared.finished, 0);
   return shared.has_overflowed != 0;
+}
+
+// A consumer warp's part in that answer.
+template <typename Config>
+__device__ inline void finish_items(FwdSharedStorage<Config>& shared) {
+  __syncwarp();
+  if (kMayOverflow<Config> && threadIdx.x % 32 == 0) ptx::mbarrier_arrive(shared.finished);
 }
 
 // Writes one of a thread's two rows, i, times a factor, where memory has no finite numbers. out: the row in memory, of
