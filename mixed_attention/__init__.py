@@ -1,7 +1,9 @@
 """Structured attention between named token groups, as one fused and differentiable PyTorch operator."""
 
 import sys as _sys
+from importlib import import_module as _import_module
 from importlib import metadata as _metadata
+from typing import Any as _Any
 
 from mixed_attention import cache, checkpoint, explain, moved, noether, plot, ragged, reference
 from mixed_attention.config import (
@@ -40,6 +42,14 @@ AttentionPlan.explain = explain.explain  # type: ignore[assignment, method-assig
 AttentionPlan.plot = plot.plot  # type: ignore[assignment, method-assign]
 
 moved.keep_old_paths(_sys.modules[__name__])
+
+
+def __getattr__(name: str) -> _Any:
+    # On first use: torch's distributed tensors take most of a second to import, which few need.
+    if name == "distributed":
+        return _import_module("mixed_attention.distributed")
+    raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+
 
 __all__ = [
     "AnchorAttentionConfig",

@@ -1,7 +1,8 @@
 """The KV cache: keys and values of token groups, recorded in one call and attended to in others.
 
 A cache is a dict ``{group name: {"k": Tensor, "v": Tensor}}`` of ``(B, H, n, D)`` tensors, keys after rotation. Where
-a padding mask was given when it was recorded, the entries also hold it, as ``"key_padding_mask"`` ``(B, n)``.
+a padding mask was given when it was recorded, the entries also hold it, as ``"key_padding_mask"`` ``(B, n)``. Where the
+tokens are spread over ranks, they hold what is this rank's, and how many keys every rank has, as ``"sizes"``.
 """
 
 from __future__ import annotations
@@ -77,6 +78,10 @@ def read_entry(name: str, entry: Mapping[str, Any], q: Tensor) -> tuple[Tensor, 
     for which in ("k", "v"):
         if not isinstance(entry, Mapping) or not isinstance(entry.get(which), Tensor):
             raise ValueError(f"kv_cache entry {name!r}: expected a dict with the tensors 'k' and 'v'")
+    if entry.get("sizes") is not None:
+        raise ValueError(
+            f"kv_cache entry {name!r}: this is one rank's shard of a cache; ma.distributed.gather_cache makes it whole"
+        )
     k, v = entry["k"], entry["v"]
     if autocast_dtype(q.device.type) is not None:
         k, v = (t.to(q.dtype) if t.dtype == torch.float32 else t for t in (k, v))
@@ -173,8 +178,8 @@ def join_keys(
         if group.query_start is None:
             piece = read_entry(group.name, kv_cache[group.name], q)
         elif group.key_start is not None:
-            piece = tuple(tensor[:, taken : taken + group.size] for tensor in fresh)
-            taken = taken + group.size
+            piece = tuple(tensor[:, taken : taken + group.num_keys] for tensor in fresh)
+            taken = taken + group.num_keys
         if group.key_start is not None:
             pieces.append(piece)
     k, v = pieces[0] if len(pieces) == 1 else (cat(tensors, 1) for tensors in zip(*pieces))
@@ -186,7 +191,7 @@ def join_masks(plan: AttentionPlan, mask: Tensor | None, kv_cache: Mapping[str, 
 
     Args:
         plan: The plan.
-        mask: The mask of the tokens that are present, ``(B or 1, N)``.
+        mask: The mask ``(B or 1, n)`` of the other groups that the plan has keys of, in its order.
         kv_cache: The cache, whose entries may hold masks of their own.
         like: A tensor ``(B, ...)`` on the device of the mask to make.
 
@@ -194,14 +199,16 @@ def join_masks(plan: AttentionPlan, mask: Tensor | None, kv_cache: Mapping[str, 
         Boolean ``(B, plan.num_keys)``.
     """
     pieces = []
+    taken = 0
     for group in plan.groups:
         if group.key_start is None:
             continue
         if group.query_start is None:
             piece = kv_cache[group.name].get("key_padding_mask")
         else:
-            piece = None if mask is None else mask[:, group.query_start : group.query_start + group.size]
-        pieces.append((piece, group.size))
+            piece = None if mask is None else mask[:, taken : taken + group.num_keys]
+            taken = taken + group.num_keys
+        pieces.append((piece, group.num_keys))
     if all(piece is None for piece, _ in pieces):
         return None
     every = [like.new_ones((1, n), dtype=torch.bool) if piece is None else piece for piece, n in pieces]

@@ -11,6 +11,7 @@ The only module that imports ``_C``.
 
 from __future__ import annotations
 
+import sys
 from collections.abc import Callable, Iterator, Sequence
 from functools import cache
 from numbers import Real
@@ -146,6 +147,14 @@ def is_plain(*tensors: Tensor) -> bool:
     )
 
 
+def is_distributed(tensor: Any) -> bool:
+    """Whether this is a DTensor, whose module takes long to import: it is there if one is."""
+    if torch.compiler.is_compiling():
+        return False
+    module = sys.modules.get("torch.distributed.tensor")
+    return module is not None and isinstance(tensor, module.DTensor)
+
+
 def needs_composite(*tensors: Tensor | None) -> bool:
     """Whether a transform is active that only a composition of framework operators answers rightly."""
     if torch_internals.current_transform() is not None:
@@ -267,6 +276,10 @@ def attention(
     if 0 < width_v < q.size(-1) and _fills_up(q.dtype, q.size(-1), width_v, q.device):
         v = nn.functional.pad(v, (0, q.size(-1) - width_v))
     seed = draw_seed(q.device) if dropout_p > 0 else None
+    if by_dispatcher and any(is_distributed(tensor) for tensor in tensors):
+        from mixed_attention.distributed import dtensor  # which says how the operators act on them
+
+        seed = None if seed is None else dtensor.as_seed(seed, q)
     path: Callable[..., tuple[Tensor, Tensor]]
     if by_dispatcher:
         path = torch.ops.mixed_attention.forward

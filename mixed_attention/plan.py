@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING, Any, NamedTuple, Protocol
 
 import torch
 
-from mixed_attention.spec import AttentionPattern, TokenSpec
+from mixed_attention.spec import AttentionPattern, ShardedTokenSpec, TokenSpec
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -45,7 +45,8 @@ class AttentionPatternLike(Protocol):
 def read_specs(specs: Any, argument: str = "token_specs") -> list[TokenSpec]:
     """Token groups of any class as ours, whose names are strings and whose sizes are integers and nothing else.
 
-    So equal arguments are the same ones: 5.0 and True, which a cache takes for 5 and 1, get no further.
+    So equal arguments are the same ones: 5.0 and True, which a cache takes for 5 and 1, get no further. Groups that
+    know their ``sizes`` on every rank become :class:`ShardedTokenSpec`.
 
     Args:
         specs: The groups.
@@ -55,7 +56,10 @@ def read_specs(specs: Any, argument: str = "token_specs") -> list[TokenSpec]:
         TypeError: If they are no sequence, or one lacks a name or a size.
         ValueError: If a name is not a string, or a size neither an integer nor None.
     """
-    return [spec if type(spec) is TokenSpec else _as_spec(spec, argument) for spec in _entries(specs, argument)]
+    return [spec if type(spec) in _SPECS else _as_spec(spec, argument) for spec in _entries(specs, argument)]
+
+
+_SPECS = (TokenSpec, ShardedTokenSpec)
 
 
 def read_patterns(patterns: Any) -> list[AttentionPattern]:
@@ -89,7 +93,8 @@ def _as_spec(spec: Any, argument: str) -> TokenSpec:
         ) from None
     if size is not None and type(size) is not int and (isinstance(size, bool) or not hasattr(size, "__index__")):
         raise ValueError(f"{argument}: the size of {name!r} must be an integer or None, got {size!r}")
-    return TokenSpec(name, size)
+    sizes = getattr(spec, "sizes", None)
+    return TokenSpec(name, size) if sizes is None else ShardedTokenSpec(name, size, sizes)
 
 
 def _as_pattern(pattern: Any) -> AttentionPattern:
@@ -111,6 +116,7 @@ class Group(NamedTuple):
 
     name: str
     size: int
+    num_keys: int  # as many as tokens, or those of all ranks where these share the group
     query_start: int | None  # None: a cached group, it asks nothing
     key_start: int | None  # None: nobody attends to it and the plan leaves such keys out
     pattern: int | None
@@ -170,7 +176,9 @@ class AttentionPlan:
 
         Args:
             token_specs: The groups of the sequence, in order. Those of size ``None`` ask nothing and their number of
-                keys is taken from ``cached``.
+                keys is taken from ``cached``. Those that know their ``sizes`` on every rank (see
+                :class:`mixed_attention.distributed.ShardedTokenSpec`) ask with the tokens of this rank, and have the
+                keys of all ranks.
             attention_patterns: Every group of the specs must be a query of exactly one pattern.
             cached: The sizes of the groups whose size is ``None`` in ``token_specs``.
             skip_unread_keys: Whether ``k`` and ``v`` leave out the groups that nobody attends to. By default they
@@ -324,7 +332,7 @@ def _runs(groups: Iterable[Group], key: Callable[[Group], object]) -> Iterator[l
 def _key_rows(first: Group, last: Group) -> tuple[int, int]:
     """The rows of k and v that neighbouring groups take."""
     assert first.key_start is not None and last.key_start is not None, "only groups with a place among the keys"
-    return first.key_start, last.key_start + last.size
+    return first.key_start, last.key_start + last.num_keys
 
 
 def _query_segment(run: list[Group], key_ranges: list[tuple[tuple[int, int], ...]]) -> QuerySegment:
@@ -446,14 +454,20 @@ def _read(specs: Any, patterns: Any, cached: Any) -> Given:
 def _arguments(
     specs: Sequence[TokenSpec], patterns: Sequence[AttentionPattern], cached: Sequence[TokenSpec]
 ) -> tuple[
-    tuple[str, ...], tuple[bool, ...], tuple[int | None, ...], tuple[tuple[tuple[str, ...], tuple[str, ...]], ...]
+    tuple[str, ...],
+    tuple[bool, ...],
+    tuple[int | None, ...],
+    tuple[int | None, ...],
+    tuple[tuple[tuple[str, ...], tuple[str, ...]], ...],
 ]:
     """What :func:`_compile` takes, but for the flag."""
     cached_sizes = {spec.name: spec.size for spec in cached}
+    sizes = tuple([cached_sizes.get(spec.name) if spec.size is None else spec.size for spec in specs])
     return (
         tuple([spec.name for spec in specs]),
         tuple([spec.size is not None for spec in specs]),
-        tuple([cached_sizes.get(spec.name) if spec.size is None else spec.size for spec in specs]),
+        sizes,
+        tuple([spec.num_keys if type(spec) is ShardedTokenSpec else size for spec, size in zip(specs, sizes)]),
         tuple([(pattern.query_tokens, pattern.key_value_tokens) for pattern in patterns]),
     )
 
@@ -462,6 +476,7 @@ def _compile(
     names: tuple[str, ...],
     present: tuple[bool, ...],
     sizes: tuple[int | None, ...],
+    keys: tuple[int | None, ...],
     patterns: tuple[tuple[tuple[str, ...], tuple[str, ...]], ...],
     skip_unread_keys: bool,
 ) -> AttentionPlan:
@@ -475,8 +490,8 @@ def _compile(
             readers_of[name].append(index)
     groups = []
     num_queries, num_keys = 0, 0
-    for name, size, is_present in zip(names, sizes, present):
-        if size is None:
+    for name, size, count, is_present in zip(names, sizes, keys, present):
+        if size is None or count is None:
             raise ValueError(f"token group {name!r} has size None and no entry in `cached` gives its number of keys")
         readers = tuple(readers_of[name])
         has_keys = bool(readers) or not skip_unread_keys
@@ -484,6 +499,7 @@ def _compile(
             Group(
                 name=name,
                 size=size,
+                num_keys=count,
                 query_start=num_queries if is_present else None,
                 key_start=num_keys if has_keys else None,
                 pattern=pattern_of[name] if is_present else None,
@@ -491,7 +507,7 @@ def _compile(
             )
         )
         num_queries = num_queries + size if is_present else num_queries
-        num_keys = num_keys + size if has_keys else num_keys
+        num_keys = num_keys + count if has_keys else num_keys
     placed = [group for group in groups if group.key_start is not None]
     place_of = {group.name: place for place, group in enumerate(placed)}
     key_ranges = [_key_ranges(placed, [place_of[name] for name in key_names]) for _, key_names in patterns]

@@ -39,8 +39,8 @@ def plot(plan: AttentionPlan, path: str | Path) -> None:
         raise ImportError(
             "plotting a plan needs matplotlib, which the `plot` extra brings: pip install 'mixed_attention[plot]'"
         ) from error
-    rows = _extents([group for group in plan.groups if group.query_start is not None])
-    columns = _extents([group for group in plan.groups if group.key_start is not None])
+    rows = _extents([(group, group.size) for group in plan.groups if group.query_start is not None])
+    columns = _extents([(group, group.num_keys) for group in plan.groups if group.key_start is not None])
     figure = Figure(figsize=(3.6 + 1.0 * max(len(columns), 3), 2.6 + 0.7 * max(len(rows), 3)), layout="constrained")
     FigureCanvasAgg(figure)
     axes = figure.add_subplot()
@@ -53,20 +53,20 @@ def plot(plan: AttentionPlan, path: str | Path) -> None:
     figure.savefig(path, dpi=160)
 
 
-def _extents(groups: list[Group]) -> list[tuple[Group, float, float]]:
-    """Where each group lies on an axis from 0 to 1: by its size, but small groups are widened."""
-    total = sum(group.size for group in groups)
+def _extents(groups: list[tuple[Group, int]]) -> list[tuple[Group, int, float, float]]:
+    """Where each group lies on an axis from 0 to 1: by its number of rows there, but small groups are widened."""
+    total = sum(rows for _, rows in groups)
     smallest = _SMALLEST_SHARE / max(len(groups), 1)
-    widths = [max(group.size / total if total else 0.0, smallest) for group in groups]
+    widths = [max(rows / total if total else 0.0, smallest) for _, rows in groups]
     ends = [sum(widths[: index + 1]) / sum(widths) for index in range(len(widths))]
-    return list(zip(groups, [0.0, *ends], ends))
+    return [(*group, start, end) for group, start, end in zip(groups, [0.0, *ends], ends)]
 
 
 def _draw_blocks(axes: Axes, plan: AttentionPlan, rows: list[Any], columns: list[Any]) -> None:
     from matplotlib.patches import Rectangle
 
-    for query_group, top, bottom in rows:
-        for key_group, left, right in columns:
+    for query_group, _, top, bottom in rows:
+        for key_group, _, left, right in columns:
             times = key_group.readers.count(query_group.pattern)
             if not times:
                 continue
@@ -83,18 +83,18 @@ def _draw_axes(axes: Axes, rows: list[Any], columns: list[Any]) -> None:
     axes.set_xlim(0, 1)
     axes.set_ylim(1, 0)
     axes.set_facecolor("#f3f3f3")
-    axes.set_xticks([(left + right) / 2 for _, left, right in columns])
-    axes.set_xticklabels([_label(group) for group, _, _ in columns], rotation=35, ha="left", fontsize=8)
-    axes.set_yticks([(top + bottom) / 2 for _, top, bottom in rows])
-    axes.set_yticklabels([_label(group) for group, _, _ in rows], fontsize=8)
+    axes.set_xticks([(left + right) / 2 for *_, left, right in columns])
+    axes.set_xticklabels([_label(group, count) for group, count, _, _ in columns], rotation=35, ha="left", fontsize=8)
+    axes.set_yticks([(top + bottom) / 2 for *_, top, bottom in rows])
+    axes.set_yticklabels([_label(group, count) for group, count, _, _ in rows], fontsize=8)
     axes.xaxis.tick_top()
     axes.xaxis.set_label_position("top")
     axes.set_xlabel("keys and values", fontsize=9, labelpad=8)
     axes.set_ylabel("queries", fontsize=9, labelpad=8)
     axes.tick_params(length=0)
-    for _, _, end in rows[:-1]:
+    for *_, end in rows[:-1]:
         axes.axhline(end, color="#c8c8c8", lw=0.6, zorder=0)
-    for _, _, end in columns[:-1]:
+    for *_, end in columns[:-1]:
         axes.axvline(end, color="#c8c8c8", lw=0.6, zorder=0)
     for spine in axes.spines.values():
         spine.set_visible(False)
@@ -113,6 +113,6 @@ def _sides(plan: AttentionPlan, pattern: int) -> str:
     return textwrap.fill(f"{' + '.join(queries)} → {' + '.join(keys)}", 60)
 
 
-def _label(group: Group) -> str:
+def _label(group: Group, count: int) -> str:
     source = " (cached)" if group.query_start is None else ""
-    return f"{group.name}{source}\n{group.size:,}"
+    return f"{group.name}{source}\n{count:,}"

@@ -86,6 +86,47 @@ class TokenSpec:
         return self.name.rsplit("_", 1)[-1]
 
 
+@dataclass(frozen=True, slots=True)
+class ShardedTokenSpec(TokenSpec):
+    """A group of tokens that is spread over the ranks of a mesh, each of which holds some neighbouring rows of it.
+
+    Args:
+        name: Name of the group.
+        size: Number of its tokens on this rank, at least 0.
+        sizes: Numbers of its tokens on every rank, in the order of the ranks.
+
+    Raises:
+        ValueError: If ``name`` is not a string, ``size`` is None, or a number is negative or not whole.
+
+    Example:
+        >>> ShardedTokenSpec("surface_anchors", 50, (50, 49)).num_keys
+        99
+    """
+
+    sizes: tuple[int, ...]
+
+    def __post_init__(self) -> None:
+        # NOTE: by name, as a class with slots is made twice and super() would look for the first.
+        TokenSpec.__post_init__(self)
+        if self.size is None:
+            raise ValueError(
+                f"ShardedTokenSpec {self.name!r}: size must be a whole number, got None; keys of a cache are whole on "
+                "every rank: ma.distributed.gather_cache makes them so, then TokenSpec(name, None) reads them"
+            )
+        if not isinstance(self.sizes, Sequence) or isinstance(self.sizes, (str, bytes)) or not self.sizes:
+            raise ValueError(f"ShardedTokenSpec {self.name!r}: sizes must list every rank's size, got {self.sizes!r}")
+        sizes = tuple([_as_size(self.name, size) for size in self.sizes])
+        for size in sizes:
+            if size is None or size < 0:
+                raise ValueError(f"ShardedTokenSpec {self.name!r}: sizes must be at least 0, got {self.sizes!r}")
+        object.__setattr__(self, "sizes", sizes)
+
+    @property
+    def num_keys(self) -> int:
+        """The tokens of all ranks."""
+        return sum(self.sizes)
+
+
 def _as_names(field: str, names: Any) -> tuple[str, ...]:
     # A bare string would be read as its letters, a set has no order, a generator can be read only once.
     if isinstance(names, (str, bytes)) or not isinstance(names, Sequence):

@@ -38,6 +38,12 @@ current_transform = torch._C._functorch.peek_interpreter_stack
 is_legacy_batched = torch._C._functorch.is_legacy_batchedtensor
 """Whether a tensor is a batch of such, as ``is_grads_batched`` makes them."""
 
+without_transforms = torch._C._DisableFuncTorch
+"""A context in which functorch transforms nothing."""
+
+functional_collectives = torch.ops._c10d_functional
+"""Collectives that return new tensors, which the compiler knows; they are named alike in all releases we support."""
+
 has_global_hooks = nn.modules.module._has_any_global_hook
 """Whether there are hooks on all modules."""
 

@@ -14,6 +14,7 @@ if "PYTEST_XDIST_WORKER" in os.environ:  # one of several processes: as few thre
 import pytest
 import torch
 from hypothesis import HealthCheck, settings
+from ranks import Ranks
 
 from mixed_attention import ops
 
@@ -44,3 +45,11 @@ def num_threads() -> Iterator[None]:
     before = torch.get_num_threads()
     yield
     torch.set_num_threads(before)
+
+
+@pytest.fixture(scope="session")
+def ranks() -> Iterator[Ranks]:
+    """Processes that share a process group."""
+    made = Ranks()
+    yield made
+    made.stop()

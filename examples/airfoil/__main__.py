@@ -21,6 +21,7 @@ try:
     from examples.airfoil.data import Flows, random_flows
     from examples.airfoil.evaluate import TrainingMean, held_out_cases, predict
     from examples.airfoil.picture import draw
+    from examples.airfoil.ranks import Ranks
     from examples.airfoil.report import Report
     from examples.airfoil.settings import Settings
     from examples.airfoil.train import Training
@@ -46,6 +47,7 @@ def parse(arguments: Sequence[str] | None) -> argparse.Namespace:
     parser.add_argument("--sections", type=positive, default=settings.sections, help="sections to train on")
     parser.add_argument("--seed", type=int, default=settings.seed)
     parser.add_argument("--device", type=torch.device, default=torch.device("cpu"), help="cpu, cuda, cuda:1, ...")
+    parser.add_argument("--ranks", type=positive, default=1, help="processes of torchrun that share the tokens")
     parser.add_argument("--cases", type=positive, default=6, help="held-out sections to judge by")
     parser.add_argument("--queries", type=positive, default=100_000, help="points around each of them, at least")
     parser.add_argument("--chunk", type=positive, default=8192, help="queries at a time")
@@ -67,35 +69,48 @@ def main(arguments: Sequence[str] | None = None) -> int:
     checkpoint = options.output / "checkpoint.pt"
     try:
         settings = Settings(epochs=options.epochs, sections=options.sections, seed=options.seed)
-        training = Training(settings, options.device)
+        ranks = Ranks(options.ranks, options.device)
+        training = Training(settings, ranks.device, ranks)
         if checkpoint.exists() and not options.restart:
             training.load(checkpoint)
-            print(f"{checkpoint}: {training.epoch} of {settings.epochs} epochs are done")
+            say(ranks, f"{checkpoint}: {training.epoch} of {settings.epochs} epochs are done")
     except ValueError as error:
         sys.exit(str(error))
     try:
         rng = np.random.default_rng(settings.seed)
-        flows = random_flows(settings.sections, settings.surface_points, settings.volume_points, rng).to(options.device)
+        flows = random_flows(settings.sections, settings.surface_points, settings.volume_points, rng).to(ranks.device)
         training.run(flows, checkpoint)
         report = judge(training, flows, options)
     except KeyboardInterrupt:
-        print(f"\ninterrupted after epoch {training.epoch} of {settings.epochs}; the same command goes on from there")
+        say(
+            ranks,
+            f"\ninterrupted after epoch {training.epoch} of {settings.epochs}; the same command goes on from there",
+        )
         return 130
-    print(report)
+    say(ranks, report)
+    ranks.stop()
     return 0
+
+
+def say(ranks: Ranks, what: object) -> None:
+    """Prints, once for all processes."""
+    if ranks.is_first:
+        print(what)
 
 
 def judge(training: Training, flows: Flows, options: argparse.Namespace) -> Report:
     """Predicts the held-out cases and draws the first."""
     model, mean, report = training.model.eval(), TrainingMean(flows), Report()
     picture = options.output / "airfoil.png"
+    ranks = training.ranks
     cases = held_out_cases(options.cases, options.queries, training.settings)
-    for index, case in enumerate(tqdm(cases, total=options.cases, unit="section", desc="evaluating")):
-        predicted = predict(model, case, options.chunk)
+    bar = tqdm(cases, total=options.cases, unit="section", desc="evaluating", disable=not ranks.is_first)
+    for index, case in enumerate(bar):
+        predicted = predict(model, case, options.chunk, ranks)
         report.add(case, predicted, mean.predict(case))
-        if index == 0:
+        if index == 0 and ranks.is_first:
             draw(case, predicted, picture)
-    print(f"drew {picture}")
+    say(ranks, f"drew {picture}")
     return report
 
 

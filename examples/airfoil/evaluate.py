@@ -25,6 +25,7 @@ from examples.airfoil.data import (
 )
 from examples.airfoil.model import AirfoilSurrogate
 from examples.airfoil.panel import Naca4, PanelFlow, Real
+from examples.airfoil.ranks import Ranks
 from examples.airfoil.settings import Settings
 
 SURFACE_QUERIES = 1000
@@ -125,24 +126,33 @@ def box_grid(count: float) -> NDArray[np.complex128]:
 
 
 @torch.inference_mode()
-def predict(model: AirfoilSurrogate, case: Case, chunk_size: int = 8192) -> Values:
+def predict(model: AirfoilSurrogate, case: Case, chunk_size: int = 8192, ranks: Ranks | None = None) -> Values:
     """Predicts the values at all queries, ``chunk_size`` of them at a time, so that memory stays bounded.
+
+    Several processes encode their shares of the anchors, and each streams its share of the queries.
 
     Returns:
         By branch, tensors as those of ``case.truth``, on the CPU.
     """
+    ranks = Ranks() if ranks is None else ranks
     device = next(model.parameters()).device
     stream = case.stream.to(device)
     anchors = {name: tokens.to(device) for name, tokens in case.anchors.items()}
-    _, caches = model(anchors, stream, return_kv_caches=True)
+    _, shares = model(ranks.share(anchors), stream, return_kv_caches=True)
+    caches = ranks.whole_caches(shares)
 
     def predict_branch(branch: str, tokens: Tensor) -> Tensor:
         return model({f"{branch}_queries": tokens}, stream, caches)[branch]
 
-    return {
-        branch: ma.stream(partial(predict_branch, branch), tokens, chunk_size=chunk_size, device=device)
-        for branch, tokens in case.queries.items()
-    }
+    predicted = {}
+    for branch, tokens in case.queries.items():
+        queries = {branch: tokens}
+        here = ranks.share(queries)[branch]
+        values = ma.stream(
+            partial(predict_branch, branch), here, chunk_size=chunk_size, device=device, output_device=None
+        )
+        predicted[branch] = ranks.whole(values, ranks.specs(queries)).cpu()
+    return predicted
 
 
 class TrainingMean:

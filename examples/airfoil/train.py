@@ -12,7 +12,8 @@ from torch import Tensor
 from tqdm import tqdm
 
 from examples.airfoil.data import Batch, Flows, epoch_of_batches
-from examples.airfoil.model import AirfoilSurrogate
+from examples.airfoil.model import AirfoilSurrogate, branch_of
+from examples.airfoil.ranks import Ranks
 from examples.airfoil.settings import Settings
 
 
@@ -22,28 +23,36 @@ class Training:
     Args:
         settings: What to do.
         device: Where the model is.
+        ranks: The processes that share the tokens; by default this one alone.
 
     Attributes:
         model: The surrogate, with seeded initial weights.
         epoch: How many epochs are done.
+        losses: Of every step that is done.
     """
 
-    def __init__(self, settings: Settings, device: torch.device) -> None:
+    def __init__(self, settings: Settings, device: torch.device, ranks: Ranks | None = None) -> None:
         torch.manual_seed(settings.seed)
         self.settings = settings
+        self.ranks = Ranks() if ranks is None else ranks
         self.model = AirfoilSurrogate().to(device)
+        self.trained = self.ranks.spread(self.model)
         self.optimizers = make_optimizers(self.model)
         self.generator = torch.Generator().manual_seed(settings.seed)
         self.epoch = 0
+        self.losses: list[float] = []
 
     def run(self, flows: Flows, checkpoint: Path) -> None:
         """Trains on flows, on the device of the model, until all epochs are done; saves after each."""
         steps_per_epoch = len(flows) // self.settings.batch_size
         steps = self.settings.epochs * steps_per_epoch
-        with tqdm(total=steps, initial=self.epoch * steps_per_epoch, unit="step", desc="training") as bar:
+        hidden = not self.ranks.is_first
+        done = self.epoch * steps_per_epoch
+        with tqdm(total=steps, initial=done, unit="step", desc="training", disable=hidden) as bar:
             while self.epoch < self.settings.epochs:
                 for batch in epoch_of_batches(flows, self.settings, self.generator):
-                    loss = self.step(batch, bar.n / steps)
+                    loss = self.step(batch, len(self.losses) / steps)
+                    self.losses.append(loss)
                     bar.set_postfix(loss=f"{loss:.4f}", refresh=False)
                     bar.update()
                 self.epoch += 1
@@ -54,8 +63,13 @@ class Training:
 
         The learning rate rises for a twentieth of the steps and then falls like a cosine; ``progress`` is in [0, 1].
         """
-        predicted = self.model(batch.groups, batch.stream)
-        errors = [relative_error(predicted[branch], target) for branch, target in batch.targets.items()]
+        predicted = self.trained(self.ranks.share(batch.groups), batch.stream)
+        errors = []
+        for branch, target in batch.targets.items():
+            specs = self.ranks.specs({name: t for name, t in batch.groups.items() if branch_of(name) == branch})
+            # Every process has the loss of all tokens, so that their gradients add up to so many times its own, of
+            # which the mean is taken.
+            errors.append(relative_error(self.ranks.whole(predicted[branch], specs), target))
         loss = torch.stack(errors).square().sum()
         self.model.zero_grad()
         loss.backward()
@@ -69,12 +83,15 @@ class Training:
 
     def save(self, path: Path) -> None:
         """Writes a checkpoint. Whenever this is interrupted the file is whole: the old one or the new one."""
+        if not self.ranks.is_first:
+            return
         state = {
             "settings": asdict(self.settings),
             "epoch": self.epoch,
             "model": self.model.state_dict(),
             "optimizers": [optimizer.state_dict() for optimizer in self.optimizers],
             "generator": self.generator.get_state(),
+            "losses": self.losses,
         }
         path.parent.mkdir(parents=True, exist_ok=True)
         unfinished = path.with_suffix(".unfinished")
@@ -95,7 +112,7 @@ class Training:
         for optimizer, its_state in zip(self.optimizers, state["optimizers"]):
             optimizer.load_state_dict(its_state)
         self.generator.set_state(state["generator"])
-        self.epoch = state["epoch"]
+        self.epoch, self.losses = state["epoch"], state["losses"]
 
 
 def make_optimizers(model: AirfoilSurrogate) -> tuple[torch.optim.Optimizer, ...]:

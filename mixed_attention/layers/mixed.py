@@ -36,6 +36,8 @@ class ProjectedAttention(nn.Module):
     """
 
     projections: tuple[str, ...] = ("qkv",)  # in the order of construction, which fixes the random initial weights
+    token_sharding: Any = None
+    """How the tokens are spread over ranks, where :class:`mixed_attention.distributed.ContextParallel` has said so."""
 
     def __init__(self, settings: DotProductAttentionConfig, kv_dim: int) -> None:
         super().__init__()
@@ -77,7 +79,7 @@ class ProjectedAttention(nn.Module):
         layers = [getattr(self, name) for name in names]
         if is_plain(*layers):
             for name, layer in zip(names, layers):
-                self._check_rows(name, len(layer.weight))
+                self._check_rows(name, len(layer.weight), layer)
             weight, bias = _joined(layers)
             made = "".join(names)
             rows = self.num_heads * self.head_dim
@@ -100,33 +102,48 @@ class ProjectedAttention(nn.Module):
         made: dict[str, Tensor] = {}
         for name, layer in layers.items():
             columns = layer(x)
-            self._check_rows(name, columns.shape[-1])
+            # A packed projection that stays a DTensor is whole to look at, but its shards would cut across its slots.
+            here = columns.to_local() if len(name) > 1 and hasattr(columns, "to_local") else columns
+            self._check_rows(name, here.shape[-1], layer)
             made.update(zip(name, columns.chunk(len(name), -1)))
         return [cat([take(made[slot], runs) for slot in slots], -1) for slots, runs, _ in wanted]
 
-    def _check_rows(self, name: str, num_rows: int) -> None:
+    def _check_rows(self, name: str, num_rows: int, layer: Any) -> None:
         """Checks what a projection makes against the heads.
 
-        A packed one takes no other number of heads than it was made with: some of its rows, as tensor parallelism
-        shards them, would be read as q, k and v of fewer heads, and are not.
+        Tensor parallelism shards rows. Of a separate projection they are those of some heads. Of a packed one they
+        would be read as q, k and v of fewer heads, and are not.
         """
         heads = f"{self.num_heads} heads of {self.head_dim} channels"
         if len(name) == 1 and num_rows != self.num_heads * self.head_dim:
-            raise ValueError(
-                f"{name}: expected {self.num_heads * self.head_dim} output features for {heads}, got {num_rows}; where "
-                "its rows are sharded, divide num_heads likewise"
-            )
+            if not _are_shard(num_rows, self.num_heads * self.head_dim, layer):
+                raise ValueError(
+                    f"{name}: expected {self.num_heads * self.head_dim} output features for {heads}, got {num_rows}; "
+                    "where its rows are sharded, divide num_heads likewise"
+                )
+            if num_rows % self.head_dim:
+                raise ValueError(
+                    f"{name}: {num_rows} of {heads} are on this rank, which cuts through a head; shard them over a "
+                    "number of ranks that divides the heads"
+                )
+            if self.qk_norm == "affine":
+                raise NotImplementedError(
+                    f"{name}: sharded heads with qk_norm='affine', whose weights all heads share: no rank has their "
+                    "whole gradients; use qk_norm=True, or spread tokens with ma.distributed.ContextParallel"
+                )
         if len(name) > 1 and (num_rows != len(name) * self._dim or self.num_heads * self.head_dim != self._dim):
             raise ValueError(
                 f"{name}: expected {len(name) * self._dim} output features for {self._dim} channels in all heads, got "
                 f"{num_rows} for {heads}; it packs {', '.join(name)} and cannot be sharded by rows or heads: use the "
-                "layers of ma.noether, whose q, k and v are separate; either layout loads the checkpoints of the other"
+                "layers of ma.noether, whose q, k and v are separate, or ma.distributed.HeadParallel(), which splits "
+                "them; either layout loads the checkpoints of the other"
             )
 
     def _pack(self, buffer: Tensor, x: Tensor, slots: str, runs: Runs | None, freqs: Freqs | None) -> Packed:
         """What was projected from tokens ``x``, and how it is to be normalised and rotated."""
         num_tokens = x.shape[1] if runs is None else sum(size for size, is_taken in runs if is_taken)
-        shape = (x.shape[0], num_tokens, len(slots), self.num_heads, self.head_dim)
+        num_heads = buffer.shape[-1] // (len(slots) * self.head_dim)  # those of this rank where they are sharded
+        shape = (x.shape[0], num_tokens, len(slots), num_heads, self.head_dim)
         heads = slots.replace("v", "")
         norms = tuple([getattr(self, f"{slot}_norm") for slot in heads]) if self.qk_norm else ()
         if freqs is None:
@@ -137,6 +154,15 @@ class ProjectedAttention(nn.Module):
     def _check_freqs(self, freqs: Freqs | None, tokens: tuple[int, int]) -> None:
         if freqs is not None and not isinstance(freqs, tuple):
             check_freqs(freqs, *tokens, self.head_dim)
+
+    @property
+    def token_mesh(self) -> Any:
+        """The mesh that the tokens are spread over, None if there is none."""
+        return None if self.token_sharding is None else self.token_sharding.mesh
+
+    def _asks_ranks(self, x: Any) -> bool:
+        """Whether the tokens are some of those that are spread over several ranks."""
+        return self.token_sharding is not None and self.token_sharding.applies_to(x)
 
     @property
     def _dropout_p(self) -> float:
@@ -164,6 +190,12 @@ class ProjectedAttention(nn.Module):
         """What a printed model says of this module."""
         names = ("num_heads", "head_dim", "use_rope", "dropout", "qk_norm")
         return ", ".join(f"{name}={getattr(self, name)!r}" for name in names)
+
+
+def _are_shard(num_rows: int, of: int, layer: Any) -> bool:
+    """Whether these are the rows that a layer with a distributed weight of so many rows has here."""
+    weight: Any = getattr(layer, "weight", None)
+    return hasattr(weight, "to_local") and len(weight) == of and len(weight.to_local()) == num_rows
 
 
 def _joined(layers: Sequence[Any]) -> tuple[Tensor, Tensor | None]:
@@ -223,7 +255,9 @@ class DotProductAttention(ProjectedAttention):
         """
         if self.use_rope != (freqs is not None):
             raise AssertionError(_rope_mismatch(self.use_rope))
-        _check_rank("x", x)
+        if self._asks_ranks(x):
+            return self.proj_dropout(self.token_sharding.attend_to_all(self, x, attn_mask, freqs))
+        check_rank("x", x)
         out, _ = self._attend_dense(self._project(x, ("qkv", None, freqs)), attn_mask)
         return self.proj_dropout(linear(out, self.proj))
 
@@ -322,6 +356,9 @@ class MixedAttention(DotProductAttention):
         record: bool,
     ) -> tuple[Tensor, KVCache | None]:
         """The layer, but for what the published signatures disagree about."""
+        if self._asks_ranks(x):
+            attend = self.token_sharding.attend_groups
+            return attend(self, x, token_specs, attention_patterns, key_padding_mask, freqs, kv_cache, record=record)
         found = None
         if kv_cache is None and not torch.compiler.is_compiling():
             found = self._at_once(x, token_specs, attention_patterns, key_padding_mask, freqs, record=record)
@@ -406,10 +443,9 @@ class MixedAttention(DotProductAttention):
         cache.check_names(kv_cache, cached)
         kv_cache = kv_cache if cached else None
         parts = self._parts(x, plan, freqs, kv_cache)
+        mask = None if key_padding_mask is None else take(key_padding_mask, at_once.runs_with_keys(plan))
         if kv_cache is not None:
-            mask = cache.join_masks(plan, key_padding_mask, kv_cache, x)
-        else:
-            mask = None if key_padding_mask is None else take(key_padding_mask, at_once.runs_with_keys(plan))
+            mask = cache.join_masks(plan, mask, kv_cache, x)
         out, rotated = packed.attend(
             parts, plan, key_padding_mask=mask, dropout_p=self._dropout_p, parallel=self.parallel
         )
@@ -440,7 +476,7 @@ class MixedAttention(DotProductAttention):
 
     def _record(self, group: Group, k: Tensor, v: Tensor, mask: Tensor | None) -> KVEntry:
         assert group.key_start is not None  # plans of calls that record have the keys of these groups
-        rows = slice(group.key_start, group.key_start + group.size)
+        rows = slice(group.key_start, group.key_start + group.num_keys)
         kept = None if mask is None else mask[:, rows]
         return cache.record_entry(
             k[:, rows], v[:, rows], kept, detach=self.detach_kv_cache, compact=self._records_copies
@@ -481,7 +517,7 @@ def _check_kind(name: str, x: Any) -> None:
         raise TypeError(f"{name}: expected a floating-point tensor (batch_size, n_tokens, dim), got {got}")
 
 
-def _check_rank(name: str, x: Any) -> None:
+def check_rank(name: str, x: Any) -> None:
     """Checks that tokens are a tensor of rank 3, for layers without sizes to compare.
 
     Raises:
@@ -491,6 +527,16 @@ def _check_rank(name: str, x: Any) -> None:
     _check_kind(name, x)
     if x.ndim != 3:
         raise ValueError(f"{name}: expected tokens (batch_size, n_tokens, dim), got shape {tuple(x.shape)}")
+
+
+def check_batch(q: Tensor, kv: Tensor) -> None:
+    """Checks that there is one sequence of keys for each of queries, or one for all.
+
+    Raises:
+        ValueError: If there is not.
+    """
+    if kv.shape[0] not in (1, q.shape[0]):
+        raise ValueError(f"kv: expected batch_size {q.shape[0]} or 1 to match q, got {kv.shape[0]}")
 
 
 def check_tokens(x: Tensor, token_specs: Any, key_padding_mask: Tensor | None) -> list[TokenSpec]:
@@ -613,12 +659,15 @@ class PerceiverAttention(ProjectedAttention):
             raise ValueError("Either kv or kv_cache must be provided")
         if self.use_rope and (q_freqs is None or (k_freqs is None and kv_cache is None)):
             raise AssertionError(_rope_mismatch(self.use_rope))
-        _check_rank("q", q)
+        if self._asks_ranks(q):
+            attend = self.token_sharding.attend_across
+            out, recorded = attend(self, q, kv, attn_mask, q_freqs, k_freqs, kv_cache, record=record)
+            return self.proj_dropout(out), recorded
+        check_rank("q", q)
         if kv_cache is None:
             assert kv is not None
-            _check_rank("kv", kv)
-            if kv.shape[0] not in (1, q.shape[0]):
-                raise ValueError(f"kv: expected batch_size {q.shape[0]} or 1 to match q, got {kv.shape[0]}")
+            check_rank("kv", kv)
+            check_batch(q, kv)
             parts = [*self._project(q, ("q", None, q_freqs)), *self._project(kv, ("kv", None, k_freqs))]
         else:
             (queries,) = self._project(q, ("q", None, q_freqs))

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import torch
@@ -12,9 +12,11 @@ from torch import Tensor, nn
 from mixed_attention import cache, layers
 from mixed_attention.config import UntiedMixedAttentionConfig
 from mixed_attention.eager import packed
-from mixed_attention.eager.packed import Freqs
+from mixed_attention.eager.packed import Freqs, Packed
+from mixed_attention.eager.projection import Runs, take
 from mixed_attention.noether.layers import MixedAttention
 from mixed_attention.plan import AttentionPatternLike, AttentionPlan, Group, TokenSpecLike
+from mixed_attention.spec import TokenSpec
 
 
 class _PerDomainLinear(nn.Module):
@@ -91,29 +93,43 @@ class UntiedMixedAttention(MixedAttention):
         """
         if kv_cache is not None:
             raise NotImplementedError("kv_cache is not supported with per-domain projections")
+        if self._asks_ranks(x):
+            arguments = x, token_specs, attention_patterns, key_padding_mask, freqs, kv_cache
+            return self.token_sharding.attend_groups(self, *arguments, record=False, projections=self._per_domain)[0]
         self._check_rope(freqs)
         layers.check_tokens(x, token_specs, key_padding_mask)
         cache.check_names(kv_cache, [group.name for group in token_specs if group.size is None])
         plan = AttentionPlan.compile(token_specs, attention_patterns)
-        sizes = self._domain_sizes(plan.groups)
-        buffer = torch.cat([self.q(x, sizes), self.k(x, sizes), self.v(x, sizes)], -1)
+        project, project_out = self._per_domain(x, plan.groups, freqs)
         out, _ = packed.attend(
-            [self._pack(buffer, x, "qkv", None, freqs)],
+            [project("qkv", None)],
             plan,
             key_padding_mask=key_padding_mask,
             dropout_p=self._dropout_p,
             parallel=self.parallel,
         )
-        return self.proj(out, sizes)
+        return project_out(out)
 
-    def _domain_sizes(self, groups: Sequence[Group]) -> list[int]:
+    def _per_domain(
+        self, x: Tensor, groups: Sequence[Group | TokenSpec], freqs: Freqs | None
+    ) -> tuple[Callable[[str, Runs | None], Packed], Callable[[Tensor], Tensor]]:
+        """The projections for some groups: to slots out of "qkv" of the tokens that runs take, and of the output."""
+        sizes = self._domain_sizes(groups)
+
+        def project(slots: str, runs: Runs | None) -> Packed:
+            made = torch.cat([getattr(self, slot)(x, sizes) for slot in slots], -1)
+            return self._pack(take(made, runs), x, slots, runs, freqs)
+
+        return project, lambda out: self.proj(out, sizes)
+
+    def _domain_sizes(self, groups: Sequence[Group | TokenSpec]) -> list[int]:
         domains: dict[str, int] = {}
         previous = None
         for group in groups:
             domain = group.name.split("_", 1)[0]
             if domain in domains and domain != previous:
                 raise ValueError(f"the token groups of domain {domain!r} are not consecutive in token_specs")
-            domains[domain] = domains.get(domain, 0) + group.size
+            domains[domain] = domains.get(domain, 0) + (group.size or 0)  # none is cached
             previous = domain
         if len(domains) > self.num_types:
             raise RuntimeError(f"sizes do not match: {len(domains)} domains {list(domains)}, {self.num_types} weights")

@@ -124,3 +124,20 @@ def test_a_changed_layer_is_not_plain(change):
     layer = nn.Linear(3, 3)
     change(layer)
     assert internals.plain_parameters(layer) is None
+
+
+def test_nothing_is_transformed_without_transforms():
+    seen = []
+
+    def call(x):
+        with internals.without_transforms():
+            seen.append(internals.current_transform())
+        return x.sum()
+
+    torch.func.grad(call)(torch.ones(2))
+    assert seen == [None]
+
+
+def test_functional_collectives_are_there():
+    for name in ("all_to_all_single", "wait_tensor"):
+        assert getattr(internals.functional_collectives, name).default
