@@ -32,6 +32,18 @@ def _equals(field: str) -> Callable[[Any, Any], bool]:
     return lambda value, settings: value is None or value == getattr(settings, field)
 
 
+def _is_our_rotation(value: Any, settings: Any) -> bool:
+    return value is None or not isinstance(value, bool) or value == settings.use_rope
+
+
+def _rotates_whole_heads(value: Any, settings: Any) -> bool:
+    return value is None or not settings.use_rope or value in (1, settings.head_dim)
+
+
+def _is_softmax(value: Any, settings: Any) -> bool:
+    return value.lower() == "softmax" if isinstance(value, str) else value is not False
+
+
 _RULES: tuple[tuple[str, Callable[[Any, Any], bool]], ...] = (
     (r"(.*_)?(causal|window|alibi|sinks?|soft_?cap(ping)?|logits?_cap|talking_heads?)(_.*)?", _is_off),
     # Norms of queries and keys; those of the block ("norm", "pre_norm", "norm_eps") are its own.
@@ -44,8 +56,15 @@ _RULES: tuple[tuple[str, Callable[[Any, Any], bool]], ...] = (
     (r"(attn|attention|score|pos|position|rel_pos|relative|relative_position|distance)_bias(_.*)?", _is_off),
     (r"gated?_(attn|attention)|(attn|attention)_(output_)?gate|add_bias_kv|add_zero_attn", _is_off),
     (r"(q|k|v|qk|kv|qkv|query|key|value|proj|out|[qkvo]_proj|out_proj)_bias", _equals("bias")),
+    (r"use_bias", _equals("bias")),
     (r"((num|n)_)?(kv|key_value)_heads", _equals("num_heads")),
-    (r"(attn|attention)_drop(out)?(_.*)?|proj_drop(out)?", _equals("dropout")),
+    (r"dim_head|((v|value)_)head_dim|head_dim_v|(v|value)_dim(_head)?", _equals("head_dim")),
+    (r"(attn|attention)_p?drop(out)?(_.*)?|attention_probs_dropout_prob|dropout_p|proj_drop(out)?", _equals("dropout")),
+    (r"(cosine|linear|differential|diff|sparse|dilated|local|block_sparse)_(attn|attention)(_.*)?", _is_off),
+    (r"(attn|attention|softmax|score)_(activation|function|fn)|softmax", _is_softmax),
+    # Angles are an argument of the call; which channels they turn is not.
+    (r"(use_)?rotary(_emb(edding)?s?)?|rope", _is_our_rotation),
+    (r"partial_rotary_factor|(rotary|rope)_(pct|percentage|fraction|dim|ndims)", _rotates_whole_heads),
 )
 """Names, and whether a value is what the layers do anyway."""
 

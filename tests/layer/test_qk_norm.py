@@ -365,6 +365,17 @@ HARMLESS = {
     "num_kv_heads": NUM_HEADS,
     "attn_dropout": 0.0,
     "qk_norm": False,
+    "use_bias": True,
+    "dropout_p": 0.0,
+    "attn_pdrop": 0.0,
+    "v_head_dim": HEAD_DIM,
+    "dim_head": HEAD_DIM,
+    "linear_attention": False,
+    "attention_activation": "softmax",
+    "use_rotary": False,
+    "rope": {"theta": 100},
+    "partial_rotary_factor": 0.5,
+    "rotary_dim": 4,
 }
 HARMFUL = {
     "q_norm": True,
@@ -396,6 +407,20 @@ HARMFUL = {
     "num_kv_heads": 1,
     "attn_dropout": 0.1,
     "attention_sinks": 4,
+    "use_bias": False,
+    "dropout_p": 0.1,
+    "attn_pdrop": 0.1,
+    "attention_probs_dropout_prob": 0.1,
+    "v_head_dim": HEAD_DIM + 8,
+    "dim_head": HEAD_DIM + 8,
+    "linear_attention": True,
+    "cosine_attention": True,
+    "differential_attention": True,
+    "attention_activation": "relu",
+    "softmax": "sigmoid",
+    "use_rotary": True,
+    "rotary_embedding": True,
+    "rope": True,
 }
 
 
@@ -439,6 +464,14 @@ SOURCES = {
 def test_fields_that_would_change_results_are_refused_by_name(source, name):
     with pytest.raises(ValueError, match=f"^{name}: this field is not known here"):
         ma.MixedAttention(SOURCES[source]({name: HARMFUL[name]}))
+
+
+@pytest.mark.parametrize(("name", "value"), [("partial_rotary_factor", 0.5), ("rotary_pct", 0.25), ("rotary_dim", 4)])
+def test_rotations_of_some_channels_are_refused_where_there_are_rotations(name, value):
+    with pytest.raises(ValueError, match=f"^{name}: this field is not known here"):
+        ma.MixedAttentionConfig(DIM, NUM_HEADS, use_rope=True, **{name: value})
+    for whole in (1.0, None) if name != "rotary_dim" else (HEAD_DIM,):
+        ma.MixedAttentionConfig(DIM, NUM_HEADS, use_rope=True, **{name: whole})
 
 
 def test_implementations_change_nothing():
