@@ -12,6 +12,7 @@ import torch
 from mixed_attention import ops
 from mixed_attention.plan import AttentionPlan
 from mixed_attention.spec import AttentionPattern, TokenSpec
+from mixed_attention.tested import TESTED, is_tested
 
 _DTYPES = (torch.float32, torch.float64, torch.bfloat16, torch.float16)
 _HEAD_DIMS = (16, 32, 48, 64, 96, 128, 192, 256)
@@ -30,6 +31,9 @@ def _versions() -> Iterator[str]:
     yield f"mixed_attention  {package}"
     yield f"python           {platform.python_version()}, {platform.system()} {platform.machine()}"
     yield f"torch            {torch.__version__}, CUDA {torch.version.cuda or 'none'}"
+    if not is_tested(torch.__version__, platform.python_version()):
+        pairs = ", ".join(f"{python} with torch {of_torch}" for of_torch, python in TESTED)
+        yield f"  untested       the tests were not run with these releases, but with Python {pairs}"
     yield f"compiled part    {ops.describe_build()}"
 
 

@@ -13,6 +13,7 @@ from layers import CROSS, SELF, Scene
 import mixed_attention as ma
 from mixed_attention import __main__ as main
 from mixed_attention import ops
+from mixed_attention.tested import TESTED
 
 ROOT = Path(__file__).parents[2]
 
@@ -95,6 +96,29 @@ def test_report_says_why_something_is_refused(monkeypatch):
     assert "rebuild with MIXED_ATTENTION_CUDA=1" in main.report()
     monkeypatch.setattr(torch.version, "cuda", None)
     assert "this torch was built without CUDA" in main.report()
+
+
+@pytest.mark.parametrize(
+    ("of_torch", "python", "is_tested"),
+    [
+        ("2.13.0+cpu", "3.11.7", True),
+        ("2.15.1", "3.13.2", True),
+        ("2.15.0a0+git1234", "3.13.0rc1", True),
+        ("2.13.0", "3.14.0", False),
+        ("2.16.0.dev20270101+cu132", "3.13.0", False),
+        ("2.1.0", "3.11.0", False),
+    ],
+)
+def test_report_says_where_no_tests_were_run(monkeypatch, of_torch, python, is_tested):
+    monkeypatch.setattr(torch, "__version__", of_torch)
+    monkeypatch.setattr(main.platform, "python_version", lambda: python)
+    text = "untested       the tests were not run with these releases, but with Python 3.12 with torch 2.11, "
+    assert (text not in main.report()) == is_tested
+
+
+def test_the_table_of_what_was_run_is_what_the_report_knows():
+    rows = re.findall(r"^\| (\d+\.\d+)\.\S+ \| (\d+\.\d+)\.\S+ \|", (ROOT / "docs" / "install.md").read_text(), re.M)
+    assert set(rows) == set(TESTED)
 
 
 def test_report_names_the_kernels_of_a_gpu_and_why_no_faster_ones(monkeypatch):
