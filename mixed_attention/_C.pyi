@@ -35,6 +35,33 @@ def check_backward(
     dropout_seed: Tensor | None,
     grads: Sequence[Tensor],
 ) -> None: ...
+def check_jvp(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    out: Tensor | None,
+    lse: Tensor | None,
+    q_dot: Tensor | None,
+    k_dot: Tensor | None,
+    v_dot: Tensor | None,
+) -> None: ...
+def check_backward_jvp(
+    dout_dot: Tensor,
+    dlse_dot: Tensor | None,
+    dout: Tensor | None,
+    dlse: Tensor | None,
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    out: Tensor,
+    lse: Tensor,
+    q_dot: Tensor | None,
+    k_dot: Tensor | None,
+    v_dot: Tensor | None,
+    out_dot: Tensor,
+    lse_dot: Tensor,
+    wants_dq_dot: bool,
+) -> None: ...
 def check_dense(name: str, tensor: Tensor) -> None: ...
 def check_rope(x: Tensor, freqs: Tensor, out: Tensor) -> None: ...
 

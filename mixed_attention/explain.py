@@ -66,7 +66,7 @@ def _unread_rows(plan: AttentionPlan) -> Iterator[tuple[int, int]]:
 def _kernels(
     plan: AttentionPlan, *, device: torch.device, dtype: torch.dtype, batch_size: int, num_heads: int, head_dim: int
 ) -> Iterator[str]:
-    """One line for the forward, one for the backward.
+    """One line for the forward, one for the backward; before them one for derivatives beyond.
 
     Args:
         plan: The plan.
@@ -74,6 +74,7 @@ def _kernels(
         dtype: Of the tensors; fp64 is the reference's.
         batch_size, num_heads, head_dim: Of the call.
     """
+    yield "  tangents and gradients of them: the reference, as no GPU kernel serves them yet"
     for backward in (False, True):
         direction = "backward" if backward else "forward"
         if not ops.has_kernels("cuda", dtype):

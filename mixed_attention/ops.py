@@ -1,10 +1,10 @@
 """``attention`` and ``rotate``: the compiled operators, their fakes and derivatives, and the choice of path.
 
-A functorch transform, a forward-mode level, a second derivative, or fp64 on a GPU: the reference, a composition of
-framework operators that is closed under every transform. Otherwise: an autograd function over the kernels. Nothing
-else may answer, because a plain custom operator would answer some transforms with silent zeros. The registered
-operator makes the same choice by itself, since the compiler traces transforms too and then nobody but the operator
-meets them.
+A functorch transform, a forward-mode level, or a second derivative: the functions of
+:mod:`mixed_attention.derivatives`. fp64 on a GPU: the reference, a composition of framework operators that is closed
+under every transform. Otherwise: a node in C++ over the kernels. Nothing else may answer, because a plain custom
+operator would answer some transforms with silent zeros. The registered operator makes a choice by itself, since the
+compiler traces transforms too and then nobody but the operator meets them.
 
 The only module that imports ``_C``.
 """
@@ -12,7 +12,7 @@ The only module that imports ``_C``.
 from __future__ import annotations
 
 import sys
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Sequence
 from functools import cache
 from numbers import Real
 from typing import Any, Literal, NamedTuple, overload
@@ -21,9 +21,11 @@ import torch
 from torch import Tensor, nn
 from torch.autograd import forward_ad
 
-from mixed_attention import reference, torch_internals
+from mixed_attention import derivatives, reference, torch_internals
 from mixed_attention.autocast import autocast_dtype
-from mixed_attention.plan import AttentionPlan, QuerySegment
+from mixed_attention.derivatives import is_legacy_batched
+from mixed_attention.plan import AttentionPlan, query_segments
+from mixed_attention.rotation import Rotate, rotate_composite
 
 try:
     from mixed_attention import _C
@@ -156,18 +158,12 @@ def is_distributed(tensor: Any) -> bool:
 
 
 def needs_composite(*tensors: Tensor | None) -> bool:
-    """Whether a transform is active that only a composition of framework operators answers rightly."""
-    if torch_internals.current_transform() is not None:
+    """Whether a transform is active, or forward mode, that a plain call of a kernel would not answer rightly."""
+    if torch_internals.current_transform() is not None or is_legacy_batched(*tensors):
         return True
-    has_duals = torch_internals.is_forward_mode()
-    for tensor in tensors:
-        if tensor is None:
-            continue
-        if torch_internals.is_legacy_batched(tensor):  # is_grads_batched
-            return True
-        if has_duals and forward_ad.unpack_dual(tensor).tangent is not None:
-            return True
-    return False
+    return torch_internals.is_forward_mode() and any(
+        tensor is not None and forward_ad.unpack_dual(tensor).tangent is not None for tensor in tensors
+    )
 
 
 @overload
@@ -280,15 +276,38 @@ def attention(
         from mixed_attention.distributed import dtensor  # which says how the operators act on them
 
         seed = None if seed is None else dtensor.as_seed(seed, q)
-    path: Callable[..., tuple[Tensor, Tensor]]
-    if by_dispatcher:
-        path = torch.ops.mixed_attention.forward
-    else:
-        path = _composite if _needs_reference(q, k, v) else _C.attend
-    out, lse = path(q, k, v, plan.flat(), scale, key_padding_mask, dropout_p, seed)
+    arguments = plan.flat(), scale, key_padding_mask, dropout_p, seed
+    out, lse = (_dispatched if by_dispatcher else _attend)(q, k, v, *arguments)
     if v.size(-1) != width_v > 0:
         out = out[..., :width_v]
     return (out, lse) if return_lse else out
+
+
+def _attend(q: Tensor, k: Tensor, v: Tensor, *arguments: Any) -> tuple[Tensor, Tensor]:
+    """In eager mode, of torch's own tensors."""
+    if _lacks_kernels(q) or is_legacy_batched(q, k, v):
+        return _composite(q, k, v, *arguments)
+    if not needs_composite(q, k, v):
+        return _C.attend(q, k, v, *arguments)
+    _C.check_forward(q, k, v, *arguments)
+    return derivatives.attend(q, k, v, *arguments)
+
+
+def _lacks_kernels(q: Tensor) -> bool:
+    """Whether the reference computes it: fp64 on a GPU. Where nobody does, operators say so."""
+    return q.dtype == torch.float64 and not has_kernels(q.device.type, q.dtype)
+
+
+def _dispatched(q: Tensor, k: Tensor, v: Tensor, *arguments: Any) -> tuple[Tensor, Tensor]:
+    """By registered operators, which compilers, modes and subclasses see. Tangents are handed over beside primals."""
+    if torch.compiler.is_compiling():
+        primals, tangents = derivatives.unpack(q, k, v)
+        if any(tangent is not None for tangent in tangents):
+            moved = derivatives.one_direction(tangents)
+            results = torch.ops.mixed_attention.forward_jvp(*primals, *moved, *arguments)
+            out, lse, out_dot, lse_dot = results
+            return forward_ad.make_dual(out, out_dot[0]), forward_ad.make_dual(lse, lse_dot[0])
+    return torch.ops.mixed_attention.forward(q, k, v, *arguments)
 
 
 def check_tensors(**arguments: Any) -> None:
@@ -381,10 +400,14 @@ def rotate(x: Tensor, freqs: Tensor, *, conjugate: bool = False) -> Tensor:
         return rotate_composite(x, real_freqs(freqs, x.dtype), conjugate)
     _require_compiled()
     pairs = real_freqs(freqs, x.dtype)
-    if not is_plain(x, pairs) or needs_composite(x, pairs):
+    if not is_plain(x, pairs):
         _C.check_rope(x, pairs, x)
         return rotate_composite(x, pairs, conjugate)
-    return _Rotate.apply(x, pairs, conjugate)
+    if needs_composite(x, pairs):
+        _C.check_rope(x, pairs, x)
+        if is_legacy_batched(x, pairs):
+            return rotate_composite(x, pairs, conjugate)
+    return Rotate.apply(conjugate, x, pairs)
 
 
 def real_freqs(freqs: Tensor, dtype: torch.dtype) -> Tensor:
@@ -412,21 +435,12 @@ def _forward(
 
     Unlike `_C.attend`, which is this without the host time of Python, it takes the symbolic sizes of the compiler.
     """
-    if _needs_reference(q, k, v):
-        path = _composite
-    elif torch.is_grad_enabled() and (q.requires_grad or k.requires_grad or v.requires_grad):
-        path = _Attention.apply
-    else:
-        path = run_forward
-    return path(q, k, v, segments, softmax_scale, key_padding_mask, dropout_p, dropout_seed)
-
-
-def _needs_reference(q: Tensor, k: Tensor, v: Tensor) -> bool:
-    return (q.dtype == torch.float64 and not has_kernels(q.device.type, q.dtype)) or needs_composite(q, k, v)
-
-
-def run_forward(*arguments) -> tuple[Tensor, Tensor]:
-    """The kernels themselves, with the arguments of the operator; without a derivative."""
+    arguments = q, k, v, segments, softmax_scale, key_padding_mask, dropout_p, dropout_seed
+    if _lacks_kernels(q) or needs_composite(q, k, v):
+        return _composite(*arguments)
+    if torch.is_grad_enabled() and (q.requires_grad or k.requires_grad or v.requires_grad):
+        call = derivatives.Call(segments, softmax_scale, dropout_p)
+        return derivatives.Forward.apply(call, key_padding_mask, dropout_seed, q, k, v)
     with torch_internals.below_autograd():
         return torch.ops.mixed_attention.forward.default(*arguments)
 
@@ -518,102 +532,20 @@ def _composite(q, k, v, segments, scale, key_padding_mask, dropout_p, seed):
     return out, lse if q.dtype == torch.float64 else lse.float()
 
 
-def query_segments(flat: Sequence[int]) -> Iterator[QuerySegment]:
-    """The inverse of :meth:`AttentionPlan.flat`, but that it knows of no patterns: each segment counts as its own."""
-    numbers = iter(flat)
-    for index, start in enumerate(numbers):
-        end, num_ranges = next(numbers), next(numbers)
-        yield QuerySegment(start, end, tuple((next(numbers), next(numbers)) for _ in range(num_ranges)), index)
-
-
-class _Attention(torch.autograd.Function):
-    @staticmethod
-    def forward(ctx, q, k, v, segments, scale, key_padding_mask, dropout_p, seed):
-        out, lse = run_forward(q, k, v, segments, scale, key_padding_mask, dropout_p, seed)
-        ctx.save_for_backward(q, k, v, out, lse, key_padding_mask, seed)
-        ctx.segments, ctx.scale, ctx.dropout_p = segments, scale, dropout_p
-        ctx.set_materialize_grads(False)
-        return out, lse
-
-    @staticmethod
-    def backward(ctx, dout, dlse):
-        q, k, v, out, lse, key_padding_mask, seed = ctx.saved_tensors
-        dout = torch.zeros_like(out) if dout is None else dout
-        arguments = ctx.segments, ctx.scale, key_padding_mask, ctx.dropout_p, seed
-        if torch.is_grad_enabled() or needs_composite(dout, dlse, q, k, v):
-            grads = _backward_composite((q, k, v), (dout, dlse), ctx.needs_input_grad, arguments)
-        else:
-            grads = torch.ops.mixed_attention.backward.default(dout, dlse, q, k, v, out, lse, *arguments)
-        return *grads, None, None, None, None, None
-
-    @staticmethod
-    def jvp(ctx, *_):  # only a dual level opened inside a compiled function leads here
-        raise NotImplementedError("compiled forward-mode derivatives of attention: use torch.func.jvp")
-
-
-def _backward_composite(inputs, grads_out, needs_grad, arguments):
-    """The derivative through the reference, so that it has derivatives of its own."""
-    with torch.enable_grad():
-        inputs = [unhooked(t) if needed else t for t, needed in zip(inputs, needs_grad)]
-        wanted = [t for t, needed in zip(inputs, needs_grad) if needed]
-        outputs = _composite(*inputs, *arguments)
-        pairs = [(o, g) for o, g in zip(outputs, grads_out) if g is not None]
-        grads = iter(
-            torch.autograd.grad(
-                [o for o, _ in pairs], wanted, [g for _, g in pairs], create_graph=True, materialize_grads=True
-            )
-        )
-    return [next(grads) if needed else None for _, needed in zip(inputs, needs_grad)]
-
-
 def unhooked(x: Tensor) -> Tensor:
     """The same tensor to differentiate by, without the hooks on it: they see the gradient of the whole graph, once."""
     return x.view_as(x)
 
 
-def _attention_composite(qkv, grads_out, needs_grad, key_padding_mask, seed, call):
-    """The same for `_C.attend`."""
-    arguments = call.segments, call.softmax_scale, key_padding_mask, call.dropout_p, seed
-    return _backward_composite(qkv, grads_out, needs_grad, arguments)
-
-
-def rotate_composite(x: Tensor, pairs: Tensor, conjugate: bool) -> Tensor:
-    """:func:`rotate` in framework operators, with the frequencies of :func:`real_freqs`."""
-    cos, sin = pairs[..., 0].unsqueeze(2), pairs[..., 1].unsqueeze(2)
-    sin = -sin if conjugate else sin
-    even, odd = _even_odd(x, pairs.dtype)
-    return torch.stack((even * cos - odd * sin, even * sin + odd * cos), -1).reshape(x.shape).to(x.dtype)
-
-
-def _even_odd(x: Tensor, dtype: torch.dtype) -> tuple[Tensor, ...]:
-    # NOTE: reshape instead of unflatten, which has no batching rule under is_grads_batched.
-    return x.to(dtype).reshape(*x.shape[:-1], x.shape[-1] // 2, 2).unbind(-1)
-
-
-class _Rotate(torch.autograd.Function):
-    @staticmethod
-    def forward(ctx, x, pairs, conjugate):
-        ctx.save_for_backward(x if ctx.needs_input_grad[1] else None, pairs)
-        ctx.conjugate = conjugate
-        return torch.ops.mixed_attention.rope.default(x, pairs, conjugate)
-
-    @staticmethod
-    def backward(ctx, dout):
-        x, pairs = ctx.saved_tensors
-        composite = torch.is_grad_enabled() or needs_composite(dout, x, pairs)
-        rotation = rotate_composite if composite else _Rotate.apply
-        dx = rotation(dout, pairs, not ctx.conjugate) if ctx.needs_input_grad[0] else None
-        dpairs = _freqs_grad(x, dout, pairs, ctx.conjugate) if ctx.needs_input_grad[1] else None
-        return dx, dpairs, None
-
-
-def _freqs_grad(x: Tensor, dout: Tensor, pairs: Tensor, conjugate: bool) -> Tensor:
-    """conj(x) * dout, summed over what shares a frequency: the heads, and the batch where one sequence serves all."""
-    x_even, x_odd = _even_odd(x, pairs.dtype)
-    dout_even, dout_odd = _even_odd(dout, pairs.dtype)
-    dcos = x_even * dout_even + x_odd * dout_odd
-    dsin = x_even * dout_odd - x_odd * dout_even
-    return torch.stack((dcos, -dsin if conjugate else dsin), -1).sum(2).sum_to_size(pairs.shape)
+def _attention_composite(saved, grads_out, needs_grad, key_padding_mask, seed, call):
+    """The backward of `_C.attend` where it is to be differentiated itself."""
+    derivatives.check_gradient()
+    with torch.enable_grad():
+        q, k, v = (unhooked(t) if needed else t for t, needed in zip(saved, needs_grad))
+        described = derivatives.Call(call.segments, call.softmax_scale, call.dropout_p)
+        (dout, dlse), (out, lse) = grads_out, saved[3:]
+        grads = derivatives.gradients(described, key_padding_mask, seed, dout, dlse, q, k, v, out, lse)
+    return [grad if needed else None for grad, needed in zip(grads, needs_grad)]
 
 
 if _C is not None:
@@ -644,6 +576,57 @@ if _C is not None:
         arguments = dout, dlse, q, k, v, out, lse, segments, softmax_scale, mask, dropout_p, dropout_seed
         _C.check_backward(*arguments, [dq, dk, dv])
 
+    @torch.library.register_fake("mixed_attention::forward_jvp")
+    def _forward_jvp_fake(
+        q, k, v, q_dot, k_dot, v_dot, segments, softmax_scale, mask=None, dropout_p=0.0, dropout_seed=None
+    ):
+        out, lse = _forward_fake(q, k, v, segments, softmax_scale, mask, dropout_p, dropout_seed)
+        _C.check_jvp(q, k, v, None, None, q_dot, k_dot, v_dot)
+        return out, lse, *_moved_outputs(out, lse, q_dot, k_dot, v_dot)
+
+    @torch.library.register_fake("mixed_attention::jvp")
+    def _jvp_fake(
+        q, k, v, out, lse, q_dot, k_dot, v_dot, segments, softmax_scale, mask=None, dropout_p=0.0, dropout_seed=None
+    ):
+        _C.check_forward(q, k, v, segments, softmax_scale, mask, dropout_p, dropout_seed)
+        _C.check_jvp(q, k, v, out, lse, q_dot, k_dot, v_dot)
+        return _moved_outputs(out, lse, q_dot, k_dot, v_dot)
+
+    def _moved_outputs(out, lse, *tangents):
+        (count, *_), *_ = (tangent.shape for tangent in tangents if tangent is not None)
+        return out.new_empty((count, *out.shape)), lse.new_empty((count, *lse.shape))
+
+    @torch.library.register_fake("mixed_attention::backward_jvp")
+    def _backward_jvp_fake(
+        dout_dot,
+        dlse_dot,
+        dout,
+        dlse,
+        q,
+        k,
+        v,
+        out,
+        lse,
+        q_dot,
+        k_dot,
+        v_dot,
+        out_dot,
+        lse_dot,
+        segments,
+        softmax_scale,
+        mask=None,
+        dropout_p=0.0,
+        dropout_seed=None,
+        wants_dq_dot=False,
+    ):
+        _C.check_forward(q, k, v, segments, softmax_scale, mask, dropout_p, dropout_seed)
+        tangents = q_dot, k_dot, v_dot
+        _C.check_backward_jvp(
+            dout_dot, dlse_dot, dout, dlse, q, k, v, out, lse, *tangents, out_dot, lse_dot, wants_dq_dot
+        )
+        dq_dot = q.new_empty((dout_dot.shape[0] if wants_dq_dot else 0, *q.shape))
+        return q.new_empty(q.shape), k.new_empty(k.shape), v.new_empty(v.shape), dq_dot
+
     @torch.library.register_fake("mixed_attention::rope")
     def _rope_fake(x, freqs, conjugate):
         out = x.new_empty(x.shape)
@@ -656,3 +639,8 @@ if _C is not None:
 
     _library = torch.library.Library("mixed_attention", "IMPL")  # holds the registration as long as it lives
     _library.impl("forward", _forward, "Autograd")
+    _library.impl("forward_jvp", derivatives.forward_jvp, "Autograd")
+    for _name in ("forward_jvp", "jvp", "backward_jvp"):
+        if torch_internals.has_operator_kernel("mixed_attention::backward", "cuda"):
+            _library.impl(_name, getattr(derivatives, f"{_name}_composed"), "CUDA")
+    torch.library.register_vmap("mixed_attention::forward_jvp", derivatives.map_forward_jvp, lib=_library)

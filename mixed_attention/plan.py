@@ -582,3 +582,11 @@ def _key_ranges(placed: list[Group], places: list[int]) -> tuple[tuple[int, int]
         else:
             runs.append([place, place])
     return tuple([_key_rows(placed[first], placed[last]) for runs in layers for first, last in runs])
+
+
+def query_segments(flat: Sequence[int]) -> Iterator[QuerySegment]:
+    """The inverse of :meth:`AttentionPlan.flat`, but that it knows of no patterns: each segment counts as its own."""
+    numbers = iter(flat)
+    for index, start in enumerate(numbers):
+        end, num_ranges = next(numbers), next(numbers)
+        yield QuerySegment(start, end, tuple((next(numbers), next(numbers)) for _ in range(num_ranges)), index)

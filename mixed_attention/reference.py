@@ -8,13 +8,22 @@ For a query row ``i`` of a segment with listed keys ``j`` (ranges in order, a ra
     out_i = sum_j m_ij p_ij v_j                 0 where no key is left
 
 with ``m_ij = 1`` without dropout, and ``keep_ij / (1 - dropout_p)`` with it (:func:`dropout_keep`).
+
+Where q, k and v move along q', k', v' (:func:`jvp`)::
+
+    s'_ij  = softmax_scale * (<q'_i, k_j> + <q_i, k'_j>)
+    lse'_i = sum_j p_ij s'_ij                                   0 where no key is left
+    out'_i = sum_j m_ij p_ij ((s'_ij - lse'_i) v_j + v'_j)      likewise
 """
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from functools import wraps
+from typing import Any, NamedTuple
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 
 from mixed_attention.plan import AttentionPlan, QuerySegment
@@ -48,6 +57,21 @@ def attention(
     return (out, lse) if return_lse else out
 
 
+def _without_autocast(function: Callable[..., Any]) -> Callable[..., Any]:
+    """The definition computes in the dtypes that it says."""
+
+    @wraps(function)
+    def run(first: Tensor, *arguments: Any) -> Any:
+        device_type = first.device.type
+        if torch.amp.is_autocast_available(device_type) and torch.is_autocast_enabled(device_type):
+            with torch.autocast(device_type, enabled=False):
+                return function(first, *arguments)
+        return function(first, *arguments)
+
+    return run
+
+
+@_without_autocast
 def attend(
     q: Tensor,
     k: Tensor,
@@ -59,9 +83,6 @@ def attend(
     dropout_seed: Tensor | None,
 ) -> tuple[Tensor, Tensor]:
     """:func:`attention` over the query segments of a plan; always returns both, out and log-sum-exp."""
-    if torch.amp.is_autocast_available(q.device.type) and torch.is_autocast_enabled(q.device.type):
-        with torch.autocast(q.device.type, enabled=False):
-            return attend(q, k, v, query_segments, softmax_scale, key_padding_mask, dropout_p, dropout_seed)
     batch_size, _, num_heads, _ = q.shape
     dtype = q.dtype
     if dtype in (torch.float16, torch.bfloat16):
@@ -101,6 +122,207 @@ def attend(
         outs.append(torch.einsum("bhqk,bkhd->bqhd", p, v_rows))
         lses.append(torch.where(has_scores, s_max + torch.log(p_sum), -torch.inf).squeeze(-1))
     return torch.cat(outs, 1).to(dtype), torch.cat(lses, 2)
+
+
+class _Weights(NamedTuple):
+    """What a segment reads: its rows and ranges of keys, p, and m."""
+
+    rows: slice
+    ranges: Sequence[tuple[int, int]]
+    p: Tensor
+    kept: Tensor | float
+
+    def queries(self, x: Tensor) -> Tensor:
+        return x[:, self.rows]
+
+    def keys(self, x: Tensor) -> Tensor:
+        return torch.cat([x[:, :0], *(x[:, start:end] for start, end in self.ranges)], 1)
+
+    def numbers(self, x: Tensor) -> Tensor:
+        """Numbers of the rows, ``(B, H, rows, 1)``."""
+        return x[:, :, self.rows].unsqueeze(-1)
+
+    def scattered(self, x: Tensor, num_keys: int) -> Tensor:
+        """The transpose of :meth:`keys`."""
+        total = x.new_zeros(x.shape[0], num_keys, *x.shape[2:])
+        pieces = x.split([end - start for start, end in self.ranges], 1)
+        for (start, end), piece in zip(self.ranges, pieces):
+            total = total + F.pad(piece, (0, 0, 0, 0, start, num_keys - end))
+        return total
+
+
+def _weights(
+    q: Tensor,
+    k: Tensor,
+    query_segments: Iterable[QuerySegment],
+    scale: float,
+    mask: Tensor | None,
+    dropout_p: float,
+    seed: Tensor | None,
+) -> Iterator[_Weights]:
+    """Segment by segment, from q and masked k in fp32 or fp64."""
+    batch_size, _, num_heads, _ = q.shape
+    for segment in query_segments:
+        w = _Weights(slice(segment.start, segment.end), segment.key_ranges, q, 1.0)
+        s = torch.einsum("bqhd,bkhd->bhqk", w.queries(q) * scale, w.keys(k))
+        if mask is not None:
+            s = s.masked_fill(~w.keys(mask[..., None])[:, None, None, :, 0], -torch.inf)
+        s_max = s.detach().amax(-1, keepdim=True).clamp(min=torch.finfo(s.dtype).min) if s.shape[-1] else 0.0
+        once = torch.exp(s - s_max)
+        total = once.sum(-1, keepdim=True)
+        p = once / torch.where(total != 0, total, 1)
+        kept: Tensor | float = 1.0
+        if dropout_p > 0:
+            assert seed is not None
+            keep, keep_probability = dropout_keep(segment, batch_size, num_heads, dropout_p, seed)
+            kept = keep.to(p.dtype) / keep_probability
+        yield w._replace(p=p, kept=kept)
+
+
+def _prepared(q: Tensor, mask: Tensor | None, *keys: Tensor | None) -> tuple[Any, ...]:
+    """q, and keys, values and the like for every sequence, as :func:`attend` computes in, with zeros where masked."""
+    dtype = torch.float64 if q.dtype == torch.float64 else torch.float32
+    read = [k if k is None else k.to(dtype).expand(q.shape[0], -1, -1, -1) for k in keys]
+    if mask is not None:
+        read = [k if k is None else torch.where(mask[:, :, None, None], k, 0) for k in read]
+    return q.to(dtype), *read
+
+
+@_without_autocast
+def jvp(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    q_dot: Tensor | None,
+    k_dot: Tensor | None,
+    v_dot: Tensor | None,
+    query_segments: Iterable[QuerySegment],
+    softmax_scale: float,
+    key_padding_mask: Tensor | None,
+    dropout_p: float,
+    dropout_seed: Tensor | None,
+) -> tuple[Tensor, Tensor]:
+    """How out and log-sum-exp move with q, k and v; None is what stays. In closed form, so differentiable itself."""
+    given, mask, scale = q, key_padding_mask, softmax_scale
+    q, k, v, k_dot, v_dot = _prepared(q, mask, k, v, k_dot, v_dot)
+    none = q[:, :0, :, :1] * k[:, :0, :, :1]
+    outs, lses = [none * v[:, :0]], [none.squeeze(-1).transpose(1, 2)]
+    for w in _weights(q, k, query_segments, scale, mask, dropout_p, dropout_seed):
+        s_dot = _tangents_of_scores(w, q, k, q_dot, k_dot, scale)
+        mean = (w.p * s_dot).sum(-1, keepdim=True)
+        out = torch.einsum("bhqk,bkhd->bqhd", w.kept * w.p * (s_dot - mean), w.keys(v))
+        if v_dot is not None:
+            out = out + torch.einsum("bhqk,bkhd->bqhd", w.kept * w.p, w.keys(v_dot))
+        outs.append(out)
+        lses.append(mean.squeeze(-1))
+    out, lse = torch.cat(outs, 1).to(given.dtype), torch.cat(lses, 2)
+    return out, lse
+
+
+def _tangents_of_scores(
+    w: _Weights, q: Tensor, k: Tensor, q_dot: Tensor | None, k_dot: Tensor | None, scale: float
+) -> Tensor:
+    s_dot = torch.zeros_like(w.p)
+    if q_dot is not None:
+        s_dot = s_dot + torch.einsum("bqhd,bkhd->bhqk", w.queries(q_dot).to(q.dtype) * scale, w.keys(k))
+    if k_dot is not None:
+        s_dot = s_dot + torch.einsum("bqhd,bkhd->bhqk", w.queries(q) * scale, w.keys(k_dot))
+    return s_dot
+
+
+def backward(
+    dout: Tensor,
+    dlse: Tensor | None,
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    query_segments: Iterable[QuerySegment],
+    softmax_scale: float,
+    key_padding_mask: Tensor | None,
+    dropout_p: float,
+    dropout_seed: Tensor | None,
+) -> tuple[Tensor, Tensor, Tensor]:
+    """Gradients of q, k and v. In closed form, so differentiable itself."""
+    nothing = torch.zeros_like(dout)
+    call = (query_segments, softmax_scale, key_padding_mask, dropout_p, dropout_seed)
+    return backward_jvp(nothing, None, dout, dlse, q, k, v, None, None, None, *call)
+
+
+@_without_autocast
+def backward_jvp(
+    dout_dot: Tensor,
+    dlse_dot: Tensor | None,
+    dout: Tensor | None,
+    dlse: Tensor | None,
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    q_dot: Tensor | None,
+    k_dot: Tensor | None,
+    v_dot: Tensor | None,
+    query_segments: Iterable[QuerySegment],
+    softmax_scale: float,
+    key_padding_mask: Tensor | None,
+    dropout_p: float,
+    dropout_seed: Tensor | None,
+) -> tuple[Tensor, Tensor, Tensor]:
+    """Gradients of q, k and v of <dout, out> + <dlse, lse> + <dout_dot, out'> + <dlse_dot, lse'>; None is zero.
+
+    In closed form, so differentiable itself. With z = s' - lse', eps = <dout_dot, out> - dlse_dot and gamma =
+    <dout, out> - dlse + <dout_dot, out'>, for each pair::
+
+        g  = p (m <dout_dot, v> - eps)
+        ds = p (m (<dout, v> + <dout_dot, v'>) - gamma) + z g
+        dq = scale * sum over keys of (ds k + g k')             dk = scale * sum over queries of (ds q + g q')
+        dv = sum over queries of m p (dout + z dout_dot)
+    """
+    mask, scale = key_padding_mask, softmax_scale
+    dtypes = q.dtype, k.dtype, v.dtype
+    shapes = k.shape, v.shape
+    q, k, v, k_dot, v_dot = _prepared(q, mask, k, v, k_dot, v_dot)
+    y = dout_dot.to(q.dtype)
+    num_keys = k.shape[1]
+    dqs, dk, dv = [q[:, :0]], torch.zeros_like(k), torch.zeros_like(v)
+    for w in _weights(q, k, query_segments, scale, mask, dropout_p, dropout_seed):
+        k_rows, v_rows, q_rows, y_rows = w.keys(k), w.keys(v), w.queries(q) * scale, w.queries(y)
+        p = w.kept * w.p
+        s_dot = _tangents_of_scores(w, q, k, q_dot, k_dot, scale)
+        z = s_dot - (w.p * s_dot).sum(-1, keepdim=True)
+        e = w.kept * torch.einsum("bqhd,bkhd->bhqk", y_rows, v_rows)
+        eps = (w.p * e).sum(-1, keepdim=True)
+        if dlse_dot is not None:
+            eps = eps - w.numbers(dlse_dot)
+        g = w.p * (e - eps)
+        # <dout_dot, out'> is the sum over keys of p z e, and what v' adds to it that of p m <dout_dot, v'>.
+        x = torch.zeros_like(w.p)
+        if dout is not None:
+            x = x + torch.einsum("bqhd,bkhd->bhqk", w.queries(dout).to(q.dtype), v_rows)
+        if v_dot is not None:
+            x = x + torch.einsum("bqhd,bkhd->bhqk", y_rows, w.keys(v_dot))
+        x = w.kept * x
+        gamma = (w.p * (x + z * e)).sum(-1, keepdim=True)
+        if dlse is not None:
+            gamma = gamma - w.numbers(dlse)
+        ds = w.p * (x - gamma) + z * g
+        dq = torch.einsum("bhqk,bkhd->bqhd", ds, k_rows)
+        dk_rows = torch.einsum("bhqk,bqhd->bkhd", ds, q_rows)
+        dv_rows = torch.einsum("bhqk,bqhd->bkhd", p * z, y_rows)
+        if k_dot is not None:
+            dq = dq + torch.einsum("bhqk,bkhd->bqhd", g, w.keys(k_dot))
+        if q_dot is not None:
+            dk_rows = dk_rows + torch.einsum("bhqk,bqhd->bkhd", g, w.queries(q_dot).to(q.dtype) * scale)
+        if dout is not None:
+            dv_rows = dv_rows + torch.einsum("bhqk,bqhd->bkhd", p, w.queries(dout).to(q.dtype))
+        dqs.append(scale * dq)
+        dk, dv = dk + w.scattered(dk_rows, num_keys), dv + w.scattered(dv_rows, num_keys)
+    if mask is not None:
+        dk, dv = (torch.where(mask[:, :, None, None], x, 0) for x in (dk, dv))
+    dk, dv = (_sum_broadcast(x, shape) for x, shape in zip((dk, dv), shapes))
+    return torch.cat(dqs, 1).to(dtypes[0]), dk.to(dtypes[1]), dv.to(dtypes[2])
+
+
+def _sum_broadcast(x: Tensor, shape: torch.Size) -> Tensor:
+    return x.sum(0, keepdim=True) if shape[0] == 1 and x.shape[0] != 1 else x
 
 
 def dropout_keep(

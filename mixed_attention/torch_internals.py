@@ -48,9 +48,22 @@ has_global_hooks = nn.modules.module._has_any_global_hook
 """Whether there are hooks on all modules."""
 
 
+forward_mode = forward_ad._set_fwd_grad_enabled
+"""A context in which framework operators follow tangents, or not."""
+
+without_function_modes = torch._C.DisableTorchFunction
+"""A context in which no mode intercepts torch's functions."""
+
+
 def is_forward_mode() -> bool:
     """Whether tensors may have tangents here."""
     return forward_ad._current_level >= 0
+
+
+def is_within_gradient() -> bool:
+    """Whether ``torch.func.grad``, ``vjp`` or the like is among the transforms of functorch that are active."""
+    stack = torch._C._functorch.get_interpreter_stack() or ()
+    return any(transform.key() == torch._C._functorch.TransformType.Grad for transform in stack)
 
 
 def has_operator_kernel(operator: str, device_type: str) -> bool:

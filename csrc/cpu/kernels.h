@@ -5,6 +5,7 @@
 
 #include <cstdint>
 
+#include "derivatives_params.h"
 #include "params.h"
 #include "schedule.h"
 
@@ -70,6 +71,15 @@ struct BwdShared {
   void (*wait_until)(const int* progress, int rank);
 };
 
+// What the tasks of a backward with tangents share beside that.
+struct BwdJvpShared {
+  const void* eps;  // (count, batch_size, num_heads, seqlen_q) of Acc: row sums of out * dout_dot, less dlse_dot
+  int64_t eps_step;
+  void* dq_dot_acc;  // sums of dq_dot in Acc: dq_dot itself, or scratch for 16-bit types; null where it is not wanted
+  Strides dq_dot_acc_strides;
+  int64_t dq_dot_acc_step;
+};
+
 // A kernel for one element type; scratch is 64-byte aligned, of the size that the scratch functions say.
 struct AttentionKernels {
   int64_t row_block;    // rows of a register block of the matrix products; row counts of tiles are rounded up to it
@@ -78,6 +88,10 @@ struct AttentionKernels {
   void (*measure)(const AttentionParams&, const FwdTask&, void* scratch, void* row_max, void* row_log2_sum);
   void (*delta)(const BwdParams&, int64_t batch, int64_t head, Range rows, void* delta);
   void (*bwd)(const BwdParams&, const BwdShared&, const BwdTask&, void* scratch);
+  void (*jvp)(const JvpParams&, const FwdTask&, const void* row_max, const void* row_log2_sum, void* scratch);
+  void (*bwd_jvp_rows)(const BwdJvpParams&, int64_t batch, int64_t head, Range rows, void* eps, int64_t eps_step,
+                       void* gamma);
+  void (*bwd_jvp)(const BwdJvpParams&, const BwdShared&, const BwdJvpShared&, const BwdTask&, void* scratch);
   void (*rope)(const RopeParams&, int64_t batch, Range rows);
 };
 
@@ -94,7 +108,8 @@ const InstructionSet& selected_instruction_set();
 
 inline int64_t accumulator_size(DType dtype) { return dtype == DType::kFloat64 ? 8 : 4; }
 
-// Bytes of scratch that one worker needs. The layouts are in simd/fwd_kernel.h and simd/bwd_kernel.h.
+// Bytes of scratch that one worker needs. The layouts are in simd/fwd_kernel.h, simd/bwd_kernel.h and those for
+// tangents beside them.
 // The forward's for tasks of up to so many rows: what a call of few tokens allocates is time it takes.
 inline int64_t fwd_scratch_size(const AttentionParams& p, const AttentionKernels& kernels, int64_t rows) {
   const int64_t d = round_up(p.head_dim, 2 * kColumnBlock), dv = round_up(p.head_dim_v, kColumnBlock);
@@ -110,6 +125,23 @@ inline int64_t bwd_scratch_size(const AttentionParams& p, const AttentionKernels
   const int64_t queries = kBwdBlockM * (2 * (d + dv) + d + 3 + 2 * kBwdBlockN);
   const int64_t strips = 3 * kernels.row_block * 4 * kColumnBlock;
   return (keys + queries + strips) * accumulator_size(p.dtype) + kBwdBlockN * 32 + 2048;
+}
+
+inline int64_t jvp_scratch_size(const JvpParams& p, const AttentionKernels& kernels, int64_t rows) {
+  const int64_t d = round_up(p.head_dim, 2 * kColumnBlock), dv = round_up(p.head_dim_v, kColumnBlock);
+  const int64_t block = kernels.row_block, padded_rows = round_up(rows, block), count = p.tangents.count;
+  const int64_t factors = count * (padded_rows * d + kFwdBlockN * (d + dv)) + 2 * block * kFwdBlockN;
+  const int64_t sums =
+      count * padded_rows * (dv + 1 + kColumnBlock) + padded_rows + block * (2 * kFwdBlockN + kColumnBlock);
+  return fwd_scratch_size(p, kernels, rows) + factors * kernels.factor_size + sums * accumulator_size(p.dtype) + 1024;
+}
+
+inline int64_t bwd_jvp_scratch_size(const BwdJvpParams& p, const AttentionKernels& kernels) {
+  const int64_t d = round_up(p.head_dim, 2 * kColumnBlock), dv = round_up(p.head_dim_v, 2 * kColumnBlock);
+  const int64_t keys = kBwdBlockN * (2 * d + dv);
+  const int64_t queries = kBwdBlockM * (d + dv + d + 2 + 3 * kBwdBlockN);
+  const int64_t strips = 2 * kernels.row_block * 4 * kColumnBlock;
+  return bwd_scratch_size(p, kernels) + p.tangents.count * (keys + queries + strips) * accumulator_size(p.dtype) + 2048;
 }
 
 }  // namespace mixed_attention::cpu

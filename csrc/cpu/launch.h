@@ -1,12 +1,15 @@
 // The CPU kernels' entry points.
 #pragma once
 
+#include "derivatives_params.h"
 #include "params.h"
 
 namespace mixed_attention::cpu {
 
 void run_fwd(const FwdParams& params);
 void run_bwd(const BwdParams& params);
+void run_jvp(const JvpParams& params);
+void run_bwd_jvp(const BwdJvpParams& params);
 void run_rope(const RopeParams& params);
 
 // Name of the instruction set that the kernels use on this machine: "AMX", "AVX512_BF16", "AVX512", "AVX2" or

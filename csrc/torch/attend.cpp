@@ -49,7 +49,7 @@ struct Attend : torch::autograd::Function<Attend> {
     if (needs_composite(grads)) {
       const std::vector<bool> needs_grad{ctx->needs_input_grad(0), ctx->needs_input_grad(1), ctx->needs_input_grad(2)};
       const OptionalTensors dqkv = attention_composite()(
-          {q, k, v}, {optional_tensor(grads[0]), optional_tensor(grads[1])}, needs_grad, mask, seed, call);
+          {q, k, v, out, lse}, {optional_tensor(grads[0]), optional_tensor(grads[1])}, needs_grad, mask, seed, call);
       for (size_t i = 0; i < dqkv.size(); ++i) result[i] = dqkv[i].value_or(Tensor());
       return result;
     }

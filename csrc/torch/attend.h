@@ -22,10 +22,10 @@ std::tuple<at::Tensor, at::Tensor> attend(const at::Tensor& q, const at::Tensor&
                                           const std::optional<at::Tensor>& key_padding_mask,
                                           const std::optional<at::Tensor>& dropout_seed, const AttentionCall& call);
 
-// The gradients of q, k and v by operators that have derivatives themselves: what a second derivative goes through.
-// needs_grad: of q, k and v; the others' gradients are nullopt.
+// The gradients of q, k and v by functions that have derivatives themselves: what a second derivative goes through.
+// saved: q, k, v, out, lse. needs_grad: of q, k and v; the others' gradients are nullopt.
 using AttentionComposite = std::function<OptionalTensors(
-    const std::vector<at::Tensor>& qkv, const OptionalTensors& grads, const std::vector<bool>& needs_grad,
+    const std::vector<at::Tensor>& saved, const OptionalTensors& grads, const std::vector<bool>& needs_grad,
     const std::optional<at::Tensor>& key_padding_mask, const std::optional<at::Tensor>& dropout_seed,
     const AttentionCall& call)>;
 void set_attention_composite(AttentionComposite composite);

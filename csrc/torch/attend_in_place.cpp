@@ -153,8 +153,8 @@ struct AttendInPlace : torch::autograd::Function<AttendInPlace> {
     for (const Tensor& each : freqs) drotated.push_back(each.defined() ? optional_tensor(grads[next++]) : std::nullopt);
     variable_list result(num_parts + 4);
     if (needs_composite(grads)) {
-      const OptionalTensors found =
-          backward_composite()(buffers, optional_tensors(freqs.begin(), num_parts), mask, seed, call, dout, drotated);
+      const OptionalTensors found = backward_composite()(buffers, optional_tensors(freqs.begin(), num_parts), mask,
+                                                         seed, call, saved[0], saved[1], dout, drotated);
       for (size_t part = 0; part < num_parts; ++part) result[part] = found[part].value_or(Tensor());
       return result;
     }

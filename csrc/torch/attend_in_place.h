@@ -31,7 +31,8 @@ std::vector<at::Tensor> attend_in_place(const std::vector<at::Tensor>& buffers, 
 using BackwardComposite = std::function<OptionalTensors(
     const std::vector<at::Tensor>& buffers, const OptionalTensors& freqs,
     const std::optional<at::Tensor>& key_padding_mask, const std::optional<at::Tensor>& dropout_seed,
-    const PackedCall& call, const at::Tensor& dout, const OptionalTensors& drotated)>;
+    const PackedCall& call, const at::Tensor& out, const at::Tensor& lse, const at::Tensor& dout,
+    const OptionalTensors& drotated)>;
 void set_backward_composite(BackwardComposite composite);
 
 }  // namespace mixed_attention

@@ -9,6 +9,7 @@
 #include <torch/library.h>
 #include <torch/version.h>
 
+#include <array>
 #include <string>
 
 #include "cpu/launch.h"
@@ -17,6 +18,7 @@
 #include "torch/attend.h"
 #include "torch/attend_in_place.h"
 #include "torch/checks.h"
+#include "torch/derivatives.h"
 #include "torch/layer.h"
 #include "torch/ops.h"
 #include "torch/project.h"
@@ -126,11 +128,27 @@ TORCH_LIBRARY(mixed_attention, m) {
       "backward_out(Tensor dout, Tensor? dlse, Tensor q, Tensor k, Tensor v, Tensor out, Tensor lse, "
       "SymInt[] segments, float softmax_scale, Tensor? key_padding_mask, float dropout_p, Tensor? dropout_seed, "
       "Tensor(a!) dq, Tensor(b!) dk, Tensor(c!) dv) -> ()");
+  m.def(
+      "forward_jvp(Tensor q, Tensor k, Tensor v, Tensor? q_dot, Tensor? k_dot, Tensor? v_dot, SymInt[] segments, "
+      "float softmax_scale, Tensor? key_padding_mask=None, float dropout_p=0., Tensor? dropout_seed=None) "
+      "-> (Tensor out, Tensor lse, Tensor out_dot, Tensor lse_dot)");
+  m.def(
+      "jvp(Tensor q, Tensor k, Tensor v, Tensor out, Tensor lse, Tensor? q_dot, Tensor? k_dot, Tensor? v_dot, "
+      "SymInt[] segments, float softmax_scale, Tensor? key_padding_mask=None, float dropout_p=0., "
+      "Tensor? dropout_seed=None) -> (Tensor out_dot, Tensor lse_dot)");
+  m.def(
+      "backward_jvp(Tensor dout_dot, Tensor? dlse_dot, Tensor? dout, Tensor? dlse, Tensor q, Tensor k, Tensor v, "
+      "Tensor out, Tensor lse, Tensor? q_dot, Tensor? k_dot, Tensor? v_dot, Tensor out_dot, Tensor lse_dot, "
+      "SymInt[] segments, float softmax_scale, Tensor? key_padding_mask=None, float dropout_p=0., "
+      "Tensor? dropout_seed=None, bool wants_dq_dot=False) -> (Tensor dq, Tensor dk, Tensor dv, Tensor dq_dot)");
   m.def("rope(Tensor x, Tensor freqs, bool conjugate) -> Tensor");
   m.def("rope_out(Tensor x, Tensor freqs, bool conjugate, Tensor(a!) out) -> ()");
 }
 
 namespace {
+
+constexpr std::array kNames{"forward", "backward",     "backward_out", "forward_jvp",
+                            "jvp",     "backward_jvp", "rope",         "rope_out"};
 
 void implement(torch::Library& m) {
   m.impl("forward", &mixed_attention::forward);
@@ -141,15 +159,21 @@ void implement(torch::Library& m) {
 }
 
 void refuse(torch::Library& m) {
-  for (const char* name : {"forward", "backward", "backward_out", "rope", "rope_out"}) {
+  for (const char* name : kNames) {
     m.impl(name, torch::CppFunction::makeFromBoxedFunction<&refuse_place>());
   }
 }
 
 }  // namespace
 
-TORCH_LIBRARY_IMPL(mixed_attention, CPU, m) { implement(m); }
+TORCH_LIBRARY_IMPL(mixed_attention, CPU, m) {
+  implement(m);
+  m.impl("forward_jvp", &mixed_attention::forward_jvp);
+  m.impl("jvp", &mixed_attention::jvp);
+  m.impl("backward_jvp", &mixed_attention::backward_jvp);
+}
 
+// Those of tangents have no kernels yet: mixed_attention/derivatives.py composes them of framework operators.
 TORCH_LIBRARY_IMPL(mixed_attention, CUDA, m) {
   if (mixed_attention::cuda::is_built()) implement(m);
 }
@@ -165,7 +189,7 @@ TORCH_LIBRARY_IMPL(mixed_attention, ADInplaceOrView, m) {
 }
 
 TORCH_LIBRARY_IMPL(mixed_attention, Autograd, m) {
-  for (const char* name : {"backward", "backward_out", "rope", "rope_out"}) {
+  for (const char* name : {"backward", "backward_out", "jvp", "backward_jvp", "rope", "rope_out"}) {
     m.impl(name, torch::CppFunction::makeFromBoxedFunction<&refuse_derivatives>());
   }
 }
@@ -212,6 +236,13 @@ PYBIND11_MODULE(TORCH_EXTENSION_NAME, m) {
       py::arg("dout"), py::arg("dlse"), py::arg("q"), py::arg("k"), py::arg("v"), py::arg("out"), py::arg("lse"),
       py::arg("segments"), py::arg("softmax_scale"), py::arg("key_padding_mask"), py::arg("dropout_p"),
       py::arg("dropout_seed"), py::arg("grads"), "Throws what the backward operators would throw, without computing.");
+  m.def("check_jvp", &mixed_attention::check_jvp, py::arg("q"), py::arg("k"), py::arg("v"), py::arg("out"),
+        py::arg("lse"), py::arg("q_dot"), py::arg("k_dot"), py::arg("v_dot"),
+        "Throws what forward_jvp and jvp would throw of what the forward does not have, without computing.");
+  m.def("check_backward_jvp", &mixed_attention::check_backward_jvp, py::arg("dout_dot"), py::arg("dlse_dot"),
+        py::arg("dout"), py::arg("dlse"), py::arg("q"), py::arg("k"), py::arg("v"), py::arg("out"), py::arg("lse"),
+        py::arg("q_dot"), py::arg("k_dot"), py::arg("v_dot"), py::arg("out_dot"), py::arg("lse_dot"),
+        py::arg("wants_dq_dot"), "Throws what backward_jvp would throw likewise.");
   m.def("check_dense", &mixed_attention::check_dense, py::arg("name"), py::arg("tensor"),
         "Throws where a tensor is sparse, quantized or nested.");
   m.def("check_rope", &mixed_attention::check_rope, py::arg("x"), py::arg("freqs"), py::arg("out"),

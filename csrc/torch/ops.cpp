@@ -18,6 +18,7 @@
 #include "environment.h"
 #include "params.h"
 #include "schedule.h"
+#include "torch/call.h"
 #include "torch/checks.h"
 #include "torch/schedules.h"
 
@@ -37,20 +38,24 @@ DType to_dtype(const char* name, at::ScalarType dtype) {
   }
 }
 
+}  // namespace
+
 // A batch or head of one row may carry any stride; kernels never step along it.
 Strides strides(const Tensor& tensor) { return {tensor.stride(0), tensor.stride(1), tensor.stride(2)}; }
-
-Strides strides_broadcast(const Tensor& tensor, int64_t batch_size) {
-  Strides result = strides(tensor);
-  if (tensor.size(0) == 1 && batch_size != 1) result.batch = 0;
-  return result;
-}
 
 Tensor last_dim_contiguous(const Tensor& tensor) {
   return tensor.stride(-1) == 1 || tensor.size(-1) <= 1 ? tensor : tensor.contiguous();
 }
 
 at::ScalarType lse_dtype(const Tensor& q) { return q.scalar_type() == at::kDouble ? at::kDouble : at::kFloat; }
+
+namespace {
+
+Strides strides_broadcast(const Tensor& tensor, int64_t batch_size) {
+  Strides result = strides(tensor);
+  if (tensor.size(0) == 1 && batch_size != 1) result.batch = 0;
+  return result;
+}
 
 void parallel_for(int num_workers, void (*task)(int worker, void* context), void* context) {
   at::parallel_for(0, num_workers, 1, [&](int64_t begin, int64_t end) {
@@ -184,11 +189,7 @@ std::shared_ptr<const Schedule> checked_schedule(at::IntArrayRef segments, const
   }
 }
 
-// Owns what the params point to.
-struct Call {
-  Tensor q, k, v, key_padding_mask, dropout_seed;
-  std::shared_ptr<const Schedule> schedule;
-};
+}  // namespace
 
 Call prepare(Pass pass, const Tensor& q, const Tensor& k, const Tensor& v, at::IntArrayRef segments,
              double softmax_scale, const OptionalTensor& key_padding_mask, double dropout_p,
@@ -240,12 +241,9 @@ void fill(AttentionParams& params, const Call& call, double softmax_scale, doubl
   fill_device(params, q);
 }
 
-// A gradient of (batch_size, ...) for an input that one sequence of the batch stands for.
 Tensor sum_broadcast(const Tensor& grad, const Tensor& input) {
   return input.size(0) == grad.size(0) ? grad : grad.sum(0, true);
 }
-
-}  // namespace
 
 std::tuple<Tensor, Tensor> forward(const Tensor& q, const Tensor& k, const Tensor& v, at::IntArrayRef segments,
                                    double softmax_scale, const OptionalTensor& key_padding_mask, double dropout_p,

@@ -14,10 +14,11 @@ from dataclasses import dataclass, replace
 import torch
 from torch import Tensor
 
-from mixed_attention import ops, reference
+from mixed_attention import derivatives, ops, reference
 from mixed_attention.eager.projection import Runs, take, taken_ranges
 from mixed_attention.plan import AttentionPlan
 from mixed_attention.rope import apply_rope
+from mixed_attention.rotation import rotate_back, rotate_composite
 
 Freqs = Tensor | tuple[Tensor, ...]
 Rotated = Callable[[], Sequence[Tensor]]
@@ -110,7 +111,7 @@ def rotated_slots(part: Packed, *, parallel: bool = True) -> list[Tensor]:
     elif parallel:
         heads = apply_rope(heads, take(part.freqs, part.runs))
     else:
-        heads = ops.rotate_composite(heads, ops.real_freqs(take(part.freqs, part.runs), heads.dtype), False)
+        heads = rotate_composite(heads, ops.real_freqs(take(part.freqs, part.runs), heads.dtype), False)
     return [slot for slots in (heads.unflatten(2, (part.rotated, -1)), *rest) for slot in slots.unbind(2)]
 
 
@@ -151,26 +152,26 @@ def _slots(buffers: Sequence[Tensor], shapes: Sequence[Sequence[int]]) -> list[T
     return [slot for buffer, shape in zip(buffers, shapes) for slot in buffer.view(shape).unbind(2)]
 
 
-def _backward_composite(buffers, pairs, key_padding_mask, seed, call, dout, drotated):
-    """The derivative through the reference, so that it has derivatives of its own.
+def _backward_composite(buffers, pairs, key_padding_mask, seed, call, out, lse, dout, drotated):
+    """The derivative by functions that have derivatives of their own.
 
     Of the rotated values r = R(x) that were saved: first with respect to r, then back through R, which is linear.
     """
+    derivatives.check_gradient()
     with torch.enable_grad():
-        buffers = [ops.unhooked(buffer) if buffer.requires_grad else buffer for buffer in buffers]
-        wanted = [buffer for buffer in buffers if buffer.requires_grad]
-        q, k, v = _slots(buffers, call.shapes)
-        segments = ops.query_segments(call.segments)
-        out, _ = reference.attend(q, k, v, segments, call.softmax_scale, key_padding_mask, call.dropout_p, seed)
-        dout = dout.reshape(out.shape)
-        found = iter(torch.autograd.grad(out, wanted, dout, create_graph=True, materialize_grads=True))
-        grads = [next(found) if buffer.requires_grad else None for buffer in buffers]
+        q, k, v = _slots([ops.unhooked(buffer) for buffer in buffers], call.shapes)
+        out, dout = (t.reshape(*q.shape[:2], *v.shape[2:]) for t in (out, dout))
+        described = derivatives.Call(call.segments, call.softmax_scale, call.dropout_p)
+        remaining = iter(derivatives.gradients(described, key_padding_mask, seed, dout, None, q, k, v, out, lse))
+        # NOTE: those of all buffers. Under functorch no buffer says that it requires grad.
+        stacked = [torch.stack([next(remaining) for _ in range(shape[2])], 2) for shape in call.shapes]
+        grads = [grad.reshape(buffer.shape) for grad, buffer in zip(stacked, buffers)]
         parts = zip(grads, drotated, pairs, call.tokens, call.shapes, call.rotated)
         return [_rotate_back(*part) for part in parts]
 
 
 def _rotate_back(grad, more, pairs, tokens, shape, rotated):
-    if grad is None or pairs is None:  # what was not rotated is no output of this node, and nothing more comes in
+    if pairs is None:  # what was not rotated is no output of this node, and nothing more comes in
         return grad
     # NOTE: reshape and split alone, because is_grads_batched has batching rules for no other views.
     batch_size, seqlen, slots, num_heads, head_dim = shape
@@ -179,7 +180,7 @@ def _rotate_back(grad, more, pairs, tokens, shape, rotated):
     if tokens is not None:
         pairs = torch.cat([pairs[:, start:end] for start, end in tokens], 1)
     heads, rest = flat.split([rotated * num_heads, (slots - rotated) * num_heads], 2)
-    return torch.cat((ops.rotate_composite(heads, pairs, True), rest), 2).reshape(grad_shape)
+    return torch.cat((rotate_back(heads, pairs), rest), 2).reshape(grad_shape)
 
 
 ops.set_backward_composite(_backward_composite)

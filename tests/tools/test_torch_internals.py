@@ -76,6 +76,29 @@ def test_forward_mode_is_seen():
     assert not internals.is_forward_mode()
 
 
+def test_gradient_transforms_are_seen():
+    seen = []
+    note = lambda x: seen.append(internals.is_within_gradient()) or x.sum()  # noqa: E731
+    torch.func.grad(lambda x: torch.vmap(note)(x).sum())(torch.ones(2, 2))
+    torch.func.jvp(note, (torch.ones(2),), (torch.ones(2),))
+    assert seen == [True, False]
+    assert not internals.is_within_gradient()
+
+
+def test_forward_mode_is_switched():
+    with forward_ad.dual_level():
+        dual = forward_ad.make_dual(torch.ones(2), torch.ones(2))
+        with internals.forward_mode(False):
+            assert forward_ad.unpack_dual(dual * 2).tangent is None
+            with internals.forward_mode(True):
+                assert forward_ad.unpack_dual(dual * 2).tangent is not None
+
+
+def test_function_modes_are_left_out():
+    with Watching(), internals.without_function_modes():
+        assert not internals.is_function_mode_enabled()
+
+
 def test_kernels_of_operators_are_found():
     assert internals.has_operator_kernel("aten::mm", "cpu")
     assert not internals.has_operator_kernel("aten::mm", "hpu")

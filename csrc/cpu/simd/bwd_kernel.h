@@ -17,6 +17,7 @@ namespace mixed_attention::cpu::MIXED_ATTENTION_ISA {
 
 template <class Element>
 class BwdTile {
+ protected:
   using F = Factor<Element>;
   using Acc = Accumulator<Element>;
   using V = Vec<Acc>;
@@ -29,27 +30,15 @@ class BwdTile {
       : BwdTile(p, shared, task, Scratch(memory)) {}
 
   void run() {
-    KeyCursor cursor(&task_.keys, 1, mask_of(p_, task_.batch));
-    count_ = cursor.next(keys_, kBwdBlockN);
-    columns_ = round_up(count_, 2 * kLane);
+    gather_keys();
     load_keys();
-    for (int64_t i = 0; i < task_.num_visits; ++i) {
-      const Visit& visit = task_.visits[i];
-      locate_keys(visit);
-      int* progress = shared_.progress + batch_head_ * shared_.tiles_per_head + visit.first_tile;
-      for (int64_t begin = visit.queries.begin; begin < visit.queries.end; begin += kBwdBlockM, ++progress) {
-        const Range rows = part(visit.queries, begin, kBwdBlockM);
-        if (count_ > 0) attend(rows, part(visit.queries, begin + kBwdBlockM, kBwdBlockM));
-        if (visit.rank > 0) shared_.wait_until(progress, visit.rank);
-        add_dq(rows, visit);
-        __atomic_store_n(progress, visit.rank + 1, __ATOMIC_RELEASE);
-      }
-    }
+    walk_queries([&](Range rows, Range next_rows) { attend(rows, next_rows); },
+                 [&](Range rows, const Visit& visit) { add_dq(rows, visit); });
     store_keys();
   }
 
- private:
-  BwdTile(const BwdParams& p, const BwdShared& shared, const BwdTask& task, Scratch scratch)
+ protected:
+  BwdTile(const BwdParams& p, const BwdShared& shared, const BwdTask& task, Scratch&& scratch)
       : p_(p),
         shared_(shared),
         task_(task),
@@ -76,6 +65,30 @@ class BwdTile {
     dp_ = scratch.take<Acc>(kRows * kStrip);
     kept_ = scratch.take<Acc>(kRows * kStrip);
     keys_ = scratch.take<Key>(kBwdBlockN);
+  }
+
+  void gather_keys() {
+    KeyCursor cursor(&task_.keys, 1, mask_of(p_, task_.batch));
+    count_ = cursor.next(keys_, kBwdBlockN);
+    columns_ = round_up(count_, 2 * kLane);
+  }
+
+  // Calls attend(rows, next_rows), if there are keys, and then add(rows, visit) for tile after tile of the queries; add
+  // when all tasks before this one have added to the sums of those rows.
+  template <class Attend, class Add>
+  void walk_queries(Attend attend, Add add) {
+    for (int64_t i = 0; i < task_.num_visits; ++i) {
+      const Visit& visit = task_.visits[i];
+      locate_keys(visit);
+      int* progress = shared_.progress + batch_head_ * shared_.tiles_per_head + visit.first_tile;
+      for (int64_t begin = visit.queries.begin; begin < visit.queries.end; begin += kBwdBlockM, ++progress) {
+        const Range rows = part(visit.queries, begin, kBwdBlockM);
+        if (count_ > 0) attend(rows, part(visit.queries, begin + kBwdBlockM, kBwdBlockM));
+        if (visit.rank > 0) shared_.wait_until(progress, visit.rank);
+        add(rows, visit);
+        __atomic_store_n(progress, visit.rank + 1, __ATOMIC_RELEASE);
+      }
+    }
   }
 
   void load_keys() {
@@ -126,13 +139,19 @@ class BwdTile {
     gemm<Update::kSet>(padded_rows, width_, depth_of<F>(count_), ds_tile_.along_rows(), k_, width_, dq_, width_);
   }
 
+  // Row i of some queries in q, dout or the like; null behind the last.
+  struct QueryRows {
+    const Element* base;
+    int64_t row_stride, count;
+
+    const Element* operator()(int64_t i) const { return i < count ? base + i * row_stride : nullptr; }
+  };
+  QueryRows rows_of(const void* base, const Strides& strides, Range rows) const {
+    return {at(base, strides, rows.begin), strides.row, rows.end - rows.begin};
+  }
+
   void load_queries(Range rows, int64_t padded_rows) {
-    const auto rows_of = [&](const Element* base, int64_t stride) {
-      return
-          [base, stride, count = rows.end - rows.begin](int64_t i) { return i < count ? base + i * stride : nullptr; };
-    };
-    const auto q = rows_of(at(p_.q, p_.q_strides, rows.begin), p_.q_strides.row);
-    const auto dout = rows_of(at(p_.dout, p_.dout_strides, rows.begin), p_.dout_strides.row);
+    const QueryRows q = rows_of(p_.q, p_.q_strides, rows), dout = rows_of(p_.dout, p_.dout_strides, rows);
     const Acc sign = scale_sign<Acc>(p_.softmax_scale);
     for (int64_t row = 0; row < padded_rows; ++row) {
       pack_row(q(row), p_.head_dim, scale_.query, q_ + row * depth_, depth_);
@@ -140,6 +159,10 @@ class BwdTile {
     }
     dk_.pack(padded_rows, sign, q);
     dv_.pack(padded_rows, Acc(1), dout);
+    load_row_numbers(rows, padded_rows);
+  }
+
+  void load_row_numbers(Range rows, int64_t padded_rows) {
     const int64_t first = batch_head_ * p_.seqlen_q + rows.begin;
     for (int64_t row = 0; row < padded_rows; ++row) {
       const bool is_row = row < rows.end - rows.begin;
@@ -172,7 +195,9 @@ class BwdTile {
   }
 
   void prefetch_dq(Range rows) const {
-    for (int64_t row = rows.begin; row < rows.end; ++row) prefetch_row(dq_sums(row), p_.head_dim);
+    for (int64_t row = rows.begin; row < rows.end; ++row) {
+      prefetch_row(sum_at(shared_.dq_acc, shared_.dq_acc_strides, row), p_.head_dim);
+    }
   }
 
   void draw_dropout(int64_t query_row, int64_t column, int64_t width) {
@@ -184,15 +209,19 @@ class BwdTile {
     }
   }
 
-  // Scores and dp of kRows rows and the columns of a strip -> p (times dropout's factors, as dv needs it) and ds.
-  template <bool kDropout>
-  void differentiate(int64_t first_row, int64_t first_column, int64_t width) {
-    const Acc scale_log2 = scale_.log2;
+  void subtract_max(int64_t first_row, int64_t width) {
     for (int64_t row = 0; row < kRows; ++row) {
       const Acc max = max_[first_row + row];
       Acc* s = s_ + row * kStrip;
       for (int64_t i = 0; i < width && max != 0; i += kLane) store(s + i, load(s + i) - max);
     }
+  }
+
+  // Scores and dp of kRows rows and the columns of a strip -> p (times dropout's factors, as dv needs it) and ds.
+  template <bool kDropout>
+  void differentiate(int64_t first_row, int64_t first_column, int64_t width) {
+    const Acc scale_log2 = scale_.log2;
+    subtract_max(first_row, width);
     for (int64_t row = 0; row < kRows; row += 2) {
       for (int64_t column = 0; column < width; column += 2 * kLane) {
         V p[2][2], ds[2][2];
@@ -218,26 +247,28 @@ class BwdTile {
   }
 
   void add_dq(Range rows, const Visit& visit) {
+    add_to_queries(rows, visit, dq_, shared_.dq_acc, shared_.dq_acc_strides, p_.dq, p_.dq_strides);
+  }
+
+  // Adds parts to sums of rows; sums that are complete go to their place, unless they are there.
+  void add_to_queries(Range rows, const Visit& visit, const Acc* parts, void* sums, const Strides& sum_strides,
+                      void* result, const Strides& result_strides) const {
     const Acc scale = static_cast<Acc>(p_.softmax_scale);
     for (int64_t row = rows.begin; row < rows.end; ++row) {
-      const Acc* part = dq_ + (row - rows.begin) * width_;
-      Acc* sum = dq_sums(row);
+      const Acc* part = parts + (row - rows.begin) * width_;
+      Acc* sum = sum_at(sums, sum_strides, row);
       if (visit.rank == 0) {
         for (int64_t i = 0; i < p_.head_dim; ++i) sum[i] = 0;
       }
       if (count_ > 0) {
         for (int64_t i = 0; i < p_.head_dim; ++i) sum[i] += scale * part[i];
       }
-      if (visit.is_last && shared_.dq_acc != p_.dq) {
-        store_row(sum, p_.head_dim, Acc(1), at(p_.dq, p_.dq_strides, row));
-      }
+      if (visit.is_last && sums != result) store_row(sum, p_.head_dim, Acc(1), at(result, result_strides, row));
     }
   }
 
-  Acc* dq_sums(int64_t row) const {
-    const Strides strides = shared_.dq_acc_strides;
-    return static_cast<Acc*>(shared_.dq_acc) + task_.batch * strides.batch + task_.head * strides.head +
-           row * strides.row;
+  Acc* sum_at(void* sums, const Strides& strides, int64_t row) const {
+    return static_cast<Acc*>(sums) + task_.batch * strides.batch + task_.head * strides.head + row * strides.row;
   }
 
   void store_keys() {

@@ -53,6 +53,7 @@ struct RowSums {
 
 template <class Element>
 class FwdTile {
+ protected:
   using F = Factor<Element>;
   using Acc = Accumulator<Element>;
   using V = Vec<Acc>;
@@ -65,29 +66,7 @@ class FwdTile {
   static constexpr Acc kLift = 64;
 
  public:
-  FwdTile(const AttentionParams& p, const FwdTask& task, void* memory)
-      : p_(p),
-        task_(task),
-        rows_(task.rows.end - task.rows.begin),
-        padded_rows_(round_up(rows_, kRows)),
-        depth_(depth_of<F>(p.head_dim)),
-        width_v_(round_up(p.head_dim_v, kLane)),
-        scale_(p.softmax_scale),
-        headroom_(std::numeric_limits<Acc>::max() < kHeadroom / scale_.log2 ? std::numeric_limits<Acc>::max()
-                                                                            : kHeadroom / scale_.log2),
-        dropout_(p) {
-    Scratch scratch(memory);
-    q_ = scratch.take<F>(padded_rows_ * depth_);
-    out_ = scratch.take<Acc>(padded_rows_ * width_v_);
-    max_ = scratch.take<Acc>(padded_rows_);
-    sum_ = scratch.take<Acc>(padded_rows_ * kLane);
-    k_transposed_ = scratch.take<F>(depth_ * kFwdBlockN);
-    v_ = scratch.take<F>(num_factors<F>(kFwdBlockN) * width_v_);
-    s_ = scratch.take<Acc>(kRows * kFwdBlockN);
-    p_tile_ = weights_of(s_, scratch);
-    kept_ = scratch.take<Acc>(kFwdBlockN);
-    keys_ = scratch.take<Key>(kFwdBlockN);
-  }
+  FwdTile(const AttentionParams& p, const FwdTask& task, void* memory) : FwdTile(p, task, Scratch(memory)) {}
 
   void run(const FwdParams& p) {
     load_queries();
@@ -110,17 +89,44 @@ class FwdTile {
     }
   }
 
- private:
+ protected:
+  FwdTile(const AttentionParams& p, const FwdTask& task, Scratch&& scratch)
+      : p_(p),
+        task_(task),
+        rows_(task.rows.end - task.rows.begin),
+        padded_rows_(round_up(rows_, kRows)),
+        depth_(depth_of<F>(p.head_dim)),
+        width_v_(round_up(p.head_dim_v, kLane)),
+        scale_(p.softmax_scale),
+        headroom_(std::numeric_limits<Acc>::max() < kHeadroom / scale_.log2 ? std::numeric_limits<Acc>::max()
+                                                                            : kHeadroom / scale_.log2),
+        dropout_(p) {
+    q_ = scratch.take<F>(padded_rows_ * depth_);
+    out_ = scratch.take<Acc>(padded_rows_ * width_v_);
+    max_ = scratch.take<Acc>(padded_rows_);
+    sum_ = scratch.take<Acc>(padded_rows_ * kLane);
+    k_transposed_ = scratch.take<F>(depth_ * kFwdBlockN);
+    v_ = scratch.take<F>(num_factors<F>(kFwdBlockN) * width_v_);
+    s_ = scratch.take<Acc>(kRows * kFwdBlockN);
+    p_tile_ = weights_of(s_, scratch);
+    kept_ = scratch.take<Acc>(kFwdBlockN);
+    keys_ = scratch.take<Key>(kFwdBlockN);
+  }
+
   template <bool kValues>
   void walk_keys() {
-    for (int64_t i = 0; i < padded_rows_ * width_v_; ++i) out_[i] = 0;
-    for (int64_t i = 0; i < padded_rows_; ++i) max_[i] = -static_cast<Acc>(INFINITY);
-    for (int64_t i = 0; i < padded_rows_ * kLane; ++i) sum_[i] = 0;
+    clear();
     KeyCursor cursor(task_.keys, task_.num_key_ranges, mask_of(p_, task_.batch));
     while (const int64_t count = cursor.next(keys_, kFwdBlockN)) {
       load_keys<kValues>(count);
       for (int64_t row = 0; row < padded_rows_; row += kRows) attend<kValues>(row, count);
     }
+  }
+
+  void clear() {
+    for (int64_t i = 0; i < padded_rows_ * width_v_; ++i) out_[i] = 0;
+    for (int64_t i = 0; i < padded_rows_; ++i) max_[i] = -static_cast<Acc>(INFINITY);
+    for (int64_t i = 0; i < padded_rows_ * kLane; ++i) sum_[i] = 0;
   }
 
   // The score up to which m stays. It is finite once m is, so that an infinite one is above it.
@@ -164,8 +170,8 @@ class FwdTile {
     for (int64_t i = 0; i < kRows; ++i) {
       Acc* s = s_ + i * kFwdBlockN;
       F* p = p_tile_ + i * kFwdBlockN / kTerms<F>;
-      kValues&& p_.dropout_p > 0 ? softmax<true>(first + i, s, count, columns, p)
-                                 : softmax<false>(first + i, s, count, columns, p);
+      kValues&& p_.dropout_p > 0 ? softmax<true, false>(first + i, s, count, columns, p, kept_)
+                                 : softmax<false, false>(first + i, s, count, columns, p, kept_);
     }
     if constexpr (!kValues) return;
     gemm<Update::kAdd>(kRows, width_v_, depth_of<F>(count), Operand<F>{p_tile_, kFwdBlockN / kTerms<F>, 1}, v_,
@@ -181,14 +187,15 @@ class FwdTile {
     }
   }
 
-  // Turns a row of scores into weights relative to the row's m, and what was summed so far with it.
-  template <bool kDropout>
-  void softmax(int64_t row, Acc* s, int64_t count, int64_t columns, F* p) {
+  // Turns a row of scores into weights relative to the row's m, and what was summed so far with it. Returns by what the
+  // latter was multiplied. With kInPlace weights come in the place of the scores as well, as they are before dropout.
+  template <bool kDropout, bool kInPlace>
+  Acc softmax(int64_t row, Acc* s, int64_t count, int64_t columns, F* p, Acc* kept) {
     for (int64_t i = count; i < columns; ++i) s[i] = -static_cast<Acc>(INFINITY);
     V tile_max = load(s);
     for (int64_t i = kLane; i < columns; i += kLane) tile_max = max<Acc>(load(s + i), tile_max);
-    if (any_above<Acc>(tile_max, limit_of(max_[row]))) raise_max(row, tile_max);
-    if constexpr (kDropout) draw_dropout(row, count, columns);
+    const Acc factor = any_above<Acc>(tile_max, limit_of(max_[row])) ? raise_max(row, tile_max) : Acc(1);
+    if constexpr (kDropout) draw_dropout(row, count, columns, kept);
     const Base base = base_of(max_[row]);
     for (int64_t i = 0; i < columns && base.subtracted != 0; i += kLane) store(s + i, load(s + i) - base.subtracted);
     const Acc scaled = base.scaled + lift_;
@@ -198,18 +205,23 @@ class FwdTile {
       V first = exp2<Acc>(scale_log2 * load(s + i) - scaled);
       V second = exp2<Acc>(scale_log2 * load(s + i + kLane) - scaled);
       sum += first + second;
+      if constexpr (kInPlace) {
+        store(s + i, first);
+        store(s + i + kLane, second);
+      }
       if constexpr (kDropout) {
-        first *= load(kept_ + i);
-        second *= load(kept_ + i + kLane);
+        first *= load(kept + i);
+        second *= load(kept + i + kLane);
       }
       store_two(p + i / kTerms<F>, first, second);
     }
     store(sum_ + row * kLane, sum);
+    return factor;
   }
 
-  void draw_dropout(int64_t row, int64_t count, int64_t columns) {
-    dropout_.weights(task_.rows.begin + row, task_.batch * p_.num_heads + task_.head, keys_, count, kept_);
-    for (int64_t i = count; i < columns; ++i) kept_[i] = 0;
+  void draw_dropout(int64_t row, int64_t count, int64_t columns, Acc* kept) {
+    dropout_.weights(task_.rows.begin + row, task_.batch * p_.num_heads + task_.head, keys_, count, kept);
+    for (int64_t i = count; i < columns; ++i) kept[i] = 0;
   }
 
   // Exponents of weights are scale * (s - subtracted) - scaled.
@@ -224,13 +236,15 @@ class FwdTile {
     return {max == -static_cast<Acc>(INFINITY) ? 0 : max, 0};
   }
 
-  void raise_max(int64_t row, V tile_max) {
+  // Returns by what the sums were multiplied.
+  Acc raise_max(int64_t row, V tile_max) {
     const Base before = base_of(max_[row]), after = base_of(max_[row] = reduce_max<Acc>(tile_max));
     const Acc change = std::fma(scale_.log2, before.subtracted - after.subtracted, before.scaled - after.scaled);
     const V factor = exp2<Acc>(broadcast(change < 0 ? change : Acc(0)));
     store(sum_ + row * kLane, load(sum_ + row * kLane) * factor);
     Acc* out = out_ + row * width_v_;
     for (int64_t i = 0; i < width_v_; i += kLane) store(out + i, load(out + i) * factor);
+    return factor[0];
   }
 
   Acc sum_of(int64_t row) const { return reduce_sum<Acc>(load(sum_ + row * kLane)); }

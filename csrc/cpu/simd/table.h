@@ -1,8 +1,10 @@
 // The kernels of the instruction set that this file is compiled for.
 #pragma once
 
+#include "cpu/simd/bwd_jvp_kernel.h"
 #include "cpu/simd/bwd_kernel.h"
 #include "cpu/simd/fwd_kernel.h"
+#include "cpu/simd/jvp_kernel.h"
 #include "cpu/simd/rope_kernel.h"
 
 namespace mixed_attention::cpu::MIXED_ATTENTION_ISA {
@@ -10,8 +12,8 @@ namespace mixed_attention::cpu::MIXED_ATTENTION_ISA {
 template <class Element>
 constexpr AttentionKernels kernels() {
   using F = Factor<Element>;
-  return {kRowBlock<F>,   sizeof(F) / kTerms<F>, fwd<Element>, measure<Element>,
-          delta<Element>, bwd<Element>,          rope<Element>};
+  return {kRowBlock<F>, sizeof(F) / kTerms<F>, fwd<Element>,          measure<Element>, delta<Element>,
+          bwd<Element>, jvp<Element>,          bwd_jvp_rows<Element>, bwd_jvp<Element>, rope<Element>};
 }
 
 // In the order of DType.

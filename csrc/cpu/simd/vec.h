@@ -79,9 +79,12 @@ inline void transpose(V (&rows)[kCount]) {
   }
 }
 
+// NOTE: always inline, here and below. A compiler that has inlined much already calls a function instead, and the inner
+// loops of the forward are made of these.
+
 // Folds the upper half of a vector onto the lower until one number is left.
 template <class T, int kCount, class Fold>
-inline T reduce(const T* p, Fold fold) {
+[[gnu::always_inline]] inline T reduce(const T* p, Fold fold) {
   if constexpr (kCount == 1) {
     return *p;
   } else {
@@ -92,18 +95,18 @@ inline T reduce(const T* p, Fold fold) {
 }
 
 template <class T>
-inline T reduce_max(Vec<T> v) {
+[[gnu::always_inline]] inline T reduce_max(Vec<T> v) {
   return reduce<T, kLanes<T>>(reinterpret_cast<const T*>(&v), [](T a, T b) { return a > b ? a : b; });
 }
 
 template <class T>
-inline T reduce_sum(Vec<T> v) {
+[[gnu::always_inline]] inline T reduce_sum(Vec<T> v) {
   return reduce<T, kLanes<T>>(reinterpret_cast<const T*>(&v), [](T a, T b) { return a + b; });
 }
 
 // Whether some lane is above the bound.
 template <class T>
-inline bool any_above(Vec<T> v, T bound) {
+[[gnu::always_inline]] inline bool any_above(Vec<T> v, T bound) {
 #if MIXED_ATTENTION_VECTOR_BYTES == 64
   if constexpr (sizeof(T) == 4) return _mm512_cmp_ps_mask(v, broadcast(bound), _CMP_GT_OQ) != 0;
 #endif
@@ -114,7 +117,7 @@ inline bool any_above(Vec<T> v, T bound) {
 // stays NaN. Chebyshev approximations of 2^f on [-1/2, 1/2], relative error 2e-9 (fp32) and 3e-18 (fp64) before
 // rounding.
 template <class T>
-inline Vec<T> exp2(Vec<T> x) {
+[[gnu::always_inline]] inline Vec<T> exp2(Vec<T> x) {
   using Int = IntOf<T>;
   constexpr bool kIsFloat = sizeof(T) == 4;
   constexpr T kLowest = kIsFloat ? T(-126) : T(-1022);
@@ -155,7 +158,7 @@ inline Vec<T> exp2(Vec<T> x) {
 #if MIXED_ATTENTION_VECTOR_BYTES == 64
 // AVX-512 has instructions for f = x - floor(x), 0 for -inf, and for p * 2^floor(x). On [0, 1), relative error 2e-9.
 template <>
-inline Vec<float> exp2<float>(Vec<float> x) {
+[[gnu::always_inline]] inline Vec<float> exp2<float>(Vec<float> x) {
   const Vec<float> f = _mm512_reduce_ps(x, _MM_FROUND_TO_NEG_INF | _MM_FROUND_NO_EXC);
   Vec<float> p = broadcast(2.17022548726714e-4f);
   p = p * f + 1.24396879984801e-3f;

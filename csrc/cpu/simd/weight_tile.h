@@ -14,6 +14,7 @@ class WeightTile {
   static constexpr bool kHasPairs = kTerms<F> == 2;
 
  public:
+  WeightTile() = default;
   explicit WeightTile(Scratch& scratch) {
     across_rows_ = scratch.take<F>(num_factors<F>(kBwdBlockM * kBwdBlockN));
     if constexpr (kHasPairs && kReadAlongRows) along_rows_ = scratch.take<F>(num_factors<F>(kBwdBlockM * kBwdBlockN));
@@ -62,8 +63,8 @@ class WeightTile {
   }
 
  private:
-  F* across_rows_;  // [kBwdBlockM / kTerms][kBwdBlockN]
-  F* along_rows_;   // [kBwdBlockM][kBwdBlockN / kTerms]
+  F* across_rows_ = nullptr;  // [kBwdBlockM / kTerms][kBwdBlockN]
+  F* along_rows_ = nullptr;   // [kBwdBlockM][kBwdBlockN / kTerms]
 };
 
 }  // namespace mixed_attention::cpu::MIXED_ATTENTION_ISA

@@ -34,7 +34,7 @@ void visit(int64_t sequence, ma::Range rows, const cpu::notes::Key* keys, int64_
   }
 }
 
-void fwd(const ma::FwdParams& params, const cpu::FwdTask& task, void*) {
+void walk_keys(const ma::AttentionParams& params, const cpu::FwdTask& task) {
   expect(0 < task.rows.size() && task.rows.size() <= cpu::kFwdBlockM, "a task has no rows or too many");
   const int64_t sequence = task.batch * notes->num_heads + task.head;
   cpu::notes::Key keys[cpu::kFwdBlockN];
@@ -43,11 +43,17 @@ void fwd(const ma::FwdParams& params, const cpu::FwdTask& task, void*) {
   notes->stored.add(sequence, task.rows);
 }
 
+void fwd(const ma::FwdParams& params, const cpu::FwdTask& task, void*) { walk_keys(params, task); }
+
+void jvp(const ma::JvpParams& params, const cpu::FwdTask& task, const void*, const void*, void*) {
+  walk_keys(params, task);
+}
+
 void delta(const ma::BwdParams&, int64_t, int64_t, ma::Range, void*) {}
 
 // As BwdTile::run (simd/bwd_kernel.h) goes, with tasks one after the other: a counter that is not yet at a visit's rank
 // would be waited for without end.
-void bwd(const ma::BwdParams& params, const cpu::BwdShared& shared, const cpu::BwdTask& task, void*) {
+void walk_queries(const ma::AttentionParams& params, const cpu::BwdShared& shared, const cpu::BwdTask& task) {
   expect(0 < task.keys.size() && task.keys.size() <= cpu::kBwdBlockN, "a task has no keys or too many");
   const int64_t sequence = task.batch * notes->num_heads + task.head;
   cpu::notes::Key keys[cpu::kBwdBlockN];
@@ -67,12 +73,23 @@ void bwd(const ma::BwdParams& params, const cpu::BwdShared& shared, const cpu::B
   notes->stored_keys.add(sequence, task.keys);
 }
 
+void bwd(const ma::BwdParams& params, const cpu::BwdShared& shared, const cpu::BwdTask& task, void*) {
+  walk_queries(params, shared, task);
+}
+
+void bwd_jvp_rows(const ma::BwdJvpParams&, int64_t, int64_t, ma::Range, void*, int64_t, void*) {}
+
+void bwd_jvp(const ma::BwdJvpParams& params, const cpu::BwdShared& shared, const cpu::BwdJvpShared&,
+             const cpu::BwdTask& task, void*) {
+  walk_queries(params, shared, task);
+}
+
 void rope(const ma::RopeParams&, int64_t, ma::Range) {}
 
 // Only rows of large scores are measured.
 void measure(const ma::AttentionParams&, const cpu::FwdTask&, void*, void*, void*) {}
 
-const cpu::AttentionKernels kNotes{8, 8, fwd, measure, delta, bwd, rope};
+const cpu::AttentionKernels kNotes{8, 8, fwd, measure, delta, bwd, jvp, bwd_jvp_rows, bwd_jvp, rope};
 
 // What a plan lists but for masked keys.
 Visits listed_visits(const Problem& problem, const std::vector<char>& mask) {
@@ -108,6 +125,34 @@ std::vector<char> make_mask(const Problem& problem) {
   return mask;
 }
 
+// Runs a pass that walks keys, and holds what its kernels note against the plan.
+template <class Run>
+void check_forward(const Problem& problem, const Visits& listed, const char* pass, Run run) {
+  Notes noted{{}, {}, {}, problem.num_heads};
+  notes = &noted;
+  run();
+  noted.visits.expect_equal(listed, pass);
+  noted.stored.expect_all(problem.num_sequences(), problem.seqlen_q(), pass);
+}
+
+// The same for a pass that walks queries and calls run(dq, dq_strides).
+template <class Run>
+void check_backward(const Problem& problem, const Visits& listed, const char* pass, Run run) {
+  Notes noted{{}, {}, {}, problem.num_heads};
+  notes = &noted;
+  const int64_t seqlen_q = problem.seqlen_q();
+  std::vector<double> dq(problem.num_sequences() * seqlen_q, 1);
+  run(dq.data(), ma::Strides{problem.num_heads * seqlen_q, 1, seqlen_q});
+  // Rows that no task visits are set to zero by the caller.
+  for (int64_t i = 0; i < static_cast<int64_t>(dq.size()); ++i) {
+    const int64_t row = i % seqlen_q;
+    if (dq[i] == 0) noted.stored.add(i / seqlen_q, {row, row + 1});
+  }
+  noted.visits.expect_equal(listed, pass);
+  noted.stored.expect_all(problem.num_sequences(), seqlen_q, pass);
+  noted.stored_keys.expect_all(problem.num_sequences(), problem.seqlen_k, pass);
+}
+
 }  // namespace
 
 void check_cpu(const Problem& problem) {
@@ -121,33 +166,33 @@ void check_cpu(const Problem& problem) {
   params.num_threads = 1;
   const Visits listed = is_masked ? listed_visits(problem, mask) : walks::listed_visits(problem);
 
-  Notes fwd_notes{{}, {}, {}, problem.num_heads};
-  notes = &fwd_notes;
-  ma::FwdParams fwd_params{static_cast<const ma::AttentionParams&>(params)};
-  fwd_params.num_threads = static_cast<int>(problem.choose(5, {1, 64}));  // by which tasks are cut
-  fwd_params.parallel_for = [](int num_workers, void (*task)(int, void*), void* context) {
+  const std::vector<double> lse(problem.num_sequences() * problem.seqlen_q(), 0);  // no row is measured anew
+  const int count = static_cast<int>(problem.choose(6, ma::kMaxTangents)) + 1;     // by which tasks are cut as well
+  ma::FwdParams fwd{static_cast<const ma::AttentionParams&>(params)};
+  fwd.num_threads = static_cast<int>(problem.choose(5, {1, 64}));  // likewise
+  fwd.parallel_for = [](int num_workers, void (*task)(int, void*), void* context) {
     for (int worker = 0; worker < num_workers; ++worker) task(worker, context);
   };
-  cpu::run_fwd(fwd_params);
-  fwd_notes.visits.expect_equal(listed, "forward on the CPU");
-  fwd_notes.stored.expect_all(problem.num_sequences(), problem.seqlen_q(), "output on the CPU");
+  check_forward(problem, listed, "forward on the CPU", [&] { cpu::run_fwd(fwd); });
+  check_forward(problem, listed, "tangents on the CPU", [&] {
+    ma::JvpParams jvp{fwd};
+    jvp.tangents.count = count;
+    cpu::run_jvp(jvp);
+  });
 
-  Notes bwd_notes{{}, {}, {}, problem.num_heads};
-  notes = &bwd_notes;
-  std::vector<double> dq(problem.num_sequences() * problem.seqlen_q(), 1);
-  const std::vector<double> lse(dq.size(), 0);  // no row is measured anew
   params.lse = lse.data();
-  params.dq = dq.data();
-  params.dq_strides = {params.num_heads * params.seqlen_q, 1, params.seqlen_q};
-  cpu::run_bwd(params);
-  // Rows that no task visits are set to zero by the caller.
-  for (int64_t i = 0; i < static_cast<int64_t>(dq.size()); ++i) {
-    const int64_t row = i % problem.seqlen_q();
-    if (dq[i] == 0) bwd_notes.stored.add(i / problem.seqlen_q(), {row, row + 1});
-  }
-  bwd_notes.visits.expect_equal(listed, "backward on the CPU");
-  bwd_notes.stored.expect_all(problem.num_sequences(), problem.seqlen_q(), "dq on the CPU");
-  bwd_notes.stored_keys.expect_all(problem.num_sequences(), problem.seqlen_k, "dk and dv on the CPU");
+  check_backward(problem, listed, "backward on the CPU", [&](double* dq, const ma::Strides& strides) {
+    params.dq = dq;
+    params.dq_strides = strides;
+    cpu::run_bwd(params);
+  });
+  check_backward(problem, listed, "gradients of tangents on the CPU", [&](double* dq, const ma::Strides& strides) {
+    ma::BwdJvpParams bwd_jvp{params};
+    bwd_jvp.tangents.count = count;
+    bwd_jvp.dq = dq;
+    bwd_jvp.dq_strides = strides;
+    cpu::run_bwd_jvp(bwd_jvp);
+  });
 }
 
 }  // namespace walks

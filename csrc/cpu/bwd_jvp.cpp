@@ -1,0 +1,72 @@
+#include <algorithm>
+#include <vector>
+
+#include "cpu/kernels.h"
+#include "cpu/launch.h"
+#include "cpu/tasks.h"
+#include "cpu/workers.h"
+
+namespace mixed_attention::cpu {
+namespace {
+
+// Row sums of the cotangents with what they belong to; a task has so many rows.
+constexpr int64_t kRowsOfTask = 1024;
+
+// Half as many keys as the backward: with tangents a tile has twice the operands, and more.
+constexpr int64_t kKeysOfTask = kBwdBlockN / 2;
+
+}  // namespace
+
+void run_bwd_jvp(const BwdJvpParams& params) {
+  const AttentionKernels& kernels = selected_instruction_set().kernels[static_cast<int>(params.dtype)];
+  const BwdPlan plan = make_bwd_plan(*params.schedule, kKeysOfTask);
+  const int64_t batch_heads = params.batch_size * params.num_heads, count = params.tangents.count;
+  const int64_t operations = params.schedule->num_pairs * batch_heads * 5 * (params.head_dim + params.head_dim_v);
+  const int64_t num_rows = batch_heads * params.seqlen_q, acc_size = accumulator_size(params.dtype);
+
+  const MeasuredRows measured = measure_rows(params, params.lse, kernels);
+  const AlignedMemory numbers = allocate((count + 1) * num_rows * acc_size);
+  char *gamma = numbers.get(), *eps = gamma + num_rows * acc_size;
+  const int64_t row_tiles = (params.seqlen_q + kRowsOfTask - 1) / kRowsOfTask, num_row_tasks = batch_heads * row_tiles;
+  for_each_task(params.parallel_for, num_workers(params, num_row_tasks, operations), num_row_tasks, 0,
+                [&](int64_t index, void*) {
+                  const int64_t begin = index % row_tiles * kRowsOfTask, batch_head = index / row_tiles;
+                  kernels.bwd_jvp_rows(params, batch_head / params.num_heads, batch_head % params.num_heads,
+                                       {begin, std::min(begin + kRowsOfTask, params.seqlen_q)}, eps, num_rows, gamma);
+                });
+  for (const Range& rows : plan.unvisited) {
+    zero_rows(params, rows, params.dq, params.dq_strides, params.head_dim);
+    for (int64_t t = 0; t < count && params.dq_dot; ++t) {
+      void* dq_dot = static_cast<char*>(params.dq_dot) + t * params.dq_dot_step * element_size(params.dtype);
+      zero_rows(params, rows, dq_dot, params.dq_dot_strides, params.head_dim);
+    }
+  }
+
+  BwdShared shared{gamma,   params.dq,           params.dq_strides, measured.row_max, measured.row_log2_sum,
+                   nullptr, plan.tiles_per_head, wait_until};
+  BwdJvpShared tangents{eps, num_rows, params.dq_dot, params.dq_dot_strides, params.dq_dot_step};
+  // 16-bit types sum in fp32: dq, and behind it the gradients of its tangents.
+  const bool is_16_bit = element_size(params.dtype) == 2;
+  const int64_t row = params.num_heads * params.head_dim, tensor = params.batch_size * params.seqlen_q * row;
+  const AlignedMemory sums = allocate(is_16_bit ? (1 + (params.dq_dot ? count : 0)) * tensor * 4 : 0);
+  if (is_16_bit) {
+    shared.dq_acc = sums.get();
+    shared.dq_acc_strides = tangents.dq_dot_acc_strides = {params.seqlen_q * row, row, params.head_dim};
+    tangents.dq_dot_acc = sums.get() + tensor * 4;
+    tangents.dq_dot_acc_step = tensor;
+  }
+  std::vector<int> progress(batch_heads * plan.tiles_per_head, 0);
+  shared.progress = progress.data();
+
+  const int64_t num_tiles = static_cast<int64_t>(plan.tiles.size()), num_tasks = batch_heads * num_tiles;
+  for_each_task(params.parallel_for, num_workers(params, num_tasks, operations), num_tasks,
+                bwd_jvp_scratch_size(params, kernels), [&](int64_t index, void* scratch) {
+                  const BwdPlan::Tile& tile = plan.tiles[index % num_tiles];
+                  const int64_t batch_head = index / num_tiles;
+                  const BwdTask task{batch_head / params.num_heads, batch_head % params.num_heads, tile.keys,
+                                     plan.visits.data() + tile.first_visit, static_cast<int64_t>(tile.num_visits)};
+                  kernels.bwd_jvp(params, shared, tangents, task, scratch);
+                });
+}
+
+}  // namespace mixed_attention::cpu

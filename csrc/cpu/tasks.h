@@ -1,0 +1,54 @@
+// The tasks that passes are made of.
+#pragma once
+
+#include <cstdint>
+#include <vector>
+
+#include "cpu/kernels.h"
+#include "cpu/workers.h"
+
+namespace mixed_attention::cpu {
+
+// Tiles of query rows, longest first, so that no thread is left with a long one at the end.
+std::vector<FwdTask> fwd_tasks(const AttentionParams& params, int64_t rows_of_task);
+
+// Products of scores, and rows of the largest task: by them threads and scratch are chosen.
+struct FwdWork {
+  int64_t operations, rows;
+};
+FwdWork work_of(const AttentionParams& params, const std::vector<FwdTask>& tasks);
+
+// Rows of a task: as many as share the packing of keys, fewer where threads would have nothing to do. What comes out of
+// a row does not depend on its neighbours.
+int64_t rows_of_task(const AttentionParams& params, int64_t most_rows);
+
+// One head's tiles of keys with their visits; the same for every batch and head.
+struct BwdPlan {
+  struct Tile {
+    Range keys;
+    size_t first_visit, num_visits;
+  };
+  std::vector<Tile> tiles;
+  std::vector<Visit> visits;
+  std::vector<Range> unvisited;  // query rows without keys
+  int64_t tiles_per_head = 0;    // query tiles
+};
+BwdPlan make_bwd_plan(const Schedule& schedule, int64_t keys_of_task);
+
+// Waits until as many visits have added their part.
+void wait_until(const int* progress, int rank);
+
+// What weights of rows with a large log-sum-exp are relative to: for each row of a call a maximum, then for each the
+// logarithm of a sum. Only these are written; nothing is there without such rows.
+struct MeasuredRows {
+  AlignedMemory memory;
+  const void *row_max = nullptr, *row_log2_sum = nullptr;
+};
+MeasuredRows measure_rows(const AttentionParams& params, const void* lse, const AttentionKernels& kernels);
+
+int64_t element_size(DType dtype);
+
+// Writes zeros to rows of every batch and head of a tensor.
+void zero_rows(const AttentionParams& params, Range rows, void* out, const Strides& strides, int64_t size);
+
+}  // namespace mixed_attention::cpu
