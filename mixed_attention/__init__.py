@@ -5,7 +5,7 @@ from importlib import import_module as _import_module
 from importlib import metadata as _metadata
 from typing import Any as _Any
 
-from mixed_attention import cache, checkpoint, explain, moved, noether, plot, ragged, reference
+from mixed_attention import cache, checkpoint, explain, func, moved, noether, plot, ragged, reference
 from mixed_attention.config import (
     AnchorAttentionConfig,
     DotProductAttentionConfig,
@@ -76,6 +76,7 @@ __all__ = [
     "cache",
     "checkpoint",
     "coordinate_bias",
+    "func",
     "noether",
     "ragged",
     "reference",

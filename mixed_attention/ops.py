@@ -24,6 +24,7 @@ from torch.autograd import forward_ad
 from mixed_attention import derivatives, reference, torch_internals
 from mixed_attention.autocast import autocast_dtype
 from mixed_attention.derivatives import is_legacy_batched
+from mixed_attention.norms import exact_norms
 from mixed_attention.plan import AttentionPlan, query_segments
 from mixed_attention.rotation import Rotate, rotate_composite
 
@@ -139,13 +140,13 @@ def is_plain(*tensors: Tensor) -> bool:
     """Whether these are torch's own tensors and nobody intercepts its functions.
 
     Only then may steps in C++ stand for calls of torch's functions. A mode that says where new tensors are made
-    (``torch.device`` as a context) intercepts nothing of ours.
+    (``torch.device`` as a context), or one that replaces norms, intercepts nothing of ours.
     """
     for tensor in tensors:
         if type(tensor) is not Tensor and type(tensor) is not nn.Parameter:
             return False
     return not torch_internals.is_function_mode_enabled() or all(
-        isinstance(mode, torch_internals.DeviceContext) for mode in torch_internals.function_modes()
+        isinstance(mode, (torch_internals.DeviceContext, exact_norms)) for mode in torch_internals.function_modes()
     )
 
 

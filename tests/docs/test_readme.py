@@ -1,12 +1,18 @@
-"""The code in README.md runs as it stands."""
+"""The code in README.md and in docs/derivatives.md runs as it stands."""
 
 import re
 from pathlib import Path
 
 import pytest
 
-README = (Path(__file__).parents[2] / "README.md").read_text()
-BLOCKS = re.findall(r"```python\n(.*?)```", README, flags=re.DOTALL)
+ROOT = Path(__file__).parents[2]
+
+
+def blocks_of(page):
+    return re.findall(r"```python\n(.*?)```", (ROOT / page).read_text(), flags=re.DOTALL)
+
+
+BLOCKS = blocks_of("README.md")
 
 
 def test_there_are_blocks():
@@ -29,3 +35,14 @@ def test_its_formula_is_ours():
     plan = ma.AttentionPlan.compile([ma.TokenSpec("all", 20)], [ma.AttentionPattern(["all"], ["all"])])
     ours = ma.attention(*(t.transpose(1, 2) for t in (q, k, v)), plan).transpose(1, 2)
     torch.testing.assert_close(ours, namespace["attention"](q, k, v))
+
+
+def test_recipes_of_derivatives_run():
+    namespace = {"__name__": "derivatives"}
+    blocks = blocks_of("docs/derivatives.md")
+    assert len(blocks) == 3
+    for index, block in enumerate(blocks):
+        exec(compile(block, f"docs/derivatives.md, block {index}", "exec"), namespace)
+    assert namespace["u"].shape == (1, 10_000, 3)
+    assert namespace["loss"].requires_grad
+    assert namespace["product"].shape == namespace["q"].shape
