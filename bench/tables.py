@@ -36,6 +36,9 @@ def line(row: Row) -> str:
         return f"{what}{unequal(row)}"
     if row["kind"] == "timeline":
         return what + "  ".join(f"{name} {time:.3f}" for name, time in row["buckets"].items())
+    if row["kind"] == "derivatives":
+        unit = "trainings" if row["pass"].startswith(("training", "double")) else "forwards"
+        return f"{what}{row['milliseconds']['median']:10.4f} ms{row['ratio']:8.2f} of our {unit}"
     rate = f"{row['gflops_per_second']:12.1f} GFLOP/s" if "gflops_per_second" in row else ""
     host = f"{row['host_microseconds']:8.0f} us of host" if "host_microseconds" in row else ""
     return f"{what}{row['milliseconds']['median']:10.4f} ms{rate}{host}"

@@ -1,0 +1,101 @@
+"""Derivatives beyond the first, beside our own forward and backward, and those of torch's own attention, in one run."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Callable, Iterator, Sequence
+from functools import partial
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+from torch.func import jvp, vmap
+from torch.nn.attention import SDPBackend, sdpa_kernel
+
+import mixed_attention as ma
+from bench.cases import Case
+from bench.operator import make_inputs
+from bench.rows import Row, absent_row, dtype_of, in_precision, timing_row
+from bench.timing import Calls, take_turns
+
+Attention = Callable[[Tensor, Tensor, Tensor], Tensor]
+
+# What each pass is measured by: our forward, or our forward and backward less the forward.
+UNITS = {
+    "forward": "forward",
+    "jvp of queries": "forward",
+    "jvp of all": "forward",
+    "3 tangents of queries": "forward",
+    "training": "training",
+    "training, create_graph": "training",
+    "double backward of queries": "training",
+    "double backward of all": "training",
+}
+# Torch's own attention in framework operators holds all scores, several times.
+LARGEST_OF_TORCH = int(os.environ.get("MIXED_ATTENTION_BENCH_MATH_PAIRS", 2**27))
+
+
+def measure(case: Case, device: torch.device, precision: str, rounds: int) -> Iterator[Row]:
+    """Times every pass in turns; a row says how many of our own forwards, or training steps, it takes."""
+    inputs = make_inputs(case, device, dtype_of(precision))
+    q, k, v = (leaf.detach() for leaf in inputs.leaves)
+    who: dict[str, Attention] = {"ours": lambda q, k, v: ma.attention(q, k, v, case.plan)}
+    if case.batch_size * case.num_heads * case.plan.num_pairs() <= LARGEST_OF_TORCH:
+        who["torch, math"] = partial(_by_torch, case)
+    calls: dict[tuple[str, str], Calls] = {}
+    with in_precision(precision):
+        for name, attention in who.items():
+            for passed, call in _passes(attention, (q, k, v)).items():
+                try:
+                    call()
+                except (RuntimeError, NotImplementedError) as error:  # out of memory, or not offered
+                    yield absent_row(case.name, name, precision, error, **{"pass": passed})
+                else:
+                    calls[name, passed] = Calls(call)
+        timings = take_turns(calls, device, rounds)
+    for (name, passed), timing in timings.items():
+        unit = timings["ours", UNITS[passed]].median
+        facts = {"pass": passed, "dtype": precision, "ratio": timing.median / unit}
+        yield timing_row("derivatives", case.name, name, timing, **facts)
+
+
+def _passes(attention: Attention, qkv: Sequence[Tensor]) -> dict[str, Callable[[], object]]:
+    moved = [torch.randn_like(x) for x in qkv]
+    seeds = torch.stack([torch.randn_like(qkv[0]) for _ in range(3)])
+    leaves = [x.clone().requires_grad_() for x in qkv]
+
+    def of_queries(q: Tensor) -> Tensor:
+        return attention(q, *qkv[1:])
+
+    def train(create_graph: bool, wanted: int) -> None:
+        out = attention(*leaves)
+        grads = torch.autograd.grad(out, leaves, torch.ones_like(out), create_graph=create_graph)
+        if wanted:
+            torch.autograd.grad(grads[:wanted], leaves, moved[:wanted])
+
+    def plain() -> Tensor:
+        with torch.no_grad():
+            return attention(*qkv)
+
+    return {
+        "forward": plain,
+        "jvp of queries": lambda: jvp(of_queries, (qkv[0],), (moved[0],)),
+        "jvp of all": lambda: jvp(attention, tuple(qkv), tuple(moved)),
+        "3 tangents of queries": lambda: vmap(lambda seed: jvp(of_queries, (qkv[0],), (seed,))[1])(seeds),
+        "training": partial(train, False, 0),
+        "training, create_graph": partial(train, True, 0),
+        "double backward of queries": partial(train, True, 1),
+        "double backward of all": partial(train, True, 3),
+    }
+
+
+def _by_torch(case: Case, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+    """Torch's own attention, once for each pattern, by the one of its backends that has these derivatives."""
+    outs = []
+    with sdpa_kernel(SDPBackend.MATH):
+        for segment in case.plan.query_segments:
+            rows = q[:, segment.start : segment.end]
+            keys, values = (torch.cat([x[:, a:b] for a, b in segment.key_ranges], 1) for x in (k, v))
+            attended = F.scaled_dot_product_attention(*(x.transpose(1, 2) for x in (rows, keys, values)))
+            outs.append(attended.transpose(1, 2))
+    return torch.cat(outs, 1)
