@@ -14,10 +14,13 @@ PYTEST := $(BIN)/python -m pytest -q
 SIDE_BY_SIDE := -n $(shell n=$$(nproc); echo $$((n < 8 ? n : 8))) --dist worksteal
 RELEASE := build/release
 
-.PHONY: demo build kernels same-code smoke test test-long test-gpu fuzz fuzz-gpu bench lint sanitize sanitize-gpu release-check clean
+.PHONY: demo demo-curl build kernels same-code smoke test test-long test-gpu fuzz fuzz-gpu bench lint sanitize sanitize-gpu release-check clean
 
 demo: build ## train the airfoil surrogate, evaluate and draw it
 	$(BIN)/python -m examples.airfoil
+
+demo-curl: build ## learn flows without divergence as curls of a potential, beside a net of their velocity
+	$(BIN)/python -m examples.solenoidal
 
 build: $(VENV)/ready ## compile the extension in place; only what changed
 	$(RUN) python setup.py --quiet build_ext --inplace --build-temp $(OBJECTS)

@@ -9,7 +9,7 @@ ROOT = Path(__file__).parents[2]
 PAGES = [
     *sorted(ROOT.glob("*.md")),
     *sorted((ROOT / "docs").rglob("*.md")),
-    ROOT / "examples" / "airfoil" / "README.md",
+    *sorted((ROOT / "examples").rglob("*.md")),
 ]
 NAMED = re.compile(
     r"(?<![\w/.])(?:bench|csrc|docs|mixed_attention|tests|tools)/[\w/.]*\.(?:cpp|cuh|cu|h|py|pyi|md|sh|txt|svg)\b"
