@@ -71,7 +71,7 @@ lint: $(VENV)/ready
 	$(BIN)/clang-format --dry-run -Werror $$(git ls-files 'csrc/*.h' 'csrc/*.cpp' 'csrc/*.cu' 'csrc/*.cuh' 'tests/cpp/*')
 	$(BIN)/shellcheck .ci/run $$(git ls-files '*.sh')
 
-sanitize: $(VENV)/ready ## the tests under AddressSanitizer and UBSan, with the kernels of every instruction set
+sanitize: build ## the tests under AddressSanitizer and UBSan, with the kernels of every instruction set
 	mkdir -p $(SANITIZED) && cp -r mixed_attention $(SANITIZED)/ && rm -f $(SANITIZED)/mixed_attention/*.so
 	MIXED_ATTENTION_SANITIZE=address,undefined $(RUN) python setup.py --quiet build_ext \
 	  --build-lib $(SANITIZED) --build-temp $(SANITIZED)/temp

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Collection, Mapping, Sequence
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any, NamedTuple, TypeVar
+from typing import Any, NamedTuple, Protocol, TypeVar
 
 import torch
 from torch import Tensor
@@ -18,6 +18,7 @@ from mixed_attention.autocast import cat
 from mixed_attention.cache import KVCache, KVEntry
 from mixed_attention.distributed import agreement, rows
 from mixed_attention.distributed.agreement import Facts
+from mixed_attention.distributed.ranks import Ranks
 from mixed_attention.distributed.shards import Shards
 from mixed_attention.distributed.specs import check_sizes
 from mixed_attention.eager import packed
@@ -27,15 +28,31 @@ from mixed_attention.layers.mixed import check_batch, check_rank, check_tokens
 from mixed_attention.plan import AttentionPlan, read_patterns, read_specs
 from mixed_attention.spec import AttentionPattern, ShardedTokenSpec, TokenSpec
 
-if TYPE_CHECKING:
-    from mixed_attention.distributed.sharding import TokenSharding
-
 _WHO = "ContextParallel"
 Made = TypeVar("Made", Tensor, "Tensor | None")
 Project = Callable[[str, "Runs | None"], Packed]
 """Makes slots out of "qkv" of the tokens that some runs take."""
 Projections = Callable[[Tensor, Sequence[TokenSpec], "Freqs | None"], tuple[Project, Callable[[Tensor], Tensor]]]
 """Makes that for tokens of some groups, and what the output goes through."""
+
+
+class Sharding(Protocol):
+    """What attention has to know of how the tokens of a layer are spread; see ``TokenSharding``."""
+
+    @property
+    def ranks(self) -> Ranks:
+        """The ranks that the tokens are spread over."""
+        ...
+
+    @property
+    def replicated(self) -> frozenset[str]:
+        """Names of the groups that every rank holds whole."""
+        ...
+
+    @property
+    def even(self) -> bool:
+        """Whether every rank is promised to hold as many tokens of every group."""
+        ...
 
 
 @dataclass(frozen=True)
@@ -75,7 +92,7 @@ class _Groups:
 
 
 def attend_groups(
-    sharding: TokenSharding,
+    sharding: Sharding,
     layer: Any,
     x: Tensor,
     token_specs: Any,
@@ -139,7 +156,7 @@ def attend_groups(
 
 
 def attend_to_all(
-    sharding: TokenSharding,
+    sharding: Sharding,
     layer: Any,
     x: Tensor,
     attn_mask: Tensor | None,
@@ -163,7 +180,7 @@ def attend_to_all(
 
 
 def attend_across(
-    sharding: TokenSharding,
+    sharding: Sharding,
     layer: Any,
     q: Tensor,
     kv: Tensor | None,
@@ -215,7 +232,7 @@ class _Fresh(NamedTuple):
 
 
 def _start_dense(
-    sharding: TokenSharding,
+    sharding: Sharding,
     layer: Any,
     name: str,
     make_kv: Callable[[], Packed],
@@ -250,7 +267,7 @@ def _start_dense(
 
 
 def _read(
-    sharding: TokenSharding, layer: Any, token_specs: Any, attention_patterns: Any, kv_cache: Any, record: bool
+    sharding: Sharding, layer: Any, token_specs: Any, attention_patterns: Any, kv_cache: Any, record: bool
 ) -> _Groups:
     """What becomes of the groups: the same on all ranks if they have the same names."""
 
@@ -293,7 +310,7 @@ def _know_sizes(token_specs: Any) -> bool:
 
 
 def _agree_on_groups(
-    sharding: TokenSharding,
+    sharding: Sharding,
     layer: Any,
     groups: _Groups,
     prepare: Callable[[], Tensor | None],
@@ -339,7 +356,7 @@ def _facts_of(fresh: Tensor | None) -> dict[str, Any]:
 
 
 def _agree(
-    sharding: TokenSharding,
+    sharding: Sharding,
     prepare: Callable[[], Made],
     facts: Callable[[Tensor | None], Facts],
     here: Mapping[str, Any],

@@ -153,12 +153,14 @@ def test_nothing_is_transformed_without_transforms():
     seen = []
 
     def call(x):
+        with pytest.raises(RuntimeError, match="random"):
+            torch.rand(3)
         with internals.without_transforms():
-            seen.append(internals.current_transform())
-        return x.sum()
+            seen.append(torch.rand(3))
+        return x
 
-    torch.func.grad(call)(torch.ones(2))
-    assert seen == [None]
+    torch.func.vmap(call, randomness="error")(torch.ones(2))
+    assert [t.shape for t in seen] == [(3,)]
 
 
 def test_functional_collectives_are_there():
