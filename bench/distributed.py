@@ -393,7 +393,7 @@ def peers(ranks: Ranks, options: argparse.Namespace) -> Iterator[Row]:
     if ranks.device.type != "cuda":
         return
     from torch.distributed.tensor.experimental import context_parallel
-    from torch.distributed.tensor.experimental._attention import set_rotate_method
+    from torch.distributed.tensor.experimental._attention import _cp_options, set_rotate_method
 
     num_tokens = 32768 // options.scale
     case = _case("dense-32k", 1, 3, 64, {"x": num_tokens}, "x->x")
@@ -402,6 +402,7 @@ def peers(ranks: Ranks, options: argparse.Namespace) -> Iterator[Row]:
     leaves = [torch.randn(shape, device=ranks.device, dtype=torch.bfloat16).requires_grad_() for _ in range(3)]
     direction = torch.randn(shape, device=ranks.device, dtype=torch.bfloat16)
     set_rotate_method("allgather")
+    _cp_options.enable_load_balance = False  # which is of causal masks
 
     def theirs() -> None:
         with sdpa_kernel(SDPBackend.FLASH_ATTENTION):
