@@ -77,6 +77,33 @@ def test_operator_on_distributed_tensors(ranks, size):
     ranks.run(size, operator_on_placements)
 
 
+def second_derivatives_on_placements(mesh) -> None:
+    plan = ma.AttentionPlan.compile(SCENE.specs, SCENE.patterns)
+    generator = torch.Generator().manual_seed(1)
+    mask = torch.rand(2, SCENE.num_tokens, generator=generator) > 0.3
+
+    def second(tensors, mask):
+        out, lse = ma.attention(*tensors, plan, key_padding_mask=mask, return_lse=True)
+        grads = torch.autograd.grad((out.pow(3).sum(), lse.exp().sum()), tensors, create_graph=True)
+        return torch.autograd.grad([grad.square().sum() for grad in grads], tensors)
+
+    for keys_batch, placement in itertools.product((1, 2), (Replicate(), Shard(0), Shard(2))):
+        leaves = [
+            torch.randn(size, SCENE.num_tokens, 4, 8, generator=generator, dtype=torch.float64, requires_grad=True)
+            for size in (2, keys_batch, keys_batch)
+        ]
+        of_keys = Replicate() if placement == Shard(0) and keys_batch == 1 else placement
+        here = [distributed(t, mesh, p) for t, p in zip(leaves, (placement, of_keys, of_keys))]
+        seen = mask[:keys_batch] if keys_batch == 1 else mask
+        got = second(here, distributed(seen, mesh, Replicate()))
+        for actual, wanted in zip(got, second(leaves, seen)):
+            torch.testing.assert_close(actual.full_tensor(), wanted, rtol=1e-9, atol=1e-9)
+
+
+def test_second_derivatives_on_distributed_tensors(ranks):
+    ranks.run(2, second_derivatives_on_placements)
+
+
 def more_of_the_operator(mesh) -> None:
     plan = ma.AttentionPlan.compile(SCENE.specs, SCENE.patterns)
     q, k, v = torch.randn(3, 2, SCENE.num_tokens, 4, 8, generator=torch.Generator().manual_seed(1), dtype=torch.float64)
