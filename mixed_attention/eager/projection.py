@@ -117,6 +117,9 @@ def take(x: Tensor, runs: Runs | None) -> Tensor:
         return x
     if torch.compiler.is_compiling() and len(runs) > _MOST_PIECES:
         return x.index_select(1, _rows_taken(runs, x.device))
+    if ops.is_distributed(x):
+        # The derivative of a split has plain zeros for pieces that nobody uses, which torch does not mix with DTensors.
+        return cat([x[:, start:end] for start, end in taken_ranges(runs)] or [x[:, :0]], 1)
     # NOTE: one split, because its derivative is one concatenation; slices would each make a gradient of full size.
     pieces = x.split([size for size, _ in runs], 1)
     kept = [piece for piece, (_, is_taken) in zip(pieces, runs) if is_taken]
