@@ -77,4 +77,7 @@ class Ranks:
     def stop(self) -> None:
         """Ends what the processes share."""
         if self.mesh is not None:
+            # NOTE: threads of gloo give back what the last collective took, for which they want the interpreter. It is
+            # theirs while this waits. A group that ends before holds the interpreter and waits for them for ever.
+            dist.barrier()
             dist.destroy_process_group()
