@@ -14,34 +14,49 @@ from torch import Tensor
 from torch.distributed.tensor import DTensor, Partial, Replicate, Shard
 from torch.distributed.tensor.experimental import register_sharding
 
-_WHOLE, _BATCH, _HEADS, _HEADS_OF_LSE = Replicate(), Shard(0), Shard(2), Shard(1)
+_WHOLE, _BATCH, _HEADS = Replicate(), Shard(0), Shard(2)
 _LEAST_BATCH = 2  # one sequence of keys serves a whole batch: it is no batch to shard
-
-
-def _by_batch(q: Any, tensor: Any) -> Any:
-    """The placement of what has a sequence for each of q's, or one for all."""
-    return _BATCH if tensor.shape[0] == q.shape[0] and q.shape[0] >= _LEAST_BATCH else _WHOLE
 
 
 def _given(tensor: Any, placement: Any) -> Any:
     return None if tensor is None else placement
 
 
+def _ways(q: Any, dropout_p: float) -> list[Any]:
+    """What a call may be cut by: nothing, sequences, heads; as a placement of q."""
+    ways: list[Any] = [_WHOLE]
+    if dropout_p == 0:  # which weights are dropped depends on the number of the sequence and of the head
+        ways += [_BATCH, _HEADS] if q.shape[0] >= _LEAST_BATCH else [_HEADS]
+    return ways
+
+
+def _placed(way: Any, q: Any, tensor: Any, *, heads: int, directions: int = 0) -> Any:
+    """Where a tensor lies. heads: the dim that has them, behind so many dims of directions; -1 if it has none."""
+    if tensor is None:
+        return None
+    if way == _HEADS and heads >= 0:
+        return Shard(heads + directions)
+    has_batch = tensor.shape[directions] == q.shape[0]
+    return Shard(directions) if way == _BATCH and has_batch else _WHOLE
+
+
+def _gradients(way: Any, q: Any, k: Any, v: Any) -> list[Any]:
+    """Where those of q, k and v lie. Keys that serve sequences on several ranks get a part of theirs on each."""
+    of_q, *of_keys = (_placed(way, q, x, heads=2) for x in (q, k, v))
+    return [of_q, *(Partial() if way == _BATCH and placement == _WHOLE else placement for placement in of_keys)]
+
+
 @register_sharding(torch.ops.mixed_attention.forward.default)
 def _forward(
     q: Any, k: Any, v: Any, segments: Any, scale: Any, mask: Any = None, dropout_p: float = 0.0, seed: Any = None
 ) -> list[tuple[list[Any], list[Any]]]:
-    def rule(out: Any, lse: Any, of_k: Any, of_v: Any, of_mask: Any) -> tuple[list[Any], list[Any]]:
-        inputs = [out, of_k, of_v, None, None, _given(mask, of_mask), None, _given(seed, _WHOLE)]
-        return [out, lse], inputs
+    def rule(way: Any) -> tuple[list[Any], list[Any]]:
+        inputs = [_placed(way, q, x, heads=2) for x in (q, k, v)]
+        more = [None, None, _placed(way, q, mask, heads=-1), None, _given(seed, _WHOLE)]
+        of_lse = Shard(1) if way == _HEADS else way
+        return [way, of_lse], [*inputs, *more]
 
-    rules = [rule(_WHOLE, _WHOLE, _WHOLE, _WHOLE, _WHOLE)]
-    if dropout_p == 0:  # which weights are dropped depends on the number of the sequence and of the head
-        if q.shape[0] >= _LEAST_BATCH:
-            of_mask = _WHOLE if mask is None else _by_batch(q, mask)
-            rules.append(rule(_BATCH, _BATCH, _by_batch(q, k), _by_batch(q, v), of_mask))
-        rules.append(rule(_HEADS, _HEADS_OF_LSE, _HEADS, _HEADS, _WHOLE))
-    return rules
+    return [rule(way) for way in _ways(q, dropout_p)]
 
 
 @register_sharding(torch.ops.mixed_attention.backward.default)
@@ -59,38 +74,13 @@ def _backward(
     dropout_p: float = 0.0,
     seed: Any = None,
 ) -> list[tuple[list[Any], list[Any]]]:
-    def rule(of_q: Any, of_lse: Any, of_k: Any, of_v: Any, of_mask: Any) -> tuple[list[Any], list[Any]]:
-        inputs = [of_q, _given(dlse, of_lse), of_q, of_k, of_v, of_q, of_lse, None, None]
-        inputs += [_given(mask, of_mask), None, _given(seed, _WHOLE)]
-        # Keys that serve sequences on several ranks get a part of their gradient on each.
-        grads = [Partial() if of_q == _BATCH and placement == _WHOLE else placement for placement in (of_k, of_v)]
-        return [of_q, *grads], inputs
+    def rule(way: Any) -> tuple[list[Any], list[Any]]:
+        inputs = [_placed(way, q, dout, heads=2), _placed(way, q, dlse, heads=1)]
+        inputs += [*(_placed(way, q, x, heads=2) for x in (q, k, v, out)), _placed(way, q, lse, heads=1)]
+        more = [None, None, _placed(way, q, mask, heads=-1), None, _given(seed, _WHOLE)]
+        return _gradients(way, q, k, v), [*inputs, *more]
 
-    rules = [rule(_WHOLE, _WHOLE, _WHOLE, _WHOLE, _WHOLE)]
-    if dropout_p == 0:
-        if q.shape[0] >= _LEAST_BATCH:
-            of_mask = _WHOLE if mask is None else _by_batch(q, mask)
-            rules.append(rule(_BATCH, _BATCH, _by_batch(q, k), _by_batch(q, v), of_mask))
-        rules.append(rule(_HEADS, _HEADS_OF_LSE, _HEADS, _HEADS, _WHOLE))
-    return rules
-
-
-def _ways(q: Any, dropout_p: float) -> list[Any]:
-    """What a call of tangents may be cut by: nothing, sequences, heads; as a placement of q."""
-    ways: list[Any] = [_WHOLE]
-    if dropout_p == 0:
-        ways += [_BATCH, _HEADS] if q.shape[0] >= _LEAST_BATCH else [_HEADS]
-    return ways
-
-
-def _placed(way: Any, q: Any, tensor: Any, *, heads: int, directions: int = 0) -> Any:
-    """Where a tensor lies. heads: the dim that has them, behind so many dims of directions; -1 if it has none."""
-    if tensor is None:
-        return None
-    if way == _HEADS and heads >= 0:
-        return Shard(heads + directions)
-    has_batch = tensor.shape[directions] == q.shape[0]
-    return Shard(directions) if way == _BATCH and has_batch else _WHOLE
+    return [rule(way) for way in _ways(q, dropout_p)]
 
 
 @register_sharding(torch.ops.mixed_attention.jvp.default)
@@ -166,9 +156,7 @@ def _backward_jvp(
         ]
         inputs += [rows(out), numbers(lse), *map(moved_rows, (q_dot, k_dot, v_dot, out_dot)), moved_numbers(lse_dot)]
         inputs += [None, None, _placed(way, q, mask, heads=-1), None, _given(seed, _WHOLE), None]
-        # As of the backward: keys that serve sequences on several ranks get a part of their gradient on each.
-        grads = [Partial() if way == _BATCH and rows(x) == _WHOLE else rows(x) for x in (k, v)]
-        return [rows(q), *grads, moved_rows(dout_dot)], inputs
+        return [*_gradients(way, q, k, v), moved_rows(dout_dot)], inputs
 
     return [rule(way) for way in _ways(q, dropout_p)]
 

@@ -24,7 +24,7 @@ def gather(rows: Tensor, shards: Shards) -> Tensor:
     if torch.compiler.is_compiling():
         return _traced_gather(rows, shards)
     _ask_for_hosts(rows, shards)
-    return _Gather.apply(rows, shards)
+    return _Move.apply(rows, shards, True)
 
 
 def start_gather(rows: Tensor, shards: Shards) -> Finish:
@@ -44,52 +44,30 @@ def _ask_for_hosts(rows: Tensor, shards: Shards) -> None:
         shards.ranks.share_a_host  # noqa: B018
 
 
-class _Gather(torch.autograd.Function):
+class _Move(torch.autograd.Function):
+    """Brings rows together, or adds them up: each is the derivative of the other."""
+
     @staticmethod
-    def forward(rows: Tensor, shards: Shards) -> Tensor:
+    def forward(rows: Tensor, shards: Shards, gathers: bool) -> Tensor:
         if torch_internals.is_legacy_batched(rows):
-            return _traced_gather(rows, shards)
-        return collectives.start_gather(rows, shards)()
+            return (_traced_gather if gathers else _traced_sums)(rows, shards)
+        return (collectives.start_gather if gathers else collectives.start_sums)(rows, shards)()
 
     @staticmethod
     def setup_context(ctx: Any, inputs: Any, output: Any) -> None:
-        _, ctx.shards = inputs
+        _, ctx.shards, ctx.gathers = inputs
 
     @staticmethod
-    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, None]:
-        return _Sums.apply(grad, ctx.shards), None
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, None, None]:
+        return _Move.apply(grad, ctx.shards, not ctx.gathers), None, None
 
     @staticmethod
-    def jvp(ctx: Any, tangent: Tensor, _: Any) -> Tensor:
-        return _Gather.apply(tangent, ctx.shards)
+    def jvp(ctx: Any, tangent: Tensor, *_: Any) -> Tensor:
+        return _Move.apply(tangent, ctx.shards, ctx.gathers)
 
     @staticmethod
-    def vmap(info: Any, in_dims: Any, rows: Tensor, shards: Shards) -> tuple[Tensor, int]:
-        return _Gather.apply(rows.movedim(in_dims[0], -1), shards), -1
-
-
-class _Sums(torch.autograd.Function):
-    @staticmethod
-    def forward(rows: Tensor, shards: Shards) -> Tensor:
-        if torch_internals.is_legacy_batched(rows):
-            return _traced_sums(rows, shards)
-        return collectives.start_sums(rows, shards)()
-
-    @staticmethod
-    def setup_context(ctx: Any, inputs: Any, output: Any) -> None:
-        _, ctx.shards = inputs
-
-    @staticmethod
-    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, None]:
-        return _Gather.apply(grad, ctx.shards), None
-
-    @staticmethod
-    def jvp(ctx: Any, tangent: Tensor, _: Any) -> Tensor:
-        return _Sums.apply(tangent, ctx.shards)
-
-    @staticmethod
-    def vmap(info: Any, in_dims: Any, rows: Tensor, shards: Shards) -> tuple[Tensor, int]:
-        return _Sums.apply(rows.movedim(in_dims[0], -1), shards), -1
+    def vmap(info: Any, in_dims: Any, rows: Tensor, shards: Shards, gathers: bool) -> tuple[Tensor, int]:
+        return _Move.apply(rows.movedim(in_dims[0], -1), shards, gathers), -1
 
 
 class _Transfer:
@@ -133,7 +111,7 @@ class _Wait(torch.autograd.Function):
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, None]:
         transfer = ctx.transfer
         if torch.is_grad_enabled() or ops.needs_composite(grad):
-            return _Sums.apply(grad, transfer.shards), None
+            return _Move.apply(grad, transfer.shards, False), None
         transfer.finish = collectives.start_sums(grad, transfer.shards)
         # The sums are not there yet: this has their shape and no memory.
         return grad.new_zeros(()).expand(transfer.shards.here, *grad.shape[1:]), None
