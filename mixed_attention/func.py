@@ -18,6 +18,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from mixed_attention.autocast import autocast_dtype
 from mixed_attention.norms import exact_norms
 
 __all__ = ["curl", "divergence", "exact_norms", "value_and_jacobian"]
@@ -167,10 +168,7 @@ def _check_independence(name: str, tangent: Tensor, signed: Tensor, signs: Tenso
 
 def _lowest_dtype(x: Tensor) -> torch.dtype:
     """What a model computed in, at least in parts."""
-    device_type = x.device.type
-    if torch.amp.is_autocast_available(device_type) and torch.is_autocast_enabled(device_type):
-        return torch.get_autocast_dtype(device_type)
-    return x.dtype
+    return autocast_dtype(x.device.type) or x.dtype
 
 
 def _checked(result: Any, positions: Tensor) -> Tensor | dict[Any, Tensor]:

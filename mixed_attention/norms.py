@@ -17,6 +17,7 @@ from torch import Tensor
 from torch.overrides import TorchFunctionMode
 
 from mixed_attention import torch_internals
+from mixed_attention.autocast import autocast_dtype
 
 
 class exact_norms(TorchFunctionMode):
@@ -87,8 +88,7 @@ def _layer_norm(
 
 def _result_dtype(input: Tensor) -> torch.dtype:
     """The dtype of a norm: autocast computes them in fp32, and returns that."""
-    device_type = input.device.type
-    is_cast = torch.amp.is_autocast_available(device_type) and torch.is_autocast_enabled(device_type)
+    is_cast = autocast_dtype(input.device.type) is not None
     return torch.float32 if is_cast and input.dtype in (torch.bfloat16, torch.float16) else input.dtype
 
 

@@ -26,6 +26,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from mixed_attention.autocast import without_autocast
 from mixed_attention.plan import AttentionPlan, QuerySegment
 
 
@@ -62,11 +63,8 @@ def _without_autocast(function: Callable[..., Any]) -> Callable[..., Any]:
 
     @wraps(function)
     def run(first: Tensor, *arguments: Any) -> Any:
-        device_type = first.device.type
-        if torch.amp.is_autocast_available(device_type) and torch.is_autocast_enabled(device_type):
-            with torch.autocast(device_type, enabled=False):
-                return function(first, *arguments)
-        return function(first, *arguments)
+        with without_autocast(first.device.type):
+            return function(first, *arguments)
 
     return run
 
@@ -83,54 +81,34 @@ def attend(
     dropout_seed: Tensor | None,
 ) -> tuple[Tensor, Tensor]:
     """:func:`attention` over the query segments of a plan; always returns both, out and log-sum-exp."""
-    batch_size, _, num_heads, _ = q.shape
-    dtype = q.dtype
-    if dtype in (torch.float16, torch.bfloat16):
-        # As the kernels do: 16 bits would not hold large scores, nor tell one from another.
-        q, k, v = q.float(), k.float(), v.float()
-    k, v = k.expand(batch_size, -1, -1, -1), v.expand(batch_size, -1, -1, -1)
-    if key_padding_mask is not None:
-        # Masked keys must not matter even as NaN, neither in the products nor in their derivatives.
-        k = torch.where(key_padding_mask[:, :, None, None], k, 0)
-        v = torch.where(key_padding_mask[:, :, None, None], v, 0)
-    # What there is without any segment: nothing, but with a derivative.
-    no_rows = q[:, :0, :, :1] * k[:, :0, :, :1]
-    outs, lses = [no_rows * v[:, :0]], [no_rows.squeeze(-1).transpose(1, 2)]
-    for segment in query_segments:
-        ranges = segment.key_ranges
-        q_rows = q[:, segment.start : segment.end]
-        k_rows = torch.cat([k[:, :0], *(k[:, start:end] for start, end in ranges)], 1)
-        v_rows = torch.cat([v[:, :0], *(v[:, start:end] for start, end in ranges)], 1)
-        s = torch.einsum("bqhd,bkhd->bhqk", q_rows * softmax_scale, k_rows)
-        if key_padding_mask is not None:
-            real = torch.cat([key_padding_mask[:, :0], *(key_padding_mask[:, start:end] for start, end in ranges)], 1)
-            s = s.masked_fill(~real[:, None, None, :], -torch.inf)
-        # The floor keeps the maximum of a row without keys finite, and the two `where` its derivatives.
-        s_max = s.detach().amax(-1, keepdim=True).clamp(min=torch.finfo(s.dtype).min) if s.shape[-1] else 0.0
-        p = torch.exp(s - s_max)
-        p_sum = p.sum(-1, keepdim=True)
-        # The greatest score has a weight of 1: the sum is 0 only where there is no score above -inf. Not "> 0": a NaN
-        # that a query may see must show.
-        has_scores = p_sum != 0
-        p_sum = torch.where(has_scores, p_sum, 1)
-        p = p / p_sum
-        if dropout_p > 0:
-            if dropout_seed is None:
-                raise ValueError("dropout_seed: expected an int64 tensor of shape (1,), got None")
-            keep, keep_probability = dropout_keep(segment, batch_size, num_heads, dropout_p, dropout_seed)
-            p = p * keep / keep_probability
-        outs.append(torch.einsum("bhqk,bkhd->bqhd", p, v_rows))
-        lses.append(torch.where(has_scores, s_max + torch.log(p_sum), -torch.inf).squeeze(-1))
-    return torch.cat(outs, 1).to(dtype), torch.cat(lses, 2)
+    given, mask = q.dtype, key_padding_mask
+    q, k, v = _prepared(q, mask, k, v)
+    outs, lses = _no_rows(q, k, v)
+    for w in _weights(q, k, query_segments, softmax_scale, mask, dropout_p, dropout_seed):
+        outs.append(torch.einsum("bhqk,bkhd->bqhd", w.kept(w.p), w.keys(v)))
+        lses.append(w.lse)
+    return torch.cat(outs, 1).to(given), torch.cat(lses, 2)
+
+
+def _no_rows(q: Tensor, k: Tensor, v: Tensor) -> tuple[list[Tensor], list[Tensor]]:
+    """What there is of out and log-sum-exp without any segment: nothing, but with a derivative."""
+    nothing = q[:, :0, :, :1] * k[:, :0, :, :1]
+    return [nothing * v[:, :0]], [nothing.squeeze(-1).transpose(1, 2)]
 
 
 class _Weights(NamedTuple):
-    """What a segment reads: its rows and ranges of keys, p, and m."""
+    """What a segment reads: its rows and ranges of keys, p and its log-sum-exps ``(B, H, rows)``, and what m is."""
 
     rows: slice
     ranges: Sequence[tuple[int, int]]
     p: Tensor
-    kept: Tensor | float
+    lse: Tensor
+    keep: Tensor | None
+    keep_probability: float
+
+    def kept(self, x: Tensor) -> Tensor:
+        """Times m."""
+        return x if self.keep is None else x * self.keep / self.keep_probability
 
     def queries(self, x: Tensor) -> Tensor:
         return x[:, self.rows]
@@ -160,27 +138,36 @@ def _weights(
     dropout_p: float,
     seed: Tensor | None,
 ) -> Iterator[_Weights]:
-    """Segment by segment, from q and masked k in fp32 or fp64."""
+    """Segment by segment, from what :func:`_prepared` returns."""
     batch_size, _, num_heads, _ = q.shape
     for segment in query_segments:
-        w = _Weights(slice(segment.start, segment.end), segment.key_ranges, q, 1.0)
+        w = _Weights(slice(segment.start, segment.end), segment.key_ranges, q, q, None, 1.0)
         s = torch.einsum("bqhd,bkhd->bhqk", w.queries(q) * scale, w.keys(k))
         if mask is not None:
-            s = s.masked_fill(~w.keys(mask[..., None])[:, None, None, :, 0], -torch.inf)
+            s = s.masked_fill(~w.keys(mask)[:, None, None, :], -torch.inf)
+        # The floor keeps the maximum of a row without keys finite, and the two `where` its derivatives.
         s_max = s.detach().amax(-1, keepdim=True).clamp(min=torch.finfo(s.dtype).min) if s.shape[-1] else 0.0
-        once = torch.exp(s - s_max)
-        total = once.sum(-1, keepdim=True)
-        p = once / torch.where(total != 0, total, 1)
-        kept: Tensor | float = 1.0
+        p = torch.exp(s - s_max)
+        p_sum = p.sum(-1, keepdim=True)
+        # The greatest score has a weight of 1: the sum is 0 only where there is no score above -inf. Not "> 0": a NaN
+        # that a query may see must show.
+        has_scores = p_sum != 0
+        p_sum = torch.where(has_scores, p_sum, 1)
+        w = w._replace(p=p / p_sum, lse=torch.where(has_scores, s_max + torch.log(p_sum), -torch.inf).squeeze(-1))
         if dropout_p > 0:
-            assert seed is not None
+            if seed is None:
+                raise ValueError("dropout_seed: expected an int64 tensor of shape (1,), got None")
             keep, keep_probability = dropout_keep(segment, batch_size, num_heads, dropout_p, seed)
-            kept = keep.to(p.dtype) / keep_probability
-        yield w._replace(p=p, kept=kept)
+            w = w._replace(keep=keep, keep_probability=keep_probability)
+        yield w
 
 
 def _prepared(q: Tensor, mask: Tensor | None, *keys: Tensor | None) -> tuple[Any, ...]:
-    """q, and keys, values and the like for every sequence, as :func:`attend` computes in, with zeros where masked."""
+    """q, and keys, values and the like for every sequence, as :func:`attend` computes in, with zeros where masked.
+
+    As in the kernels, 16 bits would not hold large scores, nor tell one from another; and masked keys must not matter
+    even as NaN, neither in the products nor in their derivatives.
+    """
     dtype = torch.float64 if q.dtype == torch.float64 else torch.float32
     read = [k if k is None else k.to(dtype).expand(q.shape[0], -1, -1, -1) for k in keys]
     if mask is not None:
@@ -205,18 +192,16 @@ def jvp(
     """How out and log-sum-exp move with q, k and v; None is what stays. In closed form, so differentiable itself."""
     given, mask, scale = q, key_padding_mask, softmax_scale
     q, k, v, k_dot, v_dot = _prepared(q, mask, k, v, k_dot, v_dot)
-    none = q[:, :0, :, :1] * k[:, :0, :, :1]
-    outs, lses = [none * v[:, :0]], [none.squeeze(-1).transpose(1, 2)]
+    outs, lses = _no_rows(q, k, v)
     for w in _weights(q, k, query_segments, scale, mask, dropout_p, dropout_seed):
         s_dot = _tangents_of_scores(w, q, k, q_dot, k_dot, scale)
         mean = (w.p * s_dot).sum(-1, keepdim=True)
-        out = torch.einsum("bhqk,bkhd->bqhd", w.kept * w.p * (s_dot - mean), w.keys(v))
+        out = torch.einsum("bhqk,bkhd->bqhd", w.kept(w.p * (s_dot - mean)), w.keys(v))
         if v_dot is not None:
-            out = out + torch.einsum("bhqk,bkhd->bqhd", w.kept * w.p, w.keys(v_dot))
+            out = out + torch.einsum("bhqk,bkhd->bqhd", w.kept(w.p), w.keys(v_dot))
         outs.append(out)
         lses.append(mean.squeeze(-1))
-    out, lse = torch.cat(outs, 1).to(given.dtype), torch.cat(lses, 2)
-    return out, lse
+    return torch.cat(outs, 1).to(given.dtype), torch.cat(lses, 2)
 
 
 def _tangents_of_scores(
@@ -285,10 +270,10 @@ def backward_jvp(
     dqs, dk, dv = [q[:, :0]], torch.zeros_like(k), torch.zeros_like(v)
     for w in _weights(q, k, query_segments, scale, mask, dropout_p, dropout_seed):
         k_rows, v_rows, q_rows, y_rows = w.keys(k), w.keys(v), w.queries(q) * scale, w.queries(y)
-        p = w.kept * w.p
+        p = w.kept(w.p)
         s_dot = _tangents_of_scores(w, q, k, q_dot, k_dot, scale)
         z = s_dot - (w.p * s_dot).sum(-1, keepdim=True)
-        e = w.kept * torch.einsum("bqhd,bkhd->bhqk", y_rows, v_rows)
+        e = w.kept(torch.einsum("bqhd,bkhd->bhqk", y_rows, v_rows))
         eps = (w.p * e).sum(-1, keepdim=True)
         if dlse_dot is not None:
             eps = eps - w.numbers(dlse_dot)
@@ -299,7 +284,7 @@ def backward_jvp(
             x = x + torch.einsum("bqhd,bkhd->bhqk", w.queries(dout).to(q.dtype), v_rows)
         if v_dot is not None:
             x = x + torch.einsum("bqhd,bkhd->bhqk", y_rows, w.keys(v_dot))
-        x = w.kept * x
+        x = w.kept(x)
         gamma = (w.p * (x + z * e)).sum(-1, keepdim=True)
         if dlse is not None:
             gamma = gamma - w.numbers(dlse)
