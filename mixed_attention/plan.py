@@ -91,7 +91,7 @@ def _as_spec(spec: Any, argument: str) -> TokenSpec:
         raise TypeError(
             f"{argument}: expected groups with a name and a size, TokenSpec(name, size), got {spec!r}"
         ) from None
-    if size is not None and type(size) is not int and (isinstance(size, bool) or not hasattr(size, "__index__")):
+    if size is not None and not is_integer(size):
         raise ValueError(f"{argument}: the size of {name!r} must be an integer or None, got {size!r}")
     sizes = getattr(spec, "sizes", None)
     return TokenSpec(name, size) if sizes is None else ShardedTokenSpec(name, size, sizes)
@@ -382,12 +382,22 @@ def _ranges_of(where: str, entry: Any) -> list[tuple[Any, Any]]:
 
 def _as_row(where: str, number: Any) -> int:
     """An integer of any class, at least 0."""
-    if type(number) is not int and (isinstance(number, bool) or not hasattr(number, "__index__")):
+    if not is_integer(number):
         raise ValueError(f"{where}: expected integers, got {number!r}")
     if number < 0:
         raise ValueError(f"{where}: expected row numbers of at least 0, got {number}")
-    row: Any = number  # symbolic ones stay what they are
-    return row if type(number) is int or isinstance(number, torch.SymInt) else operator.index(number)
+    return as_integer(number)
+
+
+def is_integer(number: Any) -> bool:
+    """Whether it is an integer of any class, numpy's and symbolic ones among them, but none that says yes or no."""
+    return type(number) is int or (hasattr(number, "__index__") and not isinstance(number, bool))
+
+
+def as_integer(number: Any) -> int:
+    """The same as a plain one; symbolic ones stay what they are."""
+    plain: Any = number
+    return plain if type(number) is int or isinstance(number, torch.SymInt) else operator.index(number)
 
 
 def _invert(segments: Sequence[QuerySegment], num_keys: int) -> Iterator[KeySegment]:

@@ -7,7 +7,6 @@ into the sequence and back. The samples lie one after the other, and no sample s
 
 from __future__ import annotations
 
-import operator
 from collections.abc import Collection, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from functools import cached_property
@@ -17,7 +16,15 @@ import torch
 from torch import Tensor
 
 from mixed_attention.autocast import cat
-from mixed_attention.plan import AttentionPatternLike, TokenSpecLike, check_structure, read_patterns, read_specs
+from mixed_attention.plan import (
+    AttentionPatternLike,
+    TokenSpecLike,
+    as_integer,
+    check_structure,
+    is_integer,
+    read_patterns,
+    read_specs,
+)
 from mixed_attention.spec import AttentionPattern, TokenSpec
 
 # NOTE: The compiler takes the integers 0 and 1 for constants, and compiles again for others. Bounds that begin at 2 are
@@ -321,12 +328,11 @@ def _read_sizes(where: str, specs: list[TokenSpec], given: Any, shared: list[str
 
 
 def _as_size(where: str, name: str, size: Any) -> int:
-    if type(size) is not int and (isinstance(size, bool) or not hasattr(size, "__index__")):
+    if not is_integer(size):
         raise ValueError(f"{where}: the size of {name!r} must be an integer, got {size!r}")
     if size < 0:
         raise ValueError(f"{where}: the size of {name!r} must be at least 0, got {size}")
-    number: Any = size  # symbolic ones stay what they are
-    return number if type(size) is int or isinstance(size, torch.SymInt) else operator.index(size)
+    return as_integer(size)
 
 
 def _check_distinct(shared: list[str], names: list[str], num_samples: int) -> None:

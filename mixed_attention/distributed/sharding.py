@@ -13,7 +13,7 @@ from torch.distributed.tensor import DTensor, Shard
 
 from mixed_attention.distributed import attend
 from mixed_attention.distributed.ranks import Ranks
-from mixed_attention.distributed.specs import _bounds
+from mixed_attention.distributed.specs import bounds_of, shares_of
 from mixed_attention.plan import read_specs
 from mixed_attention.spec import ShardedTokenSpec, TokenSpec
 
@@ -89,8 +89,7 @@ class TokenSharding:
         """Rows of a DTensor on every rank, known without asking."""
         if not isinstance(tensor, DTensor):
             return None
-        bounds = _bounds(tensor.shape[1], self.ranks.size)
-        return tuple(end - start for start, end in zip(bounds, bounds[1:]))
+        return shares_of(tensor.shape[1], self.ranks.size)
 
     def _cut(self, specs: Sequence[TokenSpec], x: DTensor) -> list[TokenSpec]:
         """Groups of a whole sequence as they lie on ranks that hold equal shares of it, whatever is in them."""
@@ -107,7 +106,7 @@ class TokenSharding:
                 f"Token specs total size {total} does not match x of shape {tuple(x.shape)}, "
                 f"expected (batch_size, {total}, dim)"
             )
-        bounds = _bounds(total, self.ranks.size)
+        bounds = bounds_of(total, self.ranks.size)
         cut: list[TokenSpec] = []
         start = 0
         for spec in specs:

@@ -28,14 +28,20 @@ def share_of(n: int, mesh: Any = None) -> slice:
     if n < 0:
         raise ValueError(f"n: expected at least 0 rows, got {n}")
     ranks = Ranks.of(mesh)
-    bounds = _bounds(n, ranks.size)
+    bounds = bounds_of(n, ranks.size)
     return slice(bounds[ranks.rank], bounds[ranks.rank + 1])
 
 
-def _bounds(n: int, size: int) -> list[int]:
-    """Where the shares begin, and the end of the last."""
+def bounds_of(n: int, size: int) -> list[int]:
+    """Where the shares of ``n`` rows on so many ranks begin, and the end of the last."""
     share = -(-n // size)
     return [min(rank * share, n) for rank in range(size + 1)]
+
+
+def shares_of(n: int, size: int) -> tuple[int, ...]:
+    """How many rows each rank gets of them."""
+    bounds = bounds_of(n, size)
+    return tuple(end - start for start, end in zip(bounds, bounds[1:]))
 
 
 def shard_specs(token_specs: Sequence[TokenSpecLike], mesh: Any = None) -> list[ShardedTokenSpec]:
@@ -59,8 +65,7 @@ def shard_specs(token_specs: Sequence[TokenSpecLike], mesh: Any = None) -> list[
             raise ValueError(f"token_specs: expected groups with sizes of all ranks together, got {spec!r}")
         if spec.size is None:
             raise ValueError(f"token_specs: {spec.name!r} has size None; keys of a cache are whole on every rank")
-        bounds = _bounds(spec.size, ranks.size)
-        sizes = tuple(end - start for start, end in zip(bounds, bounds[1:]))
+        sizes = shares_of(spec.size, ranks.size)
         sharded.append(ShardedTokenSpec(spec.name, sizes[ranks.rank], sizes))
     return sharded
 

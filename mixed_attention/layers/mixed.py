@@ -579,8 +579,8 @@ it they cost hardly any time and save memory.
 
 
 def _pays_to_skip(x: Tensor, num_unread: int) -> bool:
-    # NOTE: dropout draws by ranges of neighbouring keys, which unread ones part, be they none: every way through a
-    # layer has to decide alike, or a recomputation by another way drops other weights.
+    # NOTE: dropout draws by ranges of neighbouring keys, which unread ones part, be they none: every eager way through
+    # a layer has to decide alike, or a recomputation by another way drops other weights.
     if torch.compiler.is_compiling():  # sizes may be symbolic: they must not be compared
         return True
     return x.shape[0] * num_unread * x.shape[2] >= LEAST_SKIPPED.get(x.device.type, 0)
