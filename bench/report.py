@@ -230,7 +230,8 @@ def _everybody(cell: Callable[[Row], str]) -> list[Column]:
 
 
 def _rate(row: Row) -> str:
-    return f"{row['gflops_per_second'] / 1000:.0f}"
+    rate = row["gflops_per_second"] / 1000
+    return f"{rate:.0f}" if rate >= 1 else f"{rate:.2g}"  # CPUs reach fractions
 
 
 def _peak(row: Row) -> str:

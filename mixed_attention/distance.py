@@ -31,8 +31,8 @@ def coordinate_bias(
     and are then narrower than queries and keys.
 
     With R the largest distance of a token from the middle, the bias is off by at most ``c * |beta| * R²``, where c is
-    2⁻¹⁹ in fp32, 2⁻¹⁴ in bf16, 2⁻¹⁸ in fp16 (or by 2⁻²⁰ where that is more), 2⁻⁴⁸ in fp64. docs/precision.md says why,
-    and what was measured. Products in TF32 have less precision than that: do not allow them here.
+    2⁻¹⁹ in fp32, 2⁻¹⁴ in bf16, 2⁻¹⁸ in fp16 (or by 2⁻²⁰ where that is more), 2⁻⁴⁸ in fp64. docs/precision.md says
+    why. Products in TF32 have less precision than that: do not allow them here.
 
     Args:
         q: Queries ``(B, Nq, H, D)`` as :func:`mixed_attention.attention` takes them, already rotated where they are.

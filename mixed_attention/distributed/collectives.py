@@ -1,7 +1,7 @@
 """Rows of all ranks brought together, and sums of rows taken apart: by torch's collectives, without derivatives.
 
-Rows are the first dimension. One call of ``torch.distributed`` serves all groups of tokens, because a collective costs
-tens of microseconds from eager mode, which rearranging the rows of a layer does not.
+Rows are the first dimension. One call of ``torch.distributed`` serves all groups of tokens, because to enqueue a
+collective costs more than to rearrange the rows of a layer.
 """
 
 from __future__ import annotations
