@@ -1,4 +1,3 @@
-#include <algorithm>
 #include <vector>
 
 #include "cpu/kernels.h"
@@ -17,15 +16,9 @@ void run_bwd(const BwdParams& params) {
   const int64_t num_rows = batch_heads * params.seqlen_q;
   const MeasuredRows measured = measure_rows(params, params.lse, kernels);
   const AlignedMemory delta = allocate(num_rows * accumulator_size(params.dtype));
-  constexpr int64_t kDeltaRows = 1024;
-  const int64_t delta_tiles = (params.seqlen_q + kDeltaRows - 1) / kDeltaRows;
-  const int64_t num_delta_tasks = batch_heads * delta_tiles;
-  for_each_task(params.parallel_for, num_workers(params, num_delta_tasks, operations), num_delta_tasks, 0,
-                [&](int64_t index, void*) {
-                  const int64_t begin = index % delta_tiles * kDeltaRows, batch_head = index / delta_tiles;
-                  kernels.delta(params, batch_head / params.num_heads, batch_head % params.num_heads,
-                                {begin, std::min(begin + kDeltaRows, params.seqlen_q)}, delta.get());
-                });
+  for_each_rows(params, operations, [&](int64_t batch, int64_t head, Range rows) {
+    kernels.delta(params, batch, head, rows, delta.get());
+  });
   for (const Range& rows : plan.unvisited) {
     zero_rows(params, rows, params.dq, params.dq_strides, params.head_dim);
   }
@@ -42,15 +35,8 @@ void run_bwd(const BwdParams& params) {
   std::vector<int> progress(batch_heads * plan.tiles_per_head, 0);
   shared.progress = progress.data();
 
-  const int64_t num_tiles = static_cast<int64_t>(plan.tiles.size()), num_tasks = batch_heads * num_tiles;
-  for_each_task(params.parallel_for, num_workers(params, num_tasks, operations), num_tasks,
-                bwd_scratch_size(params, kernels), [&](int64_t index, void* scratch) {
-                  const BwdPlan::Tile& tile = plan.tiles[index % num_tiles];
-                  const int64_t batch_head = index / num_tiles;
-                  const BwdTask task{batch_head / params.num_heads, batch_head % params.num_heads, tile.keys,
-                                     plan.visits.data() + tile.first_visit, static_cast<int64_t>(tile.num_visits)};
-                  kernels.bwd(params, shared, task, scratch);
-                });
+  for_each_tile(params, plan, operations, bwd_scratch_size(params, kernels),
+                [&](const BwdTask& task, void* scratch) { kernels.bwd(params, shared, task, scratch); });
 }
 
 }  // namespace mixed_attention::cpu

@@ -1,4 +1,3 @@
-#include <algorithm>
 #include <vector>
 
 #include "cpu/kernels.h"
@@ -8,9 +7,6 @@
 
 namespace mixed_attention::cpu {
 namespace {
-
-// Row sums of the cotangents with what they belong to; a task has so many rows.
-constexpr int64_t kRowsOfTask = 1024;
 
 // Half as many keys as the backward: with tangents a tile has twice the operands, and more.
 constexpr int64_t kKeysOfTask = kBwdBlockN / 2;
@@ -27,13 +23,9 @@ void run_bwd_jvp(const BwdJvpParams& params) {
   const MeasuredRows measured = measure_rows(params, params.lse, kernels);
   const AlignedMemory numbers = allocate((count + 1) * num_rows * acc_size);
   char *gamma = numbers.get(), *eps = gamma + num_rows * acc_size;
-  const int64_t row_tiles = (params.seqlen_q + kRowsOfTask - 1) / kRowsOfTask, num_row_tasks = batch_heads * row_tiles;
-  for_each_task(params.parallel_for, num_workers(params, num_row_tasks, operations), num_row_tasks, 0,
-                [&](int64_t index, void*) {
-                  const int64_t begin = index % row_tiles * kRowsOfTask, batch_head = index / row_tiles;
-                  kernels.bwd_jvp_rows(params, batch_head / params.num_heads, batch_head % params.num_heads,
-                                       {begin, std::min(begin + kRowsOfTask, params.seqlen_q)}, eps, num_rows, gamma);
-                });
+  for_each_rows(params, operations, [&](int64_t batch, int64_t head, Range rows) {
+    kernels.bwd_jvp_rows(params, batch, head, rows, eps, num_rows, gamma);
+  });
   for (const Range& rows : plan.unvisited) {
     zero_rows(params, rows, params.dq, params.dq_strides, params.head_dim);
     for (int64_t t = 0; t < count && params.dq_dot; ++t) {
@@ -58,15 +50,8 @@ void run_bwd_jvp(const BwdJvpParams& params) {
   std::vector<int> progress(batch_heads * plan.tiles_per_head, 0);
   shared.progress = progress.data();
 
-  const int64_t num_tiles = static_cast<int64_t>(plan.tiles.size()), num_tasks = batch_heads * num_tiles;
-  for_each_task(params.parallel_for, num_workers(params, num_tasks, operations), num_tasks,
-                bwd_jvp_scratch_size(params, kernels), [&](int64_t index, void* scratch) {
-                  const BwdPlan::Tile& tile = plan.tiles[index % num_tiles];
-                  const int64_t batch_head = index / num_tiles;
-                  const BwdTask task{batch_head / params.num_heads, batch_head % params.num_heads, tile.keys,
-                                     plan.visits.data() + tile.first_visit, static_cast<int64_t>(tile.num_visits)};
-                  kernels.bwd_jvp(params, shared, tangents, task, scratch);
-                });
+  for_each_tile(params, plan, operations, bwd_jvp_scratch_size(params, kernels),
+                [&](const BwdTask& task, void* scratch) { kernels.bwd_jvp(params, shared, tangents, task, scratch); });
 }
 
 }  // namespace mixed_attention::cpu

@@ -1,6 +1,7 @@
 // The tasks that passes are made of.
 #pragma once
 
+#include <algorithm>
 #include <cstdint>
 #include <vector>
 
@@ -34,6 +35,36 @@ struct BwdPlan {
   int64_t tiles_per_head = 0;    // query tiles
 };
 BwdPlan make_bwd_plan(const Schedule& schedule, int64_t keys_of_task);
+
+// Calls run(task, scratch) for the tiles of every batch and head, in the order that visits wait for each other in.
+template <class Run>
+void for_each_tile(const AttentionParams& params, const BwdPlan& plan, int64_t operations, int64_t scratch_size,
+                   Run run) {
+  const int64_t num_tiles = static_cast<int64_t>(plan.tiles.size());
+  const int64_t num_tasks = params.batch_size * params.num_heads * num_tiles;
+  for_each_task(params.parallel_for, num_workers(params, num_tasks, operations), num_tasks, scratch_size,
+                [&](int64_t index, void* scratch) {
+                  const BwdPlan::Tile& tile = plan.tiles[index % num_tiles];
+                  const int64_t batch_head = index / num_tiles;
+                  const BwdTask task{batch_head / params.num_heads, batch_head % params.num_heads, tile.keys,
+                                     plan.visits.data() + tile.first_visit, static_cast<int64_t>(tile.num_visits)};
+                  run(task, scratch);
+                });
+}
+
+// Calls run(batch, head, rows) for the query rows of every batch and head, of which a task has so many: what is a
+// number for each row.
+template <class Run>
+void for_each_rows(const AttentionParams& params, int64_t operations, Run run) {
+  constexpr int64_t kRows = 1024;
+  const int64_t tiles = (params.seqlen_q + kRows - 1) / kRows, num_tasks = params.batch_size * params.num_heads * tiles;
+  for_each_task(params.parallel_for, num_workers(params, num_tasks, operations), num_tasks, 0,
+                [&](int64_t index, void*) {
+                  const int64_t begin = index % tiles * kRows, batch_head = index / tiles;
+                  run(batch_head / params.num_heads, batch_head % params.num_heads,
+                      Range{begin, std::min(begin + kRows, params.seqlen_q)});
+                });
+}
 
 // Waits until as many visits have added their part.
 void wait_until(const int* progress, int rank);
