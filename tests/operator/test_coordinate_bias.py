@@ -41,7 +41,7 @@ def exact(q, k, v, coords, beta, scale=None, mask=None):
     scores = scale * torch.einsum("bihc,bjhc->bhij", q, k)
     beta = torch.as_tensor(beta, dtype=torch.float64).reshape(-1, 1, 1)
     scores = scores - beta * distances(coords, coords)[:, None]
-    seen = PLAN.mask() if mask is None else PLAN.mask() & mask
+    seen = PLAN.mask().to(scores.device) if mask is None else PLAN.mask() & mask
     scores = scores.masked_fill(~seen, -math.inf)
     return torch.einsum("bhij,bjhc->bihc", scores.softmax(-1), v), scores.logsumexp(-1)
 
@@ -108,8 +108,8 @@ def test_the_bias_is_as_exact_as_stated(dtype, extent, offset, beta):
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16], ids=str)
-def test_results_are_as_exact_as_without_a_bias(dtype):
-    leaves, beta = make(dtype, width=32), 20.0
+def test_results_are_as_exact_as_without_a_bias(dtype, device):
+    leaves, beta = [t.detach().to(device).requires_grad_() for t in make(dtype, width=32)], 20.0
     got, expected = (function(*leaves, beta) for function in (ours, exact))
     plain, expected_plain = ours(*leaves, 0.0), exact(*leaves, 0.0)
     radius = (leaves[-1].detach() - 0.5).norm(dim=-1).amax().item()
