@@ -207,8 +207,8 @@ struct UnitsRing {
 
 struct NoUnits {};
 
-// Tiles are slabs of (rows, kSlabColumns) factors, one after the other, as the copy engine's swizzle writes them; one
-// part follows the other.
+// Tiles are slabs of (rows, kSlabColumns) factors, one after the other, as TMA's swizzle writes them; one part follows
+// the other.
 template <typename Config>
 struct FwdSharedStorage {
   using Factor = typename Config::Factor;

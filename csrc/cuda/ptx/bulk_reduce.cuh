@@ -1,4 +1,4 @@
-// Additions and copies from shared to global memory by the copy engine. One thread issues, commits and waits.
+// Additions and copies from shared to global memory by TMA. One thread issues, commits and waits.
 #pragma once
 
 #include "cuda/ptx/shared_address.cuh"

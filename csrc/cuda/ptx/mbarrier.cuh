@@ -16,7 +16,7 @@ __device__ inline void mbarrier_init(Mbarrier& barrier, int arrivals) {
   asm volatile("mbarrier.init.shared::cta.b64 [%0], %1;\n" ::"r"(shared_address(&barrier)), "r"(arrivals) : "memory");
 }
 
-// Shows initialised barriers to the copy engine; the other threads need a __syncthreads as well.
+// Shows initialised barriers to TMA; the other threads need a __syncthreads as well.
 __device__ inline void mbarrier_fence_init() { asm volatile("fence.mbarrier_init.release.cluster;\n" ::: "memory"); }
 
 __device__ inline void mbarrier_arrive(Mbarrier& barrier) {

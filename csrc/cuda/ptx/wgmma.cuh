@@ -25,16 +25,15 @@ __device__ inline void pin(float (&registers)[kCount]) {
   for (int i = 0; i < kCount; ++i) asm volatile("" : "+f"(registers[i])::"memory");
 }
 
-// Waits until at most kPending batches are under way; `results` are accumulators of the finished ones.
+// Waits until at most kPending batches are in flight; `results` are accumulators of the finished ones.
 template <int kPending, int... kCounts>
 __device__ inline void wgmma_wait(float (&... results)[kCounts]) {
   asm volatile("wgmma.wait_group.sync.aligned %0;\n" ::"n"(kPending) : "memory");
   (pin(results), ...);
 }
 
-// Operand in shared memory: rows of 128 or 64 bytes, side by side as slabs of so many columns, with the copy engine's
-// swizzle of that width, aligned to 1024 bytes. Only the low word, the address in units of 16 bytes, differs between
-// operands.
+// Operand in shared memory: rows of 128 or 64 bytes, side by side as slabs of so many columns, with TMA's swizzle of
+// that width, aligned to 1024 bytes. Only the low word, the address in units of 16 bytes, differs between operands.
 template <int kRowBytes>
 struct SlabOperand {
   static_assert(kRowBytes == 128 || kRowBytes == 64);

@@ -33,7 +33,7 @@ inline constexpr int kQueryTileRows = 64;
 constexpr int place_of_stats(int row) { return row / 16 * 16 + row % 8 / 2 * 4 + row / 8 % 2 * 2 + row % 2; }
 
 // A tile of statistics: a number for each query; then, of log-sum-exps, where the references of the tile's rows begin
-// (row_reference.h), 8 bytes, and a mark; and 4 bytes, as the copy engine moves 16.
+// (row_reference.h), 8 bytes, and a mark; and 4 bytes, as TMA moves 16.
 inline constexpr int kMarkPlace = kQueryTileRows + 2;
 
 // The marks of a tile other than 0: one of its rows has a reference; or none has, but the tile has fewer rows than fit.
@@ -130,7 +130,7 @@ struct DqExchange<Config, true> {
   uint64_t staging_full[kStagings], staging_empty[kStagings];
 };
 
-// Tiles are slabs of (rows, kSlabColumns) elements, one after the other, as the copy engine's swizzle writes them.
+// Tiles are slabs of (rows, kSlabColumns) elements, one after the other, as TMA's swizzle writes them.
 template <typename Config>
 struct DkDvSharedStorage {
   using Element = typename Config::Element;

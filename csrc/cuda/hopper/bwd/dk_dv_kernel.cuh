@@ -11,11 +11,11 @@
 //
 // In the step for tile t, dk += ds q of tile t - 1 and dp of t run under the exponentials of t, dv += p dout of t under
 // the gradients of its scores, and s of tile t + 1 is issued as soon as the registers of s are free. What a warp does
-// by itself takes longer than the products: so what the next step reads beside them is read while s is under way, and
-// ds of t - 1 leaves for dq in the step for t. At the end of a step no product is under way, which the compiler needs.
+// by itself takes longer than the products: so what the next step reads beside them is read while s is in flight, and
+// ds of t - 1 leaves for dq in the step for t. At the end of a step no MMA is in flight, which the compiler needs.
 //
-// Who signals whom: *_full is completed by the copy engine (one arrival of the producer and the bytes), *_empty by one
-// arrival of every consumer warp. Items that nobody reads take part in no barrier.
+// Who signals whom: *_full is completed by TMA (one arrival of the producer and the bytes), *_empty by one arrival of
+// every consumer warp. Items that nobody reads take part in no barrier.
 #pragma once
 
 #include <cstdint>

@@ -6,11 +6,11 @@
 // and computes, tile by tile, s = q kᵀ, p = exp2(s - lse), dp = dout vᵀ, ds = p (dp - delta) and dq += ds k.
 //
 // dq += ds k of tile j - 1 is issued together with s of tile j, and the exponentials of j run under dp of j. At the end
-// of a step no product is under way, which the compiler needs.
+// of a step no MMA is in flight, which the compiler needs.
 //
-// Who signals whom: *_full is completed by the copy engine (one arrival of the producer and the bytes; under a mask
-// k_full also by one of the thread that brings its bits), *_empty by one arrival of every consumer warp. Items without
-// keys take part in no barrier.
+// Who signals whom: *_full is completed by TMA (one arrival of the producer and the bytes; under a mask k_full also by
+// one of the thread that brings its bits), *_empty by one arrival of every consumer warp. Items without keys take part
+// in no barrier.
 #pragma once
 
 #include <cstdint>
@@ -160,7 +160,7 @@ __device__ inline void consume(const DqKernelParams& params, DqSharedStorage<Con
 
       float s[kBlockN / 2], dp[kBlockN / 2];
       uint32_t ds_operand[kBlockN / 4];
-      // From scores under way to the operand of the next product.
+      // From scores in flight to the operand of the next product.
       const auto differentiate = [&](int tile, KRing k) {
         const VRing v{k.count};
         ptx::mbarrier_wait(shared.v_full[v.stage()], v.full_parity());

@@ -14,7 +14,7 @@
 
 namespace mixed_attention::cuda::hopper {
 
-// The inputs as the copy engine reads them.
+// The inputs as TMA reads them.
 struct BwdTensors {
   TensorView q, k, v, dout;
 };

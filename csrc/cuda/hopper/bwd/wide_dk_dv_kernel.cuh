@@ -10,11 +10,11 @@
 // In the step for tile t, the owner of dv issues s of t and then dv += p dout of tile t - 1, under which the
 // exponentials of t run. The owner of dk issues dk += ds q of tile t - 1 and then dp of t, and computes ds of t under
 // the products of the other: in the opposite order ds would run under dk, but a tile of queries would wait for half a
-// step more, and 256 columns leave room for five tiles. At the end of a step no product of a warpgroup is under way,
-// which the compiler needs.
+// step more, and 256 columns leave room for five tiles. At the end of a step no MMA of a warpgroup is in flight, which
+// the compiler needs.
 //
-// Who signals whom: *_full is completed by the copy engine (one arrival of the producer and the bytes), *_empty by one
-// arrival of every consumer warp; those of p: p_exchange.cuh. Items that nobody reads take part in no barrier.
+// Who signals whom: *_full is completed by TMA (one arrival of the producer and the bytes), *_empty by one arrival of
+// every consumer warp; those of p: p_exchange.cuh. Items that nobody reads take part in no barrier.
 #pragma once
 
 #include <cstdint>
@@ -45,7 +45,7 @@ __device__ inline void release_warp(ptx::Mbarrier& barrier) {
   if (threadIdx.x % 32 == 0) ptx::mbarrier_arrive(barrier);
 }
 
-// Weights have passed through k and v, which the copy engine is to fill again.
+// Weights have passed through k and v, which TMA is to fill again.
 template <typename Config>
 __device__ inline void release_keys(WideDkDvSharedStorage<Config>& shared) {
   ptx::fence_async_shared();

@@ -1,6 +1,5 @@
 // Tile sizes of the Hopper backward for fp32, whose numbers are multiplied in kParts parts (half_parts.h), and the
-// shared memory of its blocks. Heads have kMinPartsHeadDim to 64 columns and are filled up to 64 with zeros by the copy
-// engine.
+// shared memory of its blocks. Heads have kMinPartsHeadDim to 64 columns and are filled up to 64 with zeros by TMA.
 #pragma once
 
 #include <cuda_fp16.h>

@@ -12,10 +12,10 @@
 // multiplied into ds and p, over whose columns the products sum.
 //
 // In the step for tile t the weights and their parts are computed under dp, ds under p dout, the parts of ds under s of
-// tile t + 1. At the end of a step no product is under way, which the compiler needs.
+// tile t + 1. At the end of a step no MMA is in flight, which the compiler needs.
 //
-// Who signals whom: *_full is completed by the copy engine (one arrival of the producer and the bytes), *_empty by one
-// arrival of every consumer warp. Items that nobody reads take part in no barrier.
+// Who signals whom: *_full is completed by TMA (one arrival of the producer and the bytes), *_empty by one arrival of
+// every consumer warp. Items that nobody reads take part in no barrier.
 #pragma once
 
 #include <cstdint>

@@ -10,11 +10,10 @@
 // round. Rows of a factor have units of their own: those of k are multiplied into ds, over whose columns dq sums.
 //
 // In the step for tile j the weights are computed under dp, the parts of ds under s of tile j + 1. At the end of a step
-// no product is under way, which the compiler needs.
+// no MMA is in flight, which the compiler needs.
 //
-// Who signals whom: *_full is completed by the copy engine (one arrival of its producer and the bytes; k_full also by
-// one of the other producer), *_empty by one arrival of every consumer warp. Items without keys take part in no
-// barrier.
+// Who signals whom: *_full is completed by TMA (one arrival of its producer and the bytes; k_full also by one of the
+// other producer), *_empty by one arrival of every consumer warp. Items without keys take part in no barrier.
 #pragma once
 
 #include <cstdint>

@@ -10,9 +10,9 @@
 // item's last product runs beside the next one's first. Between warpgroups, a ring of named barriers makes them issue
 // their products in turn, so that the softmax of one lies under the products of the others.
 //
-// Who signals whom: *_full is completed by the copy engine (one arrival of the producer and the bytes; under a mask
-// k_full also by one of the thread that brings its bits), units.full by one of the warp that brings the units of fp32
-// tiles (half_parts.h), *_empty by one arrival of every consumer warp. Items without keys come last and take part in no
+// Who signals whom: *_full is completed by TMA (one arrival of the producer and the bytes; under a mask k_full also by
+// one of the thread that brings its bits), units.full by one of the warp that brings the units of fp32 tiles
+// (half_parts.h), *_empty by one arrival of every consumer warp. Items without keys come last and take part in no
 // barrier.
 #pragma once
 

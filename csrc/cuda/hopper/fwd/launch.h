@@ -10,7 +10,7 @@
 
 namespace mixed_attention::cuda::hopper {
 
-// The inputs as the copy engine reads them.
+// The inputs as TMA reads them.
 struct FwdTensors {
   TensorView q, k, v;
 };

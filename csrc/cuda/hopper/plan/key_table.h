@@ -12,7 +12,7 @@
 namespace mixed_attention::cuda::hopper {
 
 // Query rows of a segment, as tiles of kQueryTileRows rows. Their statistics lie tile by tile, the last tile filled up,
-// so that the copy engine finds every tile aligned: first_tile counts the tiles of the segments before.
+// so that TMA finds every tile aligned: first_tile counts the tiles of the segments before.
 struct QueryRun {
   int row_begin, row_end;
   int first_tile;

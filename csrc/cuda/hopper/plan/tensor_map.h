@@ -1,4 +1,4 @@
-// Descriptions of strided tensors for the copy engine.
+// Descriptions of strided tensors for TMA.
 #pragma once
 
 #include <cuda.h>
@@ -18,7 +18,7 @@ struct TensorView {
 // How far the coordinate of a map moves from one sequence to the next: not at all where one serves all.
 inline int batch_step(const Strides& strides) { return strides.batch == 0 ? 0 : 1; }
 
-// Whether the copy engine can read a tensor: 16-byte alignment, sizes within its limits, no row that stands for many.
+// Whether TMA can read a tensor: 16-byte alignment, sizes within its limits, no row that stands for many.
 bool can_map(const TensorView& tensor);
 
 // Whether rows can leave in 16-byte stores.

@@ -42,7 +42,7 @@ inline HalfParts take_half_parts(const TensorView& tensor, int num_parts, Scratc
           copies};
 }
 
-// Whether the copy engine can read a tensor's parts, however many.
+// Whether TMA can read a tensor's parts, however many.
 inline bool can_map_parts(const TensorView& tensor) {
   return can_map(parts_view(tensor, {nullptr, nullptr, 2, num_copies(tensor)}));
 }

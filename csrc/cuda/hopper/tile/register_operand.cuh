@@ -13,8 +13,8 @@
 
 namespace mixed_attention::cuda::hopper {
 
-// Where the copy engine's swizzle puts the 16 bytes that belong at this offset into a tile whose rows, or their slabs,
-// are kRowBytes long.
+// Where TMA's swizzle puts the 16 bytes that belong at this offset into a tile whose rows, or their slabs, are
+// kRowBytes long.
 template <int kRowBytes>
 __device__ inline int swizzled(int offset) {
   return offset ^ (offset / 8 & (kRowBytes - 16));
