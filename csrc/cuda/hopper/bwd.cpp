@@ -78,7 +78,7 @@ Launch<BwdParams> launch_of_bwd(const BwdParams& params) {
   made->runs = make_query_runs(*params.schedule);
   made->plan = plan_bwd(params, made->runs);
   return {.workspace_size = bwd_workspace(params, made->runs, made->plan).size,
-          .can_overwrite_inputs = can_move_dq(params) || made->plan.dq_form != DqForm::kApart,
+          .can_overwrite_inputs = can_move_dq(params) || made->plan.dq_form != DqForm::kSeparate,
           .run = [made](const BwdParams& params) {
             with_bwd_head_dim(params.head_dim, [&]<int kHeadDim>() {
               params.dtype == DType::kBFloat16 ? launch_bwd<__nv_bfloat16, kHeadDim>(params, made->runs, made->plan)

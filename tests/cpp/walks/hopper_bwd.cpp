@@ -57,7 +57,7 @@ class ShareCheck {
         num_tiles_(hopper::num_query_tiles(runs)),
         runs_(runs),
         visits_(visits),
-        owners_(workspace.plan.dq_form == DqForm::kApart ? 0 : num_sequences_ * sums_.num_tiles, -1) {
+        owners_(workspace.plan.dq_form == DqForm::kSeparate ? 0 : num_sequences_ * sums_.num_tiles, -1) {
     check_addresses(whole, workspace, share);
   }
 
@@ -78,7 +78,7 @@ class ShareCheck {
         for (int i = 0; i < walk.num_tiles(); ++i) {
           const hopper::QueryTile tile = walk.next();
           visit(sequence, tile, keys);
-          if constexpr (Config::kTakesTurns) {
+          if constexpr (Config::kIsOrdered) {
             additions.back().push_back({sequence * sums_.num_tiles + walk.place(), walk.turn()});
             own(additions.back().back().place, sequence, tile.index);
           } else if (!owners_.empty()) {
@@ -87,7 +87,7 @@ class ShareCheck {
         }
       }
     });
-    if constexpr (Config::kTakesTurns) expect_turns(additions, num_sequences_ * sums_.num_tiles);
+    if constexpr (Config::kIsOrdered) expect_turns(additions, num_sequences_ * sums_.num_tiles);
   }
 
   // As the blocks of hopper_fp32_dk_dv_kernel go.
@@ -120,7 +120,7 @@ class ShareCheck {
           int64_t& owner = owners_.at(sequence * sums_.num_tiles + run.first_sum + tile_of_run);
           // Sums that are added as they come begin with zeros, which are read where nobody added.
           const bool is_own = owner == sequence * num_tiles_ + index;
-          expect(is_own || (owner == -1 && form == DqForm::kAsItComes), "sums of dq are read as another tile's");
+          expect(is_own || (owner == -1 && form == DqForm::kAtomic), "sums of dq are read as another tile's");
           owner = kRead;
         }
       }
@@ -237,13 +237,13 @@ void walk_16_bit(ShareCheck& check, DqForm form, int splits, bool is_wide, Rows&
   using Element = __half;
   if (is_wide) return check.walk_keys<hopper::WideDkDvConfig<Element, 192, false>>(dk, dv);
   switch (form) {
-    case DqForm::kApart: return check.walk_keys<hopper::DkDvConfig<Element, 64, false, DqForm::kApart>>(dk, dv);
-    case DqForm::kAsItComes:
-      return splits == 1 ? check.walk_keys<hopper::DkDvConfig<Element, 64, false, DqForm::kAsItComes>>(dk, dv)
-                         : check.walk_keys<hopper::DkDvConfig<Element, 64, false, DqForm::kAsItComes, 2>>(dk, dv);
-    case DqForm::kInTurn:
-      return splits == 1 ? check.walk_keys<hopper::DkDvConfig<Element, 64, false, DqForm::kInTurn>>(dk, dv)
-                         : check.walk_keys<hopper::DkDvConfig<Element, 64, false, DqForm::kInTurn, 2>>(dk, dv);
+    case DqForm::kSeparate: return check.walk_keys<hopper::DkDvConfig<Element, 64, false, DqForm::kSeparate>>(dk, dv);
+    case DqForm::kAtomic:
+      return splits == 1 ? check.walk_keys<hopper::DkDvConfig<Element, 64, false, DqForm::kAtomic>>(dk, dv)
+                         : check.walk_keys<hopper::DkDvConfig<Element, 64, false, DqForm::kAtomic, 2>>(dk, dv);
+    case DqForm::kOrdered:
+      return splits == 1 ? check.walk_keys<hopper::DkDvConfig<Element, 64, false, DqForm::kOrdered>>(dk, dv)
+                         : check.walk_keys<hopper::DkDvConfig<Element, 64, false, DqForm::kOrdered, 2>>(dk, dv);
   }
 }
 
@@ -260,12 +260,12 @@ void check_plan(const Problem& problem, const Visits& listed, const ma::BwdParam
     } else {
       walk_16_bit(check, plan.dq_form, share.splits, hopper::is_wide(params.head_dim), dk, dv);
     }
-    if (plan.dq_form != DqForm::kApart) check.read_sums(plan.dq_form, dq);
+    if (plan.dq_form != DqForm::kSeparate) check.read_sums(plan.dq_form, dq);
   }
   visits.expect_equal(listed, "dk and dv on Hopper");
   dk.expect_all(problem.num_sequences(), problem.seqlen_k, "dk on Hopper");
   dv.expect_all(problem.num_sequences(), problem.seqlen_k, "dv on Hopper");
-  if (plan.dq_form != DqForm::kApart) {
+  if (plan.dq_form != DqForm::kSeparate) {
     dq.expect_all(problem.num_sequences(), problem.seqlen_q(), "dq on Hopper");
   } else if (params.dtype == ma::DType::kFloat32) {
     check_dq_kernel<hopper::Fp32DqConfig<1>, hopper::WorkTable>(problem, listed, params);
@@ -280,10 +280,10 @@ void check_plan(const Problem& problem, const Visits& listed, const ma::BwdParam
 hopper::BwdPlan forced_plan(const Problem& problem, const ma::BwdParams& params) {
   const int64_t size = params.batch_size == 1 ? params.num_heads : params.batch_size;
   const bool is_masked = params.key_padding_mask != nullptr;
-  hopper::BwdPlan plan{DqForm::kApart, {{0, size, 1}}};
+  hopper::BwdPlan plan{DqForm::kSeparate, {{0, size, 1}}};
   if (params.dtype == ma::DType::kFloat32 || !hopper::can_add_dq(params.head_dim)) return plan;
-  plan.dq_form = problem.choose(10, {DqForm::kApart, DqForm::kAsItComes, DqForm::kInTurn, DqForm::kInTurn});
-  if (plan.dq_form == DqForm::kApart) return plan;
+  plan.dq_form = problem.choose(10, {DqForm::kSeparate, DqForm::kAtomic, DqForm::kOrdered, DqForm::kOrdered});
+  if (plan.dq_form == DqForm::kSeparate) return plan;
   const auto splits = [&](int die) {
     return !is_masked && problem.num_multiprocessors > 1 ? 1 + static_cast<int>(problem.choose(die, 2)) : 1;
   };

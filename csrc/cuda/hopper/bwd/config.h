@@ -79,9 +79,9 @@ struct DkDvTuning<128> {
   static constexpr int kStagesQ = 4, kStagesDout = 4;
 };
 
-// Who computes dq: another kernel, or a third warpgroup, which adds what the key tile contributes as it comes, or in
-// turn.
-enum class DqForm { kApart, kAsItComes, kInTurn };
+// Who computes dq: another kernel, or a third warpgroup, which adds what the key tile contributes atomically, as blocks
+// come, or in a fixed order.
+enum class DqForm { kSeparate, kAtomic, kOrdered };
 
 // Each warpgroup owns 64 keys of a tile. kIsMasked: by a key padding mask. The queries of a tile are split over the
 // kSplits blocks of a cluster.
@@ -93,7 +93,7 @@ struct DkDvConfig : DkDvTuning<kHeadDim>, BwdTiles<Element, kHeadDim, kQueryTile
   static constexpr int kScoreBytes = Tiles::kBlockN * Tiles::kBlockM * sizeof(Element);
   static constexpr int kDqTileFloats = Tiles::kBlockM * kHeadDim;
 
-  static constexpr bool kAddsDq = kDqForm != DqForm::kApart, kTakesTurns = kDqForm == DqForm::kInTurn;
+  static constexpr bool kAddsDq = kDqForm != DqForm::kSeparate, kIsOrdered = kDqForm == DqForm::kOrdered;
   static constexpr int kSplits = kSplits_;
   static constexpr int kThreads = (1 + kConsumers + kAddsDq) * kWarpgroup;
   static constexpr int kProducerRegisters = kSplits > 1 ? 48 : kAddsDq ? 32 : 24, kDqRegisters = 96;
@@ -101,11 +101,11 @@ struct DkDvConfig : DkDvTuning<kHeadDim>, BwdTiles<Element, kHeadDim, kQueryTile
   // What the registers hold beside: a consumer's own values, or these and its keys. A mask's bits take the last ones.
   static constexpr int kKeptInputs = kHeadDim > 64 || kSplits > 1 ? 0
                                      : kHeadDim < 64 || !kAddsDq  ? 2
-                                     : kIsMasked && !kTakesTurns  ? 0
+                                     : kIsMasked && !kIsOrdered   ? 0
                                                                   : 1;
   // Whether steps that relate no scores are a loop of their own: a branch in the only loop costs up to a tenth of the
-  // rate where dq is added to. With turns and two blocks there are no registers for two loops.
-  static constexpr bool kSeparatesRareItems = kAddsDq && !(kTakesTurns && kSplits > 1);
+  // rate where dq is added to. An ordered dq and two blocks leave no registers for two loops.
+  static constexpr bool kSeparatesRareItems = kAddsDq && !(kIsOrdered && kSplits > 1);
   // The operands of the products for dk and dv take turns in the same registers where these are few.
   static constexpr bool kSharesOperand = kHeadDim > 64 || kSplits > 1 || kIsMasked || kKeptInputs == 1;
 
@@ -113,15 +113,14 @@ struct DkDvConfig : DkDvTuning<kHeadDim>, BwdTiles<Element, kHeadDim, kQueryTile
   static_assert(kSplits == 1 || kSplits == 2);
 };
 
-// What the third warpgroup reads and writes. Where there are turns, a query tile's sums wait in their buffer for
-// theirs.
+// What the third warpgroup reads and writes. If dq is ordered, a query tile's sums wait in their buffer for their turn.
 template <typename Config, bool kAddsDq = Config::kAddsDq>
 struct DqExchange {};
 
 template <typename Config>
 struct DqExchange<Config, true> {
   static constexpr int kStages = 2;
-  static constexpr int kStagings = Config::kTakesTurns && Config::kSplits == 1 ? 3 : 2;
+  static constexpr int kStagings = Config::kIsOrdered && Config::kSplits == 1 ? 3 : 2;
 
   // Transposed gradients of scores, (keys, queries).
   alignas(1024) typename Config::Element ds[kStages][Config::kBlockN * Config::kBlockM];

@@ -46,7 +46,7 @@ __device__ inline void init_barriers(DkDvSharedStorage<Config>& shared) {
   constexpr int kConsumerWarps = Config::kConsumers * kWarpgroup / 32;
   init_input_barriers<Config>(shared, Config::kAddsDq ? kConsumerWarps + kWarpgroup / 32 : kConsumerWarps);
   if constexpr (Config::kAddsDq) init_barriers(shared.dq_exchange);
-  if constexpr (Config::kTakesTurns) {
+  if constexpr (Config::kIsOrdered) {
     for (int stage = 0; stage < DqExchange<Config>::kStagings; ++stage) {
       ptx::mbarrier_init(shared.dq_exchange.staging_full[stage], kWarpgroup / 32);
       ptx::mbarrier_init(shared.dq_exchange.staging_empty[stage], 1);
@@ -143,14 +143,14 @@ __device__ inline void consume(const DkDvKernelParams& params, DkDvSharedStorage
           if constexpr (kRelates) {
             const float* lse_tile = shared.lse_log2[QRing{num_used}.stage()];
             if (is_marked(lse_tile)) relate_columns(s, lse_tile);
-          } else if constexpr (Config::kTakesTurns) {
+          } else if constexpr (Config::kIsOrdered) {
             // NOTE: a branch that is never taken, which keeps ptxas from mixing what follows with the products.
             if (shared.lse_log2[QRing{num_used}.stage()][kMarkPlace] == kHasReferences) __trap();
           }
           scale_columns(s, params.softmax_scale_log2, lse_log2);
           // NOTE: behind a wait, a branch, ptxas spreads the handing over among the last exponentials; without one it
-          // does so with the products alone. Where dq is added to in turn that takes more registers than there are.
-          constexpr bool kWaitsEarly = Config::kAddsDq && !Config::kTakesTurns;
+          // does so with the products alone. An ordered dq makes that take more registers than there are.
+          constexpr bool kWaitsEarly = Config::kAddsDq && !Config::kIsOrdered;
           const auto wait_for_next = [&] { ptx::mbarrier_wait(shared.q_full[next.stage()], next.full_parity()); };
           if constexpr (kWaitsEarly) wait_for_next();
           if constexpr (Config::kAddsDq) {
@@ -248,7 +248,7 @@ __global__ void __launch_bounds__(Config::kThreads, 1)
     const int warp = threadIdx.x / 32;
     if (warp == 0) {
       if (ptx::elect_one()) produce_queries<Config>(params, shared);
-    } else if constexpr (Config::kTakesTurns) {
+    } else if constexpr (Config::kIsOrdered) {
       if (warp <= DqExchange<Config>::kStagings && ptx::elect_one()) send_dq(params, shared, warp - 1);
     }
   } else if (warpgroup <= Config::kConsumers) {

@@ -2,8 +2,8 @@
 //
 // The transposed dqᵀ = kᵀ dsᵀ: kᵀ stays in registers for a whole item, dsᵀ comes from the other warpgroups as they have
 // it. Where the head has no 64 columns to be rows of dqᵀ, dq = ds k with both from shared memory. The sums of a query
-// tile leave in the order of the accumulators, where there are turns by other threads (dq_sender.cuh);
-// hopper_dq_sums_kernel puts them right.
+// tile leave in the order of the accumulators, by other threads if dq is ordered (dq_sender.cuh); hopper_dq_sums_kernel
+// puts them right.
 #pragma once
 
 #include <cstdint>
@@ -69,7 +69,7 @@ __device__ inline void add_dq(const DkDvKernelParams& params, DkDvSharedStorage<
 
       const Stagings use{num_used};
       float* const staging = exchange.staging[use.stage()];
-      if constexpr (Config::kTakesTurns) {
+      if constexpr (Config::kIsOrdered) {
         ptx::mbarrier_wait(exchange.staging_empty[use.stage()], use.empty_parity());
         stage_sums(staging, dq);
         __syncwarp();
@@ -82,7 +82,7 @@ __device__ inline void add_dq(const DkDvKernelParams& params, DkDvSharedStorage<
     }
     if constexpr (!kTransposes) release(shared.kv_empty);
   }
-  if (!Config::kTakesTurns && thread == 0) ptx::bulk_wait<0>();
+  if (!Config::kIsOrdered && thread == 0) ptx::bulk_wait<0>();
 }
 
 }  // namespace mixed_attention::cuda::hopper

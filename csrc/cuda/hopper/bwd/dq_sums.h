@@ -9,7 +9,7 @@ namespace mixed_attention::cuda::hopper {
 // order of the accumulators, of one share of a call at a time (bwd_plan.h). Either the tiles of all queries, to which
 // blocks add as they come; or, key segment by key segment, the tiles of those who read it, to which its blocks add in
 // turn. The first num_spare of all tiles lie in memory that the call finds spare (BwdParams::spare_out). Sums begin
-// with zero, but where there are turns.
+// with zero unless dq is ordered.
 struct DqSums {
   float* spare;
   float* others;

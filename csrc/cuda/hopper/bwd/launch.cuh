@@ -36,7 +36,7 @@ void launch_stats(const BwdParams& params, const QueryStats& stats, const BwdWor
   const int64_t num_sequences = params.num_heads * params.batch_size;
   const int64_t num_blocks = stats.num_tiles * num_sequences;
   if (num_blocks == 0) return;
-  const bool takes_turns = workspace.dq_sums.turns != nullptr;
+  const bool is_ordered = workspace.dq_sums.turns != nullptr;
   BwdStatsKernelParams kernel_params{params.out,
                                      params.dout,
                                      params.out_strides,
@@ -49,9 +49,9 @@ void launch_stats(const BwdParams& params, const QueryStats& stats, const BwdWor
                                      stats,
                                      workspace.delta_of_rows,
                                      score_source(params, workspace.references),
-                                     takes_turns ? DqSums{} : workspace.dq_sums,
+                                     is_ordered ? DqSums{} : workspace.dq_sums,
                                      workspace.dq_sums.turns,
-                                     takes_turns ? int64_t{workspace.dq_sums.num_tiles} * num_sequences : 0,
+                                     is_ordered ? int64_t{workspace.dq_sums.num_tiles} * num_sequences : 0,
                                      static_cast<int>(runs.size()),
                                      {}};
   std::copy(runs.begin(), runs.end(), kernel_params.runs);
@@ -91,7 +91,7 @@ void launch_dk_dv(const BwdParams& params, const QueryStats& stats, const BwdWor
                   const std::vector<QueryRun>& runs) {
   launch_persistent<Config, DkDvSharedStorage<Config>, hopper_dk_dv_kernel<Config>>(
       "launch of hopper_dk_dv_kernel", make_dk_dv_kernel_params<Config>(params, stats, workspace, runs), params,
-      Config::kTakesTurns ? Start::kTogether : Start::kInOrder);
+      Config::kIsOrdered ? Start::kTogether : Start::kInOrder);
 }
 
 template <typename Config>
@@ -169,8 +169,7 @@ void launch_shares(const BwdParams& params, const QueryStats& stats, const BwdWo
     } else {
       launch_dk_dv<DkDvConfig<Element, kHeadDim, kIsMasked, kDqForm>>(part, part_stats, part_workspace, runs);
     }
-    launch_dq_sums<Element, kHeadDim>(part, part_stats, part_workspace, runs,
-                                      kDqForm == DqForm::kAsItComes && !is_last);
+    launch_dq_sums<Element, kHeadDim>(part, part_stats, part_workspace, runs, kDqForm == DqForm::kAtomic && !is_last);
   }
 }
 
@@ -180,11 +179,11 @@ void launch_tiles(const BwdParams& params, const QueryStats& stats, const BwdWor
                   const std::vector<QueryRun>& runs) {
   if constexpr (can_add_dq(kHeadDim)) {
     switch (workspace.plan.dq_form) {
-      case DqForm::kAsItComes:
-        return launch_shares<Element, kHeadDim, kIsMasked, DqForm::kAsItComes>(params, stats, workspace, runs);
-      case DqForm::kInTurn:
-        return launch_shares<Element, kHeadDim, kIsMasked, DqForm::kInTurn>(params, stats, workspace, runs);
-      case DqForm::kApart: break;
+      case DqForm::kAtomic:
+        return launch_shares<Element, kHeadDim, kIsMasked, DqForm::kAtomic>(params, stats, workspace, runs);
+      case DqForm::kOrdered:
+        return launch_shares<Element, kHeadDim, kIsMasked, DqForm::kOrdered>(params, stats, workspace, runs);
+      case DqForm::kSeparate: break;
     }
   }
   // In this order, as the second one may write where the first one reads keys and values.
@@ -192,7 +191,7 @@ void launch_tiles(const BwdParams& params, const QueryStats& stats, const BwdWor
   if constexpr (is_wide(kHeadDim)) {
     launch_wide_dk_dv<WideDkDvConfig<Element, kHeadDim, kIsMasked>>(params, stats, workspace, runs);
   } else {
-    launch_dk_dv<DkDvConfig<Element, kHeadDim, kIsMasked, DqForm::kApart>>(params, stats, workspace, runs);
+    launch_dk_dv<DkDvConfig<Element, kHeadDim, kIsMasked, DqForm::kSeparate>>(params, stats, workspace, runs);
   }
   move_dq(params, workspace);
 }

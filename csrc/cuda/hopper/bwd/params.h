@@ -52,7 +52,7 @@ struct BwdStatsKernelParams {
   QueryStats stats;
   float* delta_of_rows;  // delta once more as (batch_size, num_heads, seqlen_q); or null
   ScoreSource scores;
-  DqSums dq_sums;      // set to zero; none where there are turns
+  DqSums dq_sums;      // set to zero; none where dq is ordered
   uint32_t* dq_turns;  // likewise, num_dq_turns of them; or null
   int64_t num_dq_turns;
   int num_runs;

@@ -16,7 +16,7 @@ class StepCount {
 
   // In steps of a query tile, with the queries of a key tile split over so many blocks.
   int64_t steps(DqForm form, int splits) const {
-    return steps_of_longest_block(table_, block_n_, num_blocks_ / splits, splits, form == DqForm::kInTurn);
+    return steps_of_longest_block(table_, block_n_, num_blocks_ / splits, splits, form == DqForm::kOrdered);
   }
 
   // 2 where two halves end earlier than a whole, and may run side by side. The kernels for padding masks do not split.
@@ -35,9 +35,9 @@ class StepCount {
 // Whether one kernel takes less time than two, with seven products instead of five: where keys are many and queries
 // few, blocks would wait for their turns. Nor may the sums of a query tile, one for each key segment that it reads,
 // take more than twice the memory that they take where they come in any order.
-bool can_take_turns(const BwdParams& params, const std::vector<QueryRun>& runs, const StepCount& count) {
+bool can_be_ordered(const BwdParams& params, const std::vector<QueryRun>& runs, const StepCount& count) {
   return num_reader_tiles(*params.schedule) <= 2 * num_query_tiles(runs) &&
-         5 * count.steps(DqForm::kInTurn, 1) <= 7 * count.steps(DqForm::kAsItComes, 1);
+         5 * count.steps(DqForm::kOrdered, 1) <= 7 * count.steps(DqForm::kAtomic, 1);
 }
 
 // Two shares where sums of dq find spare memory, which is half of what all of them take, and where they cost hardly any
@@ -70,10 +70,10 @@ int64_t num_before(const BwdShare& share, const BwdParams& params) {
 
 BwdPlan plan_bwd(const BwdParams& params, const std::vector<QueryRun>& runs) {
   const BwdShare whole{0, params.batch_size == 1 ? params.num_heads : params.batch_size, 1};
-  if (params.dtype == DType::kFloat32 || !can_add_dq(params.head_dim)) return {DqForm::kApart, {whole}};
+  if (params.dtype == DType::kFloat32 || !can_add_dq(params.head_dim)) return {DqForm::kSeparate, {whole}};
   const StepCount count(params, runs);
-  if (params.deterministic && !can_take_turns(params, runs, count)) return {DqForm::kApart, {whole}};
-  const DqForm form = params.deterministic ? DqForm::kInTurn : DqForm::kAsItComes;
+  if (params.deterministic && !can_be_ordered(params, runs, count)) return {DqForm::kSeparate, {whole}};
+  const DqForm form = params.deterministic ? DqForm::kOrdered : DqForm::kAtomic;
   return {form, make_shares(params, runs, form, count)};
 }
 
@@ -107,8 +107,8 @@ DqSums sums_of(const BwdShare& share, const BwdParams& params, const DqSums& sum
 }
 
 std::vector<DqSumsRun> make_dq_sums_runs(const Schedule& schedule, const std::vector<QueryRun>& runs, DqForm form) {
-  if (form == DqForm::kApart) return {};
-  if (form == DqForm::kAsItComes) return {{0, num_query_tiles(runs), 0}};
+  if (form == DqForm::kSeparate) return {};
+  if (form == DqForm::kAtomic) return {{0, num_query_tiles(runs), 0}};
   std::vector<DqSumsRun> sums_runs;
   int first_sum = 0;
   for (const QueryRun& run : make_reader_runs(schedule, runs)) {

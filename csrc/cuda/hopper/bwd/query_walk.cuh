@@ -1,9 +1,9 @@
 // The way of a block through the query tiles of an item, all or half of them, and its turns to add to their sums of dq.
 //
-// Where there are turns, the items of one round, key segment and sequence start kTilesApart tiles apart and go around,
-// so that blocks come to a query tile one after the other. That is the order of its turns: by round, then by step of
-// the walk, where these are equal by falling number of the item. As every block adds in this order of all additions,
-// too, and waits for earlier ones only, no blocks wait in a circle, given that all of them are on the device.
+// If dq is ordered, the items of one round, key segment and sequence start kTilesApart tiles apart and go around, so
+// that blocks come to a query tile one after the other. That is the order of its turns: by round, then by step of the
+// walk, where these are equal by falling number of the item. As every block adds in this order of all additions, too,
+// and waits for earlier ones only, no blocks wait in a circle, given that all of them are on the device.
 #pragma once
 
 #include "cuda/hopper/bwd/query_tiles.cuh"
@@ -70,7 +70,7 @@ class QueryWalk {
       : segment_(item.tiles()),
         share_(segment_),
         items_(item, share_.count),
-        position_(share_.first + (Config::kTakesTurns ? items_.start() : 0) - 1),
+        position_(share_.first + (Config::kIsOrdered ? items_.start() : 0) - 1),
         queries_(table, segment_, position_ + 1) {}
 
   __device__ int num_tiles() const { return share_.count; }
@@ -83,7 +83,7 @@ class QueryWalk {
     return queries_.next();
   }
 
-  // Where the tile that next() gave is among those of all key segments, and its turn, where there are turns.
+  // Where the tile that next() gave is among those of all key segments, and its turn if dq is ordered.
   __device__ int place() const { return segment_.first_tile + position_; }
   __device__ int turn() const { return items_.turn(position_ - share_.first); }
 

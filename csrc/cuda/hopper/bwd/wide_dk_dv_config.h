@@ -26,7 +26,7 @@ struct WideDkDvTuning<256> {
 template <typename Element, int kHeadDim, bool kIsMasked_>
 struct WideDkDvConfig : WideDkDvTuning<kHeadDim>, BwdTiles<Element, kHeadDim, kQueryTileRows, key_tile_rows(kHeadDim)> {
   using Tiles = BwdTiles<Element, kHeadDim, kQueryTileRows, key_tile_rows(kHeadDim)>;
-  static constexpr bool kIsMasked = kIsMasked_, kTakesTurns = false;
+  static constexpr bool kIsMasked = kIsMasked_, kIsOrdered = false;
   static constexpr int kConsumers = 2, kSplits = 1;
   static constexpr int kThreads = (1 + kConsumers) * kWarpgroup;
   static constexpr int kProducerRegisters = 24, kConsumerRegisters = 240;

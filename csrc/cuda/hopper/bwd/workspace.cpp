@@ -22,8 +22,8 @@ int64_t num_elements(const BwdParams& params) { return num_rows(params) * params
 
 // Those of the largest share serve all.
 DqSums take_dq_sums(const BwdParams& params, const BwdPlan& plan, const std::vector<QueryRun>& runs, Scratch& scratch) {
-  const bool takes_turns = plan.dq_form == DqForm::kInTurn;
-  const int64_t num_tiles = takes_turns ? num_reader_tiles(*params.schedule) : num_query_tiles(runs);
+  const bool is_ordered = plan.dq_form == DqForm::kOrdered;
+  const int64_t num_tiles = is_ordered ? num_reader_tiles(*params.schedule) : num_query_tiles(runs);
   const int64_t num_all = num_sequences(params_of(plan.shares.front(), params)) * num_tiles;
   const int64_t tile_floats =
       kQueryTileRows * with_bwd_head_dim(params.head_dim, []<int kHeadDim>() { return kHeadDim; });
@@ -34,7 +34,7 @@ DqSums take_dq_sums(const BwdParams& params, const BwdPlan& plan, const std::vec
   sums.num_spare = std::min(num_all, spare_floats / tile_floats);
   sums.num_others = num_all - sums.num_spare;
   sums.others = scratch.take<float>(sums.num_others * tile_floats);
-  if (takes_turns) sums.turns = scratch.take<uint32_t>(num_sequences(params) * num_tiles);
+  if (is_ordered) sums.turns = scratch.take<uint32_t>(num_sequences(params) * num_tiles);
   return sums;
 }
 
@@ -66,7 +66,7 @@ BwdWorkspace bwd_workspace(const BwdParams& params, const std::vector<QueryRun>&
   workspace.lse_log2 = scratch.take<float>(size);
   workspace.delta = scratch.take<float>(size);
   workspace.references = take_references(params, scratch);
-  if (workspace.plan.dq_form != DqForm::kApart) {
+  if (workspace.plan.dq_form != DqForm::kSeparate) {
     workspace.dq_sums = take_dq_sums(params, workspace.plan, runs, scratch);
   } else {
     workspace.delta_of_rows = scratch.take<float>(num_rows(params));

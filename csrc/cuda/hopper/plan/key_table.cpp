@@ -95,13 +95,13 @@ KeyWorkTable make_key_work_table(const AttentionParams& params, const std::vecto
   return table;
 }
 
-int64_t steps_of_longest_block(const KeyWorkTable& table, int block_n, int num_blocks, int splits, bool takes_turns) {
+int64_t steps_of_longest_block(const KeyWorkTable& table, int block_n, int num_blocks, int splits, bool is_ordered) {
   constexpr int kStepsOfItem = 4;  // to begin and to end
   constexpr int kStepsOfExchange = 2;
   constexpr int kStepsOfTurn = 2;  // until the next block may add
   const auto steps_of_walk = [&](const KeySegmentTiles& segment) {
     const int num_tiles = to_int(ceil_div(segment.num_tiles, splits));
-    if (!takes_turns || num_tiles == 0) return num_tiles;
+    if (!is_ordered || num_tiles == 0) return num_tiles;
     const int64_t num_key_tiles = ceil_div(segment.row_end - segment.row_begin, block_n);
     return std::max(num_tiles, kStepsOfTurn * to_int(std::min<int64_t>(num_key_tiles, num_blocks)));
   };

@@ -56,7 +56,7 @@ bool fits_key_work_table(const AttentionParams& params);
 KeyWorkTable make_key_work_table(const AttentionParams& params, const std::vector<QueryRun>& runs, int block_n);
 
 // About how long a launch takes, in steps of a query tile: in each round of num_blocks items all wait for the longest.
-// takes_turns: additions to dq follow one another.
-int64_t steps_of_longest_block(const KeyWorkTable& table, int block_n, int num_blocks, int splits, bool takes_turns);
+// is_ordered: additions to dq follow one another.
+int64_t steps_of_longest_block(const KeyWorkTable& table, int block_n, int num_blocks, int splits, bool is_ordered);
 
 }  // namespace mixed_attention::cuda::hopper
