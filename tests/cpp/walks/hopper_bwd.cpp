@@ -51,7 +51,7 @@ class ShareCheck {
              const std::vector<hopper::QueryRun>& runs, Visits& visits)
       : problem_(problem),
         params_(hopper::params_of(share, whole)),
-        sums_(hopper::sums_of(share, whole, workspace.dq_sums)),
+        sums_(hopper::accum_of(share, whole, workspace.dq_accum)),
         first_sequence_(share.first * (whole.batch_size == 1 ? 1 : whole.num_heads)),
         num_sequences_(params_.batch_size * params_.num_heads),
         num_tiles_(hopper::num_query_tiles(runs)),
@@ -106,18 +106,18 @@ class ShareCheck {
     });
   }
 
-  // As the blocks of hopper_dq_sums_kernel go: each reads what was added for its tile, and nothing else does.
+  // As the blocks of hopper_dq_accum_kernel go: each reads what was added for its tile, and nothing else does.
   void read_sums(DqForm form, Rows& dq) {
-    const std::vector<hopper::DqSumsRun> sums_runs = hopper::make_dq_sums_runs(*params_.schedule, runs_, form);
-    expect(sums_runs.size() <= hopper::KeyWorkTable::kMaxRanges, "more runs of sums than a kernel has room for");
+    const std::vector<hopper::DqAccumRun> accum_runs = hopper::make_dq_accum_runs(*params_.schedule, runs_, form);
+    expect(accum_runs.size() <= hopper::KeyWorkTable::kMaxRanges, "more runs of sums than a kernel has room for");
     for (int64_t sequence = 0; sequence < num_sequences_; ++sequence) {
       for (int index = 0; index < num_tiles_; ++index) {
         const hopper::QueryTile tile = tile_of(index);
         dq.add(global(sequence), {tile.row_begin, tile.row_begin + tile.num_rows});
-        for (const hopper::DqSumsRun& run : sums_runs) {
+        for (const hopper::DqAccumRun& run : accum_runs) {
           const int tile_of_run = index - run.first_tile;
           if (tile_of_run < 0 || tile_of_run >= run.num_tiles) continue;
-          int64_t& owner = owners_.at(sequence * sums_.num_tiles + run.first_sum + tile_of_run);
+          int64_t& owner = owners_.at(sequence * sums_.num_tiles + run.first_accum + tile_of_run);
           // Sums that are added as they come begin with zeros, which are read where nobody added.
           const bool is_own = owner == sequence * num_tiles_ + index;
           expect(is_own || (owner == -1 && form == DqForm::kAtomic), "sums of dq are read as another tile's");
@@ -187,14 +187,14 @@ class ShareCheck {
     expect(sums_.num_spare * tile_bytes <= (whole.spare_out == nullptr ? 0 : spare_bytes), "sums leave spare memory");
     expect(bytes_between(whole.workspace, sums_.others) + sums_.num_others * tile_bytes <= end, "sums leave memory");
     if (sums_.turns == nullptr) return;
-    expect(sums_.turns == workspace.dq_sums.turns + first_sequence_ * sums_.num_tiles,
+    expect(sums_.turns == workspace.dq_accum.turns + first_sequence_ * sums_.num_tiles,
            "a share counts turns where another one does");
     expect(bytes_between(whole.workspace, sums_.turns + num_sequences_ * sums_.num_tiles) <= end, "turns leave memory");
   }
 
   const Problem& problem_;
   const ma::BwdParams params_;
-  const hopper::DqSums sums_;
+  const hopper::DqAccum sums_;
   const int64_t first_sequence_, num_sequences_, num_tiles_;
   hopper::QueryTile tile_of(int index) const {
     const int run = hopper::run_of_tile(runs_.data(), static_cast<int>(runs_.size()), index);

@@ -22,7 +22,7 @@ constexpr bool can_add_dq(int64_t head_dim) { return head_dim <= 64; }
 // Whether dk and dv of 64 keys take more registers than a warpgroup has, so that one has dk and another one dv.
 constexpr bool is_wide(int64_t head_dim) { return head_dim > 128; }
 
-// Whether the sums of dq are those of dqᵀ, which has 64 rows to a product, or as they stand.
+// Whether dq_accum holds dqᵀ, which has 64 rows to an MMA, or dq as it stands.
 constexpr bool transposes_dq(int head_dim) { return head_dim % kWarpgroupRows == 0; }
 
 // Query rows of one step of the kernel for dk and dv; the statistics of the queries are stored by such tiles.

@@ -2,8 +2,8 @@
 //
 // The transposed dqᵀ = kᵀ dsᵀ: kᵀ stays in registers for a whole item, dsᵀ comes from the other warpgroups as they have
 // it. Where the head has no 64 columns to be rows of dqᵀ, dq = ds k with both from shared memory. The sums of a query
-// tile leave in the order of the accumulators, by other threads if dq is ordered (dq_sender.cuh); hopper_dq_sums_kernel
-// puts them right.
+// tile leave in the order of the accumulators, by other threads if dq is ordered (dq_sender.cuh);
+// hopper_dq_accum_kernel puts them right.
 #pragma once
 
 #include <cstdint>
@@ -71,12 +71,12 @@ __device__ inline void add_dq(const DkDvKernelParams& params, DkDvSharedStorage<
       float* const staging = exchange.staging[use.stage()];
       if constexpr (Config::kIsOrdered) {
         ptx::mbarrier_wait(exchange.staging_empty[use.stage()], use.empty_parity());
-        stage_sums(staging, dq);
+        stage_accumulators(staging, dq);
         __syncwarp();
         release(exchange.staging_full[use.stage()]);
       } else {
-        add_sums<DqExchange<Config>::kStagings>(staging, dq, kDqBarrier, [&] {
-          return params.dq_sums.of_tile(first_tile + walk.next().index, Config::kDqTileFloats);
+        add_accumulators<DqExchange<Config>::kStagings>(staging, dq, kDqBarrier, [&] {
+          return params.dq_accum.of_tile(first_tile + walk.next().index, Config::kDqTileFloats);
         });
       }
     }

@@ -1,7 +1,8 @@
-// The way of dq's sums from shared to global memory where additions have an order: by a thread for each buffer, beside
-// the producer, so that nobody else waits for a turn.
+// The way of an ordered dq from shared memory to dq_accum: by a thread for each buffer, beside the producer, so that
+// nobody else waits for a turn.
 //
-// Who signals whom: staging_full by one arrival of every warp that wrote sums, staging_empty by one of the sender.
+// Who signals whom: staging_full by one arrival of every warp that wrote accumulators, staging_empty by one of the
+// sender.
 #pragma once
 
 #include <cstdint>
@@ -32,9 +33,9 @@ __device__ inline void send_dq(const DkDvKernelParams& params, DkDvSharedStorage
     for (int i = 0; i < walk.num_tiles(); ++i, ++use.count) {
       walk.next();
       if (use.stage() != stage) continue;
-      const int64_t place = sequence * params.dq_sums.num_tiles + walk.place();
-      float* const sums = params.dq_sums.of_tile(place, Config::kDqTileFloats);
-      uint32_t* const turns = params.dq_sums.turns + place;
+      const int64_t place = sequence * params.dq_accum.num_tiles + walk.place();
+      float* const sums = params.dq_accum.of_tile(place, Config::kDqTileFloats);
+      uint32_t* const turns = params.dq_accum.turns + place;
       const int turn = walk.turn();
       ptx::wait_for_count(turns, turn);
       ptx::fence_async_global();

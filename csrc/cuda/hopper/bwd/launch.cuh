@@ -7,8 +7,8 @@
 
 #include "cuda/common/allow_shared_memory.cuh"
 #include "cuda/hopper/bwd/dk_dv_kernel.cuh"
+#include "cuda/hopper/bwd/dq_accum_kernel.cuh"
 #include "cuda/hopper/bwd/dq_kernel.cuh"
-#include "cuda/hopper/bwd/dq_sums_kernel.cuh"
 #include "cuda/hopper/bwd/launch.h"
 #include "cuda/hopper/bwd/stats_kernel.cuh"
 #include "cuda/hopper/bwd/wide_dk_dv_kernel.cuh"
@@ -36,7 +36,7 @@ void launch_stats(const BwdParams& params, const QueryStats& stats, const BwdWor
   const int64_t num_sequences = params.num_heads * params.batch_size;
   const int64_t num_blocks = stats.num_tiles * num_sequences;
   if (num_blocks == 0) return;
-  const bool is_ordered = workspace.dq_sums.turns != nullptr;
+  const bool is_ordered = workspace.dq_accum.turns != nullptr;
   BwdStatsKernelParams kernel_params{params.out,
                                      params.dout,
                                      params.out_strides,
@@ -49,9 +49,9 @@ void launch_stats(const BwdParams& params, const QueryStats& stats, const BwdWor
                                      stats,
                                      workspace.delta_of_rows,
                                      score_source(params, workspace.references),
-                                     is_ordered ? DqSums{} : workspace.dq_sums,
-                                     workspace.dq_sums.turns,
-                                     is_ordered ? int64_t{workspace.dq_sums.num_tiles} * num_sequences : 0,
+                                     is_ordered ? DqAccum{} : workspace.dq_accum,
+                                     workspace.dq_accum.turns,
+                                     is_ordered ? int64_t{workspace.dq_accum.num_tiles} * num_sequences : 0,
                                      static_cast<int>(runs.size()),
                                      {}};
   std::copy(runs.begin(), runs.end(), kernel_params.runs);
@@ -77,7 +77,7 @@ DkDvKernelParams make_dk_dv_kernel_params(const BwdParams& params, const QuerySt
           params.dk_strides,
           params.dv_strides,
           stats,
-          workspace.dq_sums,
+          workspace.dq_accum,
           static_cast<int>(params.head_dim),
           workspace.masked_keys.visible,
           workspace.masked_keys.visible_step(),
@@ -130,28 +130,29 @@ void launch_dq(const BwdParams& params, const BwdWorkspace& workspace) {
 
 // leaves_zeros: for the next share's sums.
 template <typename Element, int kHeadDim>
-void launch_dq_sums(const BwdParams& params, const QueryStats& stats, const BwdWorkspace& workspace,
-                    const std::vector<QueryRun>& runs, bool leaves_zeros) {
+void launch_dq_accum(const BwdParams& params, const QueryStats& stats, const BwdWorkspace& workspace,
+                     const std::vector<QueryRun>& runs, bool leaves_zeros) {
   const int64_t num_blocks = stats.num_tiles * params.num_heads * params.batch_size;
   if (num_blocks == 0) return;
-  DqSumsKernelParams kernel_params{workspace.dq_sums,
-                                   leaves_zeros,
-                                   params.dq,
-                                   params.dq_strides,
-                                   static_cast<float>(params.softmax_scale),
-                                   static_cast<int>(params.num_heads),
-                                   static_cast<int>(params.head_dim),
-                                   stats.num_tiles,
-                                   static_cast<int>(runs.size()),
-                                   {},
-                                   0,
-                                   {}};
+  DqAccumKernelParams kernel_params{workspace.dq_accum,
+                                    leaves_zeros,
+                                    params.dq,
+                                    params.dq_strides,
+                                    static_cast<float>(params.softmax_scale),
+                                    static_cast<int>(params.num_heads),
+                                    static_cast<int>(params.head_dim),
+                                    stats.num_tiles,
+                                    static_cast<int>(runs.size()),
+                                    {},
+                                    0,
+                                    {}};
   std::copy(runs.begin(), runs.end(), kernel_params.runs);
-  const std::vector<DqSumsRun> sums_runs = make_dq_sums_runs(*params.schedule, runs, workspace.plan.dq_form);
-  std::copy(sums_runs.begin(), sums_runs.end(), kernel_params.sums_runs);
-  kernel_params.num_sums_runs = static_cast<int>(sums_runs.size());
-  launch_kernel<hopper_dq_sums_kernel<Element, kHeadDim>>(
-      "launch of hopper_dq_sums_kernel", {static_cast<unsigned>(num_blocks), kWarpgroup}, params.stream, kernel_params);
+  const std::vector<DqAccumRun> accum_runs = make_dq_accum_runs(*params.schedule, runs, workspace.plan.dq_form);
+  std::copy(accum_runs.begin(), accum_runs.end(), kernel_params.accum_runs);
+  kernel_params.num_accum_runs = static_cast<int>(accum_runs.size());
+  launch_kernel<hopper_dq_accum_kernel<Element, kHeadDim>>("launch of hopper_dq_accum_kernel",
+                                                           {static_cast<unsigned>(num_blocks), kWarpgroup},
+                                                           params.stream, kernel_params);
 }
 
 // All gradients of the shares.
@@ -163,13 +164,13 @@ void launch_shares(const BwdParams& params, const QueryStats& stats, const BwdWo
     const BwdParams part = params_of(share, params);
     const QueryStats part_stats = stats_of(share, params, stats);
     BwdWorkspace part_workspace = workspace;
-    part_workspace.dq_sums = sums_of(share, params, workspace.dq_sums);
+    part_workspace.dq_accum = accum_of(share, params, workspace.dq_accum);
     if (!kIsMasked && share.splits > 1) {
       launch_dk_dv<DkDvConfig<Element, kHeadDim, false, kDqForm, 2>>(part, part_stats, part_workspace, runs);
     } else {
       launch_dk_dv<DkDvConfig<Element, kHeadDim, kIsMasked, kDqForm>>(part, part_stats, part_workspace, runs);
     }
-    launch_dq_sums<Element, kHeadDim>(part, part_stats, part_workspace, runs, kDqForm == DqForm::kAtomic && !is_last);
+    launch_dq_accum<Element, kHeadDim>(part, part_stats, part_workspace, runs, kDqForm == DqForm::kAtomic && !is_last);
   }
 }
 

@@ -5,7 +5,7 @@
 
 #include "cuda/common/row_reference.h"
 #include "cuda/common/scratch.h"
-#include "cuda/hopper/bwd/dq_sums.h"
+#include "cuda/hopper/bwd/dq_accum.h"
 #include "cuda/hopper/bwd/params.h"
 #include "cuda/hopper/bwd/plan.h"
 #include "cuda/hopper/mask/mask.h"
@@ -32,7 +32,7 @@ struct BwdWorkspace {
   float* delta;
   float* delta_of_rows;      // (batch_size, num_heads, seqlen_q), for the kernel that owns dq; else null
   RowReference* references;  // ScoreSource
-  DqSums dq_sums;            // of a share; turns of all
+  DqAccum dq_accum;          // of a share; turns of all
   DqTensor dq;  // as the kernel that owns it writes it: the result, or apart from the queries where these lie there
   MaskedKeys masked_keys;  // none without a mask
   size_t size;

@@ -4,7 +4,7 @@
 #include <cuda.h>
 
 #include "cuda/common/row_reference.h"
-#include "cuda/hopper/bwd/dq_sums.h"
+#include "cuda/hopper/bwd/dq_accum.h"
 #include "cuda/hopper/plan/key_table.h"
 #include "cuda/hopper/plan/query_table.h"
 #include "params.h"
@@ -52,7 +52,7 @@ struct BwdStatsKernelParams {
   QueryStats stats;
   float* delta_of_rows;  // delta once more as (batch_size, num_heads, seqlen_q); or null
   ScoreSource scores;
-  DqSums dq_sums;      // set to zero; none where dq is ordered
+  DqAccum dq_accum;    // set to zero; none where dq is ordered
   uint32_t* dq_turns;  // likewise, num_dq_turns of them; or null
   int64_t num_dq_turns;
   int num_runs;
@@ -68,7 +68,7 @@ struct DkDvKernelParams {
   void* dv;
   Strides dk_strides, dv_strides;
   QueryStats stats;
-  DqSums dq_sums;
+  DqAccum dq_accum;
   int head_dim;
   const uint32_t* visible;  // mask.h; null without a mask
   int visible_step;
@@ -76,8 +76,8 @@ struct DkDvKernelParams {
   KeyWorkTable table;
 };
 
-struct DqSumsKernelParams {
-  DqSums dq_sums;
+struct DqAccumKernelParams {
+  DqAccum dq_accum;
   bool leaves_zeros;  // where sums were
   void* dq;
   Strides dq_strides;
@@ -85,8 +85,8 @@ struct DqSumsKernelParams {
   int num_heads, head_dim, num_tiles;
   int num_runs;
   QueryRun runs[BwdStatsKernelParams::kMaxRuns];
-  int num_sums_runs;
-  DqSumsRun sums_runs[KeyWorkTable::kMaxRanges];  // of one tile, all are added
+  int num_accum_runs;
+  DqAccumRun accum_runs[KeyWorkTable::kMaxRanges];  // of one tile, all are added
 };
 
 // A table whose items are never cut into parts.
@@ -109,7 +109,7 @@ struct DqKernelParams {
 };
 
 // What a kernel's parameters may take without costing the launch; newer drivers allow 32 KiB.
-static_assert(sizeof(BwdStatsKernelParams) <= 4096 && sizeof(DqSumsKernelParams) <= 4096 &&
+static_assert(sizeof(BwdStatsKernelParams) <= 4096 && sizeof(DqAccumKernelParams) <= 4096 &&
               sizeof(DkDvKernelParams) <= 4096 && sizeof(DqKernelParams) <= 4096);
 
 }  // namespace mixed_attention::cuda::hopper

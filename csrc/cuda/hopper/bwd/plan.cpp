@@ -40,7 +40,7 @@ bool can_be_ordered(const BwdParams& params, const std::vector<QueryRun>& runs, 
          5 * count.steps(DqForm::kOrdered, 1) <= 7 * count.steps(DqForm::kAtomic, 1);
 }
 
-// Two shares where sums of dq find spare memory, which is half of what all of them take, and where they cost hardly any
+// Two shares where dq_accum finds spare memory, which is half of what all of them take, and where they cost hardly any
 // time: rounds of blocks are as many, and so long that two launches more do not count.
 std::vector<BwdShare> make_shares(const BwdParams& params, const std::vector<QueryRun>& runs, DqForm form,
                                   const StepCount& count) {
@@ -100,22 +100,22 @@ QueryStats stats_of(const BwdShare& share, const BwdParams& params, const QueryS
 }
 
 // Sums give way to the next share's, turns are each one's own.
-DqSums sums_of(const BwdShare& share, const BwdParams& params, const DqSums& sums) {
-  DqSums own = sums;
-  if (own.turns != nullptr) own.turns += num_before(share, params) * sums.num_tiles;
+DqAccum accum_of(const BwdShare& share, const BwdParams& params, const DqAccum& accum) {
+  DqAccum own = accum;
+  if (own.turns != nullptr) own.turns += num_before(share, params) * accum.num_tiles;
   return own;
 }
 
-std::vector<DqSumsRun> make_dq_sums_runs(const Schedule& schedule, const std::vector<QueryRun>& runs, DqForm form) {
+std::vector<DqAccumRun> make_dq_accum_runs(const Schedule& schedule, const std::vector<QueryRun>& runs, DqForm form) {
   if (form == DqForm::kSeparate) return {};
   if (form == DqForm::kAtomic) return {{0, num_query_tiles(runs), 0}};
-  std::vector<DqSumsRun> sums_runs;
-  int first_sum = 0;
+  std::vector<DqAccumRun> accum_runs;
+  int first_accum = 0;
   for (const QueryRun& run : make_reader_runs(schedule, runs)) {
-    sums_runs.push_back({run.first_tile, num_query_tiles(run), first_sum});
-    first_sum += num_query_tiles(run);
+    accum_runs.push_back({run.first_tile, num_query_tiles(run), first_accum});
+    first_accum += num_query_tiles(run);
   }
-  return sums_runs;
+  return accum_runs;
 }
 
 }  // namespace mixed_attention::cuda::hopper

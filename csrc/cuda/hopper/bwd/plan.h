@@ -5,7 +5,7 @@
 #include <vector>
 
 #include "cuda/hopper/bwd/config.h"
-#include "cuda/hopper/bwd/dq_sums.h"
+#include "cuda/hopper/bwd/dq_accum.h"
 #include "cuda/hopper/bwd/params.h"
 #include "cuda/hopper/plan/key_table.h"
 #include "params.h"
@@ -30,9 +30,9 @@ BwdPlan plan_bwd(const BwdParams& params, const std::vector<QueryRun>& runs);
 // What the kernels behind the statistics need to know of a share.
 BwdParams params_of(const BwdShare& share, const BwdParams& params);
 QueryStats stats_of(const BwdShare& share, const BwdParams& params, const QueryStats& stats);
-DqSums sums_of(const BwdShare& share, const BwdParams& params, const DqSums& sums);
+DqAccum accum_of(const BwdShare& share, const BwdParams& params, const DqAccum& accum);
 
-// Where the sums of query tiles lie among those of a sequence; empty where another kernel computes dq.
-std::vector<DqSumsRun> make_dq_sums_runs(const Schedule& schedule, const std::vector<QueryRun>& runs, DqForm form);
+// Where the accumulators of query tiles lie among those of a batch_head; empty where another kernel computes dq.
+std::vector<DqAccumRun> make_dq_accum_runs(const Schedule& schedule, const std::vector<QueryRun>& runs, DqForm form);
 
 }  // namespace mixed_attention::cuda::hopper

@@ -1,4 +1,4 @@
-// The way of a block through the query tiles of an item, all or half of them, and its turns to add to their sums of dq.
+// The way of a block through the query tiles of an item, all or half of them, and its turns to add to their dq_accum.
 //
 // If dq is ordered, the items of one round, key segment and sequence start kTilesApart tiles apart and go around, so
 // that blocks come to a query tile one after the other. That is the order of its turns: by round, then by step of the

@@ -1,5 +1,5 @@
-// What the backward needs to know of every query: its log-sum-exp in base 2, and delta. Sums of dq, or turns to add to
-// them, begin with zero here; where sums lie in the memory of the output, each thread leaves zeros where it has read.
+// What the backward needs to know of every query: its log-sum-exp in base 2, and delta. dq_accum, or the turns to add
+// to it, begin with zero here; where it lies in the memory of the output, each thread leaves zeros where it has read.
 #pragma once
 
 #include <cuda_bf16.h>
@@ -66,10 +66,10 @@ __global__ void __launch_bounds__(BwdStatsShape<Element, kHeadDim>::kThreads)
   const QueryTile queries = query_tile(params.runs, run, tile);
   const int chunk = threadIdx.x % Shape::kThreadsPerRow;
 
-  const int64_t first_other = params.dq_sums.num_spare;
-  if (blockIdx.x >= first_other && blockIdx.x < first_other + params.dq_sums.num_others) {
+  const int64_t first_other = params.dq_accum.num_spare;
+  if (blockIdx.x >= first_other && blockIdx.x < first_other + params.dq_accum.num_others) {
     constexpr int kFloat4s = kQueryTileRows * kHeadDim / 4;
-    auto* sums = reinterpret_cast<float4*>(params.dq_sums.of_tile(blockIdx.x, 4 * kFloat4s));
+    auto* sums = reinterpret_cast<float4*>(params.dq_accum.of_tile(blockIdx.x, 4 * kFloat4s));
 #pragma unroll
     for (int i = 0; i < kFloat4s; i += Shape::kThreads) sums[i + threadIdx.x] = make_float4(0, 0, 0, 0);
   }
@@ -96,8 +96,8 @@ __global__ void __launch_bounds__(BwdStatsShape<Element, kHeadDim>::kThreads)
     float delta = 0;
     if (exists && chunk * 8 < params.head_dim) {
       delta = dot<Element>(chunk_of(params.out, params.out_strides), chunk_of(params.dout, params.dout_strides));
-      if (params.dq_sums.num_spare > 0) {
-        auto* spare = reinterpret_cast<char*>(params.dq_sums.spare) + bytes_before(params.out_strides);
+      if (params.dq_accum.num_spare > 0) {
+        auto* spare = reinterpret_cast<char*>(params.dq_accum.spare) + bytes_before(params.out_strides);
         *reinterpret_cast<uint4*>(spare) = uint4{};
       }
     }

@@ -21,21 +21,22 @@ int64_t num_rows(const BwdParams& params) { return num_sequences(params) * param
 int64_t num_elements(const BwdParams& params) { return num_rows(params) * params.head_dim; }
 
 // Those of the largest share serve all.
-DqSums take_dq_sums(const BwdParams& params, const BwdPlan& plan, const std::vector<QueryRun>& runs, Scratch& scratch) {
+DqAccum take_dq_accum(const BwdParams& params, const BwdPlan& plan, const std::vector<QueryRun>& runs,
+                      Scratch& scratch) {
   const bool is_ordered = plan.dq_form == DqForm::kOrdered;
   const int64_t num_tiles = is_ordered ? num_reader_tiles(*params.schedule) : num_query_tiles(runs);
   const int64_t num_all = num_sequences(params_of(plan.shares.front(), params)) * num_tiles;
   const int64_t tile_floats =
       kQueryTileRows * with_bwd_head_dim(params.head_dim, []<int kHeadDim>() { return kHeadDim; });
-  DqSums sums{};
-  sums.num_tiles = static_cast<int>(num_tiles);
-  sums.spare = static_cast<float*>(params.spare_out);
-  const int64_t spare_floats = sums.spare == nullptr ? 0 : num_elements(params) / 2;
-  sums.num_spare = std::min(num_all, spare_floats / tile_floats);
-  sums.num_others = num_all - sums.num_spare;
-  sums.others = scratch.take<float>(sums.num_others * tile_floats);
-  if (is_ordered) sums.turns = scratch.take<uint32_t>(num_sequences(params) * num_tiles);
-  return sums;
+  DqAccum accum{};
+  accum.num_tiles = static_cast<int>(num_tiles);
+  accum.spare = static_cast<float*>(params.spare_out);
+  const int64_t spare_floats = accum.spare == nullptr ? 0 : num_elements(params) / 2;
+  accum.num_spare = std::min(num_all, spare_floats / tile_floats);
+  accum.num_others = num_all - accum.num_spare;
+  accum.others = scratch.take<float>(accum.num_others * tile_floats);
+  if (is_ordered) accum.turns = scratch.take<uint32_t>(num_sequences(params) * num_tiles);
+  return accum;
 }
 
 // The kernel for dq reads all keys and values, the one for dk and dv all queries: whichever runs first cannot write
@@ -67,7 +68,7 @@ BwdWorkspace bwd_workspace(const BwdParams& params, const std::vector<QueryRun>&
   workspace.delta = scratch.take<float>(size);
   workspace.references = take_references(params, scratch);
   if (workspace.plan.dq_form != DqForm::kSeparate) {
-    workspace.dq_sums = take_dq_sums(params, workspace.plan, runs, scratch);
+    workspace.dq_accum = take_dq_accum(params, workspace.plan, runs, scratch);
   } else {
     workspace.delta_of_rows = scratch.take<float>(num_rows(params));
     workspace.dq = take_dq(params, scratch);

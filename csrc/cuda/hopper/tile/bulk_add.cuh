@@ -1,4 +1,4 @@
-// The way of a warpgroup's sums out of its registers into global memory, where others add theirs as well.
+// The way of a warpgroup's accumulators out of its registers into global memory, where others add theirs as well.
 #pragma once
 
 #include "cuda/hopper/config.h"
@@ -10,7 +10,7 @@ namespace mixed_attention::cuda::hopper {
 
 // Writes this warpgroup's accumulators in an order in which they leave in 16 bytes a thread and one bulk operation.
 template <int kCount>
-__device__ inline void stage_sums(float* staging, const float (&sums)[kCount]) {
+__device__ inline void stage_accumulators(float* staging, const float (&sums)[kCount]) {
 #pragma unroll
   for (int chunk = 0; chunk < kCount / 4; ++chunk) {
     reinterpret_cast<float4*>(staging)[chunk * kWarpgroup + threadIdx.x % kWarpgroup] =
@@ -22,11 +22,11 @@ __device__ inline void stage_sums(float* staging, const float (&sums)[kCount]) {
 // Adds them to the numbers at target(), which lie in this order. A warpgroup's kStagings buffers take turns; its first
 // thread alone calls target, and has to wait for the last additions.
 template <int kStagings, int kCount, typename Target>
-__device__ inline void add_sums(float* staging, const float (&sums)[kCount], int barrier, Target target) {
+__device__ inline void add_accumulators(float* staging, const float (&sums)[kCount], int barrier, Target target) {
   const int thread = threadIdx.x % kWarpgroup;
   if (thread == 0) ptx::bulk_wait_read<kStagings - 1>();
   ptx::named_barrier_sync(barrier, kWarpgroup);
-  stage_sums(staging, sums);
+  stage_accumulators(staging, sums);
   ptx::named_barrier_sync(barrier, kWarpgroup);
   if (thread == 0) {
     ptx::bulk_add(target(), staging, sizeof(float) * kCount * kWarpgroup);

@@ -1,5 +1,5 @@
-// dq from the sums of the kernel that computes all gradients: put together where a tile has several, out of the order
-// of its accumulators, scaled, rounded.
+// dq from dq_accum, the sums of the kernel that computes all gradients: put together where a tile has several, out of
+// the order of its accumulators, scaled, rounded.
 #pragma once
 
 #include <cstdint>
@@ -12,15 +12,16 @@
 
 namespace mixed_attention::cuda::hopper {
 
-// This thread's sums of a query tile. A thread reads what one of those who added wrote.
+// This thread's accumulators of a query tile. A thread reads what one of those who added wrote.
 template <int kCount>
-__device__ inline void load_sums(float4 (&sums)[kCount], const DqSumsKernelParams& params, int64_t sequence, int tile) {
-  for (int i = 0; i < params.num_sums_runs; ++i) {
-    const DqSumsRun& run = params.sums_runs[i];
+__device__ inline void load_accumulators(float4 (&sums)[kCount], const DqAccumKernelParams& params, int64_t sequence,
+                                         int tile) {
+  for (int i = 0; i < params.num_accum_runs; ++i) {
+    const DqAccumRun& run = params.accum_runs[i];
     const int tile_of_run = tile - run.first_tile;
     if (tile_of_run < 0 || tile_of_run >= run.num_tiles) continue;
-    const int64_t place = sequence * params.dq_sums.num_tiles + run.first_sum + tile_of_run;
-    auto* parts = reinterpret_cast<float4*>(params.dq_sums.of_tile(place, 4 * kCount * kWarpgroup)) + threadIdx.x;
+    const int64_t place = sequence * params.dq_accum.num_tiles + run.first_accum + tile_of_run;
+    auto* parts = reinterpret_cast<float4*>(params.dq_accum.of_tile(place, 4 * kCount * kWarpgroup)) + threadIdx.x;
 #pragma unroll
     for (int chunk = 0; chunk < kCount; ++chunk) {
       const float4 part = parts[chunk * kWarpgroup];
@@ -35,7 +36,7 @@ __device__ inline void load_sums(float4 (&sums)[kCount], const DqSumsKernelParam
 
 // Puts together the rows of dq, (kQueryTileRows, kRowElements), from sums of dqᵀ (kHeadDim, kQueryTileRows).
 template <int kHeadDim, int kRowElements, int kCount, typename Element>
-__device__ inline void transpose_sums(Element* rows, const float4 (&sums)[kCount], float scale) {
+__device__ inline void transpose_accumulators(Element* rows, const float4 (&sums)[kCount], float scale) {
   const int warp = threadIdx.x / 32, lane = threadIdx.x % 32;
 #pragma unroll
   for (int block = 0; block < kHeadDim / kWarpgroupRows; ++block) {
@@ -54,7 +55,7 @@ __device__ inline void transpose_sums(Element* rows, const float4 (&sums)[kCount
 
 // The same from sums of dq (kQueryTileRows, kHeadDim).
 template <int kHeadDim, int kRowElements, int kCount, typename Element>
-__device__ inline void order_sums(Element* rows, const float4 (&sums)[kCount], float scale) {
+__device__ inline void order_accumulators(Element* rows, const float4 (&sums)[kCount], float scale) {
   const int warp = threadIdx.x / 32, lane = threadIdx.x % 32;
 #pragma unroll
   for (int chunk = 0; chunk < kHeadDim / 8; ++chunk) {
@@ -68,7 +69,8 @@ __device__ inline void order_sums(Element* rows, const float4 (&sums)[kCount], f
 // One block to a tile of queries of one head. The rows of dq are put together in shared memory, apart from each other
 // by as many bytes as keep banks from clashing.
 template <typename Element, int kHeadDim>
-__global__ void __launch_bounds__(kWarpgroup) hopper_dq_sums_kernel(const __grid_constant__ DqSumsKernelParams params) {
+__global__ void __launch_bounds__(kWarpgroup)
+    hopper_dq_accum_kernel(const __grid_constant__ DqAccumKernelParams params) {
   ptx::allow_next_grid();
   ptx::wait_for_grids_before();
   constexpr int kRowElements = kHeadDim + 8;
@@ -79,11 +81,11 @@ __global__ void __launch_bounds__(kWarpgroup) hopper_dq_sums_kernel(const __grid
   const QueryTile tile = query_tile(params.runs, run_of_tile(params.runs, params.num_runs, index), index);
 
   float4 sums[kQueryTileRows * kHeadDim / 4 / kWarpgroup] = {};
-  load_sums(sums, params, sequence, tile.index);
+  load_accumulators(sums, params, sequence, tile.index);
   if constexpr (transposes_dq(kHeadDim)) {
-    transpose_sums<kHeadDim, kRowElements>(rows, sums, params.softmax_scale);
+    transpose_accumulators<kHeadDim, kRowElements>(rows, sums, params.softmax_scale);
   } else {
-    order_sums<kHeadDim, kRowElements>(rows, sums, params.softmax_scale);
+    order_accumulators<kHeadDim, kRowElements>(rows, sums, params.softmax_scale);
   }
   __syncthreads();
 

@@ -8,9 +8,9 @@ namespace mixed_attention::cuda::hopper {
 // Query tile by query tile: (batch_size, num_heads, num_tiles, kQueryTileRows * head_dim of the kernel), each in the
 // order of the accumulators, of one share of a call at a time (bwd_plan.h). Either the tiles of all queries, to which
 // blocks add as they come; or, key segment by key segment, the tiles of those who read it, to which its blocks add in
-// turn. The first num_spare of all tiles lie in memory that the call finds spare (BwdParams::spare_out). Sums begin
+// turn. The first num_spare of all tiles lie in memory that the call finds spare (BwdParams::spare_out). Tiles begin
 // with zero unless dq is ordered.
-struct DqSums {
+struct DqAccum {
   float* spare;
   float* others;
   int64_t num_spare, num_others;  // none where another kernel computes dq
@@ -23,9 +23,9 @@ struct DqSums {
 };
 
 // Query tiles in a row whose sums lie in a row.
-struct DqSumsRun {
+struct DqAccumRun {
   int first_tile, num_tiles;
-  int first_sum;  // where the first one's sums are among the tiles of DqSums
+  int first_accum;  // where the first one's sums are among the tiles of DqAccum
 };
 
 }  // namespace mixed_attention::cuda::hopper
