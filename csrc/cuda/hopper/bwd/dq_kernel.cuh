@@ -93,11 +93,11 @@ __device__ inline void produce_key_bits(const DqKernelParams& params, DqSharedSt
     const int num_tiles = item.tiles().num_tiles;
     if (num_tiles == 0) continue;
 
-    const uint32_t* visible = params.visible + int64_t{item.batch} * params.visible_step;
+    const uint32_t* key_mask_bits = params.key_mask_bits + int64_t{item.batch} * params.key_mask_step;
     KeyTileIterator<Config::kBlockN> keys(params.table, item.tiles());
     for (int i = 0; i < num_tiles; ++i, ++use.count) {
       ptx::mbarrier_wait(shared.k_empty[use.stage()], use.empty_parity());
-      gather_key_bits(shared.key_bits[use.stage()], visible, keys.next());
+      gather_key_bits(shared.key_bits[use.stage()], key_mask_bits, keys.next());
       ptx::mbarrier_arrive(shared.k_full[use.stage()]);
     }
   }

@@ -79,8 +79,8 @@ DkDvKernelParams make_dk_dv_kernel_params(const BwdParams& params, const QuerySt
           stats,
           workspace.dq_accum,
           static_cast<int>(params.head_dim),
-          workspace.masked_keys.visible,
-          workspace.masked_keys.visible_step(),
+          workspace.masked_keys.key_mask_bits,
+          workspace.masked_keys.key_mask_step(),
           static_cast<float>(params.softmax_scale),
           static_cast<float>(params.softmax_scale * std::numbers::log2e),
           make_key_work_table(params, runs, Config::kBlockN)};
@@ -119,8 +119,8 @@ void launch_dq(const BwdParams& params, const BwdWorkspace& workspace) {
                                      workspace.references,
                                      params.seqlen_q,
                                      static_cast<int>(params.head_dim),
-                                     workspace.masked_keys.visible,
-                                     workspace.masked_keys.visible_step(),
+                                     workspace.masked_keys.key_mask_bits,
+                                     workspace.masked_keys.key_mask_step(),
                                      static_cast<float>(params.softmax_scale),
                                      static_cast<float>(params.softmax_scale * std::numbers::log2e),
                                      {make_work_table(params, Config::kBlockM, Config::kBlockN)}};

@@ -15,12 +15,12 @@ class OwnKeys {
   // The warp's keys start at row_begin, num_rows of them exist.
   __device__ OwnKeys(const DkDvKernelParams& params, int batch, int row_begin, int num_rows) : state_(num_rows) {
     if constexpr (kIsMasked) {
-      const uint32_t* visible = params.visible + int64_t{batch} * params.visible_step;
+      const uint32_t* key_mask_bits = params.key_mask_bits + int64_t{batch} * params.key_mask_step;
       int bits = 0;
 #pragma unroll
       for (int i = 0; i < 2; ++i) {
         const int key = row_begin + row(i);
-        if (row(i) < num_rows) bits |= (visible[key / 32] >> key % 32 & 1) << i;
+        if (row(i) < num_rows) bits |= (key_mask_bits[key / 32] >> key % 32 & 1) << i;
       }
       state_ = bits;
     }

@@ -70,8 +70,8 @@ struct DkDvKernelParams {
   QueryStats stats;
   DqAccum dq_accum;
   int head_dim;
-  const uint32_t* visible;  // mask.h; null without a mask
-  int visible_step;
+  const uint32_t* key_mask_bits;  // mask.h; null without a mask
+  int key_mask_step;
   float softmax_scale, softmax_scale_log2;
   KeyWorkTable table;
 };
@@ -102,8 +102,8 @@ struct DqKernelParams {
   const RowReference* references;  // likewise
   int64_t seqlen_q;
   int head_dim;
-  const uint32_t* visible;  // mask.h; null without a mask
-  int visible_step;
+  const uint32_t* key_mask_bits;  // mask.h; null without a mask
+  int key_mask_step;
   float softmax_scale, softmax_scale_log2;
   UncutWorkTable table;
 };

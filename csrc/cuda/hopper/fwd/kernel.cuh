@@ -129,11 +129,11 @@ __device__ inline void produce_key_bits(const FwdKernelParams& params, FwdShared
   RingUse<Config::kStages> use{loaded.num_key_tiles};
   for (ItemWalk<Config::kBlockM> items(params.table); items.next_with_keys();) {
     const TileShare share = items.share();
-    const uint32_t* visible = params.visible + items.rows().batch * params.visible_step;
+    const uint32_t* key_mask_bits = params.key_mask_bits + items.rows().batch * params.key_mask_step;
     KeyTileIterator<Config::kBlockN> keys(params.table, items.tiles(), share.begin);
     for (int i = share.begin; i < share.end; ++i, ++use.count) {
       ptx::mbarrier_wait(shared.k_empty[use.stage()], use.empty_parity());
-      gather_key_bits(shared.key_bits[use.stage()], visible, keys.next());
+      gather_key_bits(shared.key_bits[use.stage()], key_mask_bits, keys.next());
       ptx::mbarrier_arrive(shared.k_full[use.stage()]);
     }
   }

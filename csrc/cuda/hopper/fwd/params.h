@@ -29,8 +29,8 @@ struct FwdKernelParams {
   int head_dim;        // at most the kernel's
   float* partial_out;  // fwd_launch.h
   RowPart* row_parts;
-  const uint32_t* visible;  // mask.h; null without a mask
-  int visible_step;         // words from one sequence to the next
+  const uint32_t* key_mask_bits;  // mask.h; null without a mask
+  int key_mask_step;              // words from one sequence to the next
   float softmax_scale, softmax_scale_log2;
   FwdUnits units;  // none of 16-bit inputs
   WorkTable table;

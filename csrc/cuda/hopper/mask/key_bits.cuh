@@ -1,4 +1,4 @@
-// Which keys of a tile are visible under a padding mask, a bit each, on the way from global memory to the scores.
+// Which keys of a tile a padding mask leaves, a bit each, on the way from global memory to the scores.
 #pragma once
 
 #include <cstdint>
@@ -9,10 +9,10 @@
 
 namespace mixed_attention::cuda::hopper {
 
-// Puts a tile's bits into shared memory, keys past its end as not visible; visible: the bits of its sequence.
-__device__ inline void gather_key_bits(uint32_t (&bits)[kKeyBitWords], const uint32_t* visible, KeyTile tile) {
+// Puts a tile's bits into shared memory, keys past its end as masked; key_mask_bits: those of its sequence.
+__device__ inline void gather_key_bits(uint32_t (&bits)[kKeyBitWords], const uint32_t* key_mask_bits, KeyTile tile) {
   static_assert(kKeyBitWords <= MaskedKeys::kSpareWords);
-  const uint32_t* source = visible + tile.row_begin / 32;
+  const uint32_t* source = key_mask_bits + tile.row_begin / 32;
 #pragma unroll
   for (int i = 0; i < kKeyBitWords; ++i) {
     const uint32_t word = __funnelshift_r(source[i], source[i + 1], tile.row_begin % 32);
@@ -21,7 +21,7 @@ __device__ inline void gather_key_bits(uint32_t (&bits)[kKeyBitWords], const uin
   }
 }
 
-// Scores of keys that are not visible become -inf, whatever they are.
+// Scores of masked keys become -inf, whatever they are.
 template <int kCount>
 __device__ inline void mask_keys(float (&scores)[kCount], const uint32_t (&bits)[kKeyBitWords]) {
   static_assert(2 * kCount <= 32 * kKeyBitWords && kKeyBitWords == 4);

@@ -10,8 +10,8 @@ constexpr int kThreads = 256;
 constexpr int kChunk = 8;  // elements in 16 bytes
 
 // Copies 32 keys' rows, those of which the bit is set, and leaves zeros in place of the others.
-__device__ void copy_visible_rows(const AttentionParams& params, const void* tensor, const Strides& strides,
-                                  void* copies, int64_t copy, int64_t first, uint32_t bits) {
+__device__ void copy_unmasked_rows(const AttentionParams& params, const void* tensor, const Strides& strides,
+                                   void* copies, int64_t copy, int64_t first, uint32_t bits) {
   const int num_rows = static_cast<int>(min(int64_t{kKeys}, params.seqlen_k - first));  // negative in spare words
   const int chunks_of_head = static_cast<int>(params.head_dim) / kChunk;
   const int chunks_of_row = static_cast<int>(params.num_heads) * chunks_of_head;
@@ -34,12 +34,12 @@ __global__ void hopper_mask_kernel(const AttentionParams params, const MaskedKey
   const int word = blockIdx.x % keys.num_words;
   const int64_t first = int64_t{word} * kKeys;
   const int64_t key = first + threadIdx.x % 32;
-  const bool is_visible =
+  const bool is_unmasked =
       key < params.seqlen_k && params.key_padding_mask[copy * params.key_padding_mask_batch_stride + key];
-  const uint32_t bits = __ballot_sync(0xffffffff, is_visible);
-  if (threadIdx.x == 0) keys.visible[blockIdx.x] = bits;
-  copy_visible_rows(params, params.v, params.v_strides, keys.values, copy, first, bits);
-  if (keys.keys != nullptr) copy_visible_rows(params, params.k, params.k_strides, keys.keys, copy, first, bits);
+  const uint32_t bits = __ballot_sync(0xffffffff, is_unmasked);
+  if (threadIdx.x == 0) keys.key_mask_bits[blockIdx.x] = bits;
+  copy_unmasked_rows(params, params.v, params.v_strides, keys.values, copy, first, bits);
+  if (keys.keys != nullptr) copy_unmasked_rows(params, params.k, params.k_strides, keys.keys, copy, first, bits);
 }
 
 }  // namespace
@@ -51,7 +51,7 @@ MaskedKeys plan_masked_keys(const AttentionParams& params, Scratch& scratch, boo
   keys.num_copies = serves_all ? 1 : static_cast<int>(params.batch_size);
   keys.num_words = static_cast<int>((params.seqlen_k + kKeys - 1) / kKeys) + MaskedKeys::kSpareWords;
   const int64_t size = keys.num_copies * params.seqlen_k * params.num_heads * params.head_dim;
-  keys.visible = scratch.take<uint32_t>(int64_t{keys.num_copies} * keys.num_words);
+  keys.key_mask_bits = scratch.take<uint32_t>(int64_t{keys.num_copies} * keys.num_words);
   keys.values = scratch.take<uint16_t>(size);
   if (copies_keys) keys.keys = scratch.take<uint16_t>(size);
   return keys;
