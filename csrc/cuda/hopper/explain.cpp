@@ -29,7 +29,7 @@ Layout layout_fwd(const FwdParams& params) {
   });
   if (fits_work_table(params)) {
     const ItemSplits splits = plan_fwd(params).table.splits;
-    result.num_splits = splits.num_parts;
+    result.num_splits = splits.num_splits;
     result.num_tiles += splits.num_items() - splits.num_whole;
     result.num_split_tiles = splits.num_whole;
   }

@@ -1,4 +1,4 @@
-// The forward on Hopper: items, their parts, and what combines these.
+// The forward on Hopper: items, their splits, and what combines these.
 #include <algorithm>
 #include <limits>
 #include <memory>
@@ -6,7 +6,7 @@
 
 #include "cuda/hopper/config.h"
 #include "cuda/hopper/fwd/launch.h"
-#include "cuda/hopper/fwd/rows_of_parts.cuh"
+#include "cuda/hopper/fwd/rows_of_splits.cuh"
 #include "cuda/hopper/fwd/split_items.h"
 #include "cuda/hopper/plan/persistent_blocks.h"
 #include "hopper.h"
@@ -16,8 +16,8 @@
 namespace walks {
 namespace {
 
-// Where a part's results were left, and by what.
-struct PartRows {
+// Where a split's results were left, and by what.
+struct SplitRows {
   bool is_written;
   int64_t sequence;
   int row_begin;
@@ -31,7 +31,7 @@ void check_launch(const Problem& problem, const Visits& listed, const hopper::Wo
   const hopper::ItemSplits& splits = table.splits;
   Visits visits;
   Rows stored;
-  std::vector<PartRows> parts(splits.num_items());
+  std::vector<SplitRows> results(splits.num_items());
   const auto sequence_of = [&](const hopper::ItemRows& rows) {
     return int64_t{rows.batch} * problem.num_heads + rows.head;
   };
@@ -44,7 +44,7 @@ void check_launch(const Problem& problem, const Visits& listed, const hopper::Wo
     while (items.next_with_keys()) {
       const hopper::TileShare share = items.share();
       const hopper::ItemRows rows = items.rows();
-      expect(share.begin < share.end, "a part has no key tile, but its producer copies one");
+      expect(share.begin < share.end, "a split has no key tile, but its producer copies one");
       hopper::KeyTileIterator<kBlockN> keys(table, items.tiles(), share.begin);
       for (int i = share.begin; i < share.end; ++i) {
         const hopper::KeyTile tile = keys.next();
@@ -54,9 +54,9 @@ void check_launch(const Problem& problem, const Visits& listed, const hopper::Wo
         visits.add(sequence_of(rows), rows_of(rows), {tile.row_begin, tile.row_begin + tile.num_rows});
       }
       if (splits.has(items.item)) {
-        PartRows& part = parts.at(splits.place(items.item));
-        expect(!part.is_written, "two parts share a place");
-        part = {true, sequence_of(rows), rows.row_begin};
+        SplitRows& split = results.at(splits.place(items.item));
+        expect(!split.is_written, "two splits share a place");
+        split = {true, sequence_of(rows), rows.row_begin};
       } else {
         stored.add(sequence_of(rows), rows_of(rows));
       }
@@ -67,9 +67,9 @@ void check_launch(const Problem& problem, const Visits& listed, const hopper::Wo
     }
   });
 
-  const hopper::RowsOfParts<kBlockM> rows_of_parts{table};
+  const hopper::RowsOfSplits<kBlockM> rows_of_splits{table};
   for (int item = 0; item < splits.num_whole; ++item) {
-    const auto find = [&](int row) { return rows_of_parts.find(int64_t{item} * kBlockM + row); };
+    const auto find = [&](int row) { return rows_of_splits.find(int64_t{item} * kBlockM + row); };
     const ma::cuda::SplitRow first = find(0);
     int num_rows = 0;  // rows exist up to one from which on none does
     for (int step = 256; step > 0; step /= 2) {
@@ -77,14 +77,14 @@ void check_launch(const Problem& problem, const Visits& listed, const hopper::Wo
     }
     const int64_t sequence = first.batch * problem.num_heads + first.head;
     stored.add(sequence, {first.row, first.row + num_rows});
-    for (int i = 0; i < splits.num_parts; ++i) {
+    for (int i = 0; i < splits.num_splits; ++i) {
       const int64_t row = first.first_part + i * first.part_step;
-      expect(row % kBlockM == 0, "a part is read from its middle on");
-      const PartRows& part = parts.at(row / kBlockM);
-      expect(part.is_written && part.sequence == sequence && part.row_begin == first.row,
-             "a part is read as another item's, or was never written");
+      expect(row % kBlockM == 0, "a split is read from its middle on");
+      const SplitRows& split = results.at(row / kBlockM);
+      expect(split.is_written && split.sequence == sequence && split.row_begin == first.row,
+             "a split is read as another item's, or was never written");
       const ma::cuda::SplitRow last = find(num_rows - 1);
-      expect(last.first_part - first.first_part == last.row - first.row, "rows of a part are exchanged");
+      expect(last.first_part - first.first_part == last.row - first.row, "rows of a split are exchanged");
     }
   }
 
@@ -98,13 +98,14 @@ void check_workspace(const hopper::FwdPlan& plan, const ma::FwdParams& params) {
   const int64_t num_rows = int64_t{plan.table.splits.num_items()} * kBlockM;
   if (num_rows == 0) return;
   const int64_t out_end = bytes_between(params.workspace, plan.partial_out + num_rows * params.head_dim);
-  const int64_t parts_begin = bytes_between(params.workspace, plan.row_parts);
-  const int64_t parts_end = bytes_between(params.workspace, plan.row_parts + num_rows);
-  expect(out_end <= parts_begin && parts_end <= static_cast<int64_t>(plan.workspace_size), "parts leave the workspace");
+  const int64_t splits_begin = bytes_between(params.workspace, plan.row_parts);
+  const int64_t splits_end = bytes_between(params.workspace, plan.row_parts + num_rows);
+  expect(out_end <= splits_begin && splits_end <= static_cast<int64_t>(plan.workspace_size),
+         "splits leave the workspace");
 }
 
-// Any items with keys that follow one another, in as many parts as they allow.
-void force_parts(const Problem& problem, hopper::WorkTable& table) {
+// Any items with keys that follow one another, in as many splits as they allow.
+void force_splits(const Problem& problem, hopper::WorkTable& table) {
   int num_with_keys = 0;
   for (const hopper::QueryTiles* segment = table.segments; num_with_keys < table.num_items && segment->num_tiles > 0;
        ++segment) {
@@ -113,9 +114,9 @@ void force_parts(const Problem& problem, hopper::WorkTable& table) {
   if (num_with_keys == 0) return;
   const int begin = static_cast<int>(problem.choose(10, 2) * problem.choose(11, num_with_keys));
   const int end = static_cast<int>(begin + 1 + problem.choose(12, num_with_keys - begin));
-  const int most = hopper::most_parts(table, begin, end);
-  const int num_parts = problem.choose(13, 2) == 0 ? most : static_cast<int>(1 + problem.choose(14, most));
-  if (num_parts > 1) hopper::cut_items(table, {begin, end - begin, num_parts});
+  const int most = hopper::most_splits(table, begin, end);
+  const int num_splits = problem.choose(13, 2) == 0 ? most : static_cast<int>(1 + problem.choose(14, most));
+  if (num_splits > 1) hopper::cut_items(table, {begin, end - begin, num_splits});
 }
 
 }  // namespace
@@ -136,7 +137,7 @@ void check_hopper_fwd(const Problem& problem) {
     check_workspace<Config::kBlockM>(plan, params);
     check_launch<Config::kBlockM, Config::kBlockN>(problem, listed, plan.table);
     hopper::WorkTable table = hopper::make_work_table(params, Config::kBlockM, Config::kBlockN);
-    force_parts(problem, table);
+    force_splits(problem, table);
     check_launch<Config::kBlockM, Config::kBlockN>(problem, listed, table);
   });
 }

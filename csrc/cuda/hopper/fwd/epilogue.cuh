@@ -60,13 +60,13 @@ __device__ inline void store_result(const FwdKernelParams& params, FwdSharedStor
   }
 }
 
-// Writes this warp's 16 rows of what a part of an item comes to, whether they exist or not.
+// Writes this warp's 16 rows of a split of a work item, whether they exist or not.
 template <typename Config>
-__device__ inline void store_part(const FwdKernelParams& params, FwdSharedStorage<Config>& shared, int part,
-                                  int first_row, const float (&o)[Config::kHeadDim / 2], OnlineSoftmax softmax,
-                                  const RowBases& bases) {
+__device__ inline void store_split(const FwdKernelParams& params, FwdSharedStorage<Config>& shared, int split,
+                                   int first_row, const float (&o)[Config::kHeadDim / 2], OnlineSoftmax softmax,
+                                   const RowBases& bases) {
   const int lane = threadIdx.x % 32;
-  const int64_t row = int64_t{part} * Config::kBlockM + first_row + lane / 4;
+  const int64_t row = int64_t{split} * Config::kBlockM + first_row + lane / 4;
   softmax.finish();
   if constexpr (kMayOverflow<Config>) note_overflow(shared, o, {true, true});
 #pragma unroll
@@ -91,7 +91,7 @@ __device__ inline void store_item(const FwdKernelParams& params, FwdSharedStorag
                                   const RowBases& bases) {
   const ItemSplits& splits = params.table.splits;
   if (splits.has(item.item)) {
-    store_part<Config>(params, shared, splits.place(item.item), first_row, o, softmax, bases);
+    store_split<Config>(params, shared, splits.place(item.item), first_row, o, softmax, bases);
   } else {
     store_result<Config>(params, shared, item.rows(), first_row, o, softmax, bases);
   }

@@ -1,9 +1,9 @@
 // Attention forward on Hopper: persistent blocks of one producer and two or three consumer warpgroups.
 //
-// An item of a block is a tile of kBlockM query rows of one head, or a part of one, which goes through a share of the
-// tile's keys and whose output is combined with the others' by a second kernel. The producer, a single thread, copies
-// its queries and then its key and value tiles into rings of buffers. Each consumer owns 64 of the rows and computes,
-// tile by tile, s = q k^T, the weights p of s, and o += p v, with s, p and o in registers.
+// A work item of a block is a tile of kBlockM query rows of one batch_head, or a split of one, which goes through a
+// share of the tile's keys and whose output is combined with the others' by a second kernel. The producer, a single
+// thread, copies its queries and then its key and value tiles into rings of buffers. Each consumer owns 64 of the rows
+// and computes, tile by tile, s = q k^T, the weights p of s, and o += p v, with s, p and o in registers.
 //
 // Two overlaps keep the tensor cores busy. Within a warpgroup, s of a tile is issued together with o += p v of the tile
 // before, and the softmax of the one runs under the product of the other; that goes on from item to item, so that an

@@ -7,7 +7,7 @@
 #include "cuda/common/combine_kernel.cuh"
 #include "cuda/hopper/fwd/kernel.cuh"
 #include "cuda/hopper/fwd/launch.h"
-#include "cuda/hopper/fwd/rows_of_parts.cuh"
+#include "cuda/hopper/fwd/rows_of_splits.cuh"
 #include "cuda/hopper/plan/persistent_blocks.h"
 #include "cuda/hopper/plan/tensor_map.h"
 #include "cuda/hopper/tile/launch_kernel.cuh"
@@ -47,14 +47,14 @@ FwdKernelParams make_fwd_kernel_params(const FwdParams& params, const FwdPlan& p
 
 // The same with the scale of a row's scores.
 template <int kBlockM>
-struct ScaledRowsOfParts : RowsOfParts<kBlockM> {
+struct ScaledRowsOfSplits : RowsOfSplits<kBlockM> {
   float softmax_scale, softmax_scale_log2;
   const float* q_units;  // null of 16-bit inputs
   int q_batch_step;
   int64_t seqlen_q;
 
   __device__ SplitRow find(int64_t index) const {
-    SplitRow row = RowsOfParts<kBlockM>::find(index);
+    SplitRow row = RowsOfSplits<kBlockM>::find(index);
     float unit = 1;
     if (row.exists && q_units != nullptr) {
       unit = units_of_head(q_units, row, q_batch_step, this->table.num_heads, seqlen_q)[row.row];
@@ -68,17 +68,17 @@ struct ScaledRowsOfParts : RowsOfParts<kBlockM> {
 template <typename Element, int kBlockM>
 void launch_combine(const FwdParams& params, const FwdPlan& plan) {
   constexpr int kRowsOfBlock = 8;
-  static_assert(kBlockM % kRowsOfBlock == 0 && sizeof(FwdParams) + sizeof(ScaledRowsOfParts<kBlockM>) <= 4000);
-  const ScaledRowsOfParts<kBlockM> rows{{plan.table},
-                                        static_cast<float>(params.softmax_scale),
-                                        static_cast<float>(params.softmax_scale * std::numbers::log2e),
-                                        plan.q_parts.units,
-                                        batch_step(params.q_strides),
-                                        params.seqlen_q};
+  static_assert(kBlockM % kRowsOfBlock == 0 && sizeof(FwdParams) + sizeof(ScaledRowsOfSplits<kBlockM>) <= 4000);
+  const ScaledRowsOfSplits<kBlockM> rows{{plan.table},
+                                         static_cast<float>(params.softmax_scale),
+                                         static_cast<float>(params.softmax_scale * std::numbers::log2e),
+                                         plan.q_parts.units,
+                                         batch_step(params.q_strides),
+                                         params.seqlen_q};
   const LaunchShape shape{plan.table.splits.num_whole * (kBlockM / kRowsOfBlock), 32 * kRowsOfBlock};
-  launch_kernel<attention_combine_kernel<Element, ScaledRowsOfParts<kBlockM>>>(
+  launch_kernel<attention_combine_kernel<Element, ScaledRowsOfSplits<kBlockM>>>(
       "launch of attention_combine_kernel", shape, params.stream, params, plan.partial_out, plan.row_parts,
-      plan.table.splits.num_parts, rows);
+      plan.table.splits.num_splits, rows);
 }
 
 template <typename Config>

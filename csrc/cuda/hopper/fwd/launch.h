@@ -20,8 +20,7 @@ FwdTensors fwd_tensors(const FwdParams& params);
 // What the host decides about a launch before it.
 struct FwdPlan {
   WorkTable table;
-  // What the parts of items come to: (parts, kBlockM, head_dim), normalised, and (parts, kBlockM); null where there are
-  // none.
+  // Results of splits: (splits, kBlockM, head_dim), normalised, and (splits, kBlockM); null where there are none.
   float* partial_out = nullptr;
   RowPart* row_parts = nullptr;
   MaskedKeys masked_keys{};                   // none without a mask

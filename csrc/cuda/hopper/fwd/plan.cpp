@@ -29,9 +29,9 @@ void take_workspace(const FwdParams& params, FwdPlan& plan) {
   with_fwd_kernel(params, [&]<typename Element, int kHeadDim, int kParts>() {
     constexpr int kBlockM = FwdTuningOf<Element, kHeadDim, kParts>::kConsumers * kWarpgroupRows;
     Scratch scratch(params.workspace);
-    if (const int64_t num_parts = plan.table.splits.num_items(); num_parts > 0) {
-      plan.partial_out = scratch.take<float>(num_parts * kBlockM * params.head_dim);
-      plan.row_parts = scratch.take<RowPart>(num_parts * kBlockM);
+    if (const int64_t num_splits = plan.table.splits.num_items(); num_splits > 0) {
+      plan.partial_out = scratch.take<float>(num_splits * kBlockM * params.head_dim);
+      plan.row_parts = scratch.take<RowPart>(num_splits * kBlockM);
     }
     if (params.key_padding_mask != nullptr) plan.masked_keys = plan_masked_keys(params, scratch, false);
     if (kHasUnits<Element>) {

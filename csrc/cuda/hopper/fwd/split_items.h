@@ -1,4 +1,4 @@
-// Cutting items into parts, so that a launch of few or of unevenly many keeps the whole device busy to its end.
+// Splitting work items, so that a launch of few or of unevenly many keeps the whole device busy to its end.
 #pragma once
 
 #include <cstdint>
@@ -7,16 +7,15 @@
 
 namespace mixed_attention::cuda::hopper {
 
-// Cuts items of a table without parts where the launch then ends clearly earlier: all, the longest ones, or those of
+// Splits items of a table of whole ones where the launch then ends clearly earlier: all, the longest ones, or those of
 // the last round, which may be a few only. num_blocks: that run at a time.
 void split_items(WorkTable& table, int num_blocks);
 
-// The most parts that each of some items can be cut into: as many as one has key tiles, of which no part may be
-// without, as the blocks rely on it.
-// begin and end: of whole items.
-int most_parts(const WorkTable& table, int begin, int end);
+// The most splits that each of some items can have: as many as one has key tiles, as the blocks rely on a tile in every
+// split. begin and end: of whole items.
+int most_splits(const WorkTable& table, int begin, int end);
 
-// Cuts items of a table without parts, into most_parts at most.
+// Splits items of a table of whole ones, most_splits times at most.
 void cut_items(WorkTable& table, const ItemSplits& splits);
 
 // About how long a launch takes, in steps of a key tile: in each round of num_blocks items all wait for the longest.

@@ -24,24 +24,24 @@ struct QueryTiles {
   int item_end;                // items of this segment and of all before it, in the count of whole ones
 };
 
-// Some items are cut into parts, each of which goes through a share of the key tiles. Parts are items, too, and take
-// the place of theirs one after the other.
+// Some items are split: each split goes through a share of the key tiles. Splits are items, too, and take the place of
+// theirs one after the other.
 struct ItemSplits {
-  int begin = 0;      // the first of those items
-  int num_whole = 0;  // how many they were
-  int num_parts = 1;  // of each
+  int begin = 0;       // the first of those items
+  int num_whole = 0;   // how many they were
+  int num_splits = 1;  // of each
 
-  constexpr int num_items() const { return num_whole * num_parts; }
+  constexpr int num_items() const { return num_whole * num_splits; }
   constexpr bool has(int item) const { return begin <= item && item < begin + num_items(); }
 
-  // Which of its item's parts a part is, and where it lies among the parts of all.
-  constexpr int part(int item) const { return place(item) % num_parts; }
+  // Which of its item's splits a split is, and where it lies among the splits of all.
+  constexpr int split(int item) const { return place(item) % num_splits; }
   constexpr int place(int item) const { return item - begin; }
 
-  // Which item it is, or is a part of, in the count of whole ones.
+  // Which item it is, or is a split of, in the count of whole ones.
   constexpr int number(int item) const {
     if (item < begin) return item;
-    return has(item) ? begin + (item - begin) / num_parts : item - num_items() + num_whole;
+    return has(item) ? begin + (item - begin) / num_splits : item - num_items() + num_whole;
   }
 };
 
@@ -49,7 +49,7 @@ struct WorkTable {
   static constexpr int kMaxSegments = 64;
   static constexpr int kMaxRanges = 128;
 
-  int num_items, num_heads;  // parts count each
+  int num_items, num_heads;  // splits count each
   ItemSplits splits;
   QueryTiles segments[kMaxSegments];  // longest items first
   KeyTiles ranges[kMaxRanges];

@@ -11,7 +11,7 @@ struct ItemRows {
   int head, batch;
 };
 
-// Which item it is, or is a part of. The backward knows no parts.
+// Which item it is, or is a split of. The backward knows no splits.
 template <typename Table>
 __device__ inline int number_of_item(const Table&, int item) {
   return item;
@@ -64,13 +64,13 @@ struct ItemWalk {
 
   __device__ ItemRows rows() const { return rows_of_item<kTileRows>(table, number_of_item(table, item), segment); }
 
-  // The key tiles that a part, or a whole item, goes through.
+  // The key tiles that a split, or a whole item, goes through.
   __device__ TileShare share() const {
     const int num_tiles = tiles().num_tiles;
     const ItemSplits& splits = table.splits;
     if (!splits.has(item)) return {0, num_tiles, tiles().num_partial};
-    const int part = splits.part(item);
-    return {num_tiles * part / splits.num_parts, num_tiles * (part + 1) / splits.num_parts, tiles().num_partial};
+    const int split = splits.split(item);
+    return {num_tiles * split / splits.num_splits, num_tiles * (split + 1) / splits.num_splits, tiles().num_partial};
   }
 };
 

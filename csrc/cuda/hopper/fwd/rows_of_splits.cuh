@@ -1,4 +1,4 @@
-// The rows of the items that were cut into parts, for their combination.
+// The rows of the work items that were split, for their combination.
 #pragma once
 
 #include <cstdint>
@@ -8,9 +8,9 @@
 
 namespace mixed_attention::cuda::hopper {
 
-// Parts lie as store_part (store_output.cuh) leaves them: kBlockM rows each, whether these exist or not.
+// Splits lie as store_split (epilogue.cuh) leaves them: kBlockM rows each, whether these exist or not.
 template <int kBlockM>
-struct RowsOfParts {
+struct RowsOfSplits {
   WorkTable table;
 
   __device__ SplitRow find(int64_t index) const {
@@ -24,7 +24,7 @@ struct RowsOfParts {
             rows.batch,
             rows.head,
             rows.row_begin + row,
-            int64_t{item} * table.splits.num_parts * kBlockM + row,
+            int64_t{item} * table.splits.num_splits * kBlockM + row,
             kBlockM};
   }
 };
