@@ -139,7 +139,7 @@ struct FwdPartsTuning<128, 2> {
   static constexpr int kPolynomialEvery = 0, kQueryBuffers = 1;
 };
 
-// Numbers of one part. What a tile adds to the output is in units of the tile's own, and so in registers of its own;
+// Numbers of one part. What a tile adds to the output is in the row_scale of the tile, and so in registers of its own;
 // with tiles of 64 keys three warpgroups have them, which hide more of a softmax than two do with 128.
 template <>
 struct FwdPartsTuning<64, 1> {
@@ -154,19 +154,19 @@ struct FwdPartsTuning<128, 1> {
   static constexpr int kPolynomialEvery = 0, kQueryBuffers = 2;
 };
 
-// Whether the numbers of a row have a unit: half_parts.h.
+// Whether the numbers of a row have a row_scale: half_parts.h.
 template <typename Element>
-inline constexpr bool kHasUnits = std::is_same_v<Element, float>;
+inline constexpr bool kHasRowScales = std::is_same_v<Element, float>;
 
 template <typename Element, int kHeadDim, int kParts>
-using FwdTuningOf = std::conditional_t<kHasUnits<Element>, FwdPartsTuning<kHeadDim, kParts>, FwdTuning<kHeadDim>>;
+using FwdTuningOf = std::conditional_t<kHasRowScales<Element>, FwdPartsTuning<kHeadDim, kParts>, FwdTuning<kHeadDim>>;
 
 // kIsMasked: by a key padding mask.
 template <typename Element_, int kHeadDim_, int kParts_, bool kIsMasked_>
 struct FwdConfig : FwdTuningOf<Element_, kHeadDim_, kParts_> {
   using Element = Element_;
-  static constexpr bool kHasUnits = hopper::kHasUnits<Element>;
-  using Factor = std::conditional_t<kHasUnits, __half, Element>;  // what is multiplied
+  static constexpr bool kHasRowScales = hopper::kHasRowScales<Element>;
+  using Factor = std::conditional_t<kHasRowScales, __half, Element>;  // what is multiplied
   using Tuning = FwdTuningOf<Element, kHeadDim_, kParts_>;
   static constexpr int kHeadDim = kHeadDim_;
   static constexpr int kParts = kParts_;
@@ -186,26 +186,26 @@ struct FwdConfig : FwdTuningOf<Element_, kHeadDim_, kParts_> {
   static constexpr int kTileBytesM = kParts * kPartBytesM;
   static constexpr int kTileBytesN = kParts * kPartBytesN;
 
-  static_assert(sizeof(Factor) == 2 && kHeadDim % kSlabColumns == 0 && (kHasUnits ? !kIsMasked : kParts == 1));
+  static_assert(sizeof(Factor) == 2 && kHeadDim % kSlabColumns == 0 && (kHasRowScales ? !kIsMasked : kParts == 1));
   static_assert(Tuning::kProducerRegisters + Tuning::kConsumers * Tuning::kConsumerRegisters <=
                 65536 / kThreads / 8 * 8 * (1 + Tuning::kConsumers));
 };
 
-// The units of a tile's keys, by which its scores are multiplied, and those of its values, as shares of the largest, by
-// which its weights are.
+// The row_scales of a tile's keys, by which its scores are multiplied, and those of its values, as shares of the
+// largest, by which its weights are.
 template <int kBlockN>
-struct TileUnits {
+struct TileRowScales {
   alignas(16) float k[kBlockN], v[kBlockN];
   float largest_v;
 };
 
 template <typename Config>
-struct UnitsRing {
-  TileUnits<Config::kBlockN> tiles[Config::kStages];
+struct RowScalesRing {
+  TileRowScales<Config::kBlockN> tiles[Config::kStages];
   uint64_t full[Config::kStages], empty[Config::kStages];
 };
 
-struct NoUnits {};
+struct NoRowScales {};
 
 // Tiles are slabs of (rows, kSlabColumns) factors, one after the other, as TMA's swizzle writes them; one part follows
 // the other.
@@ -225,7 +225,7 @@ struct FwdSharedStorage {
   float bases[2][Config::kBlockM];                               // of the rows of two items, by turns: RowBases
   uint64_t finished;                                             // all consumer warps, with all of their items
   int has_overflowed;                                            // whether an output has: overflow.cuh
-  std::conditional_t<Config::kHasUnits, UnitsRing<Config>, NoUnits> units;
+  std::conditional_t<Config::kHasRowScales, RowScalesRing<Config>, NoRowScales> row_scales;
 };
 
 }  // namespace mixed_attention::cuda::hopper

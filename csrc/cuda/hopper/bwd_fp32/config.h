@@ -16,16 +16,16 @@ inline constexpr int kFp32BwdHeadDim = 64;
 
 // What the kernel for dk and dv needs to know of a tile of queries beside the tile itself.
 struct QueryNumbers {
-  float lse_log2[kQueryTileRows];  // +inf where there is no key, and where there is no query: no weights
-  float units[kQueryTileRows];     // of the parts of q
+  float lse_log2[kQueryTileRows];    // +inf where there is no key, and where there is no query: no weights
+  float row_scales[kQueryTileRows];  // of the parts of q
 };
 
-// The same of its output gradients. So that those of all rows can be added up by one product, they are given one unit:
-// a row's own is unit * factors[row].
+// The same of its output gradients. So that those of all rows can be added up by one product, they are given one
+// row_scale: a row's own is row_scale * factors[row].
 struct DoutNumbers {
   float delta[kQueryTileRows];    // row sum of out * dout, less dlse
   float factors[kQueryTileRows];  // 2^15 at most
-  float unit;
+  float row_scale;
   float has_reference;             // 1 if a row has one, else 0
   const RowReference* references;  // of the tile's rows; null if none has one and there are as many as fit
 };
@@ -77,11 +77,11 @@ template <typename Config>
 struct Fp32DqSharedStorage {
   alignas(1024) HalfTile<Config::kParts, Config::kBlockM> q, dout;
   alignas(1024) HalfTile<Config::kParts, Config::kBlockN> k[Config::kStages], v[Config::kStages];
-  alignas(128) float k_units[Config::kStages][Config::kBlockN];
-  alignas(128) float v_units[Config::kStages][Config::kBlockN];
+  alignas(128) float k_scales[Config::kStages][Config::kBlockN];
+  alignas(128) float v_scales[Config::kStages][Config::kBlockN];
 
   uint64_t q_full, q_empty;                                    // and dout
-  uint64_t k_full[Config::kStages], k_empty[Config::kStages];  // and the units of both
+  uint64_t k_full[Config::kStages], k_empty[Config::kStages];  // and the row_scales of both
   uint64_t v_full[Config::kStages], v_empty[Config::kStages];
 };
 

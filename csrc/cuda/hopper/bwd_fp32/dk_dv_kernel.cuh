@@ -8,8 +8,8 @@
 // and dv, p and ds are operands of their products as they come out, but for being split into parts.
 //
 // Tensor cores cut sums off: each product for dv or dk starts a sum of its own, which is added up here, where additions
-// round. The two take turns in one set of registers. Rows of a factor have units of their own: those of q and dout are
-// multiplied into ds and p, over whose columns the products sum.
+// round. The two take turns in one set of registers. Rows of a factor have row_scales of their own: those of q and dout
+// are multiplied into ds and p, over whose columns the products sum.
 //
 // In the step for tile t the weights and their parts are computed under dp, ds under p dout, the parts of ds under s of
 // tile t + 1. At the end of a step no MMA is in flight, which the compiler needs.
@@ -141,19 +141,20 @@ __device__ inline void consume(const Fp32DkDvKernelParams& params, Fp32DkDvShare
     float dk[kHeadDim / 2] = {}, dv[kHeadDim / 2] = {};
 
     if (num_tiles > 0) {
-      const auto own_units = [&](const HalfInput& input) {
-        const float* units = units_of_head(input, params.table.num_heads, params.seqlen_k, item.head, item.batch);
+      const auto own_row_scales = [&](const HalfInput& input) {
+        const float* row_scales =
+            row_scales_of_head(input, params.table.num_heads, params.seqlen_k, item.head, item.batch);
         RowNumbers own{};
 #pragma unroll
         for (int i = 0; i < 2; ++i) {
           const int row = lane / 4 + 8 * i;
-          if (row < num_rows) own.of_row[i] = units[row_begin + row];
+          if (row < num_rows) own.of_row[i] = row_scales[row_begin + row];
         }
         return own;
       };
-      RowNumbers k_units = own_units(params.k);
-      const RowNumbers v_units = own_units(params.v);
-      scale_all(k_units.of_row, params.softmax_scale_log2);
+      RowNumbers k_scales = own_row_scales(params.k);
+      const RowNumbers v_scales = own_row_scales(params.v);
+      scale_all(k_scales.of_row, params.softmax_scale_log2);
 
       float s[kBlockM / 2], dp[kBlockM / 2], sum[kHeadDim / 2] = {};
       HalfOperand<Config::kParts, kBlockM / 4> operand;
@@ -180,7 +181,7 @@ __device__ inline void consume(const Fp32DkDvKernelParams& params, Fp32DkDvShare
           // It computes them in each step if they may differ.
           const auto anew = [&](ptx::Operand operand) { return ptx::Operand{operand.low + (use.count >> 31)}; };
           const ptx::Operand q_tile = tile_of(q_ring, use), dout_tile = tile_of(dout_ring, use);
-          const ColumnNumbers lse_log2(shared.q_numbers[stage].lse_log2), q_units(shared.q_numbers[stage].units);
+          const ColumnNumbers lse_log2(shared.q_numbers[stage].lse_log2), q_scales(shared.q_numbers[stage].row_scales);
           const ColumnNumbers delta(shared.dout_numbers[stage].delta), dout_factors(shared.dout_numbers[stage].factors);
 
           ptx::mbarrier_wait(shared.dout_full[stage], use.full_parity());
@@ -189,23 +190,23 @@ __device__ inline void consume(const Fp32DkDvKernelParams& params, Fp32DkDvShare
           if constexpr (kRelates) {
             if (const RowReference* own = shared.dout_numbers[stage].references) {
               relate(
-                  s, [&](int i) { return own[8 * (i / 4) + 2 * (lane % 4) + i % 2]; }, q_units, k_units,
+                  s, [&](int i) { return own[8 * (i / 4) + 2 * (lane % 4) + i % 2]; }, q_scales, k_scales,
                   params.softmax_scale_log2);
             }
           }
-          weigh(s, q_units, k_units, lse_log2);
+          weigh(s, q_scales, k_scales, lse_log2);
           split_operand(operand, s, dout_factors);
           issue_half_column_products<Config::kPartBytesM>(sum, operand, dout_tile);
           ptx::wgmma_wait<1>(dp);
 
-          const float dout_unit = shared.dout_numbers[stage].unit;
-          const RowNumbers dp_units{{v_units.of_row[0] * dout_unit, v_units.of_row[1] * dout_unit}};
-          differentiate(dp, s, dp_units, dout_factors, delta, q_units);
+          const float dout_scale = shared.dout_numbers[stage].row_scale;
+          const RowNumbers dp_scales{{v_scales.of_row[0] * dout_scale, v_scales.of_row[1] * dout_scale}};
+          differentiate(dp, s, dp_scales, dout_factors, delta, q_scales);
           ptx::mbarrier_wait(shared.q_full[next.stage()], next.full_parity());
           issue_transposed_scores(s, anew(k), tile_of(q_ring, next));
           ptx::wgmma_wait<1>(sum);
           release(shared.dout_empty[stage]);
-          add_rows(dv, sum, {{dout_unit, dout_unit}});
+          add_rows(dv, sum, {{dout_scale, dout_scale}});
 
           lift = RowLift::of(dp);
           split_operand(operand, dp, lift.factor);

@@ -3,11 +3,11 @@
 //
 // An item of a block is a tile of kBlockM query rows of one head. One producer, a single thread, copies its queries and
 // output gradients and then its key and value tiles into rings of kStages buffers; the other one, a warp, brings the
-// units of these tiles' rows, which lie at any address. Each consumer owns 64 of the query rows and computes, tile by
-// tile, s = q kᵀ, p = exp2(s - lse), dp = dout vᵀ, ds = p (dp - delta) and dq += ds k.
+// row_scales of these tiles' rows, which lie at any address. Each consumer owns 64 of the query rows and computes, tile
+// by tile, s = q kᵀ, p = exp2(s - lse), dp = dout vᵀ, ds = p (dp - delta) and dq += ds k.
 //
 // Tensor cores cut sums off: each product for dq starts a sum of its own, which is added up here, where additions
-// round. Rows of a factor have units of their own: those of k are multiplied into ds, over whose columns dq sums.
+// round. Rows of a factor have row_scales of their own: those of k are multiplied into ds, over whose columns dq sums.
 //
 // In the step for tile j the weights are computed under dp, the parts of ds under s of tile j + 1. At the end of a step
 // no MMA is in flight, which the compiler needs.
@@ -88,9 +88,9 @@ __device__ inline void produce(const Fp32DqKernelParams& params, Fp32DqSharedSto
   }
 }
 
-// Past the end of a tile the units of keys are one, as scores there become -inf, and those of values zero.
+// Past the end of a tile the row_scales of keys are one, as scores there become -inf, and those of values zero.
 template <typename Config>
-__device__ inline void produce_units(const Fp32DqKernelParams& params, Fp32DqSharedStorage<Config>& shared) {
+__device__ inline void produce_row_scales(const Fp32DqKernelParams& params, Fp32DqSharedStorage<Config>& shared) {
   constexpr int kBlockN = Config::kBlockN;
   const int lane = threadIdx.x % 32;
   RingUse<Config::kStages> use{0};  // of key tiles, over all items
@@ -98,11 +98,11 @@ __device__ inline void produce_units(const Fp32DqKernelParams& params, Fp32DqSha
     const int num_tiles = item.tiles().num_tiles;
     if (num_tiles == 0) continue;
 
-    const auto units_of = [&](const HalfInput& input) {
-      return units_of_head(input, params.table.num_heads, params.seqlen_k, item.head, item.batch);
+    const auto row_scales_of = [&](const HalfInput& input) {
+      return row_scales_of_head(input, params.table.num_heads, params.seqlen_k, item.head, item.batch);
     };
-    const float* k_units = units_of(params.k);
-    const float* v_units = units_of(params.v);
+    const float* k_scales = row_scales_of(params.k);
+    const float* v_scales = row_scales_of(params.v);
     KeyTileIterator<kBlockN> keys(params.table, item.tiles());
     for (int i = 0; i < num_tiles; ++i, ++use.count) {
       const KeyTile tile = keys.next();
@@ -111,8 +111,8 @@ __device__ inline void produce_units(const Fp32DqKernelParams& params, Fp32DqSha
 #pragma unroll
       for (int column = lane; column < kBlockN; column += 32) {
         const bool exists = column < tile.num_rows;
-        shared.k_units[stage][column] = exists ? k_units[tile.row_begin + column] : 1;
-        shared.v_units[stage][column] = exists ? v_units[tile.row_begin + column] : 0;
+        shared.k_scales[stage][column] = exists ? k_scales[tile.row_begin + column] : 1;
+        shared.v_scales[stage][column] = exists ? v_scales[tile.row_begin + column] : 0;
       }
       __syncwarp();
       if (lane == 0) ptx::mbarrier_arrive(shared.k_full[stage]);
@@ -150,11 +150,11 @@ __device__ inline void consume(const Fp32DqKernelParams& params, Fp32DqSharedSto
     float dq[kHeadDim / 2] = {};
 
     if (num_tiles > 0) {
-      RowNumbers lse_log2{}, delta{}, q_units{}, dout_units{};
+      RowNumbers lse_log2{}, delta{}, q_scales{}, dout_scales{};
       bool has_reference[2] = {};
       const int64_t stats = (int64_t{item.batch} * params.table.num_heads + item.head) * params.seqlen_q;
-      const auto units_of = [&](const HalfInput& input) {
-        return units_of_head(input, params.table.num_heads, params.seqlen_q, item.head, item.batch);
+      const auto row_scales_of = [&](const HalfInput& input) {
+        return row_scales_of_head(input, params.table.num_heads, params.seqlen_q, item.head, item.batch);
       };
 #pragma unroll
       for (int i = 0; i < 2; ++i) {
@@ -168,8 +168,8 @@ __device__ inline void consume(const Fp32DqKernelParams& params, Fp32DqSharedSto
             lse_log2.of_row[i] = params.references[stats + row].sum_log2;
           }
           delta.of_row[i] = params.delta[stats + row];
-          q_units.of_row[i] = units_of(params.q)[row] * params.softmax_scale_log2;
-          dout_units.of_row[i] = units_of(params.dout)[row];
+          q_scales.of_row[i] = row_scales_of(params.q)[row] * params.softmax_scale_log2;
+          dout_scales.of_row[i] = row_scales_of(params.dout)[row];
         }
       }
       // A warpgroup multiplies together.
@@ -190,7 +190,7 @@ __device__ inline void consume(const Fp32DqKernelParams& params, Fp32DqSharedSto
         for (int tile = 0; tile < num_tiles; ++tile) {
           const Ring next{use.count + (tile + 1 < num_tiles)};
           const int stage = use.stage();
-          const ColumnNumbers k_units(shared.k_units[stage]), v_units(shared.v_units[stage]);
+          const ColumnNumbers k_scales(shared.k_scales[stage]), v_scales(shared.v_scales[stage]);
 
           ptx::mbarrier_wait(shared.v_full[stage], use.full_parity());
           issue_scores(dp, dout, tile_of(v_ring, use));
@@ -203,14 +203,14 @@ __device__ inline void consume(const Fp32DqKernelParams& params, Fp32DqSharedSto
             const auto reference_of = [&](int i) {
               return has_reference[row_of(i)] ? own[8 * row_of(i)] : RowReference{0, -INFINITY, 0};
             };
-            relate(s, reference_of, k_units, q_units, params.softmax_scale_log2);
+            relate(s, reference_of, k_scales, q_scales, params.softmax_scale_log2);
           }
-          weigh(s, k_units, q_units, lse_log2);
+          weigh(s, k_scales, q_scales, lse_log2);
           hold_weights(s, ptx::shared_address(&shared.q_full));
           ptx::wgmma_wait<0>(dp);
           release(shared.v_empty[stage]);
 
-          differentiate(dp, s, dout_units, v_units, delta, k_units);
+          differentiate(dp, s, dout_scales, v_scales, delta, k_scales);
           ptx::mbarrier_wait(shared.k_full[next.stage()], next.full_parity());
           issue_scores(s, q, tile_of(k_ring, next));
           lift = RowLift::of(dp);
@@ -262,7 +262,7 @@ __global__ void __launch_bounds__(Config::kThreads, 1)
     if (warp == 0 && ptx::elect_one()) {
       produce(params, shared);
     } else if (warp == 1) {
-      produce_units(params, shared);
+      produce_row_scales(params, shared);
     }
   } else {
     ptx::acquire_registers<Config::kConsumerRegisters>();

@@ -12,7 +12,7 @@
 namespace mixed_attention::cuda::hopper {
 namespace {
 
-HalfInput half_input(const HalfParts& parts) { return {parts.units, parts.copies, parts.copies == 1 ? 0 : 1}; }
+HalfInput half_input(const HalfParts& parts) { return {parts.row_scales, parts.copies, parts.copies == 1 ? 0 : 1}; }
 
 void launch_parts(const BwdParams& params, const BwdTensors& tensors, const Fp32BwdWorkspace& workspace) {
   const std::array<HalfPartsTask, 4> tasks{

@@ -13,7 +13,7 @@ namespace mixed_attention::cuda::hopper {
 
 // One of the inputs as parts (half_parts.h), apart from its map, which is that of all parts.
 struct HalfInput {
-  const float* units;
+  const float* row_scales;
   int part_step;   // by so many sequences the low parts, if any, stand behind the high ones
   int batch_step;  // 1, or 0 where one sequence serves the whole batch
 };

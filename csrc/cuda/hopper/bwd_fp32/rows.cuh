@@ -35,10 +35,10 @@ __device__ inline void load_clipped_half_rows(HalfTile<kParts, kRows>& tile, con
   }
 }
 
-// The units of a head's rows, from row 0 on.
-__device__ inline const float* units_of_head(const HalfInput& input, int num_heads, int64_t seqlen, int head,
-                                             int batch) {
-  return input.units + (int64_t{batch} * input.batch_step * num_heads + head) * seqlen;
+// The row_scales of a head's rows, from row 0 on.
+__device__ inline const float* row_scales_of_head(const HalfInput& input, int num_heads, int64_t seqlen, int head,
+                                                  int batch) {
+  return input.row_scales + (int64_t{batch} * input.batch_step * num_heads + head) * seqlen;
 }
 
 // Writes this warp's 16 rows of a result, the first num_rows and num_columns of them. A quad has 32 bytes of a row.

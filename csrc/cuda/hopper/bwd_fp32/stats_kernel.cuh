@@ -1,4 +1,5 @@
-// What the fp32 backward needs to know of every query, tile by tile: log-sum-exp, delta, and the units of the parts.
+// What the fp32 backward needs to know of every query, tile by tile: log-sum-exp, delta, and the row_scales of the
+// parts.
 #pragma once
 
 #include <cstdint>
@@ -61,34 +62,34 @@ __global__ void __launch_bounds__(kFp32StatsThreads)
     delta += __shfl_xor_sync(0xffffffff, delta, lanes);
   }
 
-  float lse_log2 = INFINITY, q_unit = 0, dout_unit = 0;
+  float lse_log2 = INFINITY, q_scale = 0, dout_scale = 0;
   if (exists) {
-    const auto unit_of = [&](const HalfInput& parts) {
-      return units_of_head(parts, params.num_heads, params.seqlen_q, head, batch)[row];
+    const auto row_scale_of = [&](const HalfInput& parts) {
+      return row_scales_of_head(parts, params.num_heads, params.seqlen_q, head, batch)[row];
     };
-    q_unit = unit_of(params.q_parts);
-    dout_unit = unit_of(params.dout_parts);
+    q_scale = row_scale_of(params.q_parts);
+    dout_scale = row_scale_of(params.dout_parts);
     const int64_t index = sequence * params.seqlen_q + row;
     if (params.dlse != nullptr) delta -= params.dlse[index];
     if (params.lse[index] != -INFINITY) lse_log2 = params.lse[index] * std::numbers::log2e_v<float>;
     if (thread_of_row == 0) params.delta_of_rows[index] = delta;
   }
-  const float largest_unit = block_max(dout_unit);
+  const float largest_scale = block_max(dout_scale);
 
   QueryNumbers& q_numbers = params.q_numbers[blockIdx.x];
   DoutNumbers& dout_numbers = params.dout_numbers[blockIdx.x];
   if (thread_of_row == 0) {
     q_numbers.lse_log2[row_of_tile] = lse_log2;
-    q_numbers.units[row_of_tile] = q_unit;
+    q_numbers.row_scales[row_of_tile] = q_scale;
     dout_numbers.delta[row_of_tile] = delta;
-    dout_numbers.factors[row_of_tile] = dout_unit / largest_unit * 0x1p15f;
+    dout_numbers.factors[row_of_tile] = dout_scale / largest_scale * 0x1p15f;
   }
   const bool has_references = __syncthreads_or(lse_log2 != INFINITY && needs_reference(lse_log2));
   const bool is_partial = queries.num_rows < kQueryTileRows;
   const int64_t first_row = sequence * params.seqlen_q + queries.row_begin;
   RowReference* const references = params.scores.references + first_row;
   if (threadIdx.x == 0) {
-    dout_numbers.unit = largest_unit * 0x1p-15f;
+    dout_numbers.row_scale = largest_scale * 0x1p-15f;
     dout_numbers.has_reference = has_references;
     dout_numbers.references = has_references || is_partial ? references : nullptr;
   }

@@ -7,7 +7,7 @@
 #include "cuda/hopper/fwd/overflow.cuh"
 #include "cuda/hopper/fwd/params.h"
 #include "cuda/hopper/fwd/softmax.cuh"
-#include "cuda/hopper/fwd/tile_units.cuh"
+#include "cuda/hopper/fwd/tile_row_scales.cuh"
 #include "cuda/hopper/plan/work_items.cuh"
 #include "cuda/hopper/tile/store_rows.cuh"
 
@@ -22,17 +22,17 @@ __device__ inline void clear(float (&o)[kCount]) {
 // What a row is multiplied by at its end: zero without keys, or where all their scores are -inf.
 template <typename Config>
 __device__ inline float inverse_of(float sum) {
-  constexpr float kWhole = Config::kHasUnits ? 1 / kValueUnitShare : 1;
+  constexpr float kWhole = Config::kHasRowScales ? 1 / kValueScaleShare : 1;
   return sum == 0 ? 0 : __fdividef(kWhole, sum);
 }
 
 // The scale of a row's raw scores; row: among all of its head.
 template <typename Config>
 __device__ inline float scale_of(const FwdKernelParams& params, const ItemRows& tile, int row) {
-  if constexpr (!Config::kHasUnits) return params.softmax_scale;
-  const float* units =
-      units_of_head(params.units.q, tile, params.q_batch_step, params.table.num_heads, params.seqlen_q);
-  return scale_of_row(params.softmax_scale, units[row]);
+  if constexpr (!Config::kHasRowScales) return params.softmax_scale;
+  const float* row_scales =
+      row_scales_of_head(params.row_scales.q, tile, params.q_batch_step, params.table.num_heads, params.seqlen_q);
+  return scale_of_row(params.softmax_scale, row_scales[row]);
 }
 
 // Writes this warp's 16 rows of a tile's output and log-sum-exp, those that exist.

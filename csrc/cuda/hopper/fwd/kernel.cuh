@@ -11,7 +11,7 @@
 // their products in turn, so that the softmax of one lies under the products of the others.
 //
 // Who signals whom: *_full is completed by TMA (one arrival of the producer and the bytes; under a mask k_full also by
-// one of the thread that brings its bits), units.full by one of the warp that brings the units of fp32 tiles
+// one of the thread that brings its bits), row_scales.full by one of the warp that brings the row_scales of fp32 tiles
 // (half_parts.h), *_empty by one arrival of every consumer warp. Items without keys come last and take part in no
 // barrier.
 #pragma once
@@ -24,7 +24,7 @@
 #include "cuda/hopper/fwd/products.cuh"
 #include "cuda/hopper/fwd/repair.cuh"
 #include "cuda/hopper/fwd/softmax.cuh"
-#include "cuda/hopper/fwd/tile_units.cuh"
+#include "cuda/hopper/fwd/tile_row_scales.cuh"
 #include "cuda/hopper/mask/key_bits.cuh"
 #include "cuda/hopper/plan/work_items.cuh"
 #include "cuda/hopper/tile/load_tile.cuh"
@@ -54,7 +54,7 @@ __device__ inline void init_barriers(FwdSharedStorage<Config>& shared) {
   init_ring(shared.q_full, shared.q_empty, kConsumerWarps);
   init_ring(shared.k_full, shared.k_empty, kConsumerWarps, Config::kIsMasked ? 2 : 1);
   init_ring(shared.v_full, shared.v_empty, kConsumerWarps);
-  if constexpr (Config::kHasUnits) init_ring(shared.units.full, shared.units.empty, kConsumerWarps);
+  if constexpr (Config::kHasRowScales) init_ring(shared.row_scales.full, shared.row_scales.empty, kConsumerWarps);
   ptx::mbarrier_init(shared.finished, kConsumerWarps);
   shared.has_overflowed = 0;
   ptx::mbarrier_fence_init();
@@ -90,12 +90,12 @@ __device__ inline void produce(const FwdKernelParams& params, FwdSharedStorage<C
     const auto load_k = [&](KeyTile tile, Ring use) {
       ptx::mbarrier_wait(shared.k_empty[use.stage()], use.empty_parity());
       load_key_tile(shared.k[use.stage()], params.k, shared.k_full[use.stage()], tile, params.k_batch_step,
-                    params.units.k_copies);
+                    params.row_scales.k_copies);
     };
     const auto load_v = [&](KeyTile tile, Ring use) {
       ptx::mbarrier_wait(shared.v_empty[use.stage()], use.empty_parity());
       load_key_tile(shared.v[use.stage()], params.v, shared.v_full[use.stage()], tile, params.v_batch_step,
-                    params.units.v_copies);
+                    params.row_scales.v_copies);
     };
 
     // In the order in which the consumers need them: keys run one tile ahead of values.
@@ -106,9 +106,9 @@ __device__ inline void produce(const FwdKernelParams& params, FwdSharedStorage<C
     ptx::mbarrier_arrive_expect(shared.q_full[q.stage()], Config::kTileBytesM);
 #pragma unroll
     for (int part = 0; part < Config::kParts; ++part) {
-      load_rows<Config::kBlockM, Config::kHeadDim>(shared.q[q.stage()] + part * Config::kBlockM * Config::kHeadDim,
-                                                   params.q, shared.q_full[q.stage()], queries.row_begin, queries.head,
-                                                   queries.batch * params.q_batch_step + part * params.units.q_copies);
+      load_rows<Config::kBlockM, Config::kHeadDim>(
+          shared.q[q.stage()] + part * Config::kBlockM * Config::kHeadDim, params.q, shared.q_full[q.stage()],
+          queries.row_begin, queries.head, queries.batch * params.q_batch_step + part * params.row_scales.q_copies);
     }
     for (int i = share.begin + 1; i < share.end; ++i) {
       const KeyTile next = keys.next();
@@ -140,25 +140,25 @@ __device__ inline void produce_key_bits(const FwdKernelParams& params, FwdShared
   loaded.num_key_tiles = use.count;
 }
 
-// The units of the key tiles of fp32 inputs come by a warp of their own, too.
+// The row_scales of the key tiles of fp32 inputs come by a warp of their own, too.
 template <typename Config>
-__device__ inline void produce_units(const FwdKernelParams& params, FwdSharedStorage<Config>& shared) {
+__device__ inline void produce_row_scales(const FwdKernelParams& params, FwdSharedStorage<Config>& shared) {
   RingUse<Config::kStages> use{0};
   for (ItemWalk<Config::kBlockM> items(params.table); items.next_with_keys();) {
     const TileShare share = items.share();
     const ItemRows queries = items.rows();
-    const auto units_of_keys = [&](const float* units, int batch_step) {
-      return units_of_head(units, queries, batch_step, params.table.num_heads, params.units.seqlen_k);
+    const auto row_scales_of_keys = [&](const float* row_scales, int batch_step) {
+      return row_scales_of_head(row_scales, queries, batch_step, params.table.num_heads, params.row_scales.seqlen_k);
     };
-    const float* k_units = units_of_keys(params.units.k, params.k_batch_step);
-    const float* v_units = units_of_keys(params.units.v, params.v_batch_step);
+    const float* k_scales = row_scales_of_keys(params.row_scales.k, params.k_batch_step);
+    const float* v_scales = row_scales_of_keys(params.row_scales.v, params.v_batch_step);
     KeyTileIterator<Config::kBlockN> keys(params.table, items.tiles(), share.begin);
     for (int i = share.begin; i < share.end; ++i, ++use.count) {
-      const TileUnitsLoad<Config::kBlockN> load(k_units, v_units, keys.next());
-      ptx::mbarrier_wait(shared.units.empty[use.stage()], use.empty_parity());
-      load.store(shared.units.tiles[use.stage()]);
+      const TileRowScalesLoad<Config::kBlockN> load(k_scales, v_scales, keys.next());
+      ptx::mbarrier_wait(shared.row_scales.empty[use.stage()], use.empty_parity());
+      load.store(shared.row_scales.tiles[use.stage()]);
       __syncwarp();
-      if (threadIdx.x % 32 == 0) ptx::mbarrier_arrive(shared.units.full[use.stage()]);
+      if (threadIdx.x % 32 == 0) ptx::mbarrier_arrive(shared.row_scales.full[use.stage()]);
     }
   }
 }
@@ -329,8 +329,8 @@ __global__ void __launch_bounds__(Config::kThreads, 1)
     };
     if (warp == 0 && ptx::elect_one()) {
       produce_by(produce<Config>);
-    } else if constexpr (Config::kHasUnits) {
-      if (warp == 1) produce_units(params, shared);
+    } else if constexpr (Config::kHasRowScales) {
+      if (warp == 1) produce_row_scales(params, shared);
     } else if (Config::kIsMasked && warp == 1 && ptx::elect_one()) {
       produce_by(produce_key_bits<Config>);
     }

@@ -19,7 +19,7 @@ FwdKernelParams make_fwd_kernel_params(const FwdParams& params, const FwdPlan& p
   FwdTensors tensors = fwd_tensors(params);
   if constexpr (Config::kIsMasked) tensors.v = masked_view(params, plan.masked_keys, plan.masked_keys.values);
   const int v_batch_step = batch_step(tensors.v.strides);
-  if constexpr (Config::kHasUnits) {
+  if constexpr (Config::kHasRowScales) {
     tensors = {parts_view(tensors.q, plan.q_parts), parts_view(tensors.k, plan.k_parts),
                parts_view(tensors.v, plan.v_parts)};
   }
@@ -40,8 +40,8 @@ FwdKernelParams make_fwd_kernel_params(const FwdParams& params, const FwdPlan& p
           plan.masked_keys.key_mask_step(),
           static_cast<float>(params.softmax_scale),
           static_cast<float>(params.softmax_scale * std::numbers::log2e),
-          {plan.q_parts.units, plan.k_parts.units, plan.v_parts.units, plan.q_parts.copies, plan.k_parts.copies,
-           plan.v_parts.copies, params.seqlen_k},
+          {plan.q_parts.row_scales, plan.k_parts.row_scales, plan.v_parts.row_scales, plan.q_parts.copies,
+           plan.k_parts.copies, plan.v_parts.copies, params.seqlen_k},
           plan.table};
 }
 
@@ -49,18 +49,18 @@ FwdKernelParams make_fwd_kernel_params(const FwdParams& params, const FwdPlan& p
 template <int kBlockM>
 struct ScaledRowsOfSplits : RowsOfSplits<kBlockM> {
   float softmax_scale, softmax_scale_log2;
-  const float* q_units;  // null of 16-bit inputs
+  const float* q_scales;  // null of 16-bit inputs
   int q_batch_step;
   int64_t seqlen_q;
 
   __device__ SplitRow find(int64_t index) const {
     SplitRow row = RowsOfSplits<kBlockM>::find(index);
-    float unit = 1;
-    if (row.exists && q_units != nullptr) {
-      unit = units_of_head(q_units, row, q_batch_step, this->table.num_heads, seqlen_q)[row.row];
+    float row_scale = 1;
+    if (row.exists && q_scales != nullptr) {
+      row_scale = row_scales_of_head(q_scales, row, q_batch_step, this->table.num_heads, seqlen_q)[row.row];
     }
-    row.scale = q_units == nullptr ? softmax_scale : scale_of_row(softmax_scale, unit);
-    row.scale_log2 = q_units == nullptr ? softmax_scale_log2 : scale_of_row(softmax_scale_log2, unit);
+    row.scale = q_scales == nullptr ? softmax_scale : scale_of_row(softmax_scale, row_scale);
+    row.scale_log2 = q_scales == nullptr ? softmax_scale_log2 : scale_of_row(softmax_scale_log2, row_scale);
     return row;
   }
 };
@@ -72,7 +72,7 @@ void launch_combine(const FwdParams& params, const FwdPlan& plan) {
   const ScaledRowsOfSplits<kBlockM> rows{{plan.table},
                                          static_cast<float>(params.softmax_scale),
                                          static_cast<float>(params.softmax_scale * std::numbers::log2e),
-                                         plan.q_parts.units,
+                                         plan.q_parts.row_scales,
                                          batch_step(params.q_strides),
                                          params.seqlen_q};
   const LaunchShape shape{plan.table.splits.num_whole * (kBlockM / kRowsOfBlock), 32 * kRowsOfBlock};
@@ -95,7 +95,7 @@ template <typename Element, int kHeadDim, int kParts>
 void launch_fwd(const FwdParams& params, const FwdPlan& plan) {
   using Config = FwdConfig<Element, kHeadDim, kParts, false>;
   if (plan.table.num_items == 0) return;
-  if constexpr (Config::kHasUnits) {
+  if constexpr (Config::kHasRowScales) {
     const FwdTensors tensors = fwd_tensors(params);
     const HalfPartsTask tasks[] = {{tensors.q, plan.q_parts}, {tensors.k, plan.k_parts}, {tensors.v, plan.v_parts}};
     launch_half_parts(tasks, params.stream);

@@ -11,8 +11,8 @@
 
 namespace mixed_attention::cuda::hopper {
 
-// The units of fp32 inputs, and by how many sequences the parts of each stand behind one another; half_parts.h.
-struct FwdUnits {
+// The row_scales of fp32 inputs, and by how many sequences the parts of each stand behind one another; half_parts.h.
+struct FwdRowScales {
   const float *q, *k, *v;
   int q_copies, k_copies, v_copies;
   int64_t seqlen_k;
@@ -32,7 +32,7 @@ struct FwdKernelParams {
   const uint32_t* key_mask_bits;  // mask.h; null without a mask
   int key_mask_step;              // words from one sequence to the next
   float softmax_scale, softmax_scale_log2;
-  FwdUnits units;  // none of 16-bit inputs
+  FwdRowScales row_scales;  // none of 16-bit inputs
   WorkTable table;
 };
 

@@ -34,7 +34,7 @@ void take_workspace(const FwdParams& params, FwdPlan& plan) {
       plan.row_parts = scratch.take<RowPart>(num_splits * kBlockM);
     }
     if (params.key_padding_mask != nullptr) plan.masked_keys = plan_masked_keys(params, scratch, false);
-    if (kHasUnits<Element>) {
+    if (kHasRowScales<Element>) {
       const FwdTensors tensors = fwd_tensors(params);
       plan.q_parts = take_half_parts(tensors.q, kParts, scratch);
       plan.k_parts = take_half_parts(tensors.k, kParts, scratch);

@@ -1,5 +1,6 @@
 // What a consumer of the forward multiplies and what comes of it, in registers: scores s, weights p, output o. Numbers
-// of 16 bits are factors themselves; those of fp32 are made up of fp16 ones in units of their row (half_parts.h).
+// of 16 bits are factors themselves; those of fp32 are made up of fp16 ones times the row_scale of their row
+// (half_parts.h).
 #pragma once
 
 #include <cstdint>
@@ -8,7 +9,7 @@
 #include "cuda/hopper/fwd/epilogue.cuh"
 #include "cuda/hopper/fwd/params.h"
 #include "cuda/hopper/fwd/softmax.cuh"
-#include "cuda/hopper/fwd/tile_units.cuh"
+#include "cuda/hopper/fwd/tile_row_scales.cuh"
 #include "cuda/hopper/mask/key_bits.cuh"
 #include "cuda/hopper/plan/work_items.cuh"
 #include "cuda/hopper/split_fp16/half_products.cuh"
@@ -71,32 +72,32 @@ struct FwdProducts {
   __device__ void take_weights(FwdSharedStorage<Config>&, Ring) { round_operand<Element>(p, s); }
 };
 
-// In fp32 what a tile adds to the output is a sum of its own, in units of the tile's largest value. It is added up
-// outside the tensor cores, because these cut sums off and additions round.
+// In fp32 what a tile adds to the output is a sum of its own, in the row_scale of the tile's largest value. It is added
+// up outside the tensor cores, because these cut sums off and additions round.
 template <typename Config>
-  requires(Config::kHasUnits)
+  requires(Config::kHasRowScales)
 struct FwdProducts<Config> {
   using Factor = typename Config::Factor;
   using Ring = RingUse<Config::kStages>;
 
   FwdOperands<Config> operands;
-  float scale_log2[2];  // of the thread's two rows, with the units of q
+  float scale_log2[2];  // of the thread's two rows, with the row_scales of q
   float s[Config::kBlockN / 2];
   HalfOperand<Config::kParts, Config::kBlockN / 4> p;
   float o[Config::kHeadDim / 2], tile_o[Config::kHeadDim / 2];
-  float v_unit;  // of the tile whose weights p are
+  float v_scale;  // of the tile whose weights p are
 
   __device__ FwdProducts(const FwdKernelParams&, FwdSharedStorage<Config>& shared, int consumer)
       : operands(shared, consumer) {}
 
   // first_row: of this warp in the tile.
   __device__ void start_item(const FwdKernelParams& params, const ItemRows& rows, int first_row) {
-    const float* units =
-        units_of_head(params.units.q, rows, params.q_batch_step, params.table.num_heads, params.seqlen_q);
+    const float* row_scales =
+        row_scales_of_head(params.row_scales.q, rows, params.q_batch_step, params.table.num_heads, params.seqlen_q);
     const int row = rows.row_begin + first_row + threadIdx.x % 32 / 4;
 #pragma unroll
     for (int i = 0; i < 2; ++i) {
-      scale_log2[i] = scale_of_row(params.softmax_scale_log2, units[min(row + 8 * i, rows.row_end - 1)]);
+      scale_log2[i] = scale_of_row(params.softmax_scale_log2, row_scales[min(row + 8 * i, rows.row_end - 1)]);
     }
   }
 
@@ -116,25 +117,25 @@ struct FwdProducts<Config> {
   }
 
   __device__ void finish_s(FwdSharedStorage<Config>& shared, Ring use) {
-    ptx::mbarrier_wait(shared.units.full[use.stage()], use.full_parity());
-    scale_columns(shared.units.tiles[use.stage()].k);
+    ptx::mbarrier_wait(shared.row_scales.full[use.stage()], use.full_parity());
+    scale_columns(shared.row_scales.tiles[use.stage()].k);
   }
 
   __device__ void wait() {
     ptx::wgmma_wait<0>(tile_o, s);
 #pragma unroll
-    for (int i = 0; i < Config::kHeadDim / 2; ++i) o[i] = fmaf(tile_o[i], v_unit, o[i]);
+    for (int i = 0; i < Config::kHeadDim / 2; ++i) o[i] = fmaf(tile_o[i], v_scale, o[i]);
   }
 
-  // Before they are split, weights take over what the unit of their value falls short of the tile's largest.
+  // Before they are split, weights take over what the row_scale of their value falls short of the tile's largest.
   __device__ void take_weights(FwdSharedStorage<Config>& shared, Ring use) {
-    const TileUnits<Config::kBlockN>& units = shared.units.tiles[use.stage()];
-    scale_columns(units.v);
+    const TileRowScales<Config::kBlockN>& row_scales = shared.row_scales.tiles[use.stage()];
+    scale_columns(row_scales.v);
 #pragma unroll
     for (int i = 0; i < Config::kBlockN / 4; ++i) p.set(i, s[2 * i], s[2 * i + 1]);
-    v_unit = units.largest_v;
+    v_scale = row_scales.largest_v;
     __syncwarp();
-    if (threadIdx.x % 32 == 0) ptx::mbarrier_arrive(shared.units.empty[use.stage()]);
+    if (threadIdx.x % 32 == 0) ptx::mbarrier_arrive(shared.row_scales.empty[use.stage()]);
   }
 
  private:

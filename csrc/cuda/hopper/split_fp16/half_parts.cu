@@ -34,8 +34,11 @@ __device__ inline void load_chunk(float (&x)[kChunk], const float* source) {
 // 2^exponent, of a normal number.
 __device__ inline float power_of_two(int exponent) { return __int_as_float((exponent + 127) << 23); }
 
-// The exponent of a row's unit; largest: of the row's finite numbers. Units and their inverses are normal numbers.
-__device__ inline int unit_exponent(float largest) { return max((__float_as_int(largest) >> 23) - 127 - 14, -126); }
+// The exponent of a row's row_scale; largest: of the row's finite numbers. row_scales and their inverses are normal
+// numbers.
+__device__ inline int row_scale_exponent(float largest) {
+  return max((__float_as_int(largest) >> 23) - 127 - 14, -126);
+}
 
 // Infinity in two parts is 1 in high and infinity in low, with its sign. What the other factor is missing in its own
 // high part, perhaps nothing, or less than nothing, is multiplied by high alone, and does not make a NaN of infinity.
@@ -77,7 +80,7 @@ __global__ void __launch_bounds__(kThreads) hopper_half_parts_kernel(const __gri
     }
     if (!exists) continue;
 
-    const int exponent = unit_exponent(largest);
+    const int exponent = row_scale_exponent(largest);
     const float inverse = power_of_two(-exponent);
     HalfPair<2> pairs[kChunk / 2];
 #pragma unroll
@@ -95,7 +98,7 @@ __global__ void __launch_bounds__(kThreads) hopper_half_parts_kernel(const __gri
           uint4{pairs[0].parts[part], pairs[1].parts[part], pairs[2].parts[part], pairs[3].parts[part]};
     }
     if (column == 0) {
-      target.units[(copy * source.num_heads + head) * source.seqlen + row] = power_of_two(exponent);
+      target.row_scales[(copy * source.num_heads + head) * source.seqlen + row] = power_of_two(exponent);
     }
   }
 }

@@ -8,17 +8,18 @@
 
 namespace mixed_attention::cuda::hopper {
 
-// A number is unit * (high + low) to 22 bits: high is the fp16 number next to it, low the one next to what is missing.
-// The unit is a power of two, one for each row of a head, by which the row's largest finite number comes to lie between
-// 2^14 and 2^15; numbers below 2^-18 of it are exact to 2^-39 of it. So no row depends on another, whatever that holds.
-// What is not finite has no finite parts' sum; infinity is 1 in high and infinity in low, and one part is infinity.
+// A number is row_scale * (high + low) to 22 bits: high is the fp16 number next to it, low the one next to what is
+// missing. The row_scale is a power of two, one for each row of a head, by which the row's largest finite number comes
+// to lie between 2^14 and 2^15; numbers below 2^-18 of it are exact to 2^-39 of it. So no row depends on another,
+// whatever that holds. What is not finite has no finite parts' sum; infinity is 1 in high and infinity in low, and one
+// part is infinity.
 //
 // High alone is exact to 11 bits, as TF32 is, and for numbers below 2^-28 of the largest to 2^-39 of that.
 struct HalfParts {
-  void* parts;    // (num_parts, copies, seqlen, num_heads, head_dim) in fp16: all of high, then all of low
-  float* units;   // (copies, num_heads, seqlen)
-  int num_parts;  // 2, or 1 without low
-  int copies;     // one for each sequence, or one for all
+  void* parts;        // (num_parts, copies, seqlen, num_heads, head_dim) in fp16: all of high, then all of low
+  float* row_scales;  // (copies, num_heads, seqlen)
+  int num_parts;      // 2, or 1 without low
+  int copies;         // one for each sequence, or one for all
 };
 
 // How many sequences of a tensor differ.
