@@ -32,7 +32,7 @@ BUCKETS = (
 )
 OTHER = "other"
 # Kernels of both passes that make ready what the next kernel of attention reads.
-BEFORE_ATTENTION = re.compile(r"mixed_attention.*(upload|half_parts|mask)_kernel")
+BEFORE_ATTENTION = re.compile(r"mixed_attention.*(upload|half_limbs|mask)_kernel")
 NAMES = (*(name for name, _ in BUCKETS), OTHER)
 
 

@@ -4,10 +4,10 @@
 namespace mixed_attention::cuda::hopper {
 namespace {
 
-template <typename Element_, int kParts_>
+template <typename Element_, int kLimbs_>
 struct Numbers {
   using Element = Element_;
-  static constexpr int kParts = kParts_;
+  static constexpr int kLimbs = kLimbs_;
 };
 
 using bf16 = Numbers<__nv_bfloat16, 1>;
@@ -17,6 +17,6 @@ using tf32 = Numbers<float, 1>;
 
 }  // namespace
 
-template void launch_fwd<DTYPE::Element, HEAD_DIM, DTYPE::kParts>(const FwdParams& params, const FwdPlan& plan);
+template void launch_fwd<DTYPE::Element, HEAD_DIM, DTYPE::kLimbs>(const FwdParams& params, const FwdPlan& plan);
 
 }  // namespace mixed_attention::cuda::hopper

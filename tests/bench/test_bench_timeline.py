@@ -75,7 +75,7 @@ def test_every_kernel_of_ours_has_a_bucket():
 
 
 def test_tables_and_parts_count_towards_the_kernel_that_reads_them():
-    names = [OURS + "upload_kernel()", OURS + "hopper_half_parts_kernel()", OURS + "hopper_attention_fwd_kernel()"]
+    names = [OURS + "upload_kernel()", OURS + "hopper_half_limbs_kernel()", OURS + "hopper_attention_fwd_kernel()"]
     names += [OURS + "hopper_mask_kernel()", "nvjet_hsh", OURS + "hopper_dk_dv_kernel()"]
     times = timeline.by_bucket([Kernel(name, 100 * i, 100 * i + 2**i) for i, name in enumerate(names)])
     assert times["attention forward"] == 1 + 2 + 4

@@ -134,7 +134,7 @@ def test_huge_scores(case: Case, any_order: None, device: torch.device):
     # By how much the two factors of a product of fp32 are off: they keep 22 bits, in two parts, and leave out the
     # product of the lower ones; or they keep 11 bits, which the largest weight is rounded to as well, unless it is 1.
     # Parts of fp16 are in units of their row, so that small numbers are off by up to 2^-39 of its largest
-    # (half_parts.h).
+    # (half_limbs.h).
     split, of_largest = (3 * 2.0**-22, 2.0**-39) if case.dtype == FP32 else (0, 0)
     is_tf32 = uses_tf32(case.dtype, device)
     if is_tf32:

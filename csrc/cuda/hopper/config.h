@@ -43,24 +43,24 @@ auto with_head_dim_of(int64_t head_dim, const Visit& visit) {
   return visit.template operator()<kHeadDim>();
 }
 
-// The same of fp32, whose numbers are multiplied as ones of fp16, their parts.
-inline constexpr int kPartsHeadDims[] = {64, 128};
-inline constexpr int kMinPartsHeadDim = 40;  // narrower ones would be multiplied by too many zeros
-inline constexpr int kMaxPartsHeadDim = 128;
+// The same of fp32, whose numbers are multiplied as ones of fp16, their limbs.
+inline constexpr int kFp32HeadDims[] = {64, 128};
+inline constexpr int kMinFp32HeadDim = 40;  // narrower ones would be multiplied by too many zeros
+inline constexpr int kMaxFp32HeadDim = 128;
 
-// Calls visit.operator()<kParts>() with the parts of an fp32 number. One of them has the 11 significant bits of TF32.
+// Calls visit.operator()<kLimbs>() with the limbs of an fp32 number. One of them has the 11 significant bits of TF32.
 template <typename Visit>
-auto with_parts(const AttentionParams& params, const Visit& visit) {
+auto with_limbs(const AttentionParams& params, const Visit& visit) {
   return params.allow_tf32 ? visit.template operator()<1>() : visit.template operator()<2>();
 }
 
-// Calls visit.operator()<Element, kHeadDim, kParts>() with those of the kernel that serves a call; numbers of 16 bits
-// are a single part.
+// Calls visit.operator()<Element, kHeadDim, kLimbs>() with those of the kernel that serves a call; numbers of 16 bits
+// are a single limb.
 template <typename Visit>
 auto with_fwd_kernel(const FwdParams& params, const Visit& visit) {
   if (params.dtype == DType::kFloat32) {
-    return with_head_dim_of<kPartsHeadDims>(params.head_dim, [&]<int kHeadDim>() {
-      return with_parts(params, [&]<int kParts>() { return visit.template operator()<float, kHeadDim, kParts>(); });
+    return with_head_dim_of<kFp32HeadDims>(params.head_dim, [&]<int kHeadDim>() {
+      return with_limbs(params, [&]<int kLimbs>() { return visit.template operator()<float, kHeadDim, kLimbs>(); });
     });
   }
   return with_head_dim_of<kFwdHeadDims>(params.head_dim, [&]<int kHeadDim>() {
@@ -121,55 +121,55 @@ struct FwdTuning<256> {
 };
 
 // The same of fp32.
-template <int kHeadDim, int kParts>
-struct FwdPartsTuning;
+template <int kHeadDim, int kLimbs>
+struct FwdFp32Tuning;
 
-// Numbers of two parts. Scores, weights, output and what a tile adds to it take 192 registers, which leaves two
-// warpgroups; as products take three times as long as those of one part, they hide the softmax all the same.
+// Numbers of two limbs. Scores, weights, output and what a tile adds to it take 192 registers, which leaves two
+// warpgroups; as products take three times as long as those of one limb, they hide the softmax all the same.
 template <>
-struct FwdPartsTuning<64, 2> {
+struct FwdFp32Tuning<64, 2> {
   static constexpr int kConsumers = 2, kBlockN = 128, kStages = 2, kProducerRegisters = 40, kConsumerRegisters = 232;
   static constexpr int kPolynomialEvery = 0, kQueryBuffers = 2;
 };
 
 // The output and what a tile adds to it take twice the registers: half as many keys.
 template <>
-struct FwdPartsTuning<128, 2> {
+struct FwdFp32Tuning<128, 2> {
   static constexpr int kConsumers = 2, kBlockN = 64, kStages = 2, kProducerRegisters = 40, kConsumerRegisters = 232;
   static constexpr int kPolynomialEvery = 0, kQueryBuffers = 1;
 };
 
-// Numbers of one part. What a tile adds to the output is in the row_scale of the tile, and so in registers of its own;
+// Numbers of one limb. What a tile adds to the output is in the row_scale of the tile, and so in registers of its own;
 // with tiles of 64 keys three warpgroups have them, which hide more of a softmax than two do with 128.
 template <>
-struct FwdPartsTuning<64, 1> {
+struct FwdFp32Tuning<64, 1> {
   static constexpr int kConsumers = 3, kBlockN = 64, kStages = 8, kProducerRegisters = 32, kConsumerRegisters = 160;
   static constexpr int kPolynomialEvery = 0, kQueryBuffers = 2;
 };
 
 // Scores, weights, output and what a tile adds to it take 200 registers.
 template <>
-struct FwdPartsTuning<128, 1> {
+struct FwdFp32Tuning<128, 1> {
   static constexpr int kConsumers = 2, kBlockN = 96, kStages = 3, kProducerRegisters = 40, kConsumerRegisters = 232;
   static constexpr int kPolynomialEvery = 0, kQueryBuffers = 2;
 };
 
-// Whether the numbers of a row have a row_scale: half_parts.h.
+// Whether the numbers of a row have a row_scale: half_limbs.h.
 template <typename Element>
 inline constexpr bool kHasRowScales = std::is_same_v<Element, float>;
 
-template <typename Element, int kHeadDim, int kParts>
-using FwdTuningOf = std::conditional_t<kHasRowScales<Element>, FwdPartsTuning<kHeadDim, kParts>, FwdTuning<kHeadDim>>;
+template <typename Element, int kHeadDim, int kLimbs>
+using FwdTuningOf = std::conditional_t<kHasRowScales<Element>, FwdFp32Tuning<kHeadDim, kLimbs>, FwdTuning<kHeadDim>>;
 
 // kIsMasked: by a key padding mask.
-template <typename Element_, int kHeadDim_, int kParts_, bool kIsMasked_>
-struct FwdConfig : FwdTuningOf<Element_, kHeadDim_, kParts_> {
+template <typename Element_, int kHeadDim_, int kLimbs_, bool kIsMasked_>
+struct FwdConfig : FwdTuningOf<Element_, kHeadDim_, kLimbs_> {
   using Element = Element_;
   static constexpr bool kHasRowScales = hopper::kHasRowScales<Element>;
   using Factor = std::conditional_t<kHasRowScales, __half, Element>;  // what is multiplied
-  using Tuning = FwdTuningOf<Element, kHeadDim_, kParts_>;
+  using Tuning = FwdTuningOf<Element, kHeadDim_, kLimbs_>;
   static constexpr int kHeadDim = kHeadDim_;
-  static constexpr int kParts = kParts_;
+  static constexpr int kLimbs = kLimbs_;
   static constexpr bool kIsMasked = kIsMasked_;
   // A masked key's weight by polynomial would not quite be zero, and masking leaves no time for polynomials anyway.
   static constexpr int kPolynomialEvery = kIsMasked ? 0 : Tuning::kPolynomialEvery;
@@ -181,12 +181,12 @@ struct FwdConfig : FwdTuningOf<Element_, kHeadDim_, kParts_> {
 
   static constexpr int kSlabBytesM = kBlockM * kSlabColumns * sizeof(Factor);
   static constexpr int kSlabBytesN = Tuning::kBlockN * kSlabColumns * sizeof(Factor);
-  static constexpr int kPartBytesM = kSlabs * kSlabBytesM;
-  static constexpr int kPartBytesN = kSlabs * kSlabBytesN;
-  static constexpr int kTileBytesM = kParts * kPartBytesM;
-  static constexpr int kTileBytesN = kParts * kPartBytesN;
+  static constexpr int kLimbBytesM = kSlabs * kSlabBytesM;
+  static constexpr int kLimbBytesN = kSlabs * kSlabBytesN;
+  static constexpr int kTileBytesM = kLimbs * kLimbBytesM;
+  static constexpr int kTileBytesN = kLimbs * kLimbBytesN;
 
-  static_assert(sizeof(Factor) == 2 && kHeadDim % kSlabColumns == 0 && (kHasRowScales ? !kIsMasked : kParts == 1));
+  static_assert(sizeof(Factor) == 2 && kHeadDim % kSlabColumns == 0 && (kHasRowScales ? !kIsMasked : kLimbs == 1));
   static_assert(Tuning::kProducerRegisters + Tuning::kConsumers * Tuning::kConsumerRegisters <=
                 65536 / kThreads / 8 * 8 * (1 + Tuning::kConsumers));
 };
@@ -207,15 +207,15 @@ struct RowScalesRing {
 
 struct NoRowScales {};
 
-// Tiles are slabs of (rows, kSlabColumns) factors, one after the other, as TMA's swizzle writes them; one part follows
+// Tiles are slabs of (rows, kSlabColumns) factors, one after the other, as TMA's swizzle writes them; one limb follows
 // the other.
 template <typename Config>
 struct FwdSharedStorage {
   using Factor = typename Config::Factor;
 
-  alignas(1024) Factor q[Config::kQueryBuffers][Config::kParts * Config::kBlockM * Config::kHeadDim];
-  alignas(1024) Factor k[Config::kStages][Config::kParts * Config::kBlockN * Config::kHeadDim];
-  alignas(1024) Factor v[Config::kStages][Config::kParts * Config::kBlockN * Config::kHeadDim];
+  alignas(1024) Factor q[Config::kQueryBuffers][Config::kLimbs * Config::kBlockM * Config::kHeadDim];
+  alignas(1024) Factor k[Config::kStages][Config::kLimbs * Config::kBlockN * Config::kHeadDim];
+  alignas(1024) Factor v[Config::kStages][Config::kLimbs * Config::kBlockN * Config::kHeadDim];
 
   uint64_t q_full[Config::kQueryBuffers], q_empty[Config::kQueryBuffers];
   uint64_t k_full[Config::kStages], k_empty[Config::kStages];

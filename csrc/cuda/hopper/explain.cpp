@@ -23,8 +23,8 @@ Layout layout(const AttentionParams& params, const Segments& segments, int tile_
 }  // namespace
 
 Layout layout_fwd(const FwdParams& params) {
-  Layout result = with_fwd_kernel(params, [&]<typename Element, int kHeadDim, int kParts>() {
-    using Tuning = FwdTuningOf<Element, kHeadDim, kParts>;
+  Layout result = with_fwd_kernel(params, [&]<typename Element, int kHeadDim, int kLimbs>() {
+    using Tuning = FwdTuningOf<Element, kHeadDim, kLimbs>;
     return layout(params, params.schedule->query_segments, Tuning::kConsumers * kWarpgroupRows, Tuning::kBlockN);
   });
   if (fits_work_table(params)) {

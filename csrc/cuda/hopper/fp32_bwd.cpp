@@ -10,11 +10,11 @@ Fp32BwdWorkspace fp32_bwd_workspace(const BwdParams& params) {
   const BwdTensors tensors = bwd_tensors(params);
   Scratch scratch(params.workspace);
   Fp32BwdWorkspace workspace{};
-  const int num_parts = with_parts(params, []<int kParts>() { return kParts; });
-  workspace.q = take_half_parts(tensors.q, num_parts, scratch);
-  workspace.k = take_half_parts(tensors.k, num_parts, scratch);
-  workspace.v = take_half_parts(tensors.v, num_parts, scratch);
-  workspace.dout = take_half_parts(tensors.dout, num_parts, scratch);
+  const int num_limbs = with_limbs(params, []<int kLimbs>() { return kLimbs; });
+  workspace.q = take_half_limbs(tensors.q, num_limbs, scratch);
+  workspace.k = take_half_limbs(tensors.k, num_limbs, scratch);
+  workspace.v = take_half_limbs(tensors.v, num_limbs, scratch);
+  workspace.dout = take_half_limbs(tensors.dout, num_limbs, scratch);
   const int64_t num_sequences = params.batch_size * params.num_heads;
   const int64_t num_tiles = num_sequences * num_query_tiles(make_query_runs(*params.schedule));
   workspace.q_numbers = scratch.take<QueryNumbers>(num_tiles);
@@ -29,8 +29,8 @@ bool can_fp32_bwd(const BwdParams& params) {
   const BwdTensors tensors = bwd_tensors(params);
   // Keys past a range's end get the score -inf, whose weight is zero only under a positive scale.
   return static_cast<float>(params.softmax_scale) > 0 && params.dropout_p == 0 && params.key_padding_mask == nullptr &&
-         can_map_parts(tensors.q) && can_map_parts(tensors.k) && can_map_parts(tensors.v) &&
-         can_map_parts(tensors.dout) && can_store(params.out, params.out_strides, sizeof(float)) &&
+         can_map_limbs(tensors.q) && can_map_limbs(tensors.k) && can_map_limbs(tensors.v) &&
+         can_map_limbs(tensors.dout) && can_store(params.out, params.out_strides, sizeof(float)) &&
          can_store(params.dout, params.dout_strides, sizeof(float)) &&
          can_store(params.dq, params.dq_strides, sizeof(float)) &&
          can_store(params.dk, params.dk_strides, sizeof(float)) &&

@@ -13,9 +13,9 @@ namespace {
 // A row is copied, and leaves, in pieces of 16 bytes.
 constexpr int64_t kHeadDimStep = 8;
 
-// Whether TMA can read a tensor, or its parts.
+// Whether TMA can read a tensor, or its limbs.
 bool can_load(const TensorView& tensor) {
-  return tensor.dtype == DType::kFloat32 ? can_map_parts(tensor) : can_map(tensor);
+  return tensor.dtype == DType::kFloat32 ? can_map_limbs(tensor) : can_map(tensor);
 }
 
 }  // namespace
@@ -24,8 +24,8 @@ std::string refusal_fwd(const Problem& problem) {
   if (compute_capability(problem.device) != 90) return "the device is not of compute capability 9.0";
   if (problem.dtype == DType::kFloat64) return "the dtype is fp64";
   const bool is_fp32 = problem.dtype == DType::kFloat32;
-  const int64_t least = is_fp32 ? kMinPartsHeadDim : kHeadDimStep;
-  const int64_t most = is_fp32 ? kMaxPartsHeadDim : kMaxFwdHeadDim;
+  const int64_t least = is_fp32 ? kMinFp32HeadDim : kHeadDimStep;
+  const int64_t most = is_fp32 ? kMaxFp32HeadDim : kMaxFwdHeadDim;
   if (problem.head_dim < least || problem.head_dim > most || problem.head_dim % kHeadDimStep != 0) {
     return "head_dim is " + std::to_string(problem.head_dim) + ", not a multiple of " + std::to_string(kHeadDimStep) +
            " from " + std::to_string(least) + " to " + std::to_string(most);
@@ -47,8 +47,8 @@ Launch<FwdParams> launch_of_fwd(const FwdParams& params) {
   auto plan = std::make_shared<FwdPlan>(plan_fwd(params));
   return {.workspace_size = plan->workspace_size, .run = [plan](const FwdParams& params) {
             take_workspace(params, *plan);
-            with_fwd_kernel(params, [&]<typename Element, int kHeadDim, int kParts>() {
-              launch_fwd<Element, kHeadDim, kParts>(params, *plan);
+            with_fwd_kernel(params, [&]<typename Element, int kHeadDim, int kLimbs>() {
+              launch_fwd<Element, kHeadDim, kLimbs>(params, *plan);
             });
           }};
 }

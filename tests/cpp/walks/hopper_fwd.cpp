@@ -131,8 +131,8 @@ void check_hopper_fwd(const Problem& problem) {
   params.allow_tf32 = problem.choose(3, 2) == 0;
   if (!hopper::fits_work_table(params)) return;
   const Visits listed = listed_visits(problem);
-  hopper::with_fwd_kernel(params, [&]<typename Element, int kHeadDim, int kParts>() {
-    using Config = hopper::FwdConfig<Element, kHeadDim, kParts, false>;
+  hopper::with_fwd_kernel(params, [&]<typename Element, int kHeadDim, int kLimbs>() {
+    using Config = hopper::FwdConfig<Element, kHeadDim, kLimbs, false>;
     const hopper::FwdPlan plan = hopper::plan_fwd(params);
     check_workspace<Config::kBlockM>(plan, params);
     check_launch<Config::kBlockM, Config::kBlockN>(problem, listed, plan.table);

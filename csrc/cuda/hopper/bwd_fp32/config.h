@@ -1,5 +1,5 @@
-// Tile sizes of the Hopper backward for fp32, whose numbers are multiplied in kParts parts (half_parts.h), and the
-// shared memory of its blocks. Heads have kMinPartsHeadDim to 64 columns and are filled up to 64 with zeros by TMA.
+// Tile sizes of the Hopper backward for fp32, whose numbers are multiplied in kLimbs limbs (half_limbs.h), and the
+// shared memory of its blocks. Heads have kMinFp32HeadDim to 64 columns and are filled up to 64 with zeros by TMA.
 #pragma once
 
 #include <cuda_fp16.h>
@@ -17,7 +17,7 @@ inline constexpr int kFp32BwdHeadDim = 64;
 // What the kernel for dk and dv needs to know of a tile of queries beside the tile itself.
 struct QueryNumbers {
   float lse_log2[kQueryTileRows];    // +inf where there is no key, and where there is no query: no weights
-  float row_scales[kQueryTileRows];  // of the parts of q
+  float row_scales[kQueryTileRows];  // of the limbs of q
 };
 
 // The same of its output gradients. So that those of all rows can be added up by one product, they are given one
@@ -30,28 +30,28 @@ struct DoutNumbers {
   const RowReference* references;  // of the tile's rows; null if none has one and there are as many as fit
 };
 
-// The parts of a tile of rows.
-template <int kParts, int kRows>
-using HalfTile = __half[kParts][kRows * kSlabColumns];
+// The limbs of a tile of rows.
+template <int kLimbs, int kRows>
+using HalfTile = __half[kLimbs][kRows * kSlabColumns];
 
-// Two warpgroups of 64 key rows. Every input is there once for each part, of which two leave room for four tiles of
+// Two warpgroups of 64 key rows. Every input is there once for each limb, of which two leave room for four tiles of
 // queries and of output gradients each.
-template <int kParts_>
+template <int kLimbs_>
 struct Fp32DkDvConfig {
-  static constexpr int kParts = kParts_;
+  static constexpr int kLimbs = kLimbs_;
   static constexpr int kSplits = 1;
   static constexpr int kConsumers = 2, kStages = 4;
   static constexpr int kBlockM = kQueryTileRows, kBlockN = kConsumers * kWarpgroupRows;
-  static constexpr int kPartBytesM = kBlockM * kRowBytes, kTileBytesM = kParts * kPartBytesM;
-  static constexpr int kPartBytesN = kBlockN * kRowBytes, kTileBytesN = kParts * kPartBytesN;
+  static constexpr int kLimbBytesM = kBlockM * kRowBytes, kTileBytesM = kLimbs * kLimbBytesM;
+  static constexpr int kLimbBytesN = kBlockN * kRowBytes, kTileBytesN = kLimbs * kLimbBytesN;
   static constexpr int kThreads = (1 + kConsumers) * kWarpgroup;
   static constexpr int kProducerRegisters = 24, kConsumerRegisters = 240;
 };
 
 template <typename Config>
 struct Fp32DkDvSharedStorage {
-  alignas(1024) HalfTile<Config::kParts, Config::kBlockN> k, v;
-  alignas(1024) HalfTile<Config::kParts, Config::kBlockM> q[Config::kStages], dout[Config::kStages];
+  alignas(1024) HalfTile<Config::kLimbs, Config::kBlockN> k, v;
+  alignas(1024) HalfTile<Config::kLimbs, Config::kBlockM> q[Config::kStages], dout[Config::kStages];
   alignas(128) QueryNumbers q_numbers[Config::kStages];
   alignas(128) DoutNumbers dout_numbers[Config::kStages];
 
@@ -61,22 +61,22 @@ struct Fp32DkDvSharedStorage {
 };
 
 // Two warpgroups of 64 query rows.
-template <int kParts_>
+template <int kLimbs_>
 struct Fp32DqConfig {
-  static constexpr int kParts = kParts_;
+  static constexpr int kLimbs = kLimbs_;
   static constexpr int kSplits = 1;
   static constexpr int kConsumers = 2, kStages = 4;
   static constexpr int kBlockM = kConsumers * kWarpgroupRows, kBlockN = 64;
-  static constexpr int kPartBytesM = kBlockM * kRowBytes, kTileBytesM = kParts * kPartBytesM;
-  static constexpr int kPartBytesN = kBlockN * kRowBytes, kTileBytesN = kParts * kPartBytesN;
+  static constexpr int kLimbBytesM = kBlockM * kRowBytes, kTileBytesM = kLimbs * kLimbBytesM;
+  static constexpr int kLimbBytesN = kBlockN * kRowBytes, kTileBytesN = kLimbs * kLimbBytesN;
   static constexpr int kThreads = (1 + kConsumers) * kWarpgroup;
   static constexpr int kProducerRegisters = 40, kConsumerRegisters = 232;
 };
 
 template <typename Config>
 struct Fp32DqSharedStorage {
-  alignas(1024) HalfTile<Config::kParts, Config::kBlockM> q, dout;
-  alignas(1024) HalfTile<Config::kParts, Config::kBlockN> k[Config::kStages], v[Config::kStages];
+  alignas(1024) HalfTile<Config::kLimbs, Config::kBlockM> q, dout;
+  alignas(1024) HalfTile<Config::kLimbs, Config::kBlockN> k[Config::kStages], v[Config::kStages];
   alignas(128) float k_scales[Config::kStages][Config::kBlockN];
   alignas(128) float v_scales[Config::kStages][Config::kBlockN];
 

@@ -1,17 +1,17 @@
-// Gradients of keys and values on Hopper in fp32, from products of fp16 parts: persistent blocks of one producer and
+// Gradients of keys and values on Hopper in fp32, from products of fp16 limbs: persistent blocks of one producer and
 // two consumer warpgroups that own what they write. Gradients of queries are another kernel's (fp32_dq_kernel.cuh).
 //
 // An item of a block is a tile of kBlockN key rows of one head. The producer, a single thread, copies its keys and
 // values and then, tile by tile, the queries that read them, with their output gradients and what else is known of
-// them. Each consumer owns 64 of the key rows and goes through the transposed scores, in which keys are rows:
-// s = k qᵀ, p = exp2(s - lse), dv += p dout, dp = v doutᵀ, ds = p (dp - delta), dk += ds q. As rows of s are rows of dk
-// and dv, p and ds are operands of their products as they come out, but for being split into parts.
+// them. Each consumer owns 64 of the key rows and goes through the transposed scores, in which keys are rows: s = k qᵀ,
+// p = exp2(s - lse), dv += p dout, dp = v doutᵀ, ds = p (dp - delta), dk += ds q. As rows of s are rows of dk and dv, p
+// and ds are operands of their products as they come out, but for being split into limbs.
 //
 // Tensor cores cut sums off: each product for dv or dk starts a sum of its own, which is added up here, where additions
 // round. The two take turns in one set of registers. Rows of a factor have row_scales of their own: those of q and dout
 // are multiplied into ds and p, over whose columns the products sum.
 //
-// In the step for tile t the weights and their parts are computed under dp, ds under p dout, the parts of ds under s of
+// In the step for tile t the weights and their limbs are computed under dp, ds under p dout, the limbs of ds under s of
 // tile t + 1. At the end of a step no MMA is in flight, which the compiler needs.
 //
 // Who signals whom: *_full is completed by TMA (one arrival of the producer and the bytes), *_empty by one arrival of
@@ -126,7 +126,7 @@ __device__ inline void consume(const Fp32DkDvKernelParams& params, Fp32DkDvShare
 
   const auto tile_of = [](ptx::Operand ring, Ring use) { return ring.advance(use.stage() * Config::kTileBytesM); };
   const auto issue_transposed_scores = [](float (&result)[kBlockM / 2], ptx::Operand keys, ptx::Operand queries) {
-    issue_half_row_products<Config::kParts, Config::kPartBytesN, Config::kPartBytesM>(result, keys, queries);
+    issue_half_row_products<Config::kLimbs, Config::kLimbBytesN, Config::kLimbBytesM>(result, keys, queries);
   };
   const auto release = [&](ptx::Mbarrier& empty) {
     if (lane == 0) ptx::mbarrier_arrive(empty);
@@ -157,14 +157,14 @@ __device__ inline void consume(const Fp32DkDvKernelParams& params, Fp32DkDvShare
       scale_all(k_scales.of_row, params.softmax_scale_log2);
 
       float s[kBlockM / 2], dp[kBlockM / 2], sum[kHeadDim / 2] = {};
-      HalfOperand<Config::kParts, kBlockM / 4> operand;
+      HalfOperand<Config::kLimbs, kBlockM / 4> operand;
       RowLift lift{};
       const int64_t sequence = int64_t{item.batch} * params.table.num_heads + item.head;
       bool is_rare = sees_reference(params.dout_numbers + sequence * params.num_query_tiles, params.num_query_tiles);
       ptx::mbarrier_wait(shared.kv_full, kv_parity);
       kv_parity ^= 1;
-      // Infinities are in the last part.
-      const __half* k_rows = shared.k[Config::kParts - 1] + first_row * kSlabColumns;
+      // Infinities are in the last limb.
+      const __half* k_rows = shared.k[Config::kLimbs - 1] + first_row * kSlabColumns;
       is_rare = is_rare_item(consumer, sees_infinity<__half, kRowBytes>(k_rows) || is_rare);
       ptx::mbarrier_wait(shared.q_full[use.stage()], use.full_parity());
       issue_transposed_scores(s, k, tile_of(q_ring, use));
@@ -196,7 +196,7 @@ __device__ inline void consume(const Fp32DkDvKernelParams& params, Fp32DkDvShare
           }
           weigh(s, q_scales, k_scales, lse_log2);
           split_operand(operand, s, dout_factors);
-          issue_half_column_products<Config::kPartBytesM>(sum, operand, dout_tile);
+          issue_half_column_products<Config::kLimbBytesM>(sum, operand, dout_tile);
           ptx::wgmma_wait<1>(dp);
 
           const float dout_scale = shared.dout_numbers[stage].row_scale;
@@ -210,7 +210,7 @@ __device__ inline void consume(const Fp32DkDvKernelParams& params, Fp32DkDvShare
 
           lift = RowLift::of(dp);
           split_operand(operand, dp, lift.factor);
-          issue_half_column_products<Config::kPartBytesM>(sum, operand, q_tile);
+          issue_half_column_products<Config::kLimbBytesM>(sum, operand, q_tile);
           ptx::wgmma_wait<0>(s, sum);
           release(shared.q_empty[stage]);
           ++use.count;

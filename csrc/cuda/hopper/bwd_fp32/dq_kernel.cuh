@@ -1,4 +1,4 @@
-// Gradients of queries on Hopper in fp32, from products of fp16 parts: persistent blocks of two producers and two
+// Gradients of queries on Hopper in fp32, from products of fp16 limbs: persistent blocks of two producers and two
 // consumer warpgroups that own what they write.
 //
 // An item of a block is a tile of kBlockM query rows of one head. One producer, a single thread, copies its queries and
@@ -9,7 +9,7 @@
 // Tensor cores cut sums off: each product for dq starts a sum of its own, which is added up here, where additions
 // round. Rows of a factor have row_scales of their own: those of k are multiplied into ds, over whose columns dq sums.
 //
-// In the step for tile j the weights are computed under dp, the parts of ds under s of tile j + 1. At the end of a step
+// In the step for tile j the weights are computed under dp, the limbs of ds under s of tile j + 1. At the end of a step
 // no MMA is in flight, which the compiler needs.
 //
 // Who signals whom: *_full is completed by TMA (one arrival of its producer and the bytes; k_full also by one of the
@@ -75,7 +75,7 @@ __device__ inline void produce(const Fp32DqKernelParams& params, Fp32DqSharedSto
     KeyTileIterator<kBlockN> keys(params.table, item.tiles());
     for (int i = 0; i < num_tiles; ++i, ++use.count) {
       const KeyTile tile = keys.next();
-      const auto load = [&](HalfTile<Config::kParts, kBlockN>& buffer, const CUtensorMap& map, const HalfInput& input,
+      const auto load = [&](HalfTile<Config::kLimbs, kBlockN>& buffer, const CUtensorMap& map, const HalfInput& input,
                             ptx::Mbarrier& full, ptx::Mbarrier& empty) {
         ptx::mbarrier_wait(empty, use.empty_parity());
         ptx::mbarrier_arrive_expect(full, Config::kTileBytesN);
@@ -135,7 +135,7 @@ __device__ inline void consume(const Fp32DqKernelParams& params, Fp32DqSharedSto
 
   const auto tile_of = [](ptx::Operand ring, Ring use) { return ring.advance(use.stage() * Config::kTileBytesN); };
   const auto issue_scores = [](float (&result)[kBlockN / 2], ptx::Operand queries, ptx::Operand keys) {
-    issue_half_row_products<Config::kParts, Config::kPartBytesM, Config::kPartBytesN>(result, queries, keys);
+    issue_half_row_products<Config::kLimbs, Config::kLimbBytesM, Config::kLimbBytesN>(result, queries, keys);
   };
   const auto release = [&](ptx::Mbarrier& empty) {
     if (lane == 0) ptx::mbarrier_arrive(empty);
@@ -176,7 +176,7 @@ __device__ inline void consume(const Fp32DqKernelParams& params, Fp32DqSharedSto
       const bool relates = ptx::named_barrier_any(1 + consumer, kWarpgroup, has_reference[0] || has_reference[1]);
 
       float s[kBlockN / 2], dp[kBlockN / 2], sum[kHeadDim / 2] = {};
-      HalfOperand<Config::kParts, kBlockN / 4> operand;
+      HalfOperand<Config::kLimbs, kBlockN / 4> operand;
       RowLift lift{};
       ptx::mbarrier_wait(shared.q_full, q_parity);
       q_parity ^= 1;
@@ -215,7 +215,7 @@ __device__ inline void consume(const Fp32DqKernelParams& params, Fp32DqSharedSto
           issue_scores(s, q, tile_of(k_ring, next));
           lift = RowLift::of(dp);
           split_operand(operand, dp, lift.factor);
-          issue_half_column_products<Config::kPartBytesN>(sum, operand, tile_of(k_ring, use));
+          issue_half_column_products<Config::kLimbBytesN>(sum, operand, tile_of(k_ring, use));
           ptx::wgmma_wait<0>(s, sum);
           release(shared.k_empty[stage]);
           ++use.count;

@@ -12,12 +12,12 @@
 namespace mixed_attention::cuda::hopper {
 namespace {
 
-HalfInput half_input(const HalfParts& parts) { return {parts.row_scales, parts.copies, parts.copies == 1 ? 0 : 1}; }
+HalfInput half_input(const HalfLimbs& limbs) { return {limbs.row_scales, limbs.copies, limbs.copies == 1 ? 0 : 1}; }
 
-void launch_parts(const BwdParams& params, const BwdTensors& tensors, const Fp32BwdWorkspace& workspace) {
-  const std::array<HalfPartsTask, 4> tasks{
+void launch_limbs(const BwdParams& params, const BwdTensors& tensors, const Fp32BwdWorkspace& workspace) {
+  const std::array<HalfLimbsTask, 4> tasks{
       {{tensors.q, workspace.q}, {tensors.k, workspace.k}, {tensors.v, workspace.v}, {tensors.dout, workspace.dout}}};
-  launch_half_parts(tasks, params.stream);
+  launch_half_limbs(tasks, params.stream);
 }
 
 void launch_stats(const BwdParams& params, const Fp32BwdWorkspace& workspace, const std::vector<QueryRun>& runs) {
@@ -48,15 +48,15 @@ void launch_stats(const BwdParams& params, const Fp32BwdWorkspace& workspace, co
                                               kernel_params);
 }
 
-template <int kParts>
+template <int kLimbs>
 void launch_dk_dv(const BwdParams& params, const BwdTensors& tensors, const Fp32BwdWorkspace& workspace,
                   const std::vector<QueryRun>& runs) {
-  using Config = Fp32DkDvConfig<kParts>;
+  using Config = Fp32DkDvConfig<kLimbs>;
   const Fp32DkDvKernelParams kernel_params{
-      make_clipped_tile_map(parts_view(tensors.q, workspace.q), Config::kBlockM),
-      make_clipped_tile_map(parts_view(tensors.dout, workspace.dout), Config::kBlockM),
-      make_clipped_tile_map(parts_view(tensors.k, workspace.k), Config::kBlockN),
-      make_clipped_tile_map(parts_view(tensors.v, workspace.v), Config::kBlockN),
+      make_clipped_tile_map(limbs_view(tensors.q, workspace.q), Config::kBlockM),
+      make_clipped_tile_map(limbs_view(tensors.dout, workspace.dout), Config::kBlockM),
+      make_clipped_tile_map(limbs_view(tensors.k, workspace.k), Config::kBlockN),
+      make_clipped_tile_map(limbs_view(tensors.v, workspace.v), Config::kBlockN),
       half_input(workspace.q),
       half_input(workspace.dout),
       half_input(workspace.k),
@@ -77,13 +77,13 @@ void launch_dk_dv(const BwdParams& params, const BwdTensors& tensors, const Fp32
       "launch of hopper_fp32_dk_dv_kernel", kernel_params, params);
 }
 
-template <int kParts>
+template <int kLimbs>
 void launch_dq(const BwdParams& params, const BwdTensors& tensors, const Fp32BwdWorkspace& workspace) {
-  using Config = Fp32DqConfig<kParts>;
-  const Fp32DqKernelParams kernel_params{make_tile_map(parts_view(tensors.q, workspace.q), Config::kBlockM),
-                                         make_tile_map(parts_view(tensors.dout, workspace.dout), Config::kBlockM),
-                                         make_clipped_tile_map(parts_view(tensors.k, workspace.k), Config::kBlockN),
-                                         make_clipped_tile_map(parts_view(tensors.v, workspace.v), Config::kBlockN),
+  using Config = Fp32DqConfig<kLimbs>;
+  const Fp32DqKernelParams kernel_params{make_tile_map(limbs_view(tensors.q, workspace.q), Config::kBlockM),
+                                         make_tile_map(limbs_view(tensors.dout, workspace.dout), Config::kBlockM),
+                                         make_clipped_tile_map(limbs_view(tensors.k, workspace.k), Config::kBlockN),
+                                         make_clipped_tile_map(limbs_view(tensors.v, workspace.v), Config::kBlockN),
                                          half_input(workspace.q),
                                          half_input(workspace.dout),
                                          half_input(workspace.k),
@@ -109,11 +109,11 @@ void launch_fp32_bwd(const BwdParams& params) {
   const std::vector<QueryRun> runs = make_query_runs(*params.schedule);
   const BwdTensors tensors = bwd_tensors(params);
   const Fp32BwdWorkspace workspace = fp32_bwd_workspace(params);
-  launch_parts(params, tensors, workspace);
+  launch_limbs(params, tensors, workspace);
   launch_stats(params, workspace, runs);
-  with_parts(params, [&]<int kParts>() {
-    launch_dk_dv<kParts>(params, tensors, workspace, runs);
-    launch_dq<kParts>(params, tensors, workspace);
+  with_limbs(params, [&]<int kLimbs>() {
+    launch_dk_dv<kLimbs>(params, tensors, workspace, runs);
+    launch_dq<kLimbs>(params, tensors, workspace);
   });
 }
 

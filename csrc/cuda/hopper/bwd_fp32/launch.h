@@ -4,14 +4,14 @@
 #include <cstddef>
 
 #include "cuda/hopper/bwd_fp32/config.h"
-#include "cuda/hopper/split_fp16/half_parts.h"
+#include "cuda/hopper/split_fp16/half_limbs.h"
 #include "params.h"
 
 namespace mixed_attention::cuda::hopper {
 
-// The parts of params.workspace.
+// The partS of params.workspace.
 struct Fp32BwdWorkspace {
-  HalfParts q, k, v, dout;
+  HalfLimbs q, k, v, dout;
   QueryNumbers* q_numbers;    // (batch_size, num_heads, num_tiles)
   DoutNumbers* dout_numbers;  // likewise
   float* delta;               // (batch_size, num_heads, seqlen_q)

@@ -11,10 +11,10 @@
 
 namespace mixed_attention::cuda::hopper {
 
-// One of the inputs as parts (half_parts.h), apart from its map, which is that of all parts.
+// One of the inputs as limbs (half_limbs.h), apart from its map, which is that of all limbs.
 struct HalfInput {
   const float* row_scales;
-  int part_step;   // by so many sequences the low parts, if any, stand behind the high ones
+  int limb_step;   // by so many sequences the low limbs, if any, stand behind the high ones
   int batch_step;  // 1, or 0 where one sequence serves the whole batch
 };
 
@@ -28,7 +28,7 @@ struct Fp32BwdStatsKernelParams {
   const float* dlse;  // or null
   int num_heads, head_dim;
   int64_t seqlen_q;
-  HalfInput q_parts, dout_parts;
+  HalfInput q_limbs, dout_limbs;
   int num_tiles;              // of queries
   QueryNumbers* q_numbers;    // (batch_size, num_heads, num_tiles)
   DoutNumbers* dout_numbers;  // likewise

@@ -1,4 +1,4 @@
-// How fp32 tensors come in as parts and leave as they are.
+// How fp32 tensors come in as limbs and leave as they are.
 #pragma once
 
 #include <cuda_fp16.h>
@@ -12,26 +12,26 @@
 
 namespace mixed_attention::cuda::hopper {
 
-// As load_rows, of all parts.
-template <int kRows, int kParts>
-__device__ inline void load_half_rows(HalfTile<kParts, kRows>& tile, const CUtensorMap& map, const HalfInput& input,
+// As load_rows, of all limbs.
+template <int kRows, int kLimbs>
+__device__ inline void load_half_rows(HalfTile<kLimbs, kRows>& tile, const CUtensorMap& map, const HalfInput& input,
                                       ptx::Mbarrier& full, int row_begin, int head, int batch) {
 #pragma unroll
-  for (int part = 0; part < kParts; ++part) {
-    load_rows<kRows, kSlabColumns>(tile[part], map, full, row_begin, head,
-                                   batch * input.batch_step + part * input.part_step);
+  for (int limb = 0; limb < kLimbs; ++limb) {
+    load_rows<kRows, kSlabColumns>(tile[limb], map, full, row_begin, head,
+                                   batch * input.batch_step + limb * input.limb_step);
   }
 }
 
-// As load_clipped_rows, of all parts.
-template <int kRows, int kParts>
-__device__ inline void load_clipped_half_rows(HalfTile<kParts, kRows>& tile, const CUtensorMap& map,
+// As load_clipped_rows, of all limbs.
+template <int kRows, int kLimbs>
+__device__ inline void load_clipped_half_rows(HalfTile<kLimbs, kRows>& tile, const CUtensorMap& map,
                                               const HalfInput& input, ptx::Mbarrier& full, int row_begin, int num_rows,
                                               int head, int batch) {
 #pragma unroll
-  for (int part = 0; part < kParts; ++part) {
-    load_clipped_rows<kRows, kSlabColumns>(tile[part], map, full, row_begin, num_rows, head,
-                                           batch * input.batch_step + part * input.part_step);
+  for (int limb = 0; limb < kLimbs; ++limb) {
+    load_clipped_rows<kRows, kSlabColumns>(tile[limb], map, full, row_begin, num_rows, head,
+                                           batch * input.batch_step + limb * input.limb_step);
   }
 }
 

@@ -1,4 +1,4 @@
-// Weights and gradients of scores from products of parts: row_scales of both factors, one of rows and one of columns,
+// Weights and gradients of scores from products of limbs: row_scales of both factors, one of rows and one of columns,
 // turn a product into the number that it stands for.
 #pragma once
 

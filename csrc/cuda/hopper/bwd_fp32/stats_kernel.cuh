@@ -1,5 +1,5 @@
 // What the fp32 backward needs to know of every query, tile by tile: log-sum-exp, delta, and the row_scales of the
-// parts.
+// limbs.
 #pragma once
 
 #include <cstdint>
@@ -64,11 +64,11 @@ __global__ void __launch_bounds__(kFp32StatsThreads)
 
   float lse_log2 = INFINITY, q_scale = 0, dout_scale = 0;
   if (exists) {
-    const auto row_scale_of = [&](const HalfInput& parts) {
-      return row_scales_of_head(parts, params.num_heads, params.seqlen_q, head, batch)[row];
+    const auto row_scale_of = [&](const HalfInput& limbs) {
+      return row_scales_of_head(limbs, params.num_heads, params.seqlen_q, head, batch)[row];
     };
-    q_scale = row_scale_of(params.q_parts);
-    dout_scale = row_scale_of(params.dout_parts);
+    q_scale = row_scale_of(params.q_limbs);
+    dout_scale = row_scale_of(params.dout_limbs);
     const int64_t index = sequence * params.seqlen_q + row;
     if (params.dlse != nullptr) delta -= params.dlse[index];
     if (params.lse[index] != -INFINITY) lse_log2 = params.lse[index] * std::numbers::log2e_v<float>;

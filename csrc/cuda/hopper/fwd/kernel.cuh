@@ -12,7 +12,7 @@
 //
 // Who signals whom: *_full is completed by TMA (one arrival of the producer and the bytes; under a mask k_full also by
 // one of the thread that brings its bits), row_scales.full by one of the warp that brings the row_scales of fp32 tiles
-// (half_parts.h), *_empty by one arrival of every consumer warp. Items without keys come last and take part in no
+// (half_limbs.h), *_empty by one arrival of every consumer warp. Items without keys come last and take part in no
 // barrier.
 #pragma once
 
@@ -78,13 +78,13 @@ __device__ inline void produce(const FwdKernelParams& params, FwdSharedStorage<C
     const ItemRows queries = items.rows();
 
     const auto load_key_tile = [&](typename Config::Factor* buffer, const CUtensorMap& map, ptx::Mbarrier& full,
-                                   KeyTile tile, int batch_step, int part_step) {
+                                   KeyTile tile, int batch_step, int limb_step) {
       ptx::mbarrier_arrive_expect(full, Config::kTileBytesN);
 #pragma unroll
-      for (int part = 0; part < Config::kParts; ++part) {
-        load_clipped_rows<Config::kBlockN, Config::kHeadDim>(buffer + part * Config::kBlockN * Config::kHeadDim, map,
+      for (int limb = 0; limb < Config::kLimbs; ++limb) {
+        load_clipped_rows<Config::kBlockN, Config::kHeadDim>(buffer + limb * Config::kBlockN * Config::kHeadDim, map,
                                                              full, tile.row_begin, tile.num_rows, queries.head,
-                                                             queries.batch * batch_step + part * part_step);
+                                                             queries.batch * batch_step + limb * limb_step);
       }
     };
     const auto load_k = [&](KeyTile tile, Ring use) {
@@ -105,10 +105,10 @@ __device__ inline void produce(const FwdKernelParams& params, FwdSharedStorage<C
     ptx::mbarrier_wait(shared.q_empty[q.stage()], q.empty_parity());
     ptx::mbarrier_arrive_expect(shared.q_full[q.stage()], Config::kTileBytesM);
 #pragma unroll
-    for (int part = 0; part < Config::kParts; ++part) {
+    for (int limb = 0; limb < Config::kLimbs; ++limb) {
       load_rows<Config::kBlockM, Config::kHeadDim>(
-          shared.q[q.stage()] + part * Config::kBlockM * Config::kHeadDim, params.q, shared.q_full[q.stage()],
-          queries.row_begin, queries.head, queries.batch * params.q_batch_step + part * params.row_scales.q_copies);
+          shared.q[q.stage()] + limb * Config::kBlockM * Config::kHeadDim, params.q, shared.q_full[q.stage()],
+          queries.row_begin, queries.head, queries.batch * params.q_batch_step + limb * params.row_scales.q_copies);
     }
     for (int i = share.begin + 1; i < share.end; ++i) {
       const KeyTile next = keys.next();

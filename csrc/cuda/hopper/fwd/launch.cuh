@@ -20,8 +20,8 @@ FwdKernelParams make_fwd_kernel_params(const FwdParams& params, const FwdPlan& p
   if constexpr (Config::kIsMasked) tensors.v = masked_view(params, plan.masked_keys, plan.masked_keys.values);
   const int v_batch_step = batch_step(tensors.v.strides);
   if constexpr (Config::kHasRowScales) {
-    tensors = {parts_view(tensors.q, plan.q_parts), parts_view(tensors.k, plan.k_parts),
-               parts_view(tensors.v, plan.v_parts)};
+    tensors = {limbs_view(tensors.q, plan.q_limbs), limbs_view(tensors.k, plan.k_limbs),
+               limbs_view(tensors.v, plan.v_limbs)};
   }
   return {make_tile_map(tensors.q, Config::kBlockM, Config::kSlabColumns),
           make_clipped_tile_map(tensors.k, Config::kBlockN, Config::kSlabColumns),
@@ -40,8 +40,8 @@ FwdKernelParams make_fwd_kernel_params(const FwdParams& params, const FwdPlan& p
           plan.masked_keys.key_mask_step(),
           static_cast<float>(params.softmax_scale),
           static_cast<float>(params.softmax_scale * std::numbers::log2e),
-          {plan.q_parts.row_scales, plan.k_parts.row_scales, plan.v_parts.row_scales, plan.q_parts.copies,
-           plan.k_parts.copies, plan.v_parts.copies, params.seqlen_k},
+          {plan.q_limbs.row_scales, plan.k_limbs.row_scales, plan.v_limbs.row_scales, plan.q_limbs.copies,
+           plan.k_limbs.copies, plan.v_limbs.copies, params.seqlen_k},
           plan.table};
 }
 
@@ -72,7 +72,7 @@ void launch_combine(const FwdParams& params, const FwdPlan& plan) {
   const ScaledRowsOfSplits<kBlockM> rows{{plan.table},
                                          static_cast<float>(params.softmax_scale),
                                          static_cast<float>(params.softmax_scale * std::numbers::log2e),
-                                         plan.q_parts.row_scales,
+                                         plan.q_limbs.row_scales,
                                          batch_step(params.q_strides),
                                          params.seqlen_q};
   const LaunchShape shape{plan.table.splits.num_whole * (kBlockM / kRowsOfBlock), 32 * kRowsOfBlock};
@@ -91,18 +91,18 @@ void launch_tiles(const FwdParams& params, const FwdPlan& plan) {
                                        make_fwd_kernel_params<Config>(params, plan));
 }
 
-template <typename Element, int kHeadDim, int kParts>
+template <typename Element, int kHeadDim, int kLimbs>
 void launch_fwd(const FwdParams& params, const FwdPlan& plan) {
-  using Config = FwdConfig<Element, kHeadDim, kParts, false>;
+  using Config = FwdConfig<Element, kHeadDim, kLimbs, false>;
   if (plan.table.num_items == 0) return;
   if constexpr (Config::kHasRowScales) {
     const FwdTensors tensors = fwd_tensors(params);
-    const HalfPartsTask tasks[] = {{tensors.q, plan.q_parts}, {tensors.k, plan.k_parts}, {tensors.v, plan.v_parts}};
-    launch_half_parts(tasks, params.stream);
+    const HalfLimbsTask tasks[] = {{tensors.q, plan.q_limbs}, {tensors.k, plan.k_limbs}, {tensors.v, plan.v_limbs}};
+    launch_half_limbs(tasks, params.stream);
     launch_tiles<Config>(params, plan);
   } else if (params.key_padding_mask != nullptr) {
     launch_mask(params, plan.masked_keys);
-    launch_tiles<FwdConfig<Element, kHeadDim, kParts, true>>(params, plan);
+    launch_tiles<FwdConfig<Element, kHeadDim, kLimbs, true>>(params, plan);
   } else {
     launch_tiles<Config>(params, plan);
   }

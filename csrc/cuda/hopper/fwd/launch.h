@@ -5,7 +5,7 @@
 #include "cuda/hopper/mask/mask.h"
 #include "cuda/hopper/plan/query_table.h"
 #include "cuda/hopper/plan/tensor_map.h"
-#include "cuda/hopper/split_fp16/half_parts.h"
+#include "cuda/hopper/split_fp16/half_limbs.h"
 #include "params.h"
 
 namespace mixed_attention::cuda::hopper {
@@ -24,7 +24,7 @@ struct FwdPlan {
   float* partial_out = nullptr;
   RowPart* row_parts = nullptr;
   MaskedKeys masked_keys{};                   // none without a mask
-  HalfParts q_parts{}, k_parts{}, v_parts{};  // of fp32 inputs, none of others
+  HalfLimbs q_limbs{}, k_limbs{}, v_limbs{};  // of fp32 inputs, none of others
   size_t workspace_size = 0;
 };
 
@@ -34,8 +34,8 @@ FwdPlan plan_fwd(const FwdParams& params);
 // Says where in params.workspace the parts of a plan lie, once that is there.
 void take_workspace(const FwdParams& params, FwdPlan& plan);
 
-// Instantiated by cuda/instantiate_hopper_fwd.cu, one object per element type, head_dim and number of parts.
-template <typename Element, int kHeadDim, int kParts = 1>
+// Instantiated by cuda/instantiate_hopper_fwd.cu, one object per element type, head_dim and number of limbs.
+template <typename Element, int kHeadDim, int kLimbs = 1>
 void launch_fwd(const FwdParams& params, const FwdPlan& plan);
 
 }  // namespace mixed_attention::cuda::hopper

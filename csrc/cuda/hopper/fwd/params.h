@@ -11,7 +11,7 @@
 
 namespace mixed_attention::cuda::hopper {
 
-// The row_scales of fp32 inputs, and by how many sequences the parts of each stand behind one another; half_parts.h.
+// The row_scales of fp32 inputs, and by how many sequences the limbs of each stand behind one another; half_limbs.h.
 struct FwdRowScales {
   const float *q, *k, *v;
   int q_copies, k_copies, v_copies;

@@ -16,8 +16,8 @@ FwdTensors fwd_tensors(const FwdParams& params) {
 }
 
 FwdPlan plan_fwd(const FwdParams& params) {
-  FwdPlan plan = with_fwd_kernel(params, [&]<typename Element, int kHeadDim, int kParts>() {
-    using Tuning = FwdTuningOf<Element, kHeadDim, kParts>;
+  FwdPlan plan = with_fwd_kernel(params, [&]<typename Element, int kHeadDim, int kLimbs>() {
+    using Tuning = FwdTuningOf<Element, kHeadDim, kLimbs>;
     return FwdPlan{make_work_table(params, Tuning::kConsumers * kWarpgroupRows, Tuning::kBlockN)};
   });
   split_items(plan.table, num_multiprocessors(params.device));
@@ -26,8 +26,8 @@ FwdPlan plan_fwd(const FwdParams& params) {
 }
 
 void take_workspace(const FwdParams& params, FwdPlan& plan) {
-  with_fwd_kernel(params, [&]<typename Element, int kHeadDim, int kParts>() {
-    constexpr int kBlockM = FwdTuningOf<Element, kHeadDim, kParts>::kConsumers * kWarpgroupRows;
+  with_fwd_kernel(params, [&]<typename Element, int kHeadDim, int kLimbs>() {
+    constexpr int kBlockM = FwdTuningOf<Element, kHeadDim, kLimbs>::kConsumers * kWarpgroupRows;
     Scratch scratch(params.workspace);
     if (const int64_t num_splits = plan.table.splits.num_items(); num_splits > 0) {
       plan.partial_out = scratch.take<float>(num_splits * kBlockM * params.head_dim);
@@ -36,9 +36,9 @@ void take_workspace(const FwdParams& params, FwdPlan& plan) {
     if (params.key_padding_mask != nullptr) plan.masked_keys = plan_masked_keys(params, scratch, false);
     if (kHasRowScales<Element>) {
       const FwdTensors tensors = fwd_tensors(params);
-      plan.q_parts = take_half_parts(tensors.q, kParts, scratch);
-      plan.k_parts = take_half_parts(tensors.k, kParts, scratch);
-      plan.v_parts = take_half_parts(tensors.v, kParts, scratch);
+      plan.q_limbs = take_half_limbs(tensors.q, kLimbs, scratch);
+      plan.k_limbs = take_half_limbs(tensors.k, kLimbs, scratch);
+      plan.v_limbs = take_half_limbs(tensors.v, kLimbs, scratch);
     }
     plan.workspace_size = scratch.bytes();
   });

@@ -1,6 +1,6 @@
 // What a consumer of the forward multiplies and what comes of it, in registers: scores s, weights p, output o. Numbers
 // of 16 bits are factors themselves; those of fp32 are made up of fp16 ones times the row_scale of their row
-// (half_parts.h).
+// (half_limbs.h).
 #pragma once
 
 #include <cstdint>
@@ -83,7 +83,7 @@ struct FwdProducts<Config> {
   FwdOperands<Config> operands;
   float scale_log2[2];  // of the thread's two rows, with the row_scales of q
   float s[Config::kBlockN / 2];
-  HalfOperand<Config::kParts, Config::kBlockN / 4> p;
+  HalfOperand<Config::kLimbs, Config::kBlockN / 4> p;
   float o[Config::kHeadDim / 2], tile_o[Config::kHeadDim / 2];
   float v_scale;  // of the tile whose weights p are
 
@@ -103,16 +103,16 @@ struct FwdProducts<Config> {
 
   __device__ void issue_s(int q_stage, int k_stage) {
     const auto q = operands.q(q_stage), k = operands.k(k_stage);
-    issue_part_products<Config::kParts>([&](int q_part, int k_part, bool overwrites) {
+    issue_limb_products<Config::kLimbs>([&](int q_limb, int k_limb, bool overwrites) {
       add_row_products<Factor, Config::kHeadDim, Config::kSlabBytesM, Config::kSlabBytesN>(
-          s, q.advance(q_part * Config::kPartBytesM), k.advance(k_part * Config::kPartBytesN), overwrites);
+          s, q.advance(q_limb * Config::kLimbBytesM), k.advance(k_limb * Config::kLimbBytesN), overwrites);
     });
   }
 
   __device__ void issue_o(int v_stage) {
     const auto v = operands.v(v_stage);
-    issue_part_products<Config::kParts>([&](int p_part, int v_part, bool overwrites) {
-      add_column_products<Factor>(tile_o, p.parts[p_part], v.advance(v_part * Config::kPartBytesN), overwrites);
+    issue_limb_products<Config::kLimbs>([&](int p_limb, int v_limb, bool overwrites) {
+      add_column_products<Factor>(tile_o, p.limbs[p_limb], v.advance(v_limb * Config::kLimbBytesN), overwrites);
     });
   }
 

@@ -54,7 +54,7 @@ constexpr float kWeightLimit<__half> = 0x1p15f;
 template <>
 constexpr float kWeightLimit<float> = 0x1p15f;  // which is multiplied as two of fp16
 
-// The logarithm of the weight that a reference itself gets. Two parts of fp16 hold 22 bits of weights down to 2^-3 and
+// The logarithm of the weight that a reference itself gets. Two limbs of fp16 hold 22 bits of weights down to 2^-3 and
 // an absolute 2^-25 below that, so that those of fp32 begin higher.
 template <typename Element>
 constexpr float kReferenceWeightLog2 = 0;

@@ -8,7 +8,7 @@
 
 namespace mixed_attention::cuda::hopper {
 
-// Scores are products of fp16 parts, up to 2^37, times row_scales of keys, up to 2^113: these leave a part of theirs to
+// Scores are products of fp16 limbs, up to 2^37, times row_scales of keys, up to 2^113: these leave a part of theirs to
 // the queries' rows, so that a key of the largest numbers there are has finite scores.
 inline constexpr float kKeyScaleShare = 0x1p-16f;
 

@@ -10,15 +10,15 @@
 namespace mixed_attention::cuda::hopper {
 
 // The numbers rounded, and what they are missing rounded.
-template <int kParts>
+template <int kLimbs>
 struct HalfPair {
-  uint32_t parts[kParts];
+  uint32_t limbs[kLimbs];
 
   __device__ static HalfPair split(float a, float b) {
     HalfPair pair{ptx::pack<__half>(a, b)};
-    if constexpr (kParts == 2) {
-      const float2 rounded = __half22float2(reinterpret_cast<const __half2&>(pair.parts[0]));
-      pair.parts[1] = ptx::pack<__half>(a - rounded.x, b - rounded.y);
+    if constexpr (kLimbs == 2) {
+      const float2 rounded = __half22float2(reinterpret_cast<const __half2&>(pair.limbs[0]));
+      pair.limbs[1] = ptx::pack<__half>(a - rounded.x, b - rounded.y);
     }
     return pair;
   }

@@ -1,7 +1,7 @@
-// Matrix products of fp32 factors in fp16 parts. Of one part each they are products of that; of two parts each
-// a_low b_high + a_high b_low + a_high b_high, in this order, as what is cut off grows with the sum.
+// Matrix products of fp32 factors in fp16 limbs. Of one limb each they are products of that; of two limbs each a_low
+// b_high + a_high b_low + a_high b_high, in this order, as what is cut off grows with the sum.
 //
-// A tile of 64 columns in shared memory is one slab of its high parts with one of its low parts, if any, behind it.
+// A tile of 64 columns in shared memory is one slab of its high limbs with one of its low limbs, if any, behind it.
 #pragma once
 
 #include <cuda_fp16.h>
@@ -16,54 +16,54 @@
 
 namespace mixed_attention::cuda::hopper {
 
-// An operand in registers; the words of each part, high ones first, lie as those of a 16-bit one.
-template <int kParts, int kWords>
+// An operand in registers; the words of each limb, high ones first, lie as those of a 16-bit one.
+template <int kLimbs, int kWords>
 struct HalfOperand {
-  uint32_t parts[kParts][kWords];
+  uint32_t limbs[kLimbs][kWords];
 
   // Two numbers, the word's lower half first.
   __device__ void set(int word, float low, float high) {
-    const auto pair = HalfPair<kParts>::split(low, high);
+    const auto pair = HalfPair<kLimbs>::split(low, high);
 #pragma unroll
-    for (int part = 0; part < kParts; ++part) parts[part][word] = pair.parts[part];
+    for (int limb = 0; limb < kLimbs; ++limb) limbs[limb][word] = pair.limbs[limb];
   }
 };
 
-// Issues one batch, a product of two factors: calls add(part of a, part of b, whether it is the first) for each of its
-// parts' products, in their order.
-template <int kParts, typename Add>
-__device__ inline void issue_part_products(const Add& add) {
+// Issues one batch, a product of two factors: calls add(limb of a, limb of b, whether it is the first) for each of its
+// limbs' products, in their order.
+template <int kLimbs, typename Add>
+__device__ inline void issue_limb_products(const Add& add) {
   ptx::wgmma_fence();
-  if constexpr (kParts == 2) {
+  if constexpr (kLimbs == 2) {
     add(1, 0, true);
     add(0, 1, false);
   }
-  add(0, 0, kParts == 1);
+  add(0, 0, kLimbs == 1);
   ptx::wgmma_commit();
 }
 
 // d = a bᵀ.
-template <int kParts, int kPartBytesA, int kPartBytesB, int kCount>
+template <int kLimbs, int kLimbBytesA, int kLimbBytesB, int kCount>
 __device__ inline void issue_half_row_products(float (&d)[kCount], ptx::Operand a, ptx::Operand b) {
-  issue_part_products<kParts>([&](int part_a, int part_b, bool overwrites) {
-    add_row_products<__half, kSlabColumns, kPartBytesA, kPartBytesB>(d, a.advance(part_a * kPartBytesA),
-                                                                     b.advance(part_b * kPartBytesB), overwrites);
+  issue_limb_products<kLimbs>([&](int limb_a, int limb_b, bool overwrites) {
+    add_row_products<__half, kSlabColumns, kLimbBytesA, kLimbBytesB>(d, a.advance(limb_a * kLimbBytesA),
+                                                                     b.advance(limb_b * kLimbBytesB), overwrites);
   });
 }
 
 // d = a b, a from registers.
-template <int kPartBytes, int kCount, int kParts, int kWords>
-__device__ inline void issue_half_column_products(float (&d)[kCount], const HalfOperand<kParts, kWords>& a,
+template <int kLimbBytes, int kCount, int kLimbs, int kWords>
+__device__ inline void issue_half_column_products(float (&d)[kCount], const HalfOperand<kLimbs, kWords>& a,
                                                   ptx::Operand b) {
-  issue_part_products<kParts>([&](int part_a, int part_b, bool overwrites) {
-    add_column_products<__half>(d, a.parts[part_a], b.advance(part_b * kPartBytes), overwrites);
+  issue_limb_products<kLimbs>([&](int limb_a, int limb_b, bool overwrites) {
+    add_column_products<__half>(d, a.limbs[limb_a], b.advance(limb_b * kLimbBytes), overwrites);
   });
 }
 
 // Splits a result into the operand of the next product; nothing moves between threads. It is multiplied by the factors
 // of rows or of columns before, which take it to below 2^16.
-template <int kParts, int kCount, typename Factors>
-__device__ inline void split_operand(HalfOperand<kParts, kCount / 2>& operand, const float (&result)[kCount],
+template <int kLimbs, int kCount, typename Factors>
+__device__ inline void split_operand(HalfOperand<kLimbs, kCount / 2>& operand, const float (&result)[kCount],
                                      const Factors& factors) {
 #pragma unroll
   for (int i = 0; i < kCount; i += 2) {

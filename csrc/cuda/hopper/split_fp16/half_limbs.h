@@ -11,14 +11,14 @@ namespace mixed_attention::cuda::hopper {
 // A number is row_scale * (high + low) to 22 bits: high is the fp16 number next to it, low the one next to what is
 // missing. The row_scale is a power of two, one for each row of a head, by which the row's largest finite number comes
 // to lie between 2^14 and 2^15; numbers below 2^-18 of it are exact to 2^-39 of it. So no row depends on another,
-// whatever that holds. What is not finite has no finite parts' sum; infinity is 1 in high and infinity in low, and one
-// part is infinity.
+// whatever that holds. What is not finite has no finite limbs' sum; infinity is 1 in high and infinity in low, and one
+// limb is infinity.
 //
 // High alone is exact to 11 bits, as TF32 is, and for numbers below 2^-28 of the largest to 2^-39 of that.
-struct HalfParts {
-  void* parts;        // (num_parts, copies, seqlen, num_heads, head_dim) in fp16: all of high, then all of low
+struct HalfLimbs {
+  void* limbs;        // (num_limbs, copies, seqlen, num_heads, head_dim) in fp16: all of high, then all of low
   float* row_scales;  // (copies, num_heads, seqlen)
-  int num_parts;      // 2, or 1 without low
+  int num_limbs;      // 2, or 1 without low
   int copies;         // one for each sequence, or one for all
 };
 
@@ -27,35 +27,35 @@ inline int num_copies(const TensorView& tensor) {
   return tensor.strides.batch == 0 ? 1 : static_cast<int>(tensor.batch_size);
 }
 
-// All parts as one tensor: low stands behind high, as sequences of its own.
-inline TensorView parts_view(const TensorView& tensor, const HalfParts& parts) {
+// All limbs as one tensor: low stands behind high, as sequences of its own.
+inline TensorView limbs_view(const TensorView& tensor, const HalfLimbs& limbs) {
   const int64_t row = tensor.num_heads * tensor.head_dim;
   const Strides strides{tensor.seqlen * row, row, tensor.head_dim};
-  return {parts.parts,     DType::kFloat16, parts.num_parts * parts.copies, tensor.seqlen, tensor.num_heads,
+  return {limbs.limbs,     DType::kFloat16, limbs.num_limbs * limbs.copies, tensor.seqlen, tensor.num_heads,
           tensor.head_dim, strides};
 }
 
-// Room for the parts of a tensor.
-inline HalfParts take_half_parts(const TensorView& tensor, int num_parts, Scratch& scratch) {
+// Room for the limbs of a tensor.
+inline HalfLimbs take_half_limbs(const TensorView& tensor, int num_limbs, Scratch& scratch) {
   const int copies = num_copies(tensor);
   const int64_t num_rows = copies * tensor.num_heads * tensor.seqlen;
-  return {scratch.take<uint16_t>(num_parts * num_rows * tensor.head_dim), scratch.take<float>(num_rows), num_parts,
+  return {scratch.take<uint16_t>(num_limbs * num_rows * tensor.head_dim), scratch.take<float>(num_rows), num_limbs,
           copies};
 }
 
-// Whether TMA can read a tensor's parts, however many.
-inline bool can_map_parts(const TensorView& tensor) {
-  return can_map(parts_view(tensor, {nullptr, nullptr, 2, num_copies(tensor)}));
+// Whether TMA can read a tensor's limbs, however many.
+inline bool can_map_limbs(const TensorView& tensor) {
+  return can_map(limbs_view(tensor, {nullptr, nullptr, 2, num_copies(tensor)}));
 }
 
-struct HalfPartsTask {
+struct HalfLimbsTask {
   TensorView source;  // fp32; head_dim a multiple of 8 up to 256
-  HalfParts target;
+  HalfLimbs target;
 };
 
-inline constexpr int kMaxHalfPartsTasks = 8;
+inline constexpr int kMaxHalfLimbsTasks = 8;
 
-// Enqueues one kernel that makes the parts of all, which have the same head_dim; stream: cudaStream_t.
-void launch_half_parts(std::span<const HalfPartsTask> tasks, void* stream);
+// Enqueues one kernel that makes the limbs of all, which have the same head_dim; stream: cudaStream_t.
+void launch_half_limbs(std::span<const HalfLimbsTask> tasks, void* stream);
 
 }  // namespace mixed_attention::cuda::hopper

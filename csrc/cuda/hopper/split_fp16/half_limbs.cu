@@ -1,4 +1,4 @@
-#include "cuda/hopper/split_fp16/half_parts.h"
+#include "cuda/hopper/split_fp16/half_limbs.h"
 
 #include <algorithm>
 #include <bit>
@@ -13,11 +13,11 @@ namespace mixed_attention::cuda::hopper {
 namespace {
 
 constexpr int kThreads = 256;
-constexpr int kChunk = 8;  // numbers of a thread, 16 bytes of either part
+constexpr int kChunk = 8;  // numbers of a thread, 16 bytes of either limb
 constexpr int64_t kMaxGridDepth = 65535;
 
-struct HalfPartsParams {
-  HalfPartsTask tasks[kMaxHalfPartsTasks];
+struct HalfLimbsParams {
+  HalfLimbsTask tasks[kMaxHalfLimbsTasks];
   int threads_of_row;  // a power of two: those of a warp that share a row, some of them perhaps without numbers
 };
 
@@ -40,26 +40,26 @@ __device__ inline int row_scale_exponent(float largest) {
   return max((__float_as_int(largest) >> 23) - 127 - 14, -126);
 }
 
-// Infinity in two parts is 1 in high and infinity in low, with its sign. What the other factor is missing in its own
-// high part, perhaps nothing, or less than nothing, is multiplied by high alone, and does not make a NaN of infinity.
+// Infinity in two limbs is 1 in high and infinity in low, with its sign. What the other factor is missing in its own
+// high limb, perhaps nothing, or less than nothing, is multiplied by high alone, and does not make a NaN of infinity.
 __device__ inline void keep_infinities(HalfPair<2>& pair, float a, float b) {
   constexpr uint32_t kOne = 0x3c00, kInfinity = 0x7c00, kSign = 0x8000, kHalf = 0xffff;
   const auto keep = [&](float x, int shift) {
     if (!isinf(x)) return;
     const uint32_t sign = x < 0 ? kSign : 0;
-    pair.parts[0] = (pair.parts[0] & ~(kHalf << shift)) | (kOne | sign) << shift;
-    pair.parts[1] = (pair.parts[1] & ~(kHalf << shift)) | (kInfinity | sign) << shift;
+    pair.limbs[0] = (pair.limbs[0] & ~(kHalf << shift)) | (kOne | sign) << shift;
+    pair.limbs[1] = (pair.limbs[1] & ~(kHalf << shift)) | (kInfinity | sign) << shift;
   };
   keep(a, 0);
   keep(b, 16);
 }
 
 // A block takes some rows of one head; blockIdx.y is the task.
-__global__ void __launch_bounds__(kThreads) hopper_half_parts_kernel(const __grid_constant__ HalfPartsParams params) {
+__global__ void __launch_bounds__(kThreads) hopper_half_limbs_kernel(const __grid_constant__ HalfLimbsParams params) {
   ptx::allow_next_grid();
   ptx::wait_for_grids_before();
   const TensorView& source = params.tasks[blockIdx.y].source;
-  const HalfParts& target = params.tasks[blockIdx.y].target;
+  const HalfLimbs& target = params.tasks[blockIdx.y].target;
   const int head = blockIdx.x % static_cast<unsigned>(source.num_heads);
   const int rows_of_block = kThreads / params.threads_of_row;
   const int64_t row = int64_t{blockIdx.x} / source.num_heads * rows_of_block + threadIdx.x / params.threads_of_row;
@@ -86,16 +86,16 @@ __global__ void __launch_bounds__(kThreads) hopper_half_parts_kernel(const __gri
 #pragma unroll
     for (int i = 0; i < kChunk / 2; ++i) {
       pairs[i] = HalfPair<2>::split(x[2 * i] * inverse, x[2 * i + 1] * inverse);
-      if (target.num_parts == 2) keep_infinities(pairs[i], x[2 * i], x[2 * i + 1]);
+      if (target.num_limbs == 2) keep_infinities(pairs[i], x[2 * i], x[2 * i + 1]);
     }
-    const int64_t part_size = target.copies * source.seqlen * source.num_heads * source.head_dim;
-    __half* chunk = static_cast<__half*>(target.parts) +
+    const int64_t limb_size = target.copies * source.seqlen * source.num_heads * source.head_dim;
+    __half* chunk = static_cast<__half*>(target.limbs) +
                     ((copy * source.seqlen + row) * source.num_heads + head) * source.head_dim + column;
 #pragma unroll
-    for (int part = 0; part < 2; ++part) {
-      if (part == target.num_parts) break;
-      *reinterpret_cast<uint4*>(chunk + part * part_size) =
-          uint4{pairs[0].parts[part], pairs[1].parts[part], pairs[2].parts[part], pairs[3].parts[part]};
+    for (int limb = 0; limb < 2; ++limb) {
+      if (limb == target.num_limbs) break;
+      *reinterpret_cast<uint4*>(chunk + limb * limb_size) =
+          uint4{pairs[0].limbs[limb], pairs[1].limbs[limb], pairs[2].limbs[limb], pairs[3].limbs[limb]};
     }
     if (column == 0) {
       target.row_scales[(copy * source.num_heads + head) * source.seqlen + row] = power_of_two(exponent);
@@ -105,21 +105,21 @@ __global__ void __launch_bounds__(kThreads) hopper_half_parts_kernel(const __gri
 
 }  // namespace
 
-void launch_half_parts(std::span<const HalfPartsTask> tasks, void* stream) {
-  if (tasks.size() > kMaxHalfPartsTasks) throw std::logic_error("launch_half_parts: too many tasks");
-  HalfPartsParams params{};
+void launch_half_limbs(std::span<const HalfLimbsTask> tasks, void* stream) {
+  if (tasks.size() > kMaxHalfLimbsTasks) throw std::logic_error("launch_half_limbs: too many tasks");
+  HalfLimbsParams params{};
   std::copy(tasks.begin(), tasks.end(), params.tasks);
   params.threads_of_row = static_cast<int>(std::bit_ceil(static_cast<uint64_t>(tasks[0].source.head_dim / kChunk)));
   const int64_t rows_of_block = kThreads / params.threads_of_row;
   int64_t num_blocks = 0, depth = 0;
-  for (const HalfPartsTask& task : tasks) {
+  for (const HalfLimbsTask& task : tasks) {
     const int64_t blocks_of_head = (task.source.seqlen + rows_of_block - 1) / rows_of_block;
     num_blocks = std::max(num_blocks, blocks_of_head * task.source.num_heads);
     depth = std::max<int64_t>(depth, task.target.copies);
   }
   const dim3 grid(static_cast<unsigned>(num_blocks), static_cast<unsigned>(tasks.size()),
                   static_cast<unsigned>(std::min(depth, kMaxGridDepth)));
-  launch_kernel<hopper_half_parts_kernel>("launch of hopper_half_parts_kernel", {grid, kThreads}, stream, params);
+  launch_kernel<hopper_half_limbs_kernel>("launch of hopper_half_limbs_kernel", {grid, kThreads}, stream, params);
 }
 
 }  // namespace mixed_attention::cuda::hopper
