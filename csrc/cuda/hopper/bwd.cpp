@@ -55,7 +55,7 @@ std::string refusal_bwd(const Problem& problem) {
 bool can_bwd(const BwdParams& params) {
   if (params.dtype == DType::kFloat32) return can_fp32_bwd(params);
   const BwdTensors tensors = bwd_tensors(params);
-  // Keys past a range's end get the score -inf, whose weight is zero only under a positive scale.
+  // Keys past a range's end get the score -inf, whose p is zero only under a positive scale.
   return static_cast<float>(params.softmax_scale) > 0 && params.dropout_p == 0 && can_map(tensors.q) &&
          can_map(tensors.k) && can_map(tensors.v) && can_map(tensors.dout) &&
          can_store(params.out, params.out_strides) && can_store(params.dq, params.dq_strides) &&

@@ -22,9 +22,9 @@ inline constexpr int kRowBytes = 128;      // of such a slab
 inline constexpr int kColumnStepBytes = 32;
 inline constexpr int kRowStepBytes = 16 * kRowBytes;
 
-// Whether a forward's warpgroup without a row spares its weights: with two of them a step takes as long as the
-// products.
-constexpr bool spares_weights(int block_m) { return block_m > 2 * kWarpgroupRows; }
+// Whether a forward's warpgroup without rows may skip the softmax. That pays with three warpgroups only: with two, a
+// step takes as long as the MMAs.
+constexpr bool skips_softmax(int block_m) { return block_m > 2 * kWarpgroupRows; }
 
 // Words for a bit for every key of a tile.
 inline constexpr int kKeyBitWords = 4;
@@ -77,7 +77,7 @@ constexpr int slab_columns(int head_dim) { return head_dim % kSlabColumns == 0 ?
 template <int kHeadDim>
 struct FwdTuning;
 
-// The exponential unit takes twice as long as the tensor cores: more weights by polynomial.
+// The exponential unit takes twice as long as the tensor cores: more of p by polynomial.
 template <>
 struct FwdTuning<32> {
   static constexpr int kConsumers = 3, kBlockN = 128, kStages = 4, kProducerRegisters = 32, kConsumerRegisters = 160;
@@ -85,14 +85,14 @@ struct FwdTuning<32> {
 };
 
 // A score costs as many cycles of the exponential unit as of the tensor cores here: a third warpgroup gives each one's
-// softmax two others' products to hide under. Scores, weights and output take 128 of its 160 registers.
+// softmax two others' products to hide under. Scores, p and output take 128 of its 160 registers.
 template <>
 struct FwdTuning<64> {
   static constexpr int kConsumers = 3, kBlockN = 128, kStages = 4, kProducerRegisters = 32, kConsumerRegisters = 160;
   static constexpr int kPolynomialEvery = 16, kQueryBuffers = 2;
 };
 
-// Scores, weights and output take 144 registers, too many for three warpgroups.
+// Scores, p and output take 144 registers, too many for three warpgroups.
 template <>
 struct FwdTuning<96> {
   static constexpr int kConsumers = 2, kBlockN = 128, kStages = 3, kProducerRegisters = 40, kConsumerRegisters = 232;
@@ -124,8 +124,8 @@ struct FwdTuning<256> {
 template <int kHeadDim, int kLimbs>
 struct FwdFp32Tuning;
 
-// Numbers of two limbs. Scores, weights, output and what a tile adds to it take 192 registers, which leaves two
-// warpgroups; as products take three times as long as those of one limb, they hide the softmax all the same.
+// Numbers of two limbs. Scores, p, output and what a tile adds to it take 192 registers, which leaves two warpgroups;
+// as products take three times as long as those of one limb, they hide the softmax all the same.
 template <>
 struct FwdFp32Tuning<64, 2> {
   static constexpr int kConsumers = 2, kBlockN = 128, kStages = 2, kProducerRegisters = 40, kConsumerRegisters = 232;
@@ -147,7 +147,7 @@ struct FwdFp32Tuning<64, 1> {
   static constexpr int kPolynomialEvery = 0, kQueryBuffers = 2;
 };
 
-// Scores, weights, output and what a tile adds to it take 200 registers.
+// Scores, p, output and what a tile adds to it take 200 registers.
 template <>
 struct FwdFp32Tuning<128, 1> {
   static constexpr int kConsumers = 2, kBlockN = 96, kStages = 3, kProducerRegisters = 40, kConsumerRegisters = 232;
@@ -171,7 +171,7 @@ struct FwdConfig : FwdTuningOf<Element_, kHeadDim_, kLimbs_> {
   static constexpr int kHeadDim = kHeadDim_;
   static constexpr int kLimbs = kLimbs_;
   static constexpr bool kIsMasked = kIsMasked_;
-  // A masked key's weight by polynomial would not quite be zero, and masking leaves no time for polynomials anyway.
+  // A masked key's p by polynomial would not quite be zero, and masking leaves no time for polynomials anyway.
   static constexpr int kPolynomialEvery = kIsMasked ? 0 : Tuning::kPolynomialEvery;
   static constexpr int kSlabColumns = slab_columns(kHeadDim);
   static constexpr int kSlabs = kHeadDim / kSlabColumns;
@@ -192,7 +192,7 @@ struct FwdConfig : FwdTuningOf<Element_, kHeadDim_, kLimbs_> {
 };
 
 // The row_scales of a tile's keys, by which its scores are multiplied, and those of its values, as shares of the
-// largest, by which its weights are.
+// largest, by which its p is.
 template <int kBlockN>
 struct TileRowScales {
   alignas(16) float k[kBlockN], v[kBlockN];

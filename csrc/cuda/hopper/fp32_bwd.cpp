@@ -27,7 +27,7 @@ Fp32BwdWorkspace fp32_bwd_workspace(const BwdParams& params) {
 
 bool can_fp32_bwd(const BwdParams& params) {
   const BwdTensors tensors = bwd_tensors(params);
-  // Keys past a range's end get the score -inf, whose weight is zero only under a positive scale.
+  // Keys past a range's end get the score -inf, whose p is zero only under a positive scale.
   return static_cast<float>(params.softmax_scale) > 0 && params.dropout_p == 0 && params.key_padding_mask == nullptr &&
          can_map_limbs(tensors.q) && can_map_limbs(tensors.k) && can_map_limbs(tensors.v) &&
          can_map_limbs(tensors.dout) && can_store(params.out, params.out_strides, sizeof(float)) &&

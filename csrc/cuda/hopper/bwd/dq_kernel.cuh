@@ -151,7 +151,7 @@ __device__ inline void consume(const DqKernelParams& params, DqSharedStorage<Con
             has_reference = true;
             lse_log2[i] = params.references[stats + row].sum_log2;
           }
-          // A row that sees no key has no weights: exp2(-inf - inf).
+          // p is 0 in a row that sees no key: exp2(-inf - inf).
           if (lse_log2[i] == -INFINITY) lse_log2[i] = INFINITY;
           delta[i] = params.delta[stats + row];
         }
@@ -172,8 +172,8 @@ __device__ inline void consume(const DqKernelParams& params, DqSharedStorage<Con
           mask_columns(s, params.table.ranges[item.tiles().first_range + tile].tail);
         }
         if (has_reference) relate_rows(s, params.references + stats + lane / 4);
-        weigh_rows(s, params.softmax_scale_log2, lse_log2);
-        hold_weights(s, ptx::shared_address(&shared));
+        exponentiate_rows(s, params.softmax_scale_log2, lse_log2);
+        hold_p(s, ptx::shared_address(&shared));
         ptx::wgmma_wait<0>(dp);
         release(shared.v_empty[v.stage()]);
         differentiate_rows(dp, s, delta);

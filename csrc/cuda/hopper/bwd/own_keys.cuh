@@ -8,7 +8,7 @@
 
 namespace mixed_attention::cuda::hopper {
 
-// Which of the two count. Those past the end of the keys do not, nor do masked ones: their weights may be infinite.
+// Which of the two count. Those past the end of the keys do not, nor do masked ones: their p may be infinite.
 template <bool kIsMasked>
 class OwnKeys {
  public:

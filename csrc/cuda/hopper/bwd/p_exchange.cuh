@@ -1,10 +1,10 @@
-// Weights on their way from the warpgroup that computes them to the one that computes gradients of scores: in fp32 and
-// in the order of the accumulators, so that each thread reads what its counterpart wrote, 16 bytes at a time.
+// p on its way from the warpgroup that computes it to the one that computes ds: in fp32 and in the order of the
+// accumulators, so that each thread reads what its counterpart wrote, 16 bytes at a time.
 //
 // Two buffers take turns. They lie where the first columns of k and of v were, which both warpgroups have in registers.
 //
 // Who signals whom: p_full by one arrival of every warp that writes, p_empty by one of every warp that reads. The first
-// weights of an item wait for kv_kept beside, one arrival of every consumer warp.
+// p of an item waits for kv_kept beside, one arrival of every consumer warp.
 #pragma once
 
 #include <cstdint>
@@ -26,11 +26,11 @@ __device__ inline void init_p_barriers(WideDkDvSharedStorage<Config>& shared) {
   ptx::mbarrier_init(shared.kv_kept, Config::kConsumers * kWarpgroup / 32);
 }
 
-// This thread's weights in their buffer, by the number of the accumulator.
-class OwnWeights {
+// This thread's p in its buffer, by the number of the accumulator.
+class OwnP {
  public:
   template <typename Config>
-  __device__ OwnWeights(WideDkDvSharedStorage<Config>& shared, PRing use)
+  __device__ OwnP(WideDkDvSharedStorage<Config>& shared, PRing use)
       : fours_(reinterpret_cast<float4*>(use.stage() == 0 ? shared.k : shared.v) + threadIdx.x % kWarpgroup) {}
 
   template <int kCount>

@@ -1,6 +1,6 @@
 // Which items want the loop that relates scores: where a query of their head has a reference (row_reference.h), or a
 // key of theirs has an entry that is infinite or NaN. What fills up a tile of queries is zero, and zero times infinity
-// would be NaN in the sums of such a key, which the queries that there are may give no weight.
+// would be NaN in the sums of such a key, which the queries that there are may give a p of zero.
 #pragma once
 
 #include <cuda_bf16.h>

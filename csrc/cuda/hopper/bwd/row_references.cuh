@@ -1,4 +1,4 @@
-// References of queries whose log-sum-exp does not tell their weights apart: row_reference.h.
+// References of queries whose log-sum-exp does not tell their p apart: row_reference.h.
 #pragma once
 
 #include <cstdint>

@@ -1,5 +1,5 @@
-// Weights and gradients of scores over the fragments of wgmma: p = exp2(scale_log2 s - lse_log2), ds = p (dp - delta).
-// Scores of rows that have a reference (row_reference.h) become relative to it before.
+// p and ds over the fragments of wgmma: p = exp2(scale_log2 s - lse_log2), ds = p (dp - delta). Scores of rows that
+// have a reference (row_reference.h) become relative to it before.
 //
 // Where queries are rows, a thread keeps the statistics of its two rows; where they are columns, it reads those of a
 // tile while it waits for the scores.
@@ -75,7 +75,7 @@ __device__ __forceinline__ void relate_rows(float (&s)[kCount], const RowReferen
   for (int i = 0; i < kCount; ++i) s[i] = relative_score(s[i], own[row_of(i)]);
 }
 
-// Exponents of the weights, computed here: without pin the compiler would do so behind the next barrier.
+// Exponents of p, computed here: without pin the compiler would do so behind the next barrier.
 template <int kCount>
 __device__ inline void scale_columns(float (&s)[kCount], float scale_log2, const ColumnStats<2 * kCount>& lse_log2) {
 #pragma unroll
@@ -99,9 +99,9 @@ __device__ inline void start_differences(float (&dp)[kCount], const float* delta
   ptx::pin(dp);  // negated here, not where the product begins
 }
 
-// Turns dp into ds; p[i]: the weight of accumulator i.
-template <int kCount, typename Weights>
-__device__ inline void differentiate_columns(float (&dp)[kCount], const Weights& p, const float* delta) {
+// Turns dp into ds; p[i]: that of accumulator i.
+template <int kCount, typename P>
+__device__ inline void differentiate_columns(float (&dp)[kCount], const P& p, const float* delta) {
   ColumnStats<2 * kCount> stats;
   stats.load(delta);
 #pragma unroll
@@ -109,7 +109,7 @@ __device__ inline void differentiate_columns(float (&dp)[kCount], const Weights&
 }
 
 template <int kCount>
-__device__ inline void weigh_rows(float (&s)[kCount], float scale_log2, const float (&lse_log2)[2]) {
+__device__ inline void exponentiate_rows(float (&s)[kCount], float scale_log2, const float (&lse_log2)[2]) {
 #pragma unroll
   for (int i = 0; i < kCount; ++i) s[i] = ptx::exp2(fmaf(s[i], scale_log2, -lse_log2[row_of(i)]));
 }
@@ -121,9 +121,9 @@ __device__ inline void differentiate_rows(float (&dp)[kCount], const float (&p)[
 }
 
 // NOTE: ptxas moves exponentials behind the wait for the product that they should run under. A store that depends on
-// all of them and never happens, as weights are not negative, holds them in front of it.
+// all of them and never happens, as p is not negative, holds them in front of it.
 template <int kCount>
-__device__ inline void hold_weights(const float (&p)[kCount], uint32_t shared_address) {
+__device__ inline void hold_p(const float (&p)[kCount], uint32_t shared_address) {
   uint32_t signs = 0;
 #pragma unroll
   for (int i = 0; i < kCount; ++i) signs |= __float_as_uint(p[i]);

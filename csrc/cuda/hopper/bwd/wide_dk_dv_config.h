@@ -32,7 +32,7 @@ struct WideDkDvConfig : WideDkDvTuning<kHeadDim>, BwdTiles<Element, kHeadDim, kQ
   static constexpr int kProducerRegisters = 24, kConsumerRegisters = 240;
 
   static_assert(is_wide(kHeadDim) && Tiles::kBlockN == kWarpgroupRows);
-  // Weights pass through shared memory where keys and values are in registers.
+  // p passes through shared memory where keys and values are in registers.
   static_assert(Tiles::kBlockM * sizeof(float) <= WideDkDvTuning<kHeadDim>::kKeptColumns * sizeof(Element));
 };
 

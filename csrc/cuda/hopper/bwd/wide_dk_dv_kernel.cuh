@@ -45,7 +45,7 @@ __device__ inline void release_warp(ptx::Mbarrier& barrier) {
   if (threadIdx.x % 32 == 0) ptx::mbarrier_arrive(barrier);
 }
 
-// Weights have passed through k and v, which TMA is to fill again.
+// p has passed through k and v, which TMA is to fill again.
 template <typename Config>
 __device__ inline void release_keys(WideDkDvSharedStorage<Config>& shared) {
   ptx::fence_async_shared();
@@ -96,8 +96,8 @@ __device__ inline void own_dv(const DkDvKernelParams& params, WideDkDvSharedStor
         ptx::mbarrier_wait(shared.dout_full[dout.stage()], dout.full_parity());
         issue_column_products<Element>(dv, p_operand, dout_ring.advance(dout.stage() * Config::kTileBytesM));
       };
-      // Turns scores into weights.
-      const auto weigh = [&](QRing q) {
+      // Turns scores into p.
+      const auto exponentiate = [&](QRing q) {
         ColumnStats<Config::kBlockM> lse_log2;
         const float* lse_tile = shared.lse_log2[q.stage()];
         if (is_marked(lse_tile)) relate_columns(s, lse_tile);
@@ -106,7 +106,7 @@ __device__ inline void own_dv(const DkDvKernelParams& params, WideDkDvSharedStor
         exponentiate_all(s);
         const PRing p{q.count};
         ptx::mbarrier_wait(shared.p_empty[p.stage()], p.empty_parity());
-        OwnWeights(shared, p).store(s);
+        OwnP(shared, p).store(s);
         release_warp(shared.p_full[p.stage()]);
         release_warp(shared.q_empty[q.stage()]);
       };
@@ -118,7 +118,7 @@ __device__ inline void own_dv(const DkDvKernelParams& params, WideDkDvSharedStor
       ptx::wgmma_wait<0>(s);
       ptx::mbarrier_wait(shared.kv_kept, kv_parity);
       kv_parity ^= 1;
-      weigh(QRing{num_used});
+      exponentiate(QRing{num_used});
       round_operand<Element>(p_operand, s);
 
       for (int tile = 1; tile < num_tiles; ++tile) {
@@ -127,7 +127,7 @@ __device__ inline void own_dv(const DkDvKernelParams& params, WideDkDvSharedStor
         issue_scores(q);
         issue_dv(dout);
         ptx::wgmma_wait<1>(s);
-        weigh(q);
+        exponentiate(q);
         ptx::wgmma_wait<0>(dv);
         release_warp(shared.dout_empty[dout.stage()]);
         round_operand<Element>(p_operand, s);
@@ -176,7 +176,7 @@ __device__ inline void own_dk(const DkDvKernelParams& params, WideDkDvSharedStor
       const auto differentiate = [&](DoutRing dout) {
         const PRing p{dout.count};
         ptx::mbarrier_wait(shared.p_full[p.stage()], p.full_parity());
-        differentiate_columns(dp, OwnWeights(shared, p), shared.delta[dout.stage()]);
+        differentiate_columns(dp, OwnP(shared, p), shared.delta[dout.stage()]);
         release_warp(shared.p_empty[p.stage()]);
         release_warp(shared.dout_empty[dout.stage()]);
         round_operand<Element>(ds_operand, dp);

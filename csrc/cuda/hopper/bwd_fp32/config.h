@@ -16,7 +16,7 @@ inline constexpr int kFp32BwdHeadDim = 64;
 
 // What the kernel for dk and dv needs to know of a tile of queries beside the tile itself.
 struct QueryNumbers {
-  float lse_log2[kQueryTileRows];    // +inf where there is no key, and where there is no query: no weights
+  float lse_log2[kQueryTileRows];    // +inf where there is no key, and where there is no query: p is 0
   float row_scales[kQueryTileRows];  // of the limbs of q
 };
 

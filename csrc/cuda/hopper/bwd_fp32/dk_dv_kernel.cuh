@@ -11,8 +11,8 @@
 // round. The two take turns in one set of registers. Rows of a factor have row_scales of their own: those of q and dout
 // are multiplied into ds and p, over whose columns the products sum.
 //
-// In the step for tile t the weights and their limbs are computed under dp, ds under p dout, the limbs of ds under s of
-// tile t + 1. At the end of a step no MMA is in flight, which the compiler needs.
+// In the step for tile t, p and its limbs are computed under dp, ds under p dout, the limbs of ds under s of tile t +
+// 1. At the end of a step no MMA is in flight, which the compiler needs.
 //
 // Who signals whom: *_full is completed by TMA (one arrival of the producer and the bytes), *_empty by one arrival of
 // every consumer warp. Items that nobody reads take part in no barrier.
@@ -194,7 +194,7 @@ __device__ inline void consume(const Fp32DkDvKernelParams& params, Fp32DkDvShare
                   params.softmax_scale_log2);
             }
           }
-          weigh(s, q_scales, k_scales, lse_log2);
+          exponentiate(s, q_scales, k_scales, lse_log2);
           split_operand(operand, s, dout_factors);
           issue_half_column_products<Config::kLimbBytesM>(sum, operand, dout_tile);
           ptx::wgmma_wait<1>(dp);

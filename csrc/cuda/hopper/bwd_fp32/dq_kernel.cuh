@@ -9,8 +9,8 @@
 // Tensor cores cut sums off: each product for dq starts a sum of its own, which is added up here, where additions
 // round. Rows of a factor have row_scales of their own: those of k are multiplied into ds, over whose columns dq sums.
 //
-// In the step for tile j the weights are computed under dp, the limbs of ds under s of tile j + 1. At the end of a step
-// no MMA is in flight, which the compiler needs.
+// In the step for tile j, p is computed under dp, the limbs of ds under s of tile j + 1. At the end of a step no MMA is
+// in flight, which the compiler needs.
 //
 // Who signals whom: *_full is completed by TMA (one arrival of its producer and the bytes; k_full also by one of the
 // other producer), *_empty by one arrival of every consumer warp. Items without keys take part in no barrier.
@@ -161,7 +161,7 @@ __device__ inline void consume(const Fp32DqKernelParams& params, Fp32DqSharedSto
         const int row = row_begin + lane / 4 + 8 * i;
         if (row < item.tiles().row_end) {
           const float lse = params.lse[stats + row];
-          // +inf makes the weights of a row zero whose scores are all -inf.
+          // +inf makes p zero in a row whose scores are all -inf.
           lse_log2.of_row[i] = lse == -INFINITY ? INFINITY : lse * std::numbers::log2e_v<float>;
           if (lse != -INFINITY && needs_reference(lse_log2.of_row[i])) {
             has_reference[i] = true;
@@ -205,8 +205,8 @@ __device__ inline void consume(const Fp32DqKernelParams& params, Fp32DqSharedSto
             };
             relate(s, reference_of, k_scales, q_scales, params.softmax_scale_log2);
           }
-          weigh(s, k_scales, q_scales, lse_log2);
-          hold_weights(s, ptx::shared_address(&shared.q_full));
+          exponentiate(s, k_scales, q_scales, lse_log2);
+          hold_p(s, ptx::shared_address(&shared.q_full));
           ptx::wgmma_wait<0>(dp);
           release(shared.v_empty[stage]);
 

@@ -1,5 +1,5 @@
-// Weights and gradients of scores from products of limbs: row_scales of both factors, one of rows and one of columns,
-// turn a product into the number that it stands for.
+// p and ds from products of limbs: row_scales of both factors, one of rows and one of columns, turn a product into the
+// number that it stands for.
 #pragma once
 
 #include "cuda/common/row_reference.cuh"
@@ -33,19 +33,19 @@ __device__ __forceinline__ void relate(float (&s)[kCount], const References& ref
 // p = exp2(s * row_scales * softmax_scales - lse_log2); the latter have the softmax scale in them. The others are
 // powers of two, so that all is rounded once.
 template <int kCount, typename RowScales, typename SoftmaxScales, typename Lse>
-__device__ inline void weigh(float (&s)[kCount], const RowScales& row_scales, const SoftmaxScales& softmax_scales,
-                             const Lse& lse_log2) {
+__device__ inline void exponentiate(float (&s)[kCount], const RowScales& row_scales,
+                                    const SoftmaxScales& softmax_scales, const Lse& lse_log2) {
 #pragma unroll
   for (int i = 0; i < kCount; ++i) s[i] = ptx::exp2(fmaf(s[i] * row_scales[i], softmax_scales[i], -lse_log2[i]));
 }
 
-// Turns dp into ds * weights, ds = p (dp * row_scales * other_scales - delta).
-template <int kCount, typename RowScales, typename OtherScales, typename Delta, typename Weights>
+// Turns dp into ds * factors, ds = p (dp * row_scales * other_scales - delta).
+template <int kCount, typename RowScales, typename OtherScales, typename Delta, typename Factors>
 __device__ inline void differentiate(float (&dp)[kCount], const float (&p)[kCount], const RowScales& row_scales,
-                                     const OtherScales& other_scales, const Delta& delta, const Weights& weights) {
+                                     const OtherScales& other_scales, const Delta& delta, const Factors& factors) {
 #pragma unroll
   for (int i = 0; i < kCount; ++i) {
-    dp[i] = p[i] * weights[i] * fmaf(dp[i] * row_scales[i], other_scales[i], -delta[i]);
+    dp[i] = p[i] * factors[i] * fmaf(dp[i] * row_scales[i], other_scales[i], -delta[i]);
   }
 }
 

@@ -3,7 +3,7 @@
 // A work item of a block is a tile of kBlockM query rows of one batch_head, or a split of one, which goes through a
 // share of the tile's keys and whose output is combined with the others' by a second kernel. The producer, a single
 // thread, copies its queries and then its key and value tiles into rings of buffers. Each consumer owns 64 of the rows
-// and computes, tile by tile, s = q k^T, the weights p of s, and o += p v, with s, p and o in registers.
+// and computes, tile by tile, s = q k^T, p = exp2(s - softmax_base), and o += p v, with s, p and o in registers.
 //
 // Two overlaps keep the tensor cores busy. Within a warpgroup, s of a tile is issued together with o += p v of the tile
 // before, and the softmax of the one runs under the product of the other; that goes on from item to item, so that an
@@ -219,7 +219,7 @@ __device__ inline void consume(const FwdKernelParams& params, FwdSharedStorage<C
 
   const auto begin_item = [&] {
     share = items.share();
-    if constexpr (spares_weights(Config::kBlockM)) {
+    if constexpr (skips_softmax(Config::kBlockM)) {
       const ItemRows rows = items.rows();
       has_rows = rows.row_begin + consumer * kWarpgroupRows < rows.row_end;
     }
@@ -238,7 +238,7 @@ __device__ inline void consume(const FwdKernelParams& params, FwdSharedStorage<C
     start_softmax();
     softmax.settle<Element>();
     softmax.add_tile();
-    products.take_weights(shared, k_use);
+    products.take_p(shared, k_use);
   }
   while (has_keys) {
     clear(o);
@@ -248,7 +248,7 @@ __device__ inline void consume(const FwdKernelParams& params, FwdSharedStorage<C
       issue_both(v_use);
       if (has_rows) {
         finish_s(tile);
-        softmax.weigh<Config::kPolynomialEvery>(s, products.scale_log2);
+        softmax.exponentiate<Config::kPolynomialEvery>(s, products.scale_log2);
       }
       const bool is_overflow = overflows();
       products.wait();
@@ -264,7 +264,7 @@ __device__ inline void consume(const FwdKernelParams& params, FwdSharedStorage<C
       }
       release(shared.k_empty[k_use.stage()]);
       softmax.add_tile();
-      products.take_weights(shared, k_use);
+      products.take_p(shared, k_use);
     }
     release(shared.q_empty[q_use.stage()]);
 
@@ -286,7 +286,7 @@ __device__ inline void consume(const FwdKernelParams& params, FwdSharedStorage<C
       products.wait();
       softmax.settle<Element>();
       softmax.add_tile();
-      products.take_weights(shared, k_use);
+      products.take_p(shared, k_use);
     } else {
       issue_o(v_use);
       products.wait();

@@ -1,6 +1,6 @@
-// Outputs that overflow although their quotient by the sum of the weights would not. Values of bf16 may be as large as
-// any number of fp32, in which weights times values are added up, and weights are about 1, where they are most exact. A
-// block that finds such an output goes through its items once more: repair.cuh.
+// Outputs that overflow although their quotient by the row sum of p would not. Values of bf16 may be as large as any
+// number of fp32, in which p v is added up, and p is about 1, where it is most exact. A block that finds such an output
+// goes through its items once more: repair.cuh.
 #pragma once
 
 #include <cuda_bf16.h>

@@ -1,12 +1,12 @@
-// 2^x by multiplications and additions, for the share of the weights that relieves the exponential unit.
+// 2^x by multiplications and additions, for the share of p that relieves the exponential unit.
 #pragma once
 
 namespace mixed_attention::cuda::hopper {
 
-// 2^(scale * a - offset), as exact as the exponential unit's, for exponents that are clamped to [-127, 125]: 16-bit
-// weights would do with less, but their sum goes into the log-sum-exp, which is fp32. NaN gives 2^125: more than any
-// weight may be, so that whoever checks for overflow finds it. The least one comes out as 2^-149, which in 16 bits is
-// zero: the largest value times it is to be nothing.
+// 2^(scale * a - offset), as exact as the exponential unit's, for exponents that are clamped to [-127, 125]: 16-bit p
+// would do with less, but its sum goes into the log-sum-exp, which is fp32. NaN gives 2^125: more than any p may be, so
+// that whoever checks for overflow finds it. The least one comes out as 2^-149, which in 16 bits is zero: the largest
+// value times it is to be nothing.
 struct PolynomialExp2 {
   static constexpr float kLeast = -127.f, kMost = 125.f;
   static constexpr float kRounding = 12582912.f;  // 1.5 * 2^23: adding it rounds to an integer, in the low bits

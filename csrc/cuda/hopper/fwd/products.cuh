@@ -1,6 +1,5 @@
-// What a consumer of the forward multiplies and what comes of it, in registers: scores s, weights p, output o. Numbers
-// of 16 bits are factors themselves; those of fp32 are made up of fp16 ones times the row_scale of their row
-// (half_limbs.h).
+// What a consumer of the forward multiplies and what comes of it, in registers: scores s, p, output o. Numbers of 16
+// bits are factors themselves; those of fp32 are made up of fp16 ones times the row_scale of their row (half_limbs.h).
 #pragma once
 
 #include <cstdint>
@@ -68,8 +67,8 @@ struct FwdProducts {
   // Both products are to be finished.
   __device__ void wait() { ptx::wgmma_wait<0>(o, s); }
 
-  // Makes factors of the weights, which have taken the place of s.
-  __device__ void take_weights(FwdSharedStorage<Config>&, Ring) { round_operand<Element>(p, s); }
+  // Makes factors of p, which has taken the place of s.
+  __device__ void take_p(FwdSharedStorage<Config>&, Ring) { round_operand<Element>(p, s); }
 };
 
 // In fp32 what a tile adds to the output is a sum of its own, in the row_scale of the tile's largest value. It is added
@@ -85,7 +84,7 @@ struct FwdProducts<Config> {
   float s[Config::kBlockN / 2];
   HalfOperand<Config::kLimbs, Config::kBlockN / 4> p;
   float o[Config::kHeadDim / 2], tile_o[Config::kHeadDim / 2];
-  float v_scale;  // of the tile whose weights p are
+  float v_scale;  // of the tile that p is of
 
   __device__ FwdProducts(const FwdKernelParams&, FwdSharedStorage<Config>& shared, int consumer)
       : operands(shared, consumer) {}
@@ -127,8 +126,8 @@ struct FwdProducts<Config> {
     for (int i = 0; i < Config::kHeadDim / 2; ++i) o[i] = fmaf(tile_o[i], v_scale, o[i]);
   }
 
-  // Before they are split, weights take over what the row_scale of their value falls short of the tile's largest.
-  __device__ void take_weights(FwdSharedStorage<Config>& shared, Ring use) {
+  // Before it is split, p takes over what the row_scale of their value falls short of the tile's largest.
+  __device__ void take_p(FwdSharedStorage<Config>& shared, Ring use) {
     const TileRowScales<Config::kBlockN>& row_scales = shared.row_scales.tiles[use.stage()];
     scale_columns(row_scales.v);
 #pragma unroll

@@ -1,6 +1,6 @@
-// A second way through a block's items, for outputs that overflowed in the first one (overflow.cuh): tile by tile,
-// under weights of 2^-64 at most. It replaces what is not finite and leaves everything else; where a value is infinite
-// or NaN itself, that changes nothing but the time.
+// A second way through a block's items, for outputs that overflowed in the first one (overflow.cuh): tile by tile, with
+// p of 2^-64 at most. It replaces what is not finite and leaves everything else; where a value is infinite or NaN
+// itself, that changes nothing but the time.
 #pragma once
 
 #include <cstdint>
@@ -108,7 +108,7 @@ __device__ inline void repair_items(const FwdKernelParams& params, FwdSharedStor
         scale_rows(o, factor);
       }
       softmax.add_tile();
-      products.take_weights(shared, k_use);
+      products.take_p(shared, k_use);
       ptx::mbarrier_wait(shared.v_full[k_use.stage()], k_use.full_parity());
       products.issue_o(k_use.stage());
       products.wait();

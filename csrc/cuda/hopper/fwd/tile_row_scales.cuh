@@ -1,4 +1,4 @@
-// The row_scales of a key tile's rows on their way from global memory to the scores and weights that they multiply.
+// The row_scales of a key tile's rows on their way from global memory to the scores and p that they multiply.
 #pragma once
 
 #include <limits>
@@ -12,8 +12,7 @@ namespace mixed_attention::cuda::hopper {
 // the queries' rows, so that a key of the largest numbers there are has finite scores.
 inline constexpr float kKeyScaleShare = 0x1p-16f;
 
-// The output is summed up in such a share of itself, as its weights begin at 2^8 and are divided by their sum at the
-// end.
+// The output is summed up in such a share of itself, as p begins at 2^8 and is divided by its sum at the end.
 inline constexpr float kValueScaleShare = 0x1p-22f;
 
 // The scale of a row's scores, whose row_scale is that of its query.

@@ -9,8 +9,8 @@
 
 namespace mixed_attention::cuda::hopper {
 
-// A bit for every key, least significant first, and copies in which what belongs to masked keys is zeros: their weight
-// is zero, but what they hold may be infinite.
+// A bit for every key, least significant first, and copies in which what belongs to masked keys is zeros: their p is
+// zero, but what they hold may be infinite.
 struct MaskedKeys {
   uint32_t* key_mask_bits;  // (num_copies, num_words)
   void* values;             // (num_copies, seqlen_k, num_heads, head_dim)

@@ -73,7 +73,7 @@ WorkTable make_work_table(const AttentionParams& params, int block_m, int block_
     if (sets_apart && num_ragged_rows > 0) {
       QueryTiles ragged = tiles;
       ragged.row_begin = tiles.row_end -= num_ragged_rows;
-      if (spares_weights(block_m) && num_ragged_rows <= block_m - kWarpgroupRows)
+      if (skips_softmax(block_m) && num_ragged_rows <= block_m - kWarpgroupRows)
         ragged.num_steps = (2 * tiles.num_tiles + 2) / 3;
       table.segments[num_segments++] = ragged;
     }
