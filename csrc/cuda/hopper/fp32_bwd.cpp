@@ -15,11 +15,11 @@ Fp32BwdWorkspace fp32_bwd_workspace(const BwdParams& params) {
   workspace.k = take_half_limbs(tensors.k, num_limbs, scratch);
   workspace.v = take_half_limbs(tensors.v, num_limbs, scratch);
   workspace.dout = take_half_limbs(tensors.dout, num_limbs, scratch);
-  const int64_t num_sequences = params.batch_size * params.num_heads;
-  const int64_t num_tiles = num_sequences * num_query_tiles(make_query_runs(*params.schedule));
+  const int64_t num_batch_heads = params.batch_size * params.num_heads;
+  const int64_t num_tiles = num_batch_heads * num_query_tiles(make_query_runs(*params.schedule));
   workspace.q_numbers = scratch.take<QueryNumbers>(num_tiles);
   workspace.dout_numbers = scratch.take<DoutNumbers>(num_tiles);
-  workspace.delta = scratch.take<float>(num_sequences * params.seqlen_q);
+  workspace.delta = scratch.take<float>(num_batch_heads * params.seqlen_q);
   workspace.references = take_references(params, scratch);
   workspace.size = scratch.bytes();
   return workspace;

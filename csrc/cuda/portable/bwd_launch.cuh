@@ -65,7 +65,7 @@ void launch_by_query(BwdArguments& args, const BwdPlan& plan, unsigned grid) {
 template <Arithmetic kArithmetic, int kHeadDim>
 void launch_bwd(const BwdParams& params, const BwdPlan& plan) {
   using Element = typename ProductsOf<kArithmetic>::Element;
-  const int64_t copies = params.batch_size * params.num_heads, rows = copies * params.seqlen_q;
+  const int64_t num_batch_heads = params.batch_size * params.num_heads, rows = num_batch_heads * params.seqlen_q;
   const auto stream = static_cast<cudaStream_t>(params.stream);
   const auto aligned = [](const void* data, const Strides& strides) {
     return is_aligned(data, strides, sizeof(Element));
@@ -101,14 +101,14 @@ void launch_bwd(const BwdParams& params, const BwdPlan& plan) {
     portable_bwd_stats_kernel<Element><<<blocks_for(32 * rows, 256), 256, 0, stream>>>(args, in_parameters);
     check(cudaGetLastError(), "portable_bwd_stats_kernel");
   }
-  if (const unsigned grid = plan.by_key.grid(copies)) {
+  if (const unsigned grid = plan.by_key.grid(num_batch_heads)) {
     launch_by_key<kArithmetic, kHeadDim>(args, in_parameters, plan, grid);
   }
   if (plan.adds_dq) {
     if (rows == 0) return;
     portable_dq_sum_kernel<Element><<<blocks_for(32 * rows, 256), 256, 0, stream>>>(args);
     check(cudaGetLastError(), "portable_dq_sum_kernel");
-  } else if (const unsigned grid = plan.by_query->grid(copies)) {
+  } else if (const unsigned grid = plan.by_query->grid(num_batch_heads)) {
     launch_by_query<kArithmetic, kHeadDim>(args, plan, grid);
   }
 }

@@ -147,16 +147,16 @@ __global__ void __launch_bounds__(fwd_tile(kArithmetic, kHeadDim).num_threads(),
 
   // Log-sum-exps, by the first of the four lanes that share a row
   const bool is_split = args.work.num_splits > 1;
-  const int64_t copy = static_cast<int64_t>(item.batch) * params.num_heads + item.head;
-  const int64_t split_copy = copy + static_cast<int64_t>(item.split) * params.batch_size * params.num_heads;
+  const int64_t batch_head = static_cast<int64_t>(item.batch) * params.num_heads + item.head;
+  const int64_t split_batch_head = batch_head + static_cast<int64_t>(item.split) * params.batch_size * params.num_heads;
 #pragma unroll
   for (int i = 0; i < 2 * kTilesM; ++i) {
     const int row = thread_row + 8 * i;
     if (threadIdx.x % 4 != 0 || row >= item.num_rows) continue;
     if (is_split) {
-      args.row_parts[split_copy * params.seqlen_q + item.row_begin + row] = row_parts[i];
+      args.row_parts[split_batch_head * params.seqlen_q + item.row_begin + row] = row_parts[i];
     } else {
-      static_cast<float*>(params.lse)[copy * params.seqlen_q + item.row_begin + row] =
+      static_cast<float*>(params.lse)[batch_head * params.seqlen_q + item.row_begin + row] =
           log_sum_exp(row_parts[i], args.scale);
     }
   }
@@ -167,7 +167,7 @@ __global__ void __launch_bounds__(fwd_tile(kArithmetic, kHeadDim).num_threads(),
   unsigned repairs = kArithmetic == Arithmetic::kFloat16 ? 0 : rows_to_repair(out, row_parts, num_rows);
   const auto o =
       rows_of<Element>(params.out, params.out_strides, item.batch, item.head, params.head_dim_v, args.aligned);
-  const int64_t part = split_copy * params.seqlen_q + first_row;
+  const int64_t part = split_batch_head * params.seqlen_q + first_row;
   float* const partial_out = args.partial_out + part * params.head_dim_v;
   if (is_split) {
     store_fp32(partial_out, params.head_dim_v, num_rows, 0, out);
@@ -192,7 +192,7 @@ __global__ void __launch_bounds__(fwd_tile(kArithmetic, kHeadDim).num_threads(),
           if (mask != nullptr && !mask[key]) continue;
           const auto factor = [&] {
             if (!drops) return 1.0f;
-            const Dropout dropout(marks, static_cast<int>(copy));
+            const Dropout dropout(marks, static_cast<int>(batch_head));
             return dropout.weight(first_row + row, range.range_index, key - range.begin);
           };
           if (!visit(k.row(key), v.row(key), factor)) return;
@@ -210,7 +210,7 @@ __global__ void __launch_bounds__(fwd_tile(kArithmetic, kHeadDim).num_threads(),
       if (threadIdx.x % 32 == 0) args.row_parts[part + row] = row_part;
     } else {
       plain.store(o.row(first_row + row), factor);
-      float* const lse = static_cast<float*>(params.lse) + copy * params.seqlen_q;
+      float* const lse = static_cast<float*>(params.lse) + batch_head * params.seqlen_q;
       if (threadIdx.x % 32 == 0) lse[first_row + row] = log_sum_exp(row_part, args.scale);
     }
   }

@@ -13,8 +13,9 @@ struct AllRows {
   float scale, scale_log2;
 
   __device__ SplitRow find(int64_t index) const {
-    const int64_t copy = index / seqlen_q;
-    return {index < num_rows, copy / num_heads, copy % num_heads, index % seqlen_q, index, num_rows, scale, scale_log2};
+    const int64_t batch_head = index / seqlen_q;
+    return {index < num_rows, batch_head / num_heads, batch_head % num_heads, index % seqlen_q, index, num_rows, scale,
+            scale_log2};
   }
 };
 
@@ -24,8 +25,8 @@ void launch_fwd(const FwdParams& params, const FwdPlan& plan) {
   constexpr auto kKernel = portable_fwd_kernel<kArithmetic, kHeadDim>;
   constexpr int kSharedBytes = sizeof(FwdShared<kArithmetic, kHeadDim>), kSize = sizeof(Element);
   static_assert(kSharedBytes <= kMaxSharedBytes);
-  const int64_t copies = params.batch_size * params.num_heads;
-  const unsigned grid = plan.pass.grid(copies);
+  const int64_t num_batch_heads = params.batch_size * params.num_heads;
+  const unsigned grid = plan.pass.grid(num_batch_heads);
   if (grid == 0) return;
   const auto stream = static_cast<cudaStream_t>(params.stream);
   const double scale_log2 = params.softmax_scale * 1.44269504088896340736;
@@ -47,7 +48,7 @@ void launch_fwd(const FwdParams& params, const FwdPlan& plan) {
   kKernel<<<grid, fwd_tile(kArithmetic, kHeadDim).num_threads(), kSharedBytes, stream>>>(args, in_parameters);
   check(cudaGetLastError(), "portable_fwd_kernel");
   if (plan.partial_out == nullptr) return;
-  const int64_t rows = copies * params.seqlen_q;
+  const int64_t rows = num_batch_heads * params.seqlen_q;
   attention_combine_kernel<Element><<<blocks_for(32 * rows, 256), 256, 0, stream>>>(
       params, plan.partial_out, plan.row_parts, plan.pass.table.num_splits,
       AllRows{params.num_heads, params.seqlen_q, rows, args.scale, args.scale_log2});

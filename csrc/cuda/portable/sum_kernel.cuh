@@ -22,9 +22,9 @@ __global__ void portable_sum_kernel(const SumArguments args) {
   const int64_t num_rows = args.batch_size * args.num_heads * args.seqlen;
   const int64_t index = (static_cast<int64_t>(blockIdx.x) * blockDim.x + threadIdx.x) / 32;
   if (index >= num_rows) return;
-  const int64_t copy = index / args.seqlen, row = index % args.seqlen;
-  Element* grad = static_cast<Element*>(args.grad) + copy / args.num_heads * args.strides.batch +
-                  row * args.strides.row + copy % args.num_heads * args.strides.head;
+  const int64_t batch_head = index / args.seqlen, row = index % args.seqlen;
+  Element* grad = static_cast<Element*>(args.grad) + batch_head / args.num_heads * args.strides.batch +
+                  row * args.strides.row + batch_head % args.num_heads * args.strides.head;
   for (int64_t col = threadIdx.x % 32; col < args.num_cols; col += 32) {
     float value = 0;
     for (int i = 0; i < args.num_splits; ++i) value += args.partial[(i * num_rows + index) * args.num_cols + col];

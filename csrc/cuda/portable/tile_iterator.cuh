@@ -29,11 +29,11 @@ __device__ inline WorkItem locate(const WorkTable& table, const WorkView& view, 
                                   int num_heads) {
   WorkItem item;
   const unsigned parts = static_cast<unsigned>(table.num_tiles) * static_cast<unsigned>(table.num_splits);
-  const unsigned copy = index / parts, part = index % parts;
+  const unsigned batch_head = index / parts, part = index % parts;
   const int tile = static_cast<int>(part / table.num_splits);
   item.split = static_cast<int>(part % table.num_splits);
-  item.head = static_cast<int>(copy % num_heads);
-  item.batch = static_cast<int>(copy / num_heads);
+  item.head = static_cast<int>(batch_head % num_heads);
+  item.batch = static_cast<int>(batch_head / num_heads);
   int low = 0, high = table.num_segments;  // the last segment whose first tile is not after this one
   while (high - low > 1) {
     const int middle = (low + high) / 2;

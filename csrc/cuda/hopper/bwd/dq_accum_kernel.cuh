@@ -14,13 +14,13 @@ namespace mixed_attention::cuda::hopper {
 
 // This thread's accumulators of a query tile. A thread reads what one of those who added wrote.
 template <int kCount>
-__device__ inline void load_accumulators(float4 (&sums)[kCount], const DqAccumKernelParams& params, int64_t sequence,
+__device__ inline void load_accumulators(float4 (&sums)[kCount], const DqAccumKernelParams& params, int64_t batch_head,
                                          int tile) {
   for (int i = 0; i < params.num_accum_runs; ++i) {
     const DqAccumRun& run = params.accum_runs[i];
     const int tile_of_run = tile - run.first_tile;
     if (tile_of_run < 0 || tile_of_run >= run.num_tiles) continue;
-    const int64_t place = sequence * params.dq_accum.num_tiles + run.first_accum + tile_of_run;
+    const int64_t place = batch_head * params.dq_accum.num_tiles + run.first_accum + tile_of_run;
     auto* parts = reinterpret_cast<float4*>(params.dq_accum.of_tile(place, 4 * kCount * kWarpgroup)) + threadIdx.x;
 #pragma unroll
     for (int chunk = 0; chunk < kCount; ++chunk) {
@@ -76,12 +76,12 @@ __global__ void __launch_bounds__(kWarpgroup)
   constexpr int kRowElements = kHeadDim + 8;
   constexpr int kChunksOfRow = kHeadDim / 8;
   __shared__ __align__(16) Element rows[kQueryTileRows * kRowElements];
-  const int64_t sequence = blockIdx.x / params.num_tiles;
+  const int64_t batch_head = blockIdx.x / params.num_tiles;
   const int index = blockIdx.x % params.num_tiles;
   const QueryTile tile = query_tile(params.runs, run_of_tile(params.runs, params.num_runs, index), index);
 
   float4 sums[kQueryTileRows * kHeadDim / 4 / kWarpgroup] = {};
-  load_accumulators(sums, params, sequence, tile.index);
+  load_accumulators(sums, params, batch_head, tile.index);
   if constexpr (transposes_dq(kHeadDim)) {
     transpose_accumulators<kHeadDim, kRowElements>(rows, sums, params.softmax_scale);
   } else {
@@ -89,8 +89,8 @@ __global__ void __launch_bounds__(kWarpgroup)
   }
   __syncthreads();
 
-  Element* target = static_cast<Element*>(params.dq) + sequence / params.num_heads * params.dq_strides.batch +
-                    sequence % params.num_heads * params.dq_strides.head + tile.row_begin * params.dq_strides.row;
+  Element* target = static_cast<Element*>(params.dq) + batch_head / params.num_heads * params.dq_strides.batch +
+                    batch_head % params.num_heads * params.dq_strides.head + tile.row_begin * params.dq_strides.row;
   for (int i = threadIdx.x; i < tile.num_rows * kChunksOfRow; i += kWarpgroup) {
     const int row = i / kChunksOfRow, chunk = i % kChunksOfRow;
     if (chunk * 8 < params.head_dim) {

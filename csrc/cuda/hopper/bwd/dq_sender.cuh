@@ -28,12 +28,12 @@ __device__ inline void send_dq(const DkDvKernelParams& params, DkDvSharedStorage
   RingUse<DqExchange<Config>::kStagings> use{0};  // query tiles, over all items
   for (KeyItems<Config> item(params.table); item.next();) {
     if (QueryShare<Config>(item.tiles()).count == 0) continue;
-    const int64_t sequence = int64_t{item.batch} * params.table.num_heads + item.head;
+    const int64_t batch_head = int64_t{item.batch} * params.table.num_heads + item.head;
     QueryWalk<Config> walk(params.table, item);
     for (int i = 0; i < walk.num_tiles(); ++i, ++use.count) {
       walk.next();
       if (use.stage() != stage) continue;
-      const int64_t place = sequence * params.dq_accum.num_tiles + walk.place();
+      const int64_t place = batch_head * params.dq_accum.num_tiles + walk.place();
       float* const sums = params.dq_accum.of_tile(place, Config::kDqTileFloats);
       uint32_t* const turns = params.dq_accum.turns + place;
       const int turn = walk.turn();

@@ -33,8 +33,8 @@ void launch_persistent(const char* name, const KernelParams& kernel_params, cons
 template <typename Element, int kHeadDim>
 void launch_stats(const BwdParams& params, const QueryStats& stats, const BwdWorkspace& workspace,
                   const std::vector<QueryRun>& runs) {
-  const int64_t num_sequences = params.num_heads * params.batch_size;
-  const int64_t num_blocks = stats.num_tiles * num_sequences;
+  const int64_t num_batch_heads = params.num_heads * params.batch_size;
+  const int64_t num_blocks = stats.num_tiles * num_batch_heads;
   if (num_blocks == 0) return;
   const bool is_ordered = workspace.dq_accum.turns != nullptr;
   BwdStatsKernelParams kernel_params{params.out,
@@ -51,7 +51,7 @@ void launch_stats(const BwdParams& params, const QueryStats& stats, const BwdWor
                                      score_source(params, workspace.references),
                                      is_ordered ? DqAccum{} : workspace.dq_accum,
                                      workspace.dq_accum.turns,
-                                     is_ordered ? int64_t{workspace.dq_accum.num_tiles} * num_sequences : 0,
+                                     is_ordered ? int64_t{workspace.dq_accum.num_tiles} * num_batch_heads : 0,
                                      static_cast<int>(runs.size()),
                                      {}};
   std::copy(runs.begin(), runs.end(), kernel_params.runs);

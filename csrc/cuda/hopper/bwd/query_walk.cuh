@@ -1,6 +1,6 @@
 // The way of a block through the query tiles of an item, all or half of them, and its turns to add to their dq_accum.
 //
-// If dq is ordered, the items of one round, key segment and sequence start kTilesApart tiles apart and go around, so
+// If dq is ordered, the items of one round, key segment and batch_head start kTilesApart tiles apart and go around, so
 // that blocks come to a query tile one after the other. That is the order of its turns: by round, then by step of the
 // walk, where these are equal by falling number of the item. As every block adds in this order of all additions, too,
 // and waits for earlier ones only, no blocks wait in a circle, given that all of them are on the device.
@@ -32,7 +32,7 @@ using KeyItems = WorkItems<Config::kBlockN, KeyWorkTable, Config::kSplits>;
 // at stay in the L2 cache.
 constexpr int kTilesApart = 3;
 
-// The items of a round, key segment and sequence, and which of them an item is. Tiles are counted within the share of
+// The items of a round, key segment and batch_head, and which of them an item is. Tiles are counted within the share of
 // the key segment's query tiles that the block goes through.
 template <typename Config>
 struct RoundOfItems {

@@ -14,9 +14,9 @@
 
 namespace mixed_attention::cuda::hopper {
 
-// Whether a query of a sequence's head has a reference; each of a warpgroup's threads looks at some of the tiles.
-__device__ inline bool sees_reference(const QueryStats& stats, int64_t sequence) {
-  const float* const first = stats.lse_log2 + sequence * stats.num_tiles * kStatsTileFloats;
+// Whether a query of a batch_head has a reference; each of a warpgroup's threads looks at some of the tiles.
+__device__ inline bool sees_reference(const QueryStats& stats, int64_t batch_head) {
+  const float* const first = stats.lse_log2 + batch_head * stats.num_tiles * kStatsTileFloats;
   bool has_one = false;
 #pragma unroll 4
   for (int tile = threadIdx.x % kWarpgroup; tile < stats.num_tiles; tile += kWarpgroup) {

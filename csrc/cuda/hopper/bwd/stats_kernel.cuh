@@ -60,8 +60,8 @@ __global__ void __launch_bounds__(BwdStatsShape<Element, kHeadDim>::kThreads)
   ptx::wait_for_grids_before();
   using Shape = BwdStatsShape<Element, kHeadDim>;
   const int tile = blockIdx.x % params.stats.num_tiles;
-  const int64_t sequence = blockIdx.x / params.stats.num_tiles;
-  const int64_t head = sequence % params.num_heads, batch = sequence / params.num_heads;
+  const int64_t batch_head = blockIdx.x / params.stats.num_tiles;
+  const int64_t head = batch_head % params.num_heads, batch = batch_head / params.num_heads;
   const int run = run_of_tile(params.runs, params.num_runs, tile);
   const QueryTile queries = query_tile(params.runs, run, tile);
   const int chunk = threadIdx.x % Shape::kThreadsPerRow;
@@ -108,7 +108,7 @@ __global__ void __launch_bounds__(BwdStatsShape<Element, kHeadDim>::kThreads)
     if (chunk != 0) continue;
     float lse_log2 = INFINITY;
     if (exists) {
-      const int64_t index = sequence * params.seqlen_q + row;
+      const int64_t index = batch_head * params.seqlen_q + row;
       if (params.dlse != nullptr) delta -= params.dlse[index];
       if (params.lse[index] != -INFINITY) lse_log2 = params.lse[index] * std::numbers::log2e_v<float>;
       has_references |= params.lse[index] != -INFINITY && needs_reference(lse_log2);
@@ -120,7 +120,7 @@ __global__ void __launch_bounds__(BwdStatsShape<Element, kHeadDim>::kThreads)
 
   has_references = __syncthreads_or(has_references);
   const bool is_partial = queries.num_rows < kQueryTileRows;
-  const int64_t first_row = sequence * params.seqlen_q + queries.row_begin;
+  const int64_t first_row = batch_head * params.seqlen_q + queries.row_begin;
   RowReference* const references = params.scores.references + first_row;
   if (threadIdx.x == 0) {
     *reinterpret_cast<RowReference**>(lse_of_tile + kQueryTileRows) = references;

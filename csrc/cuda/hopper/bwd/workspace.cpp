@@ -13,9 +13,9 @@
 namespace mixed_attention::cuda::hopper {
 namespace {
 
-int64_t num_sequences(const BwdParams& params) { return params.batch_size * params.num_heads; }
+int64_t num_batch_heads(const BwdParams& params) { return params.batch_size * params.num_heads; }
 
-int64_t num_rows(const BwdParams& params) { return num_sequences(params) * params.seqlen_q; }
+int64_t num_rows(const BwdParams& params) { return num_batch_heads(params) * params.seqlen_q; }
 
 // How many numbers q has, and whatever has its shape.
 int64_t num_elements(const BwdParams& params) { return num_rows(params) * params.head_dim; }
@@ -25,7 +25,7 @@ DqAccum take_dq_accum(const BwdParams& params, const BwdPlan& plan, const std::v
                       Scratch& scratch) {
   const bool is_ordered = plan.dq_form == DqForm::kOrdered;
   const int64_t num_tiles = is_ordered ? num_reader_tiles(*params.schedule) : num_query_tiles(runs);
-  const int64_t num_all = num_sequences(params_of(plan.shares.front(), params)) * num_tiles;
+  const int64_t num_all = num_batch_heads(params_of(plan.shares.front(), params)) * num_tiles;
   const int64_t tile_floats =
       kQueryTileRows * with_bwd_head_dim(params.head_dim, []<int kHeadDim>() { return kHeadDim; });
   DqAccum accum{};
@@ -35,7 +35,7 @@ DqAccum take_dq_accum(const BwdParams& params, const BwdPlan& plan, const std::v
   accum.num_spare = std::min(num_all, spare_floats / tile_floats);
   accum.num_others = num_all - accum.num_spare;
   accum.others = scratch.take<float>(accum.num_others * tile_floats);
-  if (is_ordered) accum.turns = scratch.take<uint32_t>(num_sequences(params) * num_tiles);
+  if (is_ordered) accum.turns = scratch.take<uint32_t>(num_batch_heads(params) * num_tiles);
   return accum;
 }
 
@@ -61,7 +61,7 @@ BwdTensors bwd_tensors(const BwdParams& params) {
 BwdWorkspace bwd_workspace(const BwdParams& params, const std::vector<QueryRun>& runs, BwdPlan plan) {
   Scratch scratch(params.workspace);
   // Every query segment may end in a tile that is filled up.
-  const int64_t size = num_sequences(params) * num_query_tiles(runs) * kStatsTileFloats;
+  const int64_t size = num_batch_heads(params) * num_query_tiles(runs) * kStatsTileFloats;
   BwdWorkspace workspace{};
   workspace.plan = std::move(plan);
   workspace.lse_log2 = scratch.take<float>(size);

@@ -159,8 +159,8 @@ __device__ inline void consume(const Fp32DkDvKernelParams& params, Fp32DkDvShare
       float s[kBlockM / 2], dp[kBlockM / 2], sum[kHeadDim / 2] = {};
       HalfOperand<Config::kLimbs, kBlockM / 4> operand;
       RowLift lift{};
-      const int64_t sequence = int64_t{item.batch} * params.table.num_heads + item.head;
-      bool is_rare = sees_reference(params.dout_numbers + sequence * params.num_query_tiles, params.num_query_tiles);
+      const int64_t batch_head = int64_t{item.batch} * params.table.num_heads + item.head;
+      bool is_rare = sees_reference(params.dout_numbers + batch_head * params.num_query_tiles, params.num_query_tiles);
       ptx::mbarrier_wait(shared.kv_full, kv_parity);
       kv_parity ^= 1;
       // Infinities are in the last limb.

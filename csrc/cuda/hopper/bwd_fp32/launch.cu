@@ -12,7 +12,9 @@
 namespace mixed_attention::cuda::hopper {
 namespace {
 
-HalfInput half_input(const HalfLimbs& limbs) { return {limbs.row_scales, limbs.copies, limbs.copies == 1 ? 0 : 1}; }
+HalfInput half_input(const HalfLimbs& limbs) {
+  return {limbs.row_scales, limbs.num_sequences, limbs.num_sequences == 1 ? 0 : 1};
+}
 
 void launch_limbs(const BwdParams& params, const BwdTensors& tensors, const Fp32BwdWorkspace& workspace) {
   const std::array<HalfLimbsTask, 4> tasks{

@@ -32,8 +32,8 @@ __global__ void __launch_bounds__(kFp32StatsThreads)
   ptx::allow_next_grid();
   ptx::wait_for_grids_before();
   const int tile = blockIdx.x % params.num_tiles;
-  const int64_t sequence = blockIdx.x / params.num_tiles;
-  const int64_t head = sequence % params.num_heads, batch = sequence / params.num_heads;
+  const int64_t batch_head = blockIdx.x / params.num_tiles;
+  const int64_t head = batch_head % params.num_heads, batch = batch_head / params.num_heads;
   const int run = run_of_tile(params.runs, params.num_runs, tile);
   const QueryTile queries = query_tile(params.runs, run, tile);
   const int row_of_tile = threadIdx.x / kFp32StatsThreadsPerRow, thread_of_row = threadIdx.x % kFp32StatsThreadsPerRow;
@@ -69,7 +69,7 @@ __global__ void __launch_bounds__(kFp32StatsThreads)
     };
     q_scale = row_scale_of(params.q_limbs);
     dout_scale = row_scale_of(params.dout_limbs);
-    const int64_t index = sequence * params.seqlen_q + row;
+    const int64_t index = batch_head * params.seqlen_q + row;
     if (params.dlse != nullptr) delta -= params.dlse[index];
     if (params.lse[index] != -INFINITY) lse_log2 = params.lse[index] * std::numbers::log2e_v<float>;
     if (thread_of_row == 0) params.delta_of_rows[index] = delta;
@@ -86,7 +86,7 @@ __global__ void __launch_bounds__(kFp32StatsThreads)
   }
   const bool has_references = __syncthreads_or(lse_log2 != INFINITY && needs_reference(lse_log2));
   const bool is_partial = queries.num_rows < kQueryTileRows;
-  const int64_t first_row = sequence * params.seqlen_q + queries.row_begin;
+  const int64_t first_row = batch_head * params.seqlen_q + queries.row_begin;
   RowReference* const references = params.scores.references + first_row;
   if (threadIdx.x == 0) {
     dout_numbers.row_scale = largest_scale * 0x1p-15f;

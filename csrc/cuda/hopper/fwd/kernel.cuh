@@ -90,12 +90,12 @@ __device__ inline void produce(const FwdKernelParams& params, FwdSharedStorage<C
     const auto load_k = [&](KeyTile tile, Ring use) {
       ptx::mbarrier_wait(shared.k_empty[use.stage()], use.empty_parity());
       load_key_tile(shared.k[use.stage()], params.k, shared.k_full[use.stage()], tile, params.k_batch_step,
-                    params.row_scales.k_copies);
+                    params.row_scales.k_limb_step);
     };
     const auto load_v = [&](KeyTile tile, Ring use) {
       ptx::mbarrier_wait(shared.v_empty[use.stage()], use.empty_parity());
       load_key_tile(shared.v[use.stage()], params.v, shared.v_full[use.stage()], tile, params.v_batch_step,
-                    params.row_scales.v_copies);
+                    params.row_scales.v_limb_step);
     };
 
     // In the order in which the consumers need them: keys run one tile ahead of values.
@@ -108,7 +108,7 @@ __device__ inline void produce(const FwdKernelParams& params, FwdSharedStorage<C
     for (int limb = 0; limb < Config::kLimbs; ++limb) {
       load_rows<Config::kBlockM, Config::kHeadDim>(
           shared.q[q.stage()] + limb * Config::kBlockM * Config::kHeadDim, params.q, shared.q_full[q.stage()],
-          queries.row_begin, queries.head, queries.batch * params.q_batch_step + limb * params.row_scales.q_copies);
+          queries.row_begin, queries.head, queries.batch * params.q_batch_step + limb * params.row_scales.q_limb_step);
     }
     for (int i = share.begin + 1; i < share.end; ++i) {
       const KeyTile next = keys.next();

@@ -40,8 +40,8 @@ FwdKernelParams make_fwd_kernel_params(const FwdParams& params, const FwdPlan& p
           plan.masked_keys.key_mask_step(),
           static_cast<float>(params.softmax_scale),
           static_cast<float>(params.softmax_scale * std::numbers::log2e),
-          {plan.q_limbs.row_scales, plan.k_limbs.row_scales, plan.v_limbs.row_scales, plan.q_limbs.copies,
-           plan.k_limbs.copies, plan.v_limbs.copies, params.seqlen_k},
+          {plan.q_limbs.row_scales, plan.k_limbs.row_scales, plan.v_limbs.row_scales, plan.q_limbs.num_sequences,
+           plan.k_limbs.num_sequences, plan.v_limbs.num_sequences, params.seqlen_k},
           plan.table};
 }
 

@@ -14,7 +14,7 @@ namespace mixed_attention::cuda::hopper {
 // The row_scales of fp32 inputs, and by how many sequences the limbs of each stand behind one another; half_limbs.h.
 struct FwdRowScales {
   const float *q, *k, *v;
-  int q_copies, k_copies, v_copies;
+  int q_limb_step, k_limb_step, v_limb_step;
   int64_t seqlen_k;
 };
 

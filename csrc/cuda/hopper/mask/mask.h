@@ -12,16 +12,16 @@ namespace mixed_attention::cuda::hopper {
 // A bit for every key, least significant first, and copies in which what belongs to masked keys is zeros: their p is
 // zero, but what they hold may be infinite.
 struct MaskedKeys {
-  uint32_t* key_mask_bits;  // (num_copies, num_words)
-  void* values;             // (num_copies, seqlen_k, num_heads, head_dim)
+  uint32_t* key_mask_bits;  // (num_sequences, num_words)
+  void* values;             // (num_sequences, seqlen_k, num_heads, head_dim)
   void* keys;               // likewise; null in the forward, which selects among the scores
-  int num_copies;           // one for each sequence, or one for all
+  int num_sequences;        // one for each sequence, or one for all
   int num_words;            // with kSpareWords behind the last key, which may be read
 
   static constexpr int kSpareWords = 4;
 
   // Words from one sequence's bits to the next one's.
-  int key_mask_step() const { return num_copies > 1 ? num_words : 0; }
+  int key_mask_step() const { return num_sequences > 1 ? num_words : 0; }
 };
 
 MaskedKeys plan_masked_keys(const AttentionParams& params, Scratch& scratch, bool copies_keys);

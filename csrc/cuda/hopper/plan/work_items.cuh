@@ -5,7 +5,7 @@
 
 namespace mixed_attention::cuda::hopper {
 
-// The rows that an item owns, of one head and sequence; they end with the tile or with the segment.
+// The rows that an item owns, of one head and batch_head; they end with the tile or with the segment.
 struct ItemRows {
   int row_begin, row_end;
   int head, batch;
@@ -25,9 +25,9 @@ __device__ inline ItemRows rows_of_item(const Table& table, int number, int segm
   const int number_in_segment = number - (segment == 0 ? 0 : table.segments[segment - 1].item_end);
   const int num_tiles = (tiles.row_end - tiles.row_begin + kTileRows - 1) / kTileRows;
   // Neighbouring items share a head, and thus keys and values in the L2 cache.
-  const int sequence = number_in_segment / num_tiles;
-  return {tiles.row_begin + number_in_segment % num_tiles * kTileRows, tiles.row_end, sequence % table.num_heads,
-          sequence / table.num_heads};
+  const int batch_head = number_in_segment / num_tiles;
+  return {tiles.row_begin + number_in_segment % num_tiles * kTileRows, tiles.row_end, batch_head % table.num_heads,
+          batch_head / table.num_heads};
 }
 
 // The key tiles of an item from begin to end, at least one. The first num_partial of all are partial ones.

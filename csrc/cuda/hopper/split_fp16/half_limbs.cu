@@ -66,11 +66,11 @@ __global__ void __launch_bounds__(kThreads) hopper_half_limbs_kernel(const __gri
   const int column = threadIdx.x % params.threads_of_row * kChunk;
   const bool exists = row < source.seqlen && column < source.head_dim;
 
-  for (int64_t copy = blockIdx.z; copy < target.copies; copy += gridDim.z) {
+  for (int64_t sequence = blockIdx.z; sequence < target.num_sequences; sequence += gridDim.z) {
     float x[kChunk] = {};
     if (exists) {
-      load_chunk(x, static_cast<const float*>(source.data) + copy * source.strides.batch + row * source.strides.row +
-                        head * source.strides.head + column);
+      load_chunk(x, static_cast<const float*>(source.data) + sequence * source.strides.batch +
+                        row * source.strides.row + head * source.strides.head + column);
     }
     float largest = 0;
 #pragma unroll
@@ -88,9 +88,9 @@ __global__ void __launch_bounds__(kThreads) hopper_half_limbs_kernel(const __gri
       pairs[i] = HalfPair<2>::split(x[2 * i] * inverse, x[2 * i + 1] * inverse);
       if (target.num_limbs == 2) keep_infinities(pairs[i], x[2 * i], x[2 * i + 1]);
     }
-    const int64_t limb_size = target.copies * source.seqlen * source.num_heads * source.head_dim;
+    const int64_t limb_size = target.num_sequences * source.seqlen * source.num_heads * source.head_dim;
     __half* chunk = static_cast<__half*>(target.limbs) +
-                    ((copy * source.seqlen + row) * source.num_heads + head) * source.head_dim + column;
+                    ((sequence * source.seqlen + row) * source.num_heads + head) * source.head_dim + column;
 #pragma unroll
     for (int limb = 0; limb < 2; ++limb) {
       if (limb == target.num_limbs) break;
@@ -98,7 +98,7 @@ __global__ void __launch_bounds__(kThreads) hopper_half_limbs_kernel(const __gri
           uint4{pairs[0].limbs[limb], pairs[1].limbs[limb], pairs[2].limbs[limb], pairs[3].limbs[limb]};
     }
     if (column == 0) {
-      target.row_scales[(copy * source.num_heads + head) * source.seqlen + row] = power_of_two(exponent);
+      target.row_scales[(sequence * source.num_heads + head) * source.seqlen + row] = power_of_two(exponent);
     }
   }
 }
@@ -115,7 +115,7 @@ void launch_half_limbs(std::span<const HalfLimbsTask> tasks, void* stream) {
   for (const HalfLimbsTask& task : tasks) {
     const int64_t blocks_of_head = (task.source.seqlen + rows_of_block - 1) / rows_of_block;
     num_blocks = std::max(num_blocks, blocks_of_head * task.source.num_heads);
-    depth = std::max<int64_t>(depth, task.target.copies);
+    depth = std::max<int64_t>(depth, task.target.num_sequences);
   }
   const dim3 grid(static_cast<unsigned>(num_blocks), static_cast<unsigned>(tasks.size()),
                   static_cast<unsigned>(std::min(depth, kMaxGridDepth)));

@@ -16,14 +16,14 @@ namespace mixed_attention::cuda::hopper {
 //
 // High alone is exact to 11 bits, as TF32 is, and for numbers below 2^-28 of the largest to 2^-39 of that.
 struct HalfLimbs {
-  void* limbs;        // (num_limbs, copies, seqlen, num_heads, head_dim) in fp16: all of high, then all of low
-  float* row_scales;  // (copies, num_heads, seqlen)
+  void* limbs;        // (num_limbs, num_sequences, seqlen, num_heads, head_dim) in fp16: all of high, then all of low
+  float* row_scales;  // (num_sequences, num_heads, seqlen)
   int num_limbs;      // 2, or 1 without low
-  int copies;         // one for each sequence, or one for all
+  int num_sequences;  // one for each sequence, or one for all
 };
 
 // How many sequences of a tensor differ.
-inline int num_copies(const TensorView& tensor) {
+inline int num_sequences(const TensorView& tensor) {
   return tensor.strides.batch == 0 ? 1 : static_cast<int>(tensor.batch_size);
 }
 
@@ -31,21 +31,21 @@ inline int num_copies(const TensorView& tensor) {
 inline TensorView limbs_view(const TensorView& tensor, const HalfLimbs& limbs) {
   const int64_t row = tensor.num_heads * tensor.head_dim;
   const Strides strides{tensor.seqlen * row, row, tensor.head_dim};
-  return {limbs.limbs,     DType::kFloat16, limbs.num_limbs * limbs.copies, tensor.seqlen, tensor.num_heads,
+  return {limbs.limbs,     DType::kFloat16, limbs.num_limbs * limbs.num_sequences, tensor.seqlen, tensor.num_heads,
           tensor.head_dim, strides};
 }
 
 // Room for the limbs of a tensor.
 inline HalfLimbs take_half_limbs(const TensorView& tensor, int num_limbs, Scratch& scratch) {
-  const int copies = num_copies(tensor);
-  const int64_t num_rows = copies * tensor.num_heads * tensor.seqlen;
+  const int num_different = num_sequences(tensor);
+  const int64_t num_rows = num_different * tensor.num_heads * tensor.seqlen;
   return {scratch.take<uint16_t>(num_limbs * num_rows * tensor.head_dim), scratch.take<float>(num_rows), num_limbs,
-          copies};
+          num_different};
 }
 
 // Whether TMA can read a tensor's limbs, however many.
 inline bool can_map_limbs(const TensorView& tensor) {
-  return can_map(limbs_view(tensor, {nullptr, nullptr, 2, num_copies(tensor)}));
+  return can_map(limbs_view(tensor, {nullptr, nullptr, 2, num_sequences(tensor)}));
 }
 
 struct HalfLimbsTask {
