@@ -18,7 +18,7 @@ inline constexpr int kWarpgroupRows = 64;  // query rows of one warpgroup, fixed
 inline constexpr int kWarpRows = 16;       // of them, one warp's
 inline constexpr int kSlabColumns = 64;    // columns of 16 bits in 128 bytes, the widest swizzle
 inline constexpr int kRowBytes = 128;      // of such a slab
-// One step of a product, 16 along the summed dimension.
+// One step of an MMA, 16 along the summed dimension.
 inline constexpr int kColumnStepBytes = 32;
 inline constexpr int kRowStepBytes = 16 * kRowBytes;
 
@@ -70,7 +70,7 @@ auto with_fwd_kernel(const FwdParams& params, const Visit& visit) {
 }
 
 // Columns of the slabs that a tile is stored in: as wide as a swizzle allows, but none of them half empty, which the
-// products would take for work.
+// MMAs would take for work.
 constexpr int slab_columns(int head_dim) { return head_dim % kSlabColumns == 0 ? kSlabColumns : kSlabColumns / 2; }
 
 // Registers a thread: the sum over all warpgroups may not exceed what the launch gives, 65536 a block.
@@ -85,7 +85,7 @@ struct FwdTuning<32> {
 };
 
 // A score costs as many cycles of the exponential unit as of the tensor cores here: a third warpgroup gives each one's
-// softmax two others' products to hide under. Scores, p and output take 128 of its 160 registers.
+// softmax two others' MMAs to hide under. Scores, p and output take 128 of its 160 registers.
 template <>
 struct FwdTuning<64> {
   static constexpr int kConsumers = 3, kBlockN = 128, kStages = 4, kProducerRegisters = 32, kConsumerRegisters = 160;
@@ -99,7 +99,7 @@ struct FwdTuning<96> {
   static constexpr int kPolynomialEvery = 0, kQueryBuffers = 2;
 };
 
-// Two warpgroups: the product is twice as long as the softmax, and the output takes twice the registers.
+// Two warpgroups: the MMAs take twice as long as the softmax, and the output takes twice the registers.
 template <>
 struct FwdTuning<128> {
   static constexpr int kConsumers = 2, kBlockN = 128, kStages = 2, kProducerRegisters = 40, kConsumerRegisters = 232;
@@ -107,7 +107,7 @@ struct FwdTuning<128> {
 };
 
 // Shared memory bounds the tiles from here on: two of keys, two of values, and a single one of queries, in whose place
-// the next one arrives under the last product of the item.
+// the next one arrives under the last MMA of the item.
 template <>
 struct FwdTuning<192> {
   static constexpr int kConsumers = 2, kBlockN = 112, kStages = 2, kProducerRegisters = 40, kConsumerRegisters = 232;
@@ -125,7 +125,7 @@ template <int kHeadDim, int kLimbs>
 struct FwdFp32Tuning;
 
 // Numbers of two limbs. Scores, p, output and what a tile adds to it take 192 registers, which leaves two warpgroups;
-// as products take three times as long as those of one limb, they hide the softmax all the same.
+// as MMAs take three times as long as those of one limb, they hide the softmax all the same.
 template <>
 struct FwdFp32Tuning<64, 2> {
   static constexpr int kConsumers = 2, kBlockN = 128, kStages = 2, kProducerRegisters = 40, kConsumerRegisters = 232;

@@ -1,4 +1,4 @@
-// Matrix products of one warp: c (16x8, fp32) += a (16xk) * b (kx8).
+// MMAs of one warp: c (16x8, fp32) += a (16xk) * b (kx8).
 //
 // With g = lane / 4 and t = lane % 4, a thread holds of c the elements (g, 2t), (g, 2t+1), (g+8, 2t), (g+8, 2t+1).
 #pragma once

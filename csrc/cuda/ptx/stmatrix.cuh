@@ -1,4 +1,4 @@
-// Stores of 8x8 matrices of 16-bit elements, from the layout of a matrix product's results.
+// Stores of 8x8 matrices of 16-bit elements, from the layout of an MMA's results.
 #pragma once
 
 #include <cstdint>

@@ -1,4 +1,4 @@
-// Matrix products of a warpgroup: d (64 x N, fp32) += a (64 x 16) * b (16 x N), asynchronous.
+// MMAs of a warpgroup: d (64 x N, fp32) += a (64 x 16) * b (16 x N), asynchronous.
 //
 // A thread of warp w and lane l holds in d[i] the element of row 16 w + l / 4 + 8 (i / 2 % 2) and column
 // 8 (i / 4) + 2 (l % 4) + i % 2. As operand a from registers, the words of step k are the pairs d[8k..8k+7] in order.
@@ -13,7 +13,7 @@
 
 namespace mixed_attention::cuda::ptx {
 
-// Opens a batch: orders earlier accesses to the registers that its products read or accumulate in.
+// Opens a batch: orders earlier accesses to the registers that its MMAs read or accumulate in.
 __device__ inline void wgmma_fence() { asm volatile("wgmma.fence.sync.aligned;\n" ::: "memory"); }
 
 __device__ inline void wgmma_commit() { asm volatile("wgmma.commit_group.sync.aligned;\n" ::: "memory"); }

@@ -28,8 +28,8 @@ constexpr bool transposes_dq(int head_dim) { return head_dim % kWarpgroupRows ==
 // Query rows of one step of the kernel for dk and dv; the statistics of the queries are stored by such tiles.
 inline constexpr int kQueryTileRows = 64;
 
-// Where a query's statistics lie among those of its tile. A thread of a product has two neighbouring columns out of
-// every eight: those out of sixteen lie side by side, to be read at once.
+// Where a query's statistics lie among those of its tile. A thread of an MMA has two neighbouring columns out of every
+// eight: those out of sixteen lie side by side, to be read at once.
 constexpr int place_of_stats(int row) { return row / 16 * 16 + row % 8 / 2 * 4 + row / 8 % 2 * 2 + row % 2; }
 
 // A tile of statistics: a number for each query; then, of log-sum-exps, where the references of the tile's rows begin
@@ -106,7 +106,7 @@ struct DkDvConfig : DkDvTuning<kHeadDim>, BwdTiles<Element, kHeadDim, kQueryTile
   // Whether steps that relate no scores are a loop of their own: a branch in the only loop costs up to a tenth of the
   // rate where dq is added to. An ordered dq and two blocks leave no registers for two loops.
   static constexpr bool kSeparatesRareItems = kAddsDq && !(kIsOrdered && kSplits > 1);
-  // The operands of the products for dk and dv take turns in the same registers where these are few.
+  // The operands of the MMAs for dk and dv take turns in the same registers where these are few.
   static constexpr bool kSharesOperand = kHeadDim > 64 || kSplits > 1 || kIsMasked || kKeptInputs == 1;
 
   static_assert(Tiles::kBlockM * sizeof(Element) == hopper::kRowBytes);

@@ -5,14 +5,14 @@
 // An item of a block is a tile of kBlockN key rows of one head. The producer, a single thread, copies its keys and
 // values and then, tile by tile, the queries that read them, with their output gradients and statistics. Each consumer
 // owns 64 of the key rows and goes through the transposed scores, in which keys are rows: s = k qᵀ, p = exp2(s - lse),
-// dv += p dout, dp = v doutᵀ - delta, ds = p dp, dk += ds q. As rows of s are rows of dk and dv, p and ds are
-// operands of their products as they come out, and everything but the tiles stays in registers; so do its own rows of
-// keys and values where there is room for them.
+// dv += p dout, dp = v doutᵀ - delta, ds = p dp, dk += ds q. As rows of s are rows of dk and dv, p and ds are operands
+// of their MMAs as they come out, and everything but the tiles stays in registers; so do its own rows of keys and
+// values where there is room for them.
 //
 // In the step for tile t, dk += ds q of tile t - 1 and dp of t run under the exponentials of t, dv += p dout of t under
 // the gradients of its scores, and s of tile t + 1 is issued as soon as the registers of s are free. What a warp does
-// by itself takes longer than the products: so what the next step reads beside them is read while s is in flight, and
-// ds of t - 1 leaves for dq in the step for t. At the end of a step no MMA is in flight, which the compiler needs.
+// by itself takes longer than the MMAs: so what the next step reads beside them is read while s is in flight, and ds of
+// t - 1 leaves for dq in the step for t. At the end of a step no MMA is in flight, which the compiler needs.
 //
 // Who signals whom: *_full is completed by TMA (one arrival of the producer and the bytes), *_empty by one arrival of
 // every consumer warp. Items that nobody reads take part in no barrier.
@@ -30,7 +30,7 @@
 #include "cuda/hopper/bwd/query_producer.cuh"
 #include "cuda/hopper/bwd/rare_items.cuh"
 #include "cuda/hopper/bwd/scores.cuh"
-#include "cuda/hopper/tile/products.cuh"
+#include "cuda/hopper/tile/mma.cuh"
 #include "cuda/hopper/tile/ring.cuh"
 #include "cuda/hopper/tile/store_rows.cuh"
 #include "cuda/ptx/dependent_grids.cuh"
@@ -130,26 +130,26 @@ __device__ inline void consume(const DkDvKernelParams& params, DkDvSharedStorage
       if constexpr (Config::kAddsDq) wait_for_room(shared.dq_exchange, num_used);
       ptx::wgmma_wait<0>(s);
 
-      // The first step adds zeros to dk and hands nothing over, the last one's scores of a next tile are not used: a
-      // product that is issued in some steps only would make the compiler wait for each. kRelates: whether scores may
-      // have to.
+      // The first step adds zeros to dk and hands nothing over, the last one's scores of a next tile are not used: an
+      // MMA that is issued in some steps only would make the compiler wait for each. kRelates: whether scores may have
+      // to.
       const auto go_through_tiles = [&]<bool kRelates>() {
         for (int tile = 0; tile < num_tiles; ++tile, ++num_used) {
           const QRing previous{num_used - (tile > 0)}, next{num_used + (tile + 1 < num_tiles)};
           const DoutRing dout{num_used}, next_dout{next.count};
 
-          issue_column_products<Element>(dk, ds_operand, previous_q);
+          issue_column_mma<Element>(dk, ds_operand, previous_q);
           v.template issue_transposed_scores<true>(dp, dout_tile);
           if constexpr (kRelates) {
             const float* lse_tile = shared.lse_log2[QRing{num_used}.stage()];
             if (is_marked(lse_tile)) relate_columns(s, lse_tile);
           } else if constexpr (Config::kIsOrdered) {
-            // NOTE: a branch that is never taken, which keeps ptxas from mixing what follows with the products.
+            // NOTE: a branch that is never taken, which keeps ptxas from mixing what follows with the MMAs.
             if (shared.lse_log2[QRing{num_used}.stage()][kMarkPlace] == kHasReferences) __trap();
           }
           scale_columns(s, params.softmax_scale_log2, lse_log2);
           // NOTE: behind a wait, a branch, ptxas spreads the handing over among the last exponentials; without one it
-          // does so with the products alone. An ordered dq makes that take more registers than there are.
+          // does so with the MMAs alone. An ordered dq makes that take more registers than there are.
           constexpr bool kWaitsEarly = Config::kAddsDq && !Config::kIsOrdered;
           const auto wait_for_next = [&] { ptx::mbarrier_wait(shared.q_full[next.stage()], next.full_parity()); };
           if constexpr (kWaitsEarly) wait_for_next();
@@ -160,7 +160,7 @@ __device__ inline void consume(const DkDvKernelParams& params, DkDvSharedStorage
           exponentiate_all(s);
           if constexpr (Config::kSharesOperand) ptx::wgmma_wait<1>(dk);
           round_operand<Element>(p_operand, s);
-          issue_column_products<Element>(dv, p_operand, dout_tile);
+          issue_column_mma<Element>(dv, p_operand, dout_tile);
           ptx::wgmma_wait<1>(dk, dp);
 
           multiply_all(dp, s);
@@ -193,7 +193,7 @@ __device__ inline void consume(const DkDvKernelParams& params, DkDvSharedStorage
 
       release(shared.kv_empty);
       const QRing last{num_used - 1};
-      issue_column_products<Element>(dk, ds_operand, tile_of(q_ring, last.stage()));
+      issue_column_mma<Element>(dk, ds_operand, tile_of(q_ring, last.stage()));
       if constexpr (Config::kAddsDq) {
         hand_over(shared.dq_exchange, last.count, ds_operand, first_row, own_keys, true);
       }

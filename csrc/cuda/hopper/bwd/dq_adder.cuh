@@ -13,7 +13,7 @@
 #include "cuda/hopper/bwd/params.h"
 #include "cuda/hopper/bwd/query_walk.cuh"
 #include "cuda/hopper/tile/bulk_add.cuh"
-#include "cuda/hopper/tile/products.cuh"
+#include "cuda/hopper/tile/mma.cuh"
 #include "cuda/hopper/tile/register_operand.cuh"
 #include "cuda/hopper/tile/ring.cuh"
 #include "cuda/ptx/bulk_reduce.cuh"
@@ -59,9 +59,9 @@ __device__ inline void add_dq(const DkDvKernelParams& params, DkDvSharedStorage<
       float dq[Config::kDqTileFloats / kWarpgroup] = {};
       ptx::mbarrier_wait(exchange.ds_full[ds.stage()], ds.full_parity());
       if constexpr (kTransposes) {
-        issue_column_products<Element>(dq, keys, ds_tile);
+        issue_column_mma<Element>(dq, keys, ds_tile);
       } else {
-        issue_transposed_products<Element, Config::kBlockN>(
+        issue_transposed_mma<Element, Config::kBlockN>(
             dq, ds_tile, ptx::SlabOperand<Config::kRowBytes>::make(shared.k, Config::kSlabBytesN));
       }
       ptx::wgmma_wait<0>(dq);

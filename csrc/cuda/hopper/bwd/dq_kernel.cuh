@@ -22,7 +22,7 @@
 #include "cuda/hopper/mask/key_bits.cuh"
 #include "cuda/hopper/plan/work_items.cuh"
 #include "cuda/hopper/tile/load_tile.cuh"
-#include "cuda/hopper/tile/products.cuh"
+#include "cuda/hopper/tile/mma.cuh"
 #include "cuda/hopper/tile/ring.cuh"
 #include "cuda/hopper/tile/store_rows.cuh"
 #include "cuda/ptx/dependent_grids.cuh"
@@ -124,7 +124,7 @@ __device__ inline void consume(const DqKernelParams& params, DqSharedStorage<Con
   // computes them in each step if they may differ.
   const auto issue_scores = [&](float (&result)[kBlockN / 2], Operand queries, Operand keys, uint32_t count) {
     if constexpr (is_wide(kHeadDim)) queries.low += count >> 31;
-    issue_row_products<Element, kHeadDim, Config::kSlabBytesM, Config::kSlabBytesN>(result, queries, keys);
+    issue_row_mma<Element, kHeadDim, Config::kSlabBytesM, Config::kSlabBytesN>(result, queries, keys);
   };
   const auto release = [&](ptx::Mbarrier& empty) {
     if (lane == 0) ptx::mbarrier_arrive(empty);
@@ -160,7 +160,7 @@ __device__ inline void consume(const DqKernelParams& params, DqSharedStorage<Con
 
       float s[kBlockN / 2], dp[kBlockN / 2];
       uint32_t ds_operand[kBlockN / 4];
-      // From scores in flight to the operand of the next product.
+      // From scores in flight to the operand of the next MMA.
       const auto differentiate = [&](int tile, KRing k) {
         const VRing v{k.count};
         ptx::mbarrier_wait(shared.v_full[v.stage()], v.full_parity());
@@ -180,7 +180,7 @@ __device__ inline void consume(const DqKernelParams& params, DqSharedStorage<Con
         round_operand<Element>(ds_operand, dp);
       };
 
-      // The first tile has no older product to run beside.
+      // The first tile has no older MMA to run beside.
       KRing k{num_used};
       ptx::mbarrier_wait(shared.q_full, q_parity);
       q_parity ^= 1;
@@ -191,7 +191,7 @@ __device__ inline void consume(const DqKernelParams& params, DqSharedStorage<Con
       for (int tile = 1; tile < num_tiles; ++tile) {
         const KRing previous = k;
         k = KRing{++num_used};
-        issue_column_products<Element>(dq, ds_operand, tile_of(k_ring, previous));
+        issue_column_mma<Element>(dq, ds_operand, tile_of(k_ring, previous));
         ptx::mbarrier_wait(shared.k_full[k.stage()], k.full_parity());
         issue_scores(s, q, tile_of(k_ring, k), k.count);
         ptx::wgmma_wait<1>(dq);
@@ -200,7 +200,7 @@ __device__ inline void consume(const DqKernelParams& params, DqSharedStorage<Con
       }
 
       release(shared.q_empty);
-      issue_column_products<Element>(dq, ds_operand, tile_of(k_ring, k));
+      issue_column_mma<Element>(dq, ds_operand, tile_of(k_ring, k));
       ptx::wgmma_wait<0>(dq);
       release(shared.k_empty[k.stage()]);
       ++num_used;

@@ -1,11 +1,11 @@
-// A consumer's own keys or values, 64 rows of a tile, as an operand of products with queries or output gradients: the
-// first kKeptColumns columns in registers, where shared memory is not read for them again, the others where they lie.
+// A consumer's own keys or values, 64 rows of a tile, as an operand of MMAs with queries or output gradients: the first
+// kKeptColumns columns in registers, where shared memory is not read for them again, the others where they lie.
 #pragma once
 
 #include <cstdint>
 
 #include "cuda/hopper/config.h"
-#include "cuda/hopper/tile/products.cuh"
+#include "cuda/hopper/tile/mma.cuh"
 #include "cuda/hopper/tile/register_operand.cuh"
 #include "cuda/ptx/wgmma.cuh"
 
@@ -27,13 +27,13 @@ class OwnRows {
     if constexpr (kKeptColumns > 0) load_row_operand<Config::kRowBytes, Config::kSlabBytesN>(kept_, tile_, first_row);
   }
 
-  // Their products with queries or output gradients, which take the place of the result or are added to it: s or dp.
+  // Their MMAs with queries or output gradients, which take the place of the result or are added to it: s or dp.
   template <bool kAdds = false>
   __device__ void issue_transposed_scores(float (&result)[Config::kBlockM / 2], Operand queries) const {
     ptx::wgmma_fence();
-    if constexpr (kKeptColumns > 0) add_row_products<Element, Config::kSlabBytesM>(result, kept_, queries, !kAdds);
+    if constexpr (kKeptColumns > 0) add_row_mma<Element, Config::kSlabBytesM>(result, kept_, queries, !kAdds);
     if constexpr (kKeptColumns < Config::kHeadDim) {
-      add_row_products<Element, Config::kHeadDim - kKeptColumns, Config::kSlabBytesN, Config::kSlabBytesM>(
+      add_row_mma<Element, Config::kHeadDim - kKeptColumns, Config::kSlabBytesN, Config::kSlabBytesM>(
           result, shared_, queries.advance(kKeptSlabs * Config::kSlabBytesM), !kAdds && kKeptColumns == 0);
     }
     ptx::wgmma_commit();

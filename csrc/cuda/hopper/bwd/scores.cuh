@@ -96,7 +96,7 @@ __device__ inline void start_differences(float (&dp)[kCount], const float* delta
   stats.load(delta);
 #pragma unroll
   for (int i = 0; i < kCount; ++i) dp[i] = -stats[i];
-  ptx::pin(dp);  // negated here, not where the product begins
+  ptx::pin(dp);  // negated here, not where the MMA begins
 }
 
 // Turns dp into ds; p[i]: that of accumulator i.
@@ -120,8 +120,8 @@ __device__ inline void differentiate_rows(float (&dp)[kCount], const float (&p)[
   for (int i = 0; i < kCount; ++i) dp[i] = p[i] * (dp[i] - delta[row_of(i)]);
 }
 
-// NOTE: ptxas moves exponentials behind the wait for the product that they should run under. A store that depends on
-// all of them and never happens, as p is not negative, holds them in front of it.
+// NOTE: ptxas moves exponentials behind the wait for the MMA that they should run under. A store that depends on all of
+// them and never happens, as p is not negative, holds them in front of it.
 template <int kCount>
 __device__ inline void hold_p(const float (&p)[kCount], uint32_t shared_address) {
   uint32_t signs = 0;

@@ -4,14 +4,14 @@
 // An item of a block is a tile of 64 key rows of one head, and the producer copies what that of dk_dv_kernel.cuh does.
 // Keys are rows of the transposed scores here, too, but dk and dv of 64 keys together would take all registers of a
 // warpgroup. So the owner of dv computes s = k qᵀ, p = exp2(s - lse) and dv += p dout, and hands p over to the owner of
-// dk, which computes dp = v doutᵀ, ds = p (dp - delta) and dk += ds q: two products each, and none twice. Keys and
-// values are in registers, of 256 columns the first half: shared memory would be busy for longer than the tensor cores.
+// dk, which computes dp = v doutᵀ, ds = p (dp - delta) and dk += ds q: two MMAs each, and none twice. Keys and values
+// are in registers, of 256 columns the first half: shared memory would be busy for longer than the tensor cores.
 //
 // In the step for tile t, the owner of dv issues s of t and then dv += p dout of tile t - 1, under which the
 // exponentials of t run. The owner of dk issues dk += ds q of tile t - 1 and then dp of t, and computes ds of t under
-// the products of the other: in the opposite order ds would run under dk, but a tile of queries would wait for half a
-// step more, and 256 columns leave room for five tiles. At the end of a step no MMA of a warpgroup is in flight, which
-// the compiler needs.
+// the MMAs of the other: in the opposite order ds would run under dk, but a tile of queries would wait for half a step
+// more, and 256 columns leave room for five tiles. At the end of a step no MMA of a warpgroup is in flight, which the
+// compiler needs.
 //
 // Who signals whom: *_full is completed by TMA (one arrival of the producer and the bytes), *_empty by one arrival of
 // every consumer warp; those of p: p_exchange.cuh. Items that nobody reads take part in no barrier.
@@ -27,7 +27,7 @@
 #include "cuda/hopper/bwd/scores.cuh"
 #include "cuda/hopper/bwd/wide_dk_dv_config.h"
 #include "cuda/hopper/plan/work_items.cuh"
-#include "cuda/hopper/tile/products.cuh"
+#include "cuda/hopper/tile/mma.cuh"
 #include "cuda/hopper/tile/ring.cuh"
 #include "cuda/hopper/tile/store_rows.cuh"
 #include "cuda/ptx/dependent_grids.cuh"
@@ -94,7 +94,7 @@ __device__ inline void own_dv(const DkDvKernelParams& params, WideDkDvSharedStor
       };
       const auto issue_dv = [&](DoutRing dout) {
         ptx::mbarrier_wait(shared.dout_full[dout.stage()], dout.full_parity());
-        issue_column_products<Element>(dv, p_operand, dout_ring.advance(dout.stage() * Config::kTileBytesM));
+        issue_column_mma<Element>(dv, p_operand, dout_ring.advance(dout.stage() * Config::kTileBytesM));
       };
       // Turns scores into p.
       const auto exponentiate = [&](QRing q) {
@@ -170,9 +170,9 @@ __device__ inline void own_dk(const DkDvKernelParams& params, WideDkDvSharedStor
       };
       const auto issue_dk = [&](QRing q) {
         ptx::mbarrier_wait(shared.q_full[q.stage()], q.full_parity());
-        issue_column_products<Element>(dk, ds_operand, q_ring.advance(q.stage() * Config::kTileBytesM));
+        issue_column_mma<Element>(dk, ds_operand, q_ring.advance(q.stage() * Config::kTileBytesM));
       };
-      // From dp to the operand of the next product.
+      // From dp to the operand of the next MMA.
       const auto differentiate = [&](DoutRing dout) {
         const PRing p{dout.count};
         ptx::mbarrier_wait(shared.p_full[p.stage()], p.full_parity());

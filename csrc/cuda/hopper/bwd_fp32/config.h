@@ -20,8 +20,8 @@ struct QueryNumbers {
   float row_scales[kQueryTileRows];  // of the limbs of q
 };
 
-// The same of its output gradients. So that those of all rows can be added up by one product, they are given one
-// row_scale: a row's own is row_scale * factors[row].
+// The same of its output gradients. So that those of all rows can be added up by one MMA, they are given one row_scale:
+// a row's own is row_scale * factors[row].
 struct DoutNumbers {
   float delta[kQueryTileRows];    // row sum of out * dout, less dlse
   float factors[kQueryTileRows];  // 2^15 at most

@@ -1,15 +1,15 @@
-// Gradients of keys and values on Hopper in fp32, from products of fp16 limbs: persistent blocks of one producer and
-// two consumer warpgroups that own what they write. Gradients of queries are another kernel's (fp32_dq_kernel.cuh).
+// Gradients of keys and values on Hopper in fp32, from MMAs of fp16 limbs: persistent blocks of one producer and two
+// consumer warpgroups that own what they write. Gradients of queries are another kernel's (fp32_dq_kernel.cuh).
 //
 // An item of a block is a tile of kBlockN key rows of one head. The producer, a single thread, copies its keys and
 // values and then, tile by tile, the queries that read them, with their output gradients and what else is known of
 // them. Each consumer owns 64 of the key rows and goes through the transposed scores, in which keys are rows: s = k qᵀ,
 // p = exp2(s - lse), dv += p dout, dp = v doutᵀ, ds = p (dp - delta), dk += ds q. As rows of s are rows of dk and dv, p
-// and ds are operands of their products as they come out, but for being split into limbs.
+// and ds are operands of their MMAs as they come out, but for being split into limbs.
 //
-// Tensor cores cut sums off: each product for dv or dk starts a sum of its own, which is added up here, where additions
+// Tensor cores cut sums off: each MMA for dv or dk starts a sum of its own, which is added up here, where additions
 // round. The two take turns in one set of registers. Rows of a factor have row_scales of their own: those of q and dout
-// are multiplied into ds and p, over whose columns the products sum.
+// are multiplied into ds and p, over whose columns the MMAs sum.
 //
 // In the step for tile t, p and its limbs are computed under dp, ds under p dout, the limbs of ds under s of tile t +
 // 1. At the end of a step no MMA is in flight, which the compiler needs.
@@ -28,7 +28,7 @@
 #include "cuda/hopper/bwd_fp32/rows.cuh"
 #include "cuda/hopper/bwd_fp32/scores.cuh"
 #include "cuda/hopper/plan/work_items.cuh"
-#include "cuda/hopper/split_fp16/half_products.cuh"
+#include "cuda/hopper/split_fp16/half_mma.cuh"
 #include "cuda/hopper/tile/fragment_values.cuh"
 #include "cuda/hopper/tile/ring.cuh"
 #include "cuda/ptx/dependent_grids.cuh"
@@ -126,7 +126,7 @@ __device__ inline void consume(const Fp32DkDvKernelParams& params, Fp32DkDvShare
 
   const auto tile_of = [](ptx::Operand ring, Ring use) { return ring.advance(use.stage() * Config::kTileBytesM); };
   const auto issue_transposed_scores = [](float (&result)[kBlockM / 2], ptx::Operand keys, ptx::Operand queries) {
-    issue_half_row_products<Config::kLimbs, Config::kLimbBytesN, Config::kLimbBytesM>(result, keys, queries);
+    issue_half_row_mma<Config::kLimbs, Config::kLimbBytesN, Config::kLimbBytesM>(result, keys, queries);
   };
   const auto release = [&](ptx::Mbarrier& empty) {
     if (lane == 0) ptx::mbarrier_arrive(empty);
@@ -170,8 +170,8 @@ __device__ inline void consume(const Fp32DkDvKernelParams& params, Fp32DkDvShare
       issue_transposed_scores(s, k, tile_of(q_ring, use));
       ptx::wgmma_wait<0>(s);
 
-      // The first step adds zeros to dk, the last one's scores of a next tile are not used: a product that is issued
-      // in some steps only would make the compiler wait for each. kRelates: whether scores may have to, for which the
+      // The first step adds zeros to dk, the last one's scores of a next tile are not used: an MMA that is issued in
+      // some steps only would make the compiler wait for each. kRelates: whether scores may have to, for which the
       // others' steps shall not wait.
       const auto go_through_tiles = [&]<bool kRelates>() {
         for (int tile = 0; tile < num_tiles; ++tile) {
@@ -196,7 +196,7 @@ __device__ inline void consume(const Fp32DkDvKernelParams& params, Fp32DkDvShare
           }
           exponentiate(s, q_scales, k_scales, lse_log2);
           split_operand(operand, s, dout_factors);
-          issue_half_column_products<Config::kLimbBytesM>(sum, operand, dout_tile);
+          issue_half_column_mma<Config::kLimbBytesM>(sum, operand, dout_tile);
           ptx::wgmma_wait<1>(dp);
 
           const float dout_scale = shared.dout_numbers[stage].row_scale;
@@ -210,7 +210,7 @@ __device__ inline void consume(const Fp32DkDvKernelParams& params, Fp32DkDvShare
 
           lift = RowLift::of(dp);
           split_operand(operand, dp, lift.factor);
-          issue_half_column_products<Config::kLimbBytesM>(sum, operand, q_tile);
+          issue_half_column_mma<Config::kLimbBytesM>(sum, operand, q_tile);
           ptx::wgmma_wait<0>(s, sum);
           release(shared.q_empty[stage]);
           ++use.count;

@@ -1,13 +1,13 @@
-// Gradients of queries on Hopper in fp32, from products of fp16 limbs: persistent blocks of two producers and two
-// consumer warpgroups that own what they write.
+// Gradients of queries on Hopper in fp32, from MMAs of fp16 limbs: persistent blocks of two producers and two consumer
+// warpgroups that own what they write.
 //
 // An item of a block is a tile of kBlockM query rows of one head. One producer, a single thread, copies its queries and
 // output gradients and then its key and value tiles into rings of kStages buffers; the other one, a warp, brings the
 // row_scales of these tiles' rows, which lie at any address. Each consumer owns 64 of the query rows and computes, tile
 // by tile, s = q kᵀ, p = exp2(s - lse), dp = dout vᵀ, ds = p (dp - delta) and dq += ds k.
 //
-// Tensor cores cut sums off: each product for dq starts a sum of its own, which is added up here, where additions
-// round. Rows of a factor have row_scales of their own: those of k are multiplied into ds, over whose columns dq sums.
+// Tensor cores cut sums off: each MMA for dq starts a sum of its own, which is added up here, where additions round.
+// Rows of a factor have row_scales of their own: those of k are multiplied into ds, over whose columns dq sums.
 //
 // In the step for tile j, p is computed under dp, the limbs of ds under s of tile j + 1. At the end of a step no MMA is
 // in flight, which the compiler needs.
@@ -26,7 +26,7 @@
 #include "cuda/hopper/bwd_fp32/scores.cuh"
 #include "cuda/hopper/fwd/softmax.cuh"
 #include "cuda/hopper/plan/work_items.cuh"
-#include "cuda/hopper/split_fp16/half_products.cuh"
+#include "cuda/hopper/split_fp16/half_mma.cuh"
 #include "cuda/hopper/tile/fragment_values.cuh"
 #include "cuda/hopper/tile/ring.cuh"
 #include "cuda/ptx/dependent_grids.cuh"
@@ -135,7 +135,7 @@ __device__ inline void consume(const Fp32DqKernelParams& params, Fp32DqSharedSto
 
   const auto tile_of = [](ptx::Operand ring, Ring use) { return ring.advance(use.stage() * Config::kTileBytesN); };
   const auto issue_scores = [](float (&result)[kBlockN / 2], ptx::Operand queries, ptx::Operand keys) {
-    issue_half_row_products<Config::kLimbs, Config::kLimbBytesM, Config::kLimbBytesN>(result, queries, keys);
+    issue_half_row_mma<Config::kLimbs, Config::kLimbBytesM, Config::kLimbBytesN>(result, queries, keys);
   };
   const auto release = [&](ptx::Mbarrier& empty) {
     if (lane == 0) ptx::mbarrier_arrive(empty);
@@ -184,8 +184,8 @@ __device__ inline void consume(const Fp32DqKernelParams& params, Fp32DqSharedSto
       issue_scores(s, q, tile_of(k_ring, use));
       ptx::wgmma_wait<0>(s);
 
-      // The first step adds zeros to dq, the last one's scores of a next tile are not used: a product that is issued
-      // in some steps only would make the compiler wait for each. kRelates: whether a query may have a reference.
+      // The first step adds zeros to dq, the last one's scores of a next tile are not used: an MMA that is issued in
+      // some steps only would make the compiler wait for each. kRelates: whether a query may have a reference.
       const auto go_through_tiles = [&]<bool kRelates>() {
         for (int tile = 0; tile < num_tiles; ++tile) {
           const Ring next{use.count + (tile + 1 < num_tiles)};
@@ -215,7 +215,7 @@ __device__ inline void consume(const Fp32DqKernelParams& params, Fp32DqSharedSto
           issue_scores(s, q, tile_of(k_ring, next));
           lift = RowLift::of(dp);
           split_operand(operand, dp, lift.factor);
-          issue_half_column_products<Config::kLimbBytesN>(sum, operand, tile_of(k_ring, use));
+          issue_half_column_mma<Config::kLimbBytesN>(sum, operand, tile_of(k_ring, use));
           ptx::wgmma_wait<0>(s, sum);
           release(shared.k_empty[stage]);
           ++use.count;

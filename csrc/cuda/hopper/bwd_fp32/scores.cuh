@@ -1,4 +1,4 @@
-// p and ds from products of limbs: row_scales of both factors, one of rows and one of columns, turn a product into the
+// p and ds from MMAs of limbs: row_scales of both factors, one of rows and one of columns, turn a product into the
 // number that it stands for.
 #pragma once
 

@@ -6,9 +6,9 @@
 // and computes, tile by tile, s = q k^T, p = exp2(s - softmax_base), and o += p v, with s, p and o in registers.
 //
 // Two overlaps keep the tensor cores busy. Within a warpgroup, s of a tile is issued together with o += p v of the tile
-// before, and the softmax of the one runs under the product of the other; that goes on from item to item, so that an
-// item's last product runs beside the next one's first. Between warpgroups, a ring of named barriers makes them issue
-// their products in turn, so that the softmax of one lies under the products of the others.
+// before, and the softmax of the one runs under the MMA of the other; that goes on from item to item, so that an item's
+// last MMA runs beside the next one's first. Between warpgroups, a ring of named barriers makes them issue their MMAs
+// in turn, so that the softmax of one lies under the MMAs of the others.
 //
 // Who signals whom: *_full is completed by TMA (one arrival of the producer and the bytes; under a mask k_full also by
 // one of the thread that brings its bits), row_scales.full by one of the warp that brings the row_scales of fp32 tiles
@@ -20,8 +20,8 @@
 
 #include "cuda/hopper/config.h"
 #include "cuda/hopper/fwd/epilogue.cuh"
+#include "cuda/hopper/fwd/mma.cuh"
 #include "cuda/hopper/fwd/params.h"
-#include "cuda/hopper/fwd/products.cuh"
 #include "cuda/hopper/fwd/repair.cuh"
 #include "cuda/hopper/fwd/softmax.cuh"
 #include "cuda/hopper/fwd/tile_row_scales.cuh"
@@ -183,20 +183,20 @@ __device__ inline void consume(const FwdKernelParams& params, FwdSharedStorage<C
   bool has_rows = true;  // whether it has some for this warpgroup, which goes along in any case
   RingUse<Config::kQueryBuffers> q_use{0};
   Ring k_use{0};  // v is always the use before
-  FwdProducts<Config> products(params, shared, consumer);
-  auto& s = products.s;
-  auto& o = products.o;
+  FwdMma<Config> mma(params, shared, consumer);
+  auto& s = mma.s;
+  auto& o = mma.o;
   OnlineSoftmax softmax;
 
   const auto release = [&](ptx::Mbarrier& empty) {
     if (lane == 0) ptx::mbarrier_arrive(empty);
   };
-  const auto issue_s = [&] { products.issue_s(q_use.stage(), k_use.stage()); };
+  const auto issue_s = [&] { mma.issue_s(q_use.stage(), k_use.stage()); };
   const auto issue_o = [&](Ring v_use) {
     ptx::mbarrier_wait(shared.v_full[v_use.stage()], v_use.full_parity());
-    products.issue_o(v_use.stage());
+    mma.issue_o(v_use.stage());
   };
-  // Both products of a step: the scores of one tile, and what the one before adds to the output.
+  // Both MMAs of a step: the scores of one tile, and what the one before adds to the output.
   const auto issue_both = [&](Ring v_use) {
     ptx::mbarrier_wait(shared.k_full[k_use.stage()], k_use.full_parity());
     ptx::named_barrier_sync(own_turn, 2 * kWarpgroup);
@@ -206,13 +206,13 @@ __device__ inline void consume(const FwdKernelParams& params, FwdSharedStorage<C
     ptx::wgmma_wait<1>(s);
   };
   // Scores of a tile that has not been released yet; what is no key gets -inf.
-  const auto finish_s = [&](int tile) { finish_scores(params, shared, products, items, share, k_use, tile); };
+  const auto finish_s = [&](int tile) { finish_scores(params, shared, mma, items, share, k_use, tile); };
   const auto bases_of = [&](uint32_t item) { return RowBases{shared.bases[item % 2] + first_row + lane / 4, false}; };
   const auto start_softmax = [&] {
-    softmax.start<Element, Config::kPolynomialEvery>(s, products.scale_log2, bases_of(q_use.count));
+    softmax.start<Element, Config::kPolynomialEvery>(s, mma.scale_log2, bases_of(q_use.count));
   };
   // NOTE: the answer depends on all exponentials. Without a barrier at this place ptxas moves most of them behind the
-  // wait for the product that they should run under.
+  // wait for the MMA that they should run under.
   const auto overflows = [&] {
     return ptx::named_barrier_any(own_vote, kWarpgroup, has_rows && softmax.overflows<Element>());
   };
@@ -228,7 +228,7 @@ __device__ inline void consume(const FwdKernelParams& params, FwdSharedStorage<C
   bool has_keys = items.next_with_keys();
   if (has_keys) {
     begin_item();
-    products.start_item(params, items.rows(), first_row);
+    mma.start_item(params, items.rows(), first_row);
     ptx::mbarrier_wait(shared.q_full[0], 0);
     ptx::mbarrier_wait(shared.k_full[0], 0);
     issue_s();
@@ -238,7 +238,7 @@ __device__ inline void consume(const FwdKernelParams& params, FwdSharedStorage<C
     start_softmax();
     softmax.settle<Element>();
     softmax.add_tile();
-    products.take_p(shared, k_use);
+    mma.take_p(shared, k_use);
   }
   while (has_keys) {
     clear(o);
@@ -248,23 +248,23 @@ __device__ inline void consume(const FwdKernelParams& params, FwdSharedStorage<C
       issue_both(v_use);
       if (has_rows) {
         finish_s(tile);
-        softmax.exponentiate<Config::kPolynomialEvery>(s, products.scale_log2);
+        softmax.exponentiate<Config::kPolynomialEvery>(s, mma.scale_log2);
       }
       const bool is_overflow = overflows();
-      products.wait();
+      mma.wait();
       release(shared.v_empty[v_use.stage()]);
       if (is_overflow) {
         float factor[2];
         issue_s();
         ptx::wgmma_wait<0>(s);
         finish_s(tile);
-        softmax.raise<Element, Config::kPolynomialEvery>(s, products.scale_log2, factor, bases_of(q_use.count));
+        softmax.raise<Element, Config::kPolynomialEvery>(s, mma.scale_log2, factor, bases_of(q_use.count));
         softmax.settle<Element>();
         scale_rows(o, factor);
       }
       release(shared.k_empty[k_use.stage()]);
       softmax.add_tile();
-      products.take_p(shared, k_use);
+      mma.take_p(shared, k_use);
     }
     release(shared.q_empty[q_use.stage()]);
 
@@ -275,7 +275,7 @@ __device__ inline void consume(const FwdKernelParams& params, FwdSharedStorage<C
     ++q_use.count;
     has_keys = items.next_with_keys();
     if (has_keys) {
-      products.start_item(params, items.rows(), first_row);
+      mma.start_item(params, items.rows(), first_row);
       ptx::mbarrier_wait(shared.q_full[q_use.stage()], q_use.full_parity());
       issue_both(v_use);
       begin_item();
@@ -283,13 +283,13 @@ __device__ inline void consume(const FwdKernelParams& params, FwdSharedStorage<C
       release(shared.k_empty[k_use.stage()]);
       start_softmax();
       overflows();
-      products.wait();
+      mma.wait();
       softmax.settle<Element>();
       softmax.add_tile();
-      products.take_p(shared, k_use);
+      mma.take_p(shared, k_use);
     } else {
       issue_o(v_use);
-      products.wait();
+      mma.wait();
     }
     release(shared.v_empty[v_use.stage()]);
     store_item<Config>(params, shared, finished, first_row, o, total, bases_of(q_use.count - 1));
@@ -299,7 +299,7 @@ __device__ inline void consume(const FwdKernelParams& params, FwdSharedStorage<C
     store_result<Config>(params, shared, items.rows(), first_row, o, OnlineSoftmax{}, bases_of(0));
   }
   finish_items(shared);
-  if (must_repair(shared)) repair_items(params, shared, products, q_use, k_use, first_row);
+  if (must_repair(shared)) repair_items(params, shared, mma, q_use, k_use, first_row);
 }
 
 template <typename Config>

@@ -7,9 +7,9 @@
 
 #include "cuda/hopper/config.h"
 #include "cuda/hopper/fwd/epilogue.cuh"
+#include "cuda/hopper/fwd/mma.cuh"
 #include "cuda/hopper/fwd/overflow.cuh"
 #include "cuda/hopper/fwd/params.h"
-#include "cuda/hopper/fwd/products.cuh"
 #include "cuda/hopper/fwd/softmax.cuh"
 #include "cuda/hopper/plan/work_items.cuh"
 #include "cuda/hopper/tile/ring.cuh"
@@ -78,11 +78,11 @@ __device__ inline void replace_item(const FwdKernelParams& params, const ItemWal
 // A consumer's part; q_use and k_use: the next ones of the rings. The producers bring everything again.
 template <typename Config>
 __device__ inline void repair_items(const FwdKernelParams& params, FwdSharedStorage<Config>& shared,
-                                    FwdProducts<Config>& products, RingUse<Config::kQueryBuffers> q_use,
+                                    FwdMma<Config>& mma, RingUse<Config::kQueryBuffers> q_use,
                                     RingUse<Config::kStages> k_use, int first_row) {
   using Element = typename Config::Element;
-  auto& s = products.s;
-  auto& o = products.o;
+  auto& s = mma.s;
+  auto& o = mma.o;
   const RowBases bases{shared.bases[0] + first_row + threadIdx.x % 32 / 4, true};
   const auto release = [](ptx::Mbarrier& empty) {
     __syncwarp();
@@ -91,27 +91,27 @@ __device__ inline void repair_items(const FwdKernelParams& params, FwdSharedStor
   for (ItemWalk<Config::kBlockM> items(params.table); items.next_with_keys(); ++q_use.count) {
     const TileShare share = items.share();
     OnlineSoftmax softmax;
-    products.start_item(params, items.rows(), first_row);
+    mma.start_item(params, items.rows(), first_row);
     clear(o);
     ptx::mbarrier_wait(shared.q_full[q_use.stage()], q_use.full_parity());
     for (int tile = share.begin; tile < share.end; ++tile, ++k_use.count) {
       ptx::mbarrier_wait(shared.k_full[k_use.stage()], k_use.full_parity());
-      products.issue_s(q_use.stage(), k_use.stage());
+      mma.issue_s(q_use.stage(), k_use.stage());
       ptx::wgmma_wait<0>(s);
-      finish_scores(params, shared, products, items, share, k_use, tile);
+      finish_scores(params, shared, mma, items, share, k_use, tile);
       release(shared.k_empty[k_use.stage()]);
       if (tile == share.begin) {
-        softmax.start<Element, 0>(s, products.scale_log2, bases);
+        softmax.start<Element, 0>(s, mma.scale_log2, bases);
       } else {
         float factor[2];
-        softmax.raise<Element, 0>(s, products.scale_log2, factor, bases);
+        softmax.raise<Element, 0>(s, mma.scale_log2, factor, bases);
         scale_rows(o, factor);
       }
       softmax.add_tile();
-      products.take_p(shared, k_use);
+      mma.take_p(shared, k_use);
       ptx::mbarrier_wait(shared.v_full[k_use.stage()], k_use.full_parity());
-      products.issue_o(k_use.stage());
-      products.wait();
+      mma.issue_o(k_use.stage());
+      mma.wait();
       release(shared.v_empty[k_use.stage()]);
     }
     release(shared.q_empty[q_use.stage()]);

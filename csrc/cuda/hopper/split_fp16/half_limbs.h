@@ -1,4 +1,4 @@
-// fp32 tensors as one or two of fp16, whose products tensor cores take at full rate.
+// fp32 tensors as one or two of fp16, which tensor cores multiply at full rate.
 #pragma once
 
 #include <span>

@@ -1,4 +1,4 @@
-// Numbers that belong to the rows or to the columns of a product's result, by the accumulators of a thread.
+// Numbers that belong to the rows or to the columns of an MMA's result, by the accumulators of a thread.
 #pragma once
 
 #include "cuda/hopper/fwd/softmax.cuh"

@@ -1,7 +1,7 @@
-// Tiles that stay, as operands of many products: a warpgroup reads its share out of shared memory once, into registers.
+// Tiles that stay, as operands of many MMAs: a warpgroup reads its share out of shared memory once, into registers.
 //
-// Both operands of a product of 64 x 64 results in shared memory keep that busy for as long as the tensor cores
-// multiply; with one of them in registers it is half of the time.
+// Both operands of an MMA of 64 x 64 results in shared memory keep that busy for as long as the tensor cores multiply;
+// with one of them in registers it is half of the time.
 #pragma once
 
 #include <cstdint>

@@ -1,5 +1,5 @@
-// Matrix products of fp32 factors in fp16 limbs. Of one limb each they are products of that; of two limbs each a_low
-// b_high + a_high b_low + a_high b_high, in this order, as what is cut off grows with the sum.
+// MMAs of fp32 factors in fp16 limbs. With one limb each: the MMA of these. With two: a_low b_high + a_high b_low +
+// a_high b_high, in this order, as tensor cores truncate relative to the sum so far.
 //
 // A tile of 64 columns in shared memory is one slab of its high limbs with one of its low limbs, if any, behind it.
 #pragma once
@@ -11,7 +11,7 @@
 #include "cuda/hopper/config.h"
 #include "cuda/hopper/split_fp16/half_pair.cuh"
 #include "cuda/hopper/tile/fragment_values.cuh"
-#include "cuda/hopper/tile/products.cuh"
+#include "cuda/hopper/tile/mma.cuh"
 #include "cuda/ptx/wgmma.cuh"
 
 namespace mixed_attention::cuda::hopper {
@@ -29,10 +29,10 @@ struct HalfOperand {
   }
 };
 
-// Issues one batch, a product of two factors: calls add(limb of a, limb of b, whether it is the first) for each of its
-// limbs' products, in their order.
+// Issues one batch, the MMAs of two factors: calls add(limb of a, limb of b, whether it is the first) for each of its
+// limbs' MMAs, in their order.
 template <int kLimbs, typename Add>
-__device__ inline void issue_limb_products(const Add& add) {
+__device__ inline void issue_limb_mma(const Add& add) {
   ptx::wgmma_fence();
   if constexpr (kLimbs == 2) {
     add(1, 0, true);
@@ -44,24 +44,23 @@ __device__ inline void issue_limb_products(const Add& add) {
 
 // d = a bᵀ.
 template <int kLimbs, int kLimbBytesA, int kLimbBytesB, int kCount>
-__device__ inline void issue_half_row_products(float (&d)[kCount], ptx::Operand a, ptx::Operand b) {
-  issue_limb_products<kLimbs>([&](int limb_a, int limb_b, bool overwrites) {
-    add_row_products<__half, kSlabColumns, kLimbBytesA, kLimbBytesB>(d, a.advance(limb_a * kLimbBytesA),
-                                                                     b.advance(limb_b * kLimbBytesB), overwrites);
+__device__ inline void issue_half_row_mma(float (&d)[kCount], ptx::Operand a, ptx::Operand b) {
+  issue_limb_mma<kLimbs>([&](int limb_a, int limb_b, bool overwrites) {
+    add_row_mma<__half, kSlabColumns, kLimbBytesA, kLimbBytesB>(d, a.advance(limb_a * kLimbBytesA),
+                                                                b.advance(limb_b * kLimbBytesB), overwrites);
   });
 }
 
 // d = a b, a from registers.
 template <int kLimbBytes, int kCount, int kLimbs, int kWords>
-__device__ inline void issue_half_column_products(float (&d)[kCount], const HalfOperand<kLimbs, kWords>& a,
-                                                  ptx::Operand b) {
-  issue_limb_products<kLimbs>([&](int limb_a, int limb_b, bool overwrites) {
-    add_column_products<__half>(d, a.limbs[limb_a], b.advance(limb_b * kLimbBytes), overwrites);
+__device__ inline void issue_half_column_mma(float (&d)[kCount], const HalfOperand<kLimbs, kWords>& a, ptx::Operand b) {
+  issue_limb_mma<kLimbs>([&](int limb_a, int limb_b, bool overwrites) {
+    add_column_mma<__half>(d, a.limbs[limb_a], b.advance(limb_b * kLimbBytes), overwrites);
   });
 }
 
-// Splits a result into the operand of the next product; nothing moves between threads. It is multiplied by the factors
-// of rows or of columns before, which take it to below 2^16.
+// Splits a result into the operand of the next MMA; nothing moves between threads. It is multiplied by the factors of
+// rows or of columns before, which take it to below 2^16.
 template <int kLimbs, int kCount, typename Factors>
 __device__ inline void split_operand(HalfOperand<kLimbs, kCount / 2>& operand, const float (&result)[kCount],
                                      const Factors& factors) {

@@ -11,8 +11,8 @@
 #include "cuda/hopper/fwd/tile_row_scales.cuh"
 #include "cuda/hopper/mask/key_bits.cuh"
 #include "cuda/hopper/plan/work_items.cuh"
-#include "cuda/hopper/split_fp16/half_products.cuh"
-#include "cuda/hopper/tile/products.cuh"
+#include "cuda/hopper/split_fp16/half_mma.cuh"
+#include "cuda/hopper/tile/mma.cuh"
 #include "cuda/hopper/tile/ring.cuh"
 #include "cuda/ptx/mbarrier.cuh"
 #include "cuda/ptx/wgmma.cuh"
@@ -39,7 +39,7 @@ struct FwdOperands {
 // In 16 bits the output is summed up in the tensor cores. Both forms have the same steps, in the order in which a tile
 // takes them; start_item comes before an item's first.
 template <typename Config>
-struct FwdProducts {
+struct FwdMma {
   using Element = typename Config::Element;
   using Ring = RingUse<Config::kStages>;
 
@@ -49,22 +49,22 @@ struct FwdProducts {
   uint32_t p[Config::kBlockN / 4];
   float o[Config::kHeadDim / 2];
 
-  __device__ FwdProducts(const FwdKernelParams& params, FwdSharedStorage<Config>& shared, int consumer)
+  __device__ FwdMma(const FwdKernelParams& params, FwdSharedStorage<Config>& shared, int consumer)
       : operands(shared, consumer), scale_log2{params.softmax_scale_log2, params.softmax_scale_log2} {}
 
   __device__ void start_item(const FwdKernelParams&, const ItemRows&, int) {}
 
   __device__ void issue_s(int q_stage, int k_stage) {
-    issue_row_products<Element, Config::kHeadDim, Config::kSlabBytesM, Config::kSlabBytesN>(s, operands.q(q_stage),
-                                                                                            operands.k(k_stage));
+    issue_row_mma<Element, Config::kHeadDim, Config::kSlabBytesM, Config::kSlabBytesN>(s, operands.q(q_stage),
+                                                                                       operands.k(k_stage));
   }
 
-  __device__ void issue_o(int v_stage) { issue_column_products<Element>(o, p, operands.v(v_stage)); }
+  __device__ void issue_o(int v_stage) { issue_column_mma<Element>(o, p, operands.v(v_stage)); }
 
-  // The product s is finished; use: of the tile of keys.
+  // The MMA of s is finished; use: of the tile of keys.
   __device__ void finish_s(FwdSharedStorage<Config>&, Ring) {}
 
-  // Both products are to be finished.
+  // Both MMAs are to be finished.
   __device__ void wait() { ptx::wgmma_wait<0>(o, s); }
 
   // Makes factors of p, which has taken the place of s.
@@ -75,7 +75,7 @@ struct FwdProducts {
 // up outside the tensor cores, because these cut sums off and additions round.
 template <typename Config>
   requires(Config::kHasRowScales)
-struct FwdProducts<Config> {
+struct FwdMma<Config> {
   using Factor = typename Config::Factor;
   using Ring = RingUse<Config::kStages>;
 
@@ -86,7 +86,7 @@ struct FwdProducts<Config> {
   float o[Config::kHeadDim / 2], tile_o[Config::kHeadDim / 2];
   float v_scale;  // of the tile that p is of
 
-  __device__ FwdProducts(const FwdKernelParams&, FwdSharedStorage<Config>& shared, int consumer)
+  __device__ FwdMma(const FwdKernelParams&, FwdSharedStorage<Config>& shared, int consumer)
       : operands(shared, consumer) {}
 
   // first_row: of this warp in the tile.
@@ -102,16 +102,16 @@ struct FwdProducts<Config> {
 
   __device__ void issue_s(int q_stage, int k_stage) {
     const auto q = operands.q(q_stage), k = operands.k(k_stage);
-    issue_limb_products<Config::kLimbs>([&](int q_limb, int k_limb, bool overwrites) {
-      add_row_products<Factor, Config::kHeadDim, Config::kSlabBytesM, Config::kSlabBytesN>(
+    issue_limb_mma<Config::kLimbs>([&](int q_limb, int k_limb, bool overwrites) {
+      add_row_mma<Factor, Config::kHeadDim, Config::kSlabBytesM, Config::kSlabBytesN>(
           s, q.advance(q_limb * Config::kLimbBytesM), k.advance(k_limb * Config::kLimbBytesN), overwrites);
     });
   }
 
   __device__ void issue_o(int v_stage) {
     const auto v = operands.v(v_stage);
-    issue_limb_products<Config::kLimbs>([&](int p_limb, int v_limb, bool overwrites) {
-      add_column_products<Factor>(tile_o, p.limbs[p_limb], v.advance(v_limb * Config::kLimbBytesN), overwrites);
+    issue_limb_mma<Config::kLimbs>([&](int p_limb, int v_limb, bool overwrites) {
+      add_column_mma<Factor>(tile_o, p.limbs[p_limb], v.advance(v_limb * Config::kLimbBytesN), overwrites);
     });
   }
 
@@ -148,13 +148,13 @@ struct FwdProducts<Config> {
 // Of a tile that has not been released yet: scores as they are, and -inf of what is no key. tile: of the item's.
 template <typename Config>
 __device__ inline void finish_scores(const FwdKernelParams& params, FwdSharedStorage<Config>& shared,
-                                     FwdProducts<Config>& products, const ItemWalk<Config::kBlockM>& item,
-                                     const TileShare& share, RingUse<Config::kStages> use, int tile) {
-  products.finish_s(shared, use);
+                                     FwdMma<Config>& mma, const ItemWalk<Config::kBlockM>& item, const TileShare& share,
+                                     RingUse<Config::kStages> use, int tile) {
+  mma.finish_s(shared, use);
   if constexpr (Config::kIsMasked) {
-    mask_keys(products.s, shared.key_bits[use.stage()]);
+    mask_keys(mma.s, shared.key_bits[use.stage()]);
   } else if (tile < share.num_partial) {
-    mask_columns(products.s, params.table.ranges[item.tiles().first_range + tile].tail);
+    mask_columns(mma.s, params.table.ranges[item.tiles().first_range + tile].tail);
   }
 }
 

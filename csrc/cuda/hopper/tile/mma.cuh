@@ -1,4 +1,4 @@
-// Matrix products of a warpgroup over tiles in shared memory: issue_* issues one batch and returns at once.
+// MMAs of a warpgroup over tiles in shared memory: issue_* issues one batch and returns at once.
 #pragma once
 
 #include <cstdint>
@@ -12,8 +12,8 @@ namespace mixed_attention::cuda::hopper {
 // d (+)= a bᵀ, summed over the kWidth columns of both: 64 rows at a, as many rows at b as d has columns. Within a
 // batch.
 template <typename Element, int kWidth, int kSlabBytesA, int kSlabBytesB, int kCount, int kRowBytes>
-__device__ inline void add_row_products(float (&d)[kCount], ptx::SlabOperand<kRowBytes> a,
-                                        ptx::SlabOperand<kRowBytes> b, bool overwrites) {
+__device__ inline void add_row_mma(float (&d)[kCount], ptx::SlabOperand<kRowBytes> a, ptx::SlabOperand<kRowBytes> b,
+                                   bool overwrites) {
 #pragma unroll
   for (int step = 0; step < kWidth / 16; ++step) {
     const int slab = step * kColumnStepBytes / kRowBytes;
@@ -25,8 +25,8 @@ __device__ inline void add_row_products(float (&d)[kCount], ptx::SlabOperand<kRo
 
 // The same with a in registers.
 template <typename Element, int kSlabBytesB, int kCount, int kWords, int kRowBytes>
-__device__ inline void add_row_products(float (&d)[kCount], const uint32_t (&a)[kWords], ptx::SlabOperand<kRowBytes> b,
-                                        bool overwrites) {
+__device__ inline void add_row_mma(float (&d)[kCount], const uint32_t (&a)[kWords], ptx::SlabOperand<kRowBytes> b,
+                                   bool overwrites) {
 #pragma unroll
   for (int step = 0; step < kWords / 4; ++step) {
     const int slab = step * kColumnStepBytes / kRowBytes;
@@ -39,8 +39,8 @@ __device__ inline void add_row_products(float (&d)[kCount], const uint32_t (&a)[
 
 // d (+)= a b, summed over the columns of a, which lies in registers, and the rows of b. Within a batch.
 template <typename Element, int kCount, int kWords, int kRowBytes>
-__device__ inline void add_column_products(float (&d)[kCount], const uint32_t (&a)[kWords],
-                                           ptx::SlabOperand<kRowBytes> b, bool overwrites) {
+__device__ inline void add_column_mma(float (&d)[kCount], const uint32_t (&a)[kWords], ptx::SlabOperand<kRowBytes> b,
+                                      bool overwrites) {
 #pragma unroll
   for (int step = 0; step < kWords / 4; ++step) {
     ptx::Wgmma<Element, 2 * kCount>::rs(d, a[4 * step], a[4 * step + 1], a[4 * step + 2], a[4 * step + 3],
@@ -50,26 +50,25 @@ __device__ inline void add_column_products(float (&d)[kCount], const uint32_t (&
 
 // d = a bᵀ.
 template <typename Element, int kWidth, int kSlabBytesA, int kSlabBytesB, int kCount, int kRowBytes>
-__device__ inline void issue_row_products(float (&d)[kCount], ptx::SlabOperand<kRowBytes> a,
-                                          ptx::SlabOperand<kRowBytes> b) {
+__device__ inline void issue_row_mma(float (&d)[kCount], ptx::SlabOperand<kRowBytes> a, ptx::SlabOperand<kRowBytes> b) {
   ptx::wgmma_fence();
-  add_row_products<Element, kWidth, kSlabBytesA, kSlabBytesB>(d, a, b, true);
+  add_row_mma<Element, kWidth, kSlabBytesA, kSlabBytesB>(d, a, b, true);
   ptx::wgmma_commit();
 }
 
 // d += a b.
 template <typename Element, int kCount, int kWords, int kRowBytes>
-__device__ inline void issue_column_products(float (&d)[kCount], const uint32_t (&a)[kWords],
-                                             ptx::SlabOperand<kRowBytes> b) {
+__device__ inline void issue_column_mma(float (&d)[kCount], const uint32_t (&a)[kWords],
+                                        ptx::SlabOperand<kRowBytes> b) {
   ptx::wgmma_fence();
-  add_column_products<Element>(d, a, b, false);
+  add_column_mma<Element>(d, a, b, false);
   ptx::wgmma_commit();
 }
 
 // d = aᵀ b, summed over the kDepth rows of both: 64 columns at a, one slab, as many columns at b as d has.
 template <typename Element, int kDepth, int kCount, int kRowBytesA, int kRowBytesB>
-__device__ inline void issue_transposed_products(float (&d)[kCount], ptx::SlabOperand<kRowBytesA> a,
-                                                 ptx::SlabOperand<kRowBytesB> b) {
+__device__ inline void issue_transposed_mma(float (&d)[kCount], ptx::SlabOperand<kRowBytesA> a,
+                                            ptx::SlabOperand<kRowBytesB> b) {
   ptx::wgmma_fence();
 #pragma unroll
   for (int step = 0; step < kDepth / 16; ++step) {
@@ -79,7 +78,7 @@ __device__ inline void issue_transposed_products(float (&d)[kCount], ptx::SlabOp
   ptx::wgmma_commit();
 }
 
-// Rounds a result to the operand of the next product: the layouts agree, nothing moves between threads.
+// Rounds a result to the operand of the next MMA: the layouts agree, nothing moves between threads.
 template <typename Element, int kCount>
 __device__ inline void round_operand(uint32_t (&operand)[kCount / 2], const float (&result)[kCount]) {
 #pragma unroll
