@@ -37,23 +37,24 @@ void launch_stats(const BwdParams& params, const QueryStats& stats, const BwdWor
   const int64_t num_blocks = stats.num_tiles * num_batch_heads;
   if (num_blocks == 0) return;
   const bool is_ordered = workspace.dq_accum.turns != nullptr;
-  BwdStatsKernelParams kernel_params{params.out,
-                                     params.dout,
-                                     params.out_strides,
-                                     params.dout_strides,
-                                     static_cast<const float*>(params.lse),
-                                     static_cast<const float*>(params.dlse),
-                                     static_cast<int>(params.num_heads),
-                                     static_cast<int>(params.head_dim),
-                                     params.seqlen_q,
-                                     stats,
-                                     workspace.delta_of_rows,
-                                     score_source(params, workspace.references),
-                                     is_ordered ? DqAccum{} : workspace.dq_accum,
-                                     workspace.dq_accum.turns,
-                                     is_ordered ? int64_t{workspace.dq_accum.num_tiles} * num_batch_heads : 0,
-                                     static_cast<int>(runs.size()),
-                                     {}};
+  BwdStatsKernelParams kernel_params{
+      .out = params.out,
+      .dout = params.dout,
+      .out_strides = params.out_strides,
+      .dout_strides = params.dout_strides,
+      .lse = static_cast<const float*>(params.lse),
+      .dlse = static_cast<const float*>(params.dlse),
+      .num_heads = static_cast<int>(params.num_heads),
+      .head_dim = static_cast<int>(params.head_dim),
+      .seqlen_q = params.seqlen_q,
+      .stats = stats,
+      .delta_of_rows = workspace.delta_of_rows,
+      .scores = score_source(params, workspace.references),
+      .dq_accum = is_ordered ? DqAccum{} : workspace.dq_accum,
+      .dq_turns = workspace.dq_accum.turns,
+      .num_dq_turns = is_ordered ? int64_t{workspace.dq_accum.num_tiles} * num_batch_heads : 0,
+      .num_runs = static_cast<int>(runs.size()),
+  };
   std::copy(runs.begin(), runs.end(), kernel_params.runs);
   const LaunchShape shape{static_cast<unsigned>(num_blocks), BwdStatsShape<Element, kHeadDim>::kThreads};
   launch_kernel<hopper_bwd_stats_kernel<Element, kHeadDim>>("launch of hopper_bwd_stats_kernel", shape, params.stream,
@@ -64,26 +65,28 @@ template <typename Config>
 DkDvKernelParams make_dk_dv_kernel_params(const BwdParams& params, const QueryStats& stats,
                                           const BwdWorkspace& workspace, const std::vector<QueryRun>& runs) {
   const BwdTensors tensors = bwd_tensors(params, workspace);
-  return {make_clipped_tile_map(tensors.q, Config::kBlockM, Config::kSlabColumns),
-          make_clipped_tile_map(tensors.dout, Config::kBlockM, Config::kSlabColumns),
-          make_clipped_tile_map(tensors.k, Config::kBlockN, Config::kSlabColumns),
-          make_clipped_tile_map(tensors.v, Config::kBlockN, Config::kSlabColumns),
-          batch_step(tensors.q.strides),
-          batch_step(tensors.dout.strides),
-          batch_step(tensors.k.strides),
-          batch_step(tensors.v.strides),
-          params.dk,
-          params.dv,
-          params.dk_strides,
-          params.dv_strides,
-          stats,
-          workspace.dq_accum,
-          static_cast<int>(params.head_dim),
-          workspace.masked_keys.key_mask_bits,
-          workspace.masked_keys.key_mask_step(),
-          static_cast<float>(params.softmax_scale),
-          static_cast<float>(params.softmax_scale * std::numbers::log2e),
-          make_key_work_table(params, runs, Config::kBlockN)};
+  return {
+      .q = make_clipped_tile_map(tensors.q, Config::kBlockM, Config::kSlabColumns),
+      .dout = make_clipped_tile_map(tensors.dout, Config::kBlockM, Config::kSlabColumns),
+      .k = make_clipped_tile_map(tensors.k, Config::kBlockN, Config::kSlabColumns),
+      .v = make_clipped_tile_map(tensors.v, Config::kBlockN, Config::kSlabColumns),
+      .q_batch_step = batch_step(tensors.q.strides),
+      .dout_batch_step = batch_step(tensors.dout.strides),
+      .k_batch_step = batch_step(tensors.k.strides),
+      .v_batch_step = batch_step(tensors.v.strides),
+      .dk = params.dk,
+      .dv = params.dv,
+      .dk_strides = params.dk_strides,
+      .dv_strides = params.dv_strides,
+      .stats = stats,
+      .dq_accum = workspace.dq_accum,
+      .head_dim = static_cast<int>(params.head_dim),
+      .key_mask_bits = workspace.masked_keys.key_mask_bits,
+      .key_mask_step = workspace.masked_keys.key_mask_step(),
+      .softmax_scale = static_cast<float>(params.softmax_scale),
+      .softmax_scale_log2 = static_cast<float>(params.softmax_scale * std::numbers::log2e),
+      .table = make_key_work_table(params, runs, Config::kBlockN),
+  };
 }
 
 template <typename Config>
@@ -104,26 +107,28 @@ void launch_wide_dk_dv(const BwdParams& params, const QueryStats& stats, const B
 template <typename Config>
 void launch_dq(const BwdParams& params, const BwdWorkspace& workspace) {
   const BwdTensors tensors = bwd_tensors(params, workspace);
-  const DqKernelParams kernel_params{make_tile_map(tensors.q, Config::kBlockM, Config::kSlabColumns),
-                                     make_tile_map(tensors.dout, Config::kBlockM, Config::kSlabColumns),
-                                     make_clipped_tile_map(tensors.k, Config::kBlockN, Config::kSlabColumns),
-                                     make_clipped_tile_map(tensors.v, Config::kBlockN, Config::kSlabColumns),
-                                     batch_step(tensors.q.strides),
-                                     batch_step(tensors.dout.strides),
-                                     batch_step(tensors.k.strides),
-                                     batch_step(tensors.v.strides),
-                                     workspace.dq.data,
-                                     workspace.dq.strides,
-                                     static_cast<const float*>(params.lse),
-                                     workspace.delta_of_rows,
-                                     workspace.references,
-                                     params.seqlen_q,
-                                     static_cast<int>(params.head_dim),
-                                     workspace.masked_keys.key_mask_bits,
-                                     workspace.masked_keys.key_mask_step(),
-                                     static_cast<float>(params.softmax_scale),
-                                     static_cast<float>(params.softmax_scale * std::numbers::log2e),
-                                     {make_work_table(params, Config::kBlockM, Config::kBlockN)}};
+  const DqKernelParams kernel_params{
+      .q = make_tile_map(tensors.q, Config::kBlockM, Config::kSlabColumns),
+      .dout = make_tile_map(tensors.dout, Config::kBlockM, Config::kSlabColumns),
+      .k = make_clipped_tile_map(tensors.k, Config::kBlockN, Config::kSlabColumns),
+      .v = make_clipped_tile_map(tensors.v, Config::kBlockN, Config::kSlabColumns),
+      .q_batch_step = batch_step(tensors.q.strides),
+      .dout_batch_step = batch_step(tensors.dout.strides),
+      .k_batch_step = batch_step(tensors.k.strides),
+      .v_batch_step = batch_step(tensors.v.strides),
+      .dq = workspace.dq.data,
+      .dq_strides = workspace.dq.strides,
+      .lse = static_cast<const float*>(params.lse),
+      .delta = workspace.delta_of_rows,
+      .references = workspace.references,
+      .seqlen_q = params.seqlen_q,
+      .head_dim = static_cast<int>(params.head_dim),
+      .key_mask_bits = workspace.masked_keys.key_mask_bits,
+      .key_mask_step = workspace.masked_keys.key_mask_step(),
+      .softmax_scale = static_cast<float>(params.softmax_scale),
+      .softmax_scale_log2 = static_cast<float>(params.softmax_scale * std::numbers::log2e),
+      .table = {make_work_table(params, Config::kBlockM, Config::kBlockN)},
+  };
   launch_persistent<Config, DqSharedStorage<Config>, hopper_dq_kernel<Config>>("launch of hopper_dq_kernel",
                                                                                kernel_params, params);
 }
@@ -134,18 +139,17 @@ void launch_dq_accum(const BwdParams& params, const QueryStats& stats, const Bwd
                      const std::vector<QueryRun>& runs, bool leaves_zeros) {
   const int64_t num_blocks = stats.num_tiles * params.num_heads * params.batch_size;
   if (num_blocks == 0) return;
-  DqAccumKernelParams kernel_params{workspace.dq_accum,
-                                    leaves_zeros,
-                                    params.dq,
-                                    params.dq_strides,
-                                    static_cast<float>(params.softmax_scale),
-                                    static_cast<int>(params.num_heads),
-                                    static_cast<int>(params.head_dim),
-                                    stats.num_tiles,
-                                    static_cast<int>(runs.size()),
-                                    {},
-                                    0,
-                                    {}};
+  DqAccumKernelParams kernel_params{
+      .dq_accum = workspace.dq_accum,
+      .leaves_zeros = leaves_zeros,
+      .dq = params.dq,
+      .dq_strides = params.dq_strides,
+      .softmax_scale = static_cast<float>(params.softmax_scale),
+      .num_heads = static_cast<int>(params.num_heads),
+      .head_dim = static_cast<int>(params.head_dim),
+      .num_tiles = stats.num_tiles,
+      .num_runs = static_cast<int>(runs.size()),
+  };
   std::copy(runs.begin(), runs.end(), kernel_params.runs);
   const std::vector<DqAccumRun> accum_runs = make_dq_accum_runs(*params.schedule, runs, workspace.plan.dq_form);
   std::copy(accum_runs.begin(), accum_runs.end(), kernel_params.accum_runs);

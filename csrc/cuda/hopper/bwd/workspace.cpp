@@ -85,18 +85,18 @@ RowReference* take_references(const BwdParams& params, Scratch& scratch) {
 ScoreSource score_source(const BwdParams& params, RowReference* references) {
   // By mode: what is multiplied, and what tensor cores cut off when they add.
   const float unit = params.dtype != DType::kFloat32 ? 0x1p-21f : params.allow_tf32 ? 0x1p-10f : 0x1p-20f;
-  ScoreSource source{params.q,
-                     params.k,
-                     params.q_strides,
-                     params.k_strides,
-                     params.key_padding_mask,
-                     params.key_padding_mask_batch_stride,
-                     static_cast<int>(params.head_dim),
-                     static_cast<float>(params.softmax_scale * std::numbers::log2e),
-                     unit,
-                     references,
-                     {},
-                     {}};
+  ScoreSource source{
+      .q = params.q,
+      .k = params.k,
+      .q_strides = params.q_strides,
+      .k_strides = params.k_strides,
+      .mask = params.key_padding_mask,
+      .mask_batch_stride = params.key_padding_mask_batch_stride,
+      .head_dim = static_cast<int>(params.head_dim),
+      .scale_log2 = static_cast<float>(params.softmax_scale * std::numbers::log2e),
+      .unit = unit,
+      .references = references,
+  };
   int run = 0, num_ranges = 0;
   for (const QuerySegment& segment : params.schedule->query_segments) {
     for (const Range& keys : segment.keys) {

@@ -26,24 +26,25 @@ void launch_stats(const BwdParams& params, const Fp32BwdWorkspace& workspace, co
   const int num_tiles = num_query_tiles(runs);
   const int64_t num_blocks = num_tiles * params.num_heads * params.batch_size;
   if (num_blocks == 0) return;
-  Fp32BwdStatsKernelParams kernel_params{static_cast<const float*>(params.out),
-                                         static_cast<const float*>(params.dout),
-                                         params.out_strides,
-                                         params.dout_strides,
-                                         static_cast<const float*>(params.lse),
-                                         static_cast<const float*>(params.dlse),
-                                         static_cast<int>(params.num_heads),
-                                         static_cast<int>(params.head_dim),
-                                         params.seqlen_q,
-                                         half_input(workspace.q),
-                                         half_input(workspace.dout),
-                                         num_tiles,
-                                         workspace.q_numbers,
-                                         workspace.dout_numbers,
-                                         workspace.delta,
-                                         score_source(params, workspace.references),
-                                         static_cast<int>(runs.size()),
-                                         {}};
+  Fp32BwdStatsKernelParams kernel_params{
+      .out = static_cast<const float*>(params.out),
+      .dout = static_cast<const float*>(params.dout),
+      .out_strides = params.out_strides,
+      .dout_strides = params.dout_strides,
+      .lse = static_cast<const float*>(params.lse),
+      .dlse = static_cast<const float*>(params.dlse),
+      .num_heads = static_cast<int>(params.num_heads),
+      .head_dim = static_cast<int>(params.head_dim),
+      .seqlen_q = params.seqlen_q,
+      .q_limbs = half_input(workspace.q),
+      .dout_limbs = half_input(workspace.dout),
+      .num_tiles = num_tiles,
+      .q_numbers = workspace.q_numbers,
+      .dout_numbers = workspace.dout_numbers,
+      .delta_of_rows = workspace.delta,
+      .scores = score_source(params, workspace.references),
+      .num_runs = static_cast<int>(runs.size()),
+  };
   std::copy(runs.begin(), runs.end(), kernel_params.runs);
   launch_kernel<hopper_fp32_bwd_stats_kernel>("launch of hopper_fp32_bwd_stats_kernel",
                                               {static_cast<unsigned>(num_blocks), kFp32StatsThreads}, params.stream,
@@ -55,26 +56,27 @@ void launch_dk_dv(const BwdParams& params, const BwdTensors& tensors, const Fp32
                   const std::vector<QueryRun>& runs) {
   using Config = Fp32DkDvConfig<kLimbs>;
   const Fp32DkDvKernelParams kernel_params{
-      make_clipped_tile_map(limbs_view(tensors.q, workspace.q), Config::kBlockM),
-      make_clipped_tile_map(limbs_view(tensors.dout, workspace.dout), Config::kBlockM),
-      make_clipped_tile_map(limbs_view(tensors.k, workspace.k), Config::kBlockN),
-      make_clipped_tile_map(limbs_view(tensors.v, workspace.v), Config::kBlockN),
-      half_input(workspace.q),
-      half_input(workspace.dout),
-      half_input(workspace.k),
-      half_input(workspace.v),
-      workspace.q_numbers,
-      workspace.dout_numbers,
-      num_query_tiles(runs),
-      params.seqlen_k,
-      static_cast<float*>(params.dk),
-      static_cast<float*>(params.dv),
-      params.dk_strides,
-      params.dv_strides,
-      static_cast<int>(params.head_dim),
-      static_cast<float>(params.softmax_scale),
-      static_cast<float>(params.softmax_scale * std::numbers::log2e),
-      make_key_work_table(params, runs, Config::kBlockN)};
+      .q_map = make_clipped_tile_map(limbs_view(tensors.q, workspace.q), Config::kBlockM),
+      .dout_map = make_clipped_tile_map(limbs_view(tensors.dout, workspace.dout), Config::kBlockM),
+      .k_map = make_clipped_tile_map(limbs_view(tensors.k, workspace.k), Config::kBlockN),
+      .v_map = make_clipped_tile_map(limbs_view(tensors.v, workspace.v), Config::kBlockN),
+      .q = half_input(workspace.q),
+      .dout = half_input(workspace.dout),
+      .k = half_input(workspace.k),
+      .v = half_input(workspace.v),
+      .q_numbers = workspace.q_numbers,
+      .dout_numbers = workspace.dout_numbers,
+      .num_query_tiles = num_query_tiles(runs),
+      .seqlen_k = params.seqlen_k,
+      .dk = static_cast<float*>(params.dk),
+      .dv = static_cast<float*>(params.dv),
+      .dk_strides = params.dk_strides,
+      .dv_strides = params.dv_strides,
+      .head_dim = static_cast<int>(params.head_dim),
+      .softmax_scale = static_cast<float>(params.softmax_scale),
+      .softmax_scale_log2 = static_cast<float>(params.softmax_scale * std::numbers::log2e),
+      .table = make_key_work_table(params, runs, Config::kBlockN),
+  };
   launch_persistent<Config, Fp32DkDvSharedStorage<Config>, hopper_fp32_dk_dv_kernel<Config>>(
       "launch of hopper_fp32_dk_dv_kernel", kernel_params, params);
 }
@@ -82,25 +84,27 @@ void launch_dk_dv(const BwdParams& params, const BwdTensors& tensors, const Fp32
 template <int kLimbs>
 void launch_dq(const BwdParams& params, const BwdTensors& tensors, const Fp32BwdWorkspace& workspace) {
   using Config = Fp32DqConfig<kLimbs>;
-  const Fp32DqKernelParams kernel_params{make_tile_map(limbs_view(tensors.q, workspace.q), Config::kBlockM),
-                                         make_tile_map(limbs_view(tensors.dout, workspace.dout), Config::kBlockM),
-                                         make_clipped_tile_map(limbs_view(tensors.k, workspace.k), Config::kBlockN),
-                                         make_clipped_tile_map(limbs_view(tensors.v, workspace.v), Config::kBlockN),
-                                         half_input(workspace.q),
-                                         half_input(workspace.dout),
-                                         half_input(workspace.k),
-                                         half_input(workspace.v),
-                                         static_cast<const float*>(params.lse),
-                                         workspace.delta,
-                                         workspace.references,
-                                         params.seqlen_q,
-                                         params.seqlen_k,
-                                         static_cast<float*>(params.dq),
-                                         params.dq_strides,
-                                         static_cast<int>(params.head_dim),
-                                         static_cast<float>(params.softmax_scale),
-                                         static_cast<float>(params.softmax_scale * std::numbers::log2e),
-                                         make_work_table(params, Config::kBlockM, Config::kBlockN)};
+  const Fp32DqKernelParams kernel_params{
+      .q_map = make_tile_map(limbs_view(tensors.q, workspace.q), Config::kBlockM),
+      .dout_map = make_tile_map(limbs_view(tensors.dout, workspace.dout), Config::kBlockM),
+      .k_map = make_clipped_tile_map(limbs_view(tensors.k, workspace.k), Config::kBlockN),
+      .v_map = make_clipped_tile_map(limbs_view(tensors.v, workspace.v), Config::kBlockN),
+      .q = half_input(workspace.q),
+      .dout = half_input(workspace.dout),
+      .k = half_input(workspace.k),
+      .v = half_input(workspace.v),
+      .lse = static_cast<const float*>(params.lse),
+      .delta = workspace.delta,
+      .references = workspace.references,
+      .seqlen_q = params.seqlen_q,
+      .seqlen_k = params.seqlen_k,
+      .dq = static_cast<float*>(params.dq),
+      .dq_strides = params.dq_strides,
+      .head_dim = static_cast<int>(params.head_dim),
+      .softmax_scale = static_cast<float>(params.softmax_scale),
+      .softmax_scale_log2 = static_cast<float>(params.softmax_scale * std::numbers::log2e),
+      .table = make_work_table(params, Config::kBlockM, Config::kBlockN),
+  };
   launch_persistent<Config, Fp32DqSharedStorage<Config>, hopper_fp32_dq_kernel<Config>>(
       "launch of hopper_fp32_dq_kernel", kernel_params, params);
 }

@@ -23,26 +23,36 @@ FwdKernelParams make_fwd_kernel_params(const FwdParams& params, const FwdPlan& p
     tensors = {limbs_view(tensors.q, plan.q_limbs), limbs_view(tensors.k, plan.k_limbs),
                limbs_view(tensors.v, plan.v_limbs)};
   }
-  return {make_tile_map(tensors.q, Config::kBlockM, Config::kSlabColumns),
-          make_clipped_tile_map(tensors.k, Config::kBlockN, Config::kSlabColumns),
-          make_clipped_tile_map(tensors.v, Config::kBlockN, Config::kSlabColumns),
-          batch_step(params.q_strides),
-          batch_step(params.k_strides),
-          v_batch_step,
-          params.out,
-          static_cast<float*>(params.lse),
-          params.out_strides,
-          params.seqlen_q,
-          static_cast<int>(params.head_dim),
-          plan.partial_out,
-          plan.row_parts,
-          plan.masked_keys.key_mask_bits,
-          plan.masked_keys.key_mask_step(),
-          static_cast<float>(params.softmax_scale),
-          static_cast<float>(params.softmax_scale * std::numbers::log2e),
-          {plan.q_limbs.row_scales, plan.k_limbs.row_scales, plan.v_limbs.row_scales, plan.q_limbs.num_sequences,
-           plan.k_limbs.num_sequences, plan.v_limbs.num_sequences, params.seqlen_k},
-          plan.table};
+  return {
+      .q = make_tile_map(tensors.q, Config::kBlockM, Config::kSlabColumns),
+      .k = make_clipped_tile_map(tensors.k, Config::kBlockN, Config::kSlabColumns),
+      .v = make_clipped_tile_map(tensors.v, Config::kBlockN, Config::kSlabColumns),
+      .q_batch_step = batch_step(params.q_strides),
+      .k_batch_step = batch_step(params.k_strides),
+      .v_batch_step = v_batch_step,
+      .out = params.out,
+      .lse = static_cast<float*>(params.lse),
+      .out_strides = params.out_strides,
+      .seqlen_q = params.seqlen_q,
+      .head_dim = static_cast<int>(params.head_dim),
+      .partial_out = plan.partial_out,
+      .row_parts = plan.row_parts,
+      .key_mask_bits = plan.masked_keys.key_mask_bits,
+      .key_mask_step = plan.masked_keys.key_mask_step(),
+      .softmax_scale = static_cast<float>(params.softmax_scale),
+      .softmax_scale_log2 = static_cast<float>(params.softmax_scale * std::numbers::log2e),
+      .row_scales =
+          {
+              .q = plan.q_limbs.row_scales,
+              .k = plan.k_limbs.row_scales,
+              .v = plan.v_limbs.row_scales,
+              .q_limb_step = plan.q_limbs.num_sequences,
+              .k_limb_step = plan.k_limbs.num_sequences,
+              .v_limb_step = plan.v_limbs.num_sequences,
+              .seqlen_k = params.seqlen_k,
+          },
+      .table = plan.table,
+  };
 }
 
 // The same with the scale of a row's scores.
