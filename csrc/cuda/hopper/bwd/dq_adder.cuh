@@ -14,6 +14,7 @@
 #include "cuda/hopper/bwd/query_walk.cuh"
 #include "cuda/hopper/tile/bulk_add.cuh"
 #include "cuda/hopper/tile/mma.cuh"
+#include "cuda/hopper/tile/named_barriers.h"
 #include "cuda/hopper/tile/register_operand.cuh"
 #include "cuda/hopper/tile/ring.cuh"
 #include "cuda/ptx/bulk_reduce.cuh"
@@ -21,8 +22,6 @@
 #include "cuda/ptx/wgmma.cuh"
 
 namespace mixed_attention::cuda::hopper {
-
-constexpr int kDqBarrier = 1;  // named barrier of this warpgroup
 
 template <typename Config>
 __device__ inline void add_dq(const DkDvKernelParams& params, DkDvSharedStorage<Config>& shared) {
@@ -75,7 +74,7 @@ __device__ inline void add_dq(const DkDvKernelParams& params, DkDvSharedStorage<
         __syncwarp();
         release(exchange.staging_full[use.stage()]);
       } else {
-        add_accumulators<DqExchange<Config>::kStagings>(staging, dq, kDqBarrier, [&] {
+        add_accumulators<DqExchange<Config>::kStagings>(staging, dq, kDqStagingBarrier, [&] {
           return params.dq_accum.of_tile(first_tile + walk.next().index, Config::kDqTileFloats);
         });
       }

@@ -10,6 +10,7 @@
 
 #include "cuda/hopper/bwd/config.h"
 #include "cuda/hopper/bwd/params.h"
+#include "cuda/hopper/tile/named_barriers.h"
 #include "cuda/ptx/named_barrier.cuh"
 
 namespace mixed_attention::cuda::hopper {
@@ -41,8 +42,7 @@ __device__ inline bool sees_infinity(const void* rows) {
 
 // Of what the threads of a consumer have seen.
 __device__ inline bool is_rare_item(int consumer, bool sees_one) {
-  constexpr int kFirstBarrier = 8;  // behind those of the exchange of dq
-  return ptx::named_barrier_any(kFirstBarrier + consumer, kWarpgroup, sees_one);
+  return ptx::named_barrier_any(kRareItemBarrier + consumer, kWarpgroup, sees_one);
 }
 
 }  // namespace mixed_attention::cuda::hopper

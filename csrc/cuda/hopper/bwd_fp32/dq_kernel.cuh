@@ -28,6 +28,7 @@
 #include "cuda/hopper/plan/work_items.cuh"
 #include "cuda/hopper/split_fp16/half_mma.cuh"
 #include "cuda/hopper/tile/fragment_values.cuh"
+#include "cuda/hopper/tile/named_barriers.h"
 #include "cuda/hopper/tile/ring.cuh"
 #include "cuda/ptx/dependent_grids.cuh"
 #include "cuda/ptx/elect.cuh"
@@ -173,7 +174,8 @@ __device__ inline void consume(const Fp32DqKernelParams& params, Fp32DqSharedSto
         }
       }
       // A warpgroup multiplies together.
-      const bool relates = ptx::named_barrier_any(1 + consumer, kWarpgroup, has_reference[0] || has_reference[1]);
+      const bool relates =
+          ptx::named_barrier_any(kRelatesBarrier + consumer, kWarpgroup, has_reference[0] || has_reference[1]);
 
       float s[kBlockN / 2], dp[kBlockN / 2], sum[kHeadDim / 2] = {};
       HalfOperand<Config::kLimbs, kBlockN / 4> operand;

@@ -28,6 +28,7 @@
 #include "cuda/hopper/mask/key_bits.cuh"
 #include "cuda/hopper/plan/work_items.cuh"
 #include "cuda/hopper/tile/load_tile.cuh"
+#include "cuda/hopper/tile/named_barriers.h"
 #include "cuda/hopper/tile/ring.cuh"
 #include "cuda/ptx/dependent_grids.cuh"
 #include "cuda/ptx/elect.cuh"
@@ -171,11 +172,10 @@ __device__ inline void consume(const FwdKernelParams& params, FwdSharedStorage<C
   const int warp = __shfl_sync(0xffffffff, threadIdx.x / 32 % 4, 0);
   const int first_row = consumer * kWarpgroupRows + warp * kWarpRows;  // of this warp in the tile
 
-  // Named barrier 1 + i: it is consumer i's turn to issue. Consumer 0's first turn comes from the last one.
-  const int own_turn = 1 + consumer;
-  const int next_turn = 1 + (consumer + 1) % Config::kConsumers;
-  // Named barrier 1 + kConsumers + i: among the warps of consumer i.
-  const int own_vote = own_turn + Config::kConsumers;
+  // Consumer 0's first turn comes from the last one.
+  const int own_turn = kTurnBarrier + consumer;
+  const int next_turn = kTurnBarrier + (consumer + 1) % Config::kConsumers;
+  const int own_vote = vote_barrier(Config::kConsumers) + consumer;
   if (consumer == Config::kConsumers - 1) ptx::named_barrier_arrive(next_turn, 2 * kWarpgroup);
 
   ItemWalk<Config::kBlockM> items(params.table);
