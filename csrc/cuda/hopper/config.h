@@ -73,122 +73,88 @@ auto with_fwd_kernel(const FwdParams& params, const Visit& visit) {
 // MMAs would take for work.
 constexpr int slab_columns(int head_dim) { return head_dim % kSlabColumns == 0 ? kSlabColumns : kSlabColumns / 2; }
 
-// Registers a thread: the sum over all warpgroups may not exceed what the launch gives, 65536 a block.
-template <int kHeadDim>
-struct FwdTuning;
+// How a forward kernel is cut. Registers are a thread's: the sum over all warpgroups may not exceed what the launch
+// gives, 65536 a block.
+struct FwdTuning {
+  int consumers, block_n, stages, producer_registers, consumer_registers;
+  int polynomial_every;  // one exponential out of so many is a polynomial; 0: none
+  int query_buffers;
 
-// The exponential unit takes twice as long as the tensor cores: more of p by polynomial.
-template <>
-struct FwdTuning<32> {
-  static constexpr int kConsumers = 3, kBlockN = 128, kStages = 4, kProducerRegisters = 32, kConsumerRegisters = 160;
-  static constexpr int kPolynomialEvery = 8, kQueryBuffers = 2;
+  constexpr int block_m() const { return consumers * kWarpgroupRows; }
 };
 
-// A score costs as many cycles of the exponential unit as of the tensor cores here: a third warpgroup gives each one's
-// softmax two others' MMAs to hide under. Scores, p and output take 128 of its 160 registers.
-template <>
-struct FwdTuning<64> {
-  static constexpr int kConsumers = 3, kBlockN = 128, kStages = 4, kProducerRegisters = 32, kConsumerRegisters = 160;
-  static constexpr int kPolynomialEvery = 16, kQueryBuffers = 2;
-};
+// Of 16-bit inputs.
+constexpr FwdTuning fwd_tuning(int head_dim) {
+  switch (head_dim) {
+    // The exponential unit takes twice as long as the tensor cores: more of p by polynomial.
+    case 32: return {3, 128, 4, 32, 160, 8, 2};
+    // A score costs as many cycles of the exponential unit as of the tensor cores here: a third warpgroup gives each
+    // one's softmax two others' MMAs to hide under. Scores, p and output take 128 of its 160 registers.
+    case 64: return {3, 128, 4, 32, 160, 16, 2};
+    // Scores, p and output take 144 registers, too many for three warpgroups.
+    case 96: return {2, 128, 3, 40, 232, 0, 2};
+    // Two warpgroups: the MMAs take twice as long as the softmax, and the output takes twice the registers.
+    case 128: return {2, 128, 2, 40, 232, 0, 2};
+    // Shared memory bounds the tiles from here on: two of keys, two of values, and a single one of queries, in whose
+    // place the next one arrives under the last MMA of the item.
+    case 192: return {2, 112, 2, 40, 232, 0, 1};
+    default: return {2, 80, 2, 40, 232, 0, 1};
+  }
+}
 
-// Scores, p and output take 144 registers, too many for three warpgroups.
-template <>
-struct FwdTuning<96> {
-  static constexpr int kConsumers = 2, kBlockN = 128, kStages = 3, kProducerRegisters = 40, kConsumerRegisters = 232;
-  static constexpr int kPolynomialEvery = 0, kQueryBuffers = 2;
-};
-
-// Two warpgroups: the MMAs take twice as long as the softmax, and the output takes twice the registers.
-template <>
-struct FwdTuning<128> {
-  static constexpr int kConsumers = 2, kBlockN = 128, kStages = 2, kProducerRegisters = 40, kConsumerRegisters = 232;
-  static constexpr int kPolynomialEvery = 0, kQueryBuffers = 2;
-};
-
-// Shared memory bounds the tiles from here on: two of keys, two of values, and a single one of queries, in whose place
-// the next one arrives under the last MMA of the item.
-template <>
-struct FwdTuning<192> {
-  static constexpr int kConsumers = 2, kBlockN = 112, kStages = 2, kProducerRegisters = 40, kConsumerRegisters = 232;
-  static constexpr int kPolynomialEvery = 0, kQueryBuffers = 1;
-};
-
-template <>
-struct FwdTuning<256> {
-  static constexpr int kConsumers = 2, kBlockN = 80, kStages = 2, kProducerRegisters = 40, kConsumerRegisters = 232;
-  static constexpr int kPolynomialEvery = 0, kQueryBuffers = 1;
-};
-
-// The same of fp32.
-template <int kHeadDim, int kLimbs>
-struct FwdFp32Tuning;
-
-// Numbers of two limbs. Scores, p, output and what a tile adds to it take 192 registers, which leaves two warpgroups;
-// as MMAs take three times as long as those of one limb, they hide the softmax all the same.
-template <>
-struct FwdFp32Tuning<64, 2> {
-  static constexpr int kConsumers = 2, kBlockN = 128, kStages = 2, kProducerRegisters = 40, kConsumerRegisters = 232;
-  static constexpr int kPolynomialEvery = 0, kQueryBuffers = 2;
-};
-
-// The output and what a tile adds to it take twice the registers: half as many keys.
-template <>
-struct FwdFp32Tuning<128, 2> {
-  static constexpr int kConsumers = 2, kBlockN = 64, kStages = 2, kProducerRegisters = 40, kConsumerRegisters = 232;
-  static constexpr int kPolynomialEvery = 0, kQueryBuffers = 1;
-};
-
-// Numbers of one limb. What a tile adds to the output is in the row_scale of the tile, and so in registers of its own;
-// with tiles of 64 keys three warpgroups have them, which hide more of a softmax than two do with 128.
-template <>
-struct FwdFp32Tuning<64, 1> {
-  static constexpr int kConsumers = 3, kBlockN = 64, kStages = 8, kProducerRegisters = 32, kConsumerRegisters = 160;
-  static constexpr int kPolynomialEvery = 0, kQueryBuffers = 2;
-};
-
-// Scores, p, output and what a tile adds to it take 200 registers.
-template <>
-struct FwdFp32Tuning<128, 1> {
-  static constexpr int kConsumers = 2, kBlockN = 96, kStages = 3, kProducerRegisters = 40, kConsumerRegisters = 232;
-  static constexpr int kPolynomialEvery = 0, kQueryBuffers = 2;
-};
+// Of fp32 inputs.
+constexpr FwdTuning fwd_tuning_fp32(int head_dim, int limbs) {
+  // Scores, p, output and what a tile adds to it take 192 registers, which leaves two warpgroups; as MMAs take three
+  // times as long as those of one limb, they hide the softmax all the same. At 128 the output and what a tile adds to
+  // it take twice the registers: half as many keys.
+  if (limbs == 2) {
+    return head_dim == 64 ? FwdTuning{2, 128, 2, 40, 232, 0, 2} : FwdTuning{2, 64, 2, 40, 232, 0, 1};
+  }
+  // What a tile adds to the output is in the row_scale of the tile, and so in registers of its own; with tiles of 64
+  // keys three warpgroups have them, which hide more of a softmax than two do with 128. At 128 scores, p, output and
+  // what a tile adds to it take 200 registers.
+  return head_dim == 64 ? FwdTuning{3, 64, 8, 32, 160, 0, 2} : FwdTuning{2, 96, 3, 40, 232, 0, 2};
+}
 
 // Whether the numbers of a row have a row_scale: half_limbs.h.
 template <typename Element>
 inline constexpr bool kHasRowScales = std::is_same_v<Element, float>;
 
 template <typename Element, int kHeadDim, int kLimbs>
-using FwdTuningOf = std::conditional_t<kHasRowScales<Element>, FwdFp32Tuning<kHeadDim, kLimbs>, FwdTuning<kHeadDim>>;
+inline constexpr FwdTuning kFwdTuning =
+    kHasRowScales<Element> ? fwd_tuning_fp32(kHeadDim, kLimbs) : fwd_tuning(kHeadDim);
 
 // kIsMasked: by a key padding mask.
 template <typename Element_, int kHeadDim_, int kLimbs_, bool kIsMasked_>
-struct FwdConfig : FwdTuningOf<Element_, kHeadDim_, kLimbs_> {
+struct FwdConfig {
   using Element = Element_;
   static constexpr bool kHasRowScales = hopper::kHasRowScales<Element>;
   using Factor = std::conditional_t<kHasRowScales, __half, Element>;  // what is multiplied
-  using Tuning = FwdTuningOf<Element, kHeadDim_, kLimbs_>;
   static constexpr int kHeadDim = kHeadDim_;
   static constexpr int kLimbs = kLimbs_;
   static constexpr bool kIsMasked = kIsMasked_;
+  static constexpr FwdTuning kTuning = kFwdTuning<Element, kHeadDim, kLimbs>;
+  static constexpr int kConsumers = kTuning.consumers, kBlockM = kTuning.block_m(), kBlockN = kTuning.block_n;
+  static constexpr int kStages = kTuning.stages, kQueryBuffers = kTuning.query_buffers;
+  static constexpr int kProducerRegisters = kTuning.producer_registers, kConsumerRegisters = kTuning.consumer_registers;
   // A masked key's p by polynomial would not quite be zero, and masking leaves no time for polynomials anyway.
-  static constexpr int kPolynomialEvery = kIsMasked ? 0 : Tuning::kPolynomialEvery;
+  static constexpr int kPolynomialEvery = kIsMasked ? 0 : kTuning.polynomial_every;
   static constexpr int kSlabColumns = slab_columns(kHeadDim);
   static constexpr int kSlabs = kHeadDim / kSlabColumns;
   static constexpr int kRowBytes = kSlabColumns * sizeof(Factor);
-  static constexpr int kBlockM = Tuning::kConsumers * kWarpgroupRows;
-  static constexpr int kThreads = (1 + Tuning::kConsumers) * kWarpgroup;
+  static constexpr int kThreads = (1 + kConsumers) * kWarpgroup;
 
   static constexpr int kSlabBytesM = kBlockM * kSlabColumns * sizeof(Factor);
-  static constexpr int kSlabBytesN = Tuning::kBlockN * kSlabColumns * sizeof(Factor);
+  static constexpr int kSlabBytesN = kBlockN * kSlabColumns * sizeof(Factor);
   static constexpr int kLimbBytesM = kSlabs * kSlabBytesM;
   static constexpr int kLimbBytesN = kSlabs * kSlabBytesN;
   static constexpr int kTileBytesM = kLimbs * kLimbBytesM;
   static constexpr int kTileBytesN = kLimbs * kLimbBytesN;
 
-  static_assert(sizeof(Factor) == 2 && kHeadDim % kSlabColumns == 0 && (kHasRowScales ? !kIsMasked : kLimbs == 1));
-  static_assert(Tuning::kProducerRegisters + Tuning::kConsumers * Tuning::kConsumerRegisters <=
-                65536 / kThreads / 8 * 8 * (1 + Tuning::kConsumers));
+  static_assert(sizeof(Factor) == 2 && kHeadDim % kSlabColumns == 0, "tiles are whole slabs of 16-bit factors");
+  static_assert(kHasRowScales ? !kIsMasked : kLimbs == 1, "no kernel for fp32 masks keys, and 16-bit inputs are limbs");
+  static_assert(kProducerRegisters + kConsumers * kConsumerRegisters <= 65536 / kThreads / 8 * 8 * (1 + kConsumers),
+                "the warpgroups ask for more registers than the launch gives, and would wait for ever");
 };
 
 // The row_scales of a tile's keys, by which its scores are multiplied, and those of its values, as shares of the

@@ -24,8 +24,8 @@ Layout layout(const AttentionParams& params, const Segments& segments, int tile_
 
 Layout layout_fwd(const FwdParams& params) {
   Layout result = with_fwd_kernel(params, [&]<typename Element, int kHeadDim, int kLimbs>() {
-    using Tuning = FwdTuningOf<Element, kHeadDim, kLimbs>;
-    return layout(params, params.schedule->query_segments, Tuning::kConsumers * kWarpgroupRows, Tuning::kBlockN);
+    constexpr FwdTuning kTuning = kFwdTuning<Element, kHeadDim, kLimbs>;
+    return layout(params, params.schedule->query_segments, kTuning.block_m(), kTuning.block_n);
   });
   if (fits_work_table(params)) {
     const ItemSplits splits = plan_fwd(params).table.splits;

@@ -52,32 +52,12 @@ struct BwdTiles {
   static constexpr int kSlabBytesM = kBlockM * kRowBytes, kTileBytesM = kHeadDim / kSlabColumns * kSlabBytesM;
   static constexpr int kSlabBytesN = kBlockN * kRowBytes, kTileBytesN = kHeadDim / kSlabColumns * kSlabBytesN;
 
-  static_assert(sizeof(Element) == 2 && kHeadDim % kSlabColumns == 0);
+  static_assert(sizeof(Element) == 2 && kHeadDim % kSlabColumns == 0, "tiles are whole slabs of 16-bit elements");
 };
 
-// A tile of queries waits in its buffer for three steps, one of output gradients for one.
-template <int kHeadDim>
-struct DkDvTuning;
-
-template <>
-struct DkDvTuning<32> {
-  static constexpr int kStagesQ = 5, kStagesDout = 5;
-};
-
-template <>
-struct DkDvTuning<64> {
-  static constexpr int kStagesQ = 5, kStagesDout = 5;
-};
-
-template <>
-struct DkDvTuning<96> {
-  static constexpr int kStagesQ = 5, kStagesDout = 5;
-};
-
-template <>
-struct DkDvTuning<128> {
-  static constexpr int kStagesQ = 4, kStagesDout = 4;
-};
+// How many tiles of queries, and of output gradients, the kernel for dk and dv holds. One of queries waits in its
+// buffer for three steps, one of output gradients for one.
+constexpr int dk_dv_stages(int head_dim) { return head_dim <= 96 ? 5 : 4; }
 
 // Who computes dq: another kernel, or a third warpgroup, which adds what the key tile contributes atomically, as blocks
 // come, or in a fixed order.
@@ -86,9 +66,10 @@ enum class DqForm { kSeparate, kAtomic, kOrdered };
 // Each warpgroup owns 64 keys of a tile. kIsMasked: by a key padding mask. The queries of a tile are split over the
 // kSplits blocks of a cluster.
 template <typename Element, int kHeadDim, bool kIsMasked_, DqForm kDqForm, int kSplits_ = 1>
-struct DkDvConfig : DkDvTuning<kHeadDim>, BwdTiles<Element, kHeadDim, kQueryTileRows, key_tile_rows(kHeadDim)> {
+struct DkDvConfig : BwdTiles<Element, kHeadDim, kQueryTileRows, key_tile_rows(kHeadDim)> {
   using Tiles = BwdTiles<Element, kHeadDim, kQueryTileRows, key_tile_rows(kHeadDim)>;
   static constexpr bool kIsMasked = kIsMasked_;
+  static constexpr int kStagesQ = dk_dv_stages(kHeadDim), kStagesDout = dk_dv_stages(kHeadDim);
   static constexpr int kConsumers = Tiles::kBlockN / kWarpgroupRows;
   static constexpr int kScoreBytes = Tiles::kBlockN * Tiles::kBlockM * sizeof(Element);
   static constexpr int kDqTileFloats = Tiles::kBlockM * kHeadDim;
@@ -109,8 +90,8 @@ struct DkDvConfig : DkDvTuning<kHeadDim>, BwdTiles<Element, kHeadDim, kQueryTile
   // The operands of the MMAs for dk and dv take turns in the same registers where these are few.
   static constexpr bool kSharesOperand = kHeadDim > 64 || kSplits > 1 || kIsMasked || kKeptInputs == 1;
 
-  static_assert(Tiles::kBlockM * sizeof(Element) == hopper::kRowBytes);
-  static_assert(kSplits == 1 || kSplits == 2);
+  static_assert(Tiles::kBlockM * sizeof(Element) == hopper::kRowBytes, "rows of ds fill the widest swizzle");
+  static_assert(kSplits == 1 || kSplits == 2, "blocks of a cluster exchange sums in pairs");
 };
 
 // What the third warpgroup reads and writes. If dq is ordered, a query tile's sums wait in their buffer for their turn.
@@ -154,43 +135,25 @@ struct DkDvSharedStorage {
 // Two warpgroups of 64 query rows. Keys wait in their buffer for two steps, values for one.
 inline constexpr int kDqTileRows = 2 * kWarpgroupRows;
 
-template <int kHeadDim>
-struct DqTuning;
-
-template <>
-struct DqTuning<32> {
-  static constexpr int kBlockN = 128, kStagesK = 4, kStagesV = 4;
+struct DqTuning {
+  int block_n, stages_k, stages_v;
 };
 
-template <>
-struct DqTuning<64> {
-  static constexpr int kBlockN = 128, kStagesK = 4, kStagesV = 4;
-};
-
-template <>
-struct DqTuning<96> {
-  static constexpr int kBlockN = 128, kStagesK = 3, kStagesV = 3;
-};
-
-template <>
-struct DqTuning<128> {
-  static constexpr int kBlockN = 128, kStagesK = 2, kStagesV = 2;
-};
-
-// From here on shared memory bounds the tiles of keys, and rows of dq leave without passing through it.
-template <>
-struct DqTuning<192> {
-  static constexpr int kBlockN = 80, kStagesK = 2, kStagesV = 2;
-};
-
-template <>
-struct DqTuning<256> {
-  static constexpr int kBlockN = 64, kStagesK = 2, kStagesV = 1;
-};
+// Beyond 128 shared memory bounds the tiles of keys, and rows of dq leave without passing through it.
+constexpr DqTuning dq_tuning(int head_dim) {
+  switch (head_dim) {
+    case 32:
+    case 64: return {128, 4, 4};
+    case 96: return {128, 3, 3};
+    case 128: return {128, 2, 2};
+    case 192: return {80, 2, 2};
+    default: return {64, 2, 1};
+  }
+}
 
 template <typename Element, int kHeadDim, bool kIsMasked_>
-struct DqConfig : BwdTiles<Element, kHeadDim, kDqTileRows, DqTuning<kHeadDim>::kBlockN> {
-  static constexpr int kStagesK = DqTuning<kHeadDim>::kStagesK, kStagesV = DqTuning<kHeadDim>::kStagesV;
+struct DqConfig : BwdTiles<Element, kHeadDim, kDqTileRows, dq_tuning(kHeadDim).block_n> {
+  static constexpr int kStagesK = dq_tuning(kHeadDim).stages_k, kStagesV = dq_tuning(kHeadDim).stages_v;
   static constexpr int kSplits = 1;
   static constexpr bool kIsMasked = kIsMasked_;
   static constexpr int kConsumers = kDqTileRows / kWarpgroupRows;

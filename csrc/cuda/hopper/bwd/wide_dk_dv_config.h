@@ -7,33 +7,31 @@
 
 namespace mixed_attention::cuda::hopper {
 
-// A tile of queries waits in its buffer for two steps or so, one of output gradients for one and a half. Of keys and
-// values kKeptColumns columns are in registers.
-template <int kHeadDim>
-struct WideDkDvTuning;
-
-template <>
-struct WideDkDvTuning<192> {
-  static constexpr int kStagesQ = 4, kStagesDout = 3, kKeptColumns = 192;
+struct WideDkDvTuning {
+  int stages_q, stages_dout;
+  int kept_columns;  // of keys and values, in registers
 };
 
-template <>
-struct WideDkDvTuning<256> {
-  static constexpr int kStagesQ = 3, kStagesDout = 2, kKeptColumns = 128;
-};
+// A tile of queries waits in its buffer for two steps or so, one of output gradients for one and a half.
+constexpr WideDkDvTuning wide_dk_dv_tuning(int head_dim) {
+  return head_dim == 192 ? WideDkDvTuning{4, 3, 192} : WideDkDvTuning{3, 2, 128};
+}
 
 // Two warpgroups share a tile of 64 keys: one owns dv, the other one dk.
 template <typename Element, int kHeadDim, bool kIsMasked_>
-struct WideDkDvConfig : WideDkDvTuning<kHeadDim>, BwdTiles<Element, kHeadDim, kQueryTileRows, key_tile_rows(kHeadDim)> {
+struct WideDkDvConfig : BwdTiles<Element, kHeadDim, kQueryTileRows, key_tile_rows(kHeadDim)> {
   using Tiles = BwdTiles<Element, kHeadDim, kQueryTileRows, key_tile_rows(kHeadDim)>;
+  static constexpr WideDkDvTuning kTuning = wide_dk_dv_tuning(kHeadDim);
+  static constexpr int kStagesQ = kTuning.stages_q, kStagesDout = kTuning.stages_dout;
+  static constexpr int kKeptColumns = kTuning.kept_columns;
   static constexpr bool kIsMasked = kIsMasked_, kIsOrdered = false;
   static constexpr int kConsumers = 2, kSplits = 1;
   static constexpr int kThreads = (1 + kConsumers) * kWarpgroup;
   static constexpr int kProducerRegisters = 24, kConsumerRegisters = 240;
 
-  static_assert(is_wide(kHeadDim) && Tiles::kBlockN == kWarpgroupRows);
-  // p passes through shared memory where keys and values are in registers.
-  static_assert(Tiles::kBlockM * sizeof(float) <= WideDkDvTuning<kHeadDim>::kKeptColumns * sizeof(Element));
+  static_assert(is_wide(kHeadDim) && Tiles::kBlockN == kWarpgroupRows, "either owner has 64 keys");
+  static_assert(Tiles::kBlockM * sizeof(float) <= kKeptColumns * sizeof(Element),
+                "p passes through shared memory where keys and values are in registers");
 };
 
 template <typename Config>

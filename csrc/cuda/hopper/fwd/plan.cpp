@@ -17,8 +17,8 @@ FwdTensors fwd_tensors(const FwdParams& params) {
 
 FwdPlan plan_fwd(const FwdParams& params) {
   FwdPlan plan = with_fwd_kernel(params, [&]<typename Element, int kHeadDim, int kLimbs>() {
-    using Tuning = FwdTuningOf<Element, kHeadDim, kLimbs>;
-    return FwdPlan{make_work_table(params, Tuning::kConsumers * kWarpgroupRows, Tuning::kBlockN)};
+    constexpr FwdTuning kTuning = kFwdTuning<Element, kHeadDim, kLimbs>;
+    return FwdPlan{make_work_table(params, kTuning.block_m(), kTuning.block_n)};
   });
   split_items(plan.table, num_multiprocessors(params.device));
   take_workspace(params, plan);
@@ -27,7 +27,7 @@ FwdPlan plan_fwd(const FwdParams& params) {
 
 void take_workspace(const FwdParams& params, FwdPlan& plan) {
   with_fwd_kernel(params, [&]<typename Element, int kHeadDim, int kLimbs>() {
-    constexpr int kBlockM = FwdTuningOf<Element, kHeadDim, kLimbs>::kConsumers * kWarpgroupRows;
+    constexpr int kBlockM = kFwdTuning<Element, kHeadDim, kLimbs>.block_m();
     Scratch scratch(params.workspace);
     if (const int64_t num_splits = plan.table.splits.num_items(); num_splits > 0) {
       plan.partial_out = scratch.take<float>(num_splits * kBlockM * params.head_dim);
