@@ -11,7 +11,7 @@ template <Arithmetic kArithmetic, int kHeadDim, Grads kGrads>
 void launch_dk_dv(const BwdArguments& args, const InlineWork& in_parameters, unsigned grid) {
   constexpr auto kKernel = portable_dk_dv_kernel<kArithmetic, kHeadDim, kGrads>;
   constexpr int kSharedBytes = sizeof(DkDvShared<kArithmetic, kHeadDim, kGrads>);
-  static_assert(kSharedBytes <= kMaxSharedBytes);
+  static_assert(kSharedBytes <= kMaxSharedBytes, "a block takes more shared memory than the smaller chips give");
   allow_shared_memory<kKernel>(kSharedBytes, args.params.device, "cudaFuncSetAttribute(portable_dk_dv_kernel)");
   const auto stream = static_cast<cudaStream_t>(args.params.stream);
   kKernel<<<grid, dk_dv_tile(kArithmetic, kHeadDim).num_threads(), kSharedBytes, stream>>>(args, in_parameters);
@@ -50,7 +50,7 @@ template <Arithmetic kArithmetic, int kHeadDim>
 void launch_by_query(BwdArguments& args, const BwdPlan& plan, unsigned grid) {
   constexpr auto kKernel = portable_dq_kernel<kArithmetic, kHeadDim>;
   constexpr int kSharedBytes = sizeof(DqShared<kArithmetic, kHeadDim>);
-  static_assert(kSharedBytes <= kMaxSharedBytes);
+  static_assert(kSharedBytes <= kMaxSharedBytes, "a block takes more shared memory than the smaller chips give");
   const BwdParams& params = args.params;
   allow_shared_memory<kKernel>(kSharedBytes, params.device, "cudaFuncSetAttribute(portable_dq_kernel)");
   args.work = plan.by_query->table;

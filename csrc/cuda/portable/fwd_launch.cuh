@@ -24,7 +24,7 @@ void launch_fwd(const FwdParams& params, const FwdPlan& plan) {
   using Element = typename ProductsOf<kArithmetic>::Element;
   constexpr auto kKernel = portable_fwd_kernel<kArithmetic, kHeadDim>;
   constexpr int kSharedBytes = sizeof(FwdShared<kArithmetic, kHeadDim>), kSize = sizeof(Element);
-  static_assert(kSharedBytes <= kMaxSharedBytes);
+  static_assert(kSharedBytes <= kMaxSharedBytes, "a block takes more shared memory than the smaller chips give");
   const int64_t num_batch_heads = params.batch_size * params.num_heads;
   const unsigned grid = plan.pass.grid(num_batch_heads);
   if (grid == 0) return;

@@ -50,7 +50,8 @@ class LaneTile {
 
   template <class OtherTile>
   __device__ LaneTile<OtherTile> at(const OtherTile& tile) const {
-    static_assert(OtherTile::kPitch == kPitch && sizeof(typename OtherTile::Value) == sizeof(Value));
+    static_assert(OtherTile::kPitch == kPitch && sizeof(typename OtherTile::Value) == sizeof(Value),
+                  "the tiles have rows of other lengths");
     const auto distance =
         static_cast<uint32_t>(reinterpret_cast<const char*>(&tile) - reinterpret_cast<const char*>(&tile_));
     return {tile, columnwise_ + distance, rowwise_ + distance};

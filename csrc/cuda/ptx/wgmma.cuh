@@ -36,7 +36,7 @@ __device__ inline void wgmma_wait(float (&... results)[kCounts]) {
 // that width, aligned to 1024 bytes. Only the low word, the address in units of 16 bytes, differs between operands.
 template <int kRowBytes>
 struct SlabOperand {
-  static_assert(kRowBytes == 128 || kRowBytes == 64);
+  static_assert(kRowBytes == 128 || kRowBytes == 64, "wgmma reads slabs as the wide swizzles of TMA leave them");
 
   uint32_t low;
 

@@ -111,7 +111,7 @@ __device__ inline void consume(const DkDvKernelParams& params, DkDvSharedStorage
       ptx::mbarrier_wait(shared.kv_full, kv_parity);
       kv_parity ^= 1;
       if constexpr (Config::kSeparatesRareItems) {
-        static_assert(kHeadDim == Config::kSlabColumns);
+        static_assert(kHeadDim == Config::kSlabColumns, "sees_infinity looks at one slab");
         const Element* rows = shared.k + first_row * kHeadDim;
         is_rare = is_rare_item(consumer, sees_infinity<Element, Config::kRowBytes>(rows) || is_rare);
       }

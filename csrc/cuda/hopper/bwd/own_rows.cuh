@@ -41,7 +41,7 @@ class OwnRows {
 
  private:
   static constexpr int kKeptSlabs = kKeptColumns / Config::kSlabColumns;
-  static_assert(kKeptColumns % Config::kSlabColumns == 0);
+  static_assert(kKeptColumns % Config::kSlabColumns == 0, "slabs are in registers as a whole or not at all");
 
   const Element* tile_;
   Operand shared_;

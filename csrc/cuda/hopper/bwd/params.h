@@ -110,6 +110,7 @@ struct DqKernelParams {
 
 // What a kernel's parameters may take without costing the launch; newer drivers allow 32 KiB.
 static_assert(sizeof(BwdStatsKernelParams) <= 4096 && sizeof(DqAccumKernelParams) <= 4096 &&
-              sizeof(DkDvKernelParams) <= 4096 && sizeof(DqKernelParams) <= 4096);
+                  sizeof(DkDvKernelParams) <= 4096 && sizeof(DqKernelParams) <= 4096,
+              "kernel parameters beyond 4096 bytes cost the launch time");
 
 }  // namespace mixed_attention::cuda::hopper

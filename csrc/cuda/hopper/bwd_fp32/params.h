@@ -69,6 +69,7 @@ struct Fp32DqKernelParams {
 
 // What a kernel's parameters may take without costing the launch; newer drivers allow 32 KiB.
 static_assert(sizeof(Fp32BwdStatsKernelParams) <= 4096 && sizeof(Fp32DkDvKernelParams) <= 4096 &&
-              sizeof(Fp32DqKernelParams) <= 4096);
+                  sizeof(Fp32DqKernelParams) <= 4096,
+              "kernel parameters beyond 4096 bytes cost the launch time");
 
 }  // namespace mixed_attention::cuda::hopper

@@ -78,7 +78,9 @@ struct ScaledRowsOfSplits : RowsOfSplits<kBlockM> {
 template <typename Element, int kBlockM>
 void launch_combine(const FwdParams& params, const FwdPlan& plan) {
   constexpr int kRowsOfBlock = 8;
-  static_assert(kBlockM % kRowsOfBlock == 0 && sizeof(FwdParams) + sizeof(ScaledRowsOfSplits<kBlockM>) <= 4000);
+  static_assert(kBlockM % kRowsOfBlock == 0, "a block combines rows of one split work item");
+  static_assert(sizeof(FwdParams) + sizeof(ScaledRowsOfSplits<kBlockM>) <= 4000,
+                "kernel parameters beyond 4096 bytes cost the launch time");
   const ScaledRowsOfSplits<kBlockM> rows{{plan.table},
                                          static_cast<float>(params.softmax_scale),
                                          static_cast<float>(params.softmax_scale * std::numbers::log2e),

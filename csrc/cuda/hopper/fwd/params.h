@@ -37,6 +37,6 @@ struct FwdKernelParams {
 };
 
 // What a kernel's parameters may take without costing the launch; newer drivers allow 32 KiB.
-static_assert(sizeof(FwdKernelParams) <= 4096);
+static_assert(sizeof(FwdKernelParams) <= 4096, "kernel parameters beyond 4096 bytes cost the launch time");
 
 }  // namespace mixed_attention::cuda::hopper

@@ -30,7 +30,7 @@ __device__ inline const float* row_scales_of_head(const float* row_scales, const
 // A warp's share of them, a few rows in each lane.
 template <int kBlockN>
 struct TileRowScalesLoad {
-  static_assert(kBlockN % 32 == 0);
+  static_assert(kBlockN % 32 == 0, "each lane brings as many rows as the others");
   static constexpr int kRows = kBlockN / 32;
 
   float k[kRows], v[kRows];

@@ -11,7 +11,7 @@ namespace mixed_attention::cuda::hopper {
 
 // Puts a tile's bits into shared memory, keys past its end as masked; key_mask_bits: those of its sequence.
 __device__ inline void gather_key_bits(uint32_t (&bits)[kKeyBitWords], const uint32_t* key_mask_bits, KeyTile tile) {
-  static_assert(kKeyBitWords <= MaskedKeys::kSpareWords);
+  static_assert(kKeyBitWords <= MaskedKeys::kSpareWords, "the last tile of keys reads bits behind the mask");
   const uint32_t* source = key_mask_bits + tile.row_begin / 32;
 #pragma unroll
   for (int i = 0; i < kKeyBitWords; ++i) {
@@ -24,7 +24,7 @@ __device__ inline void gather_key_bits(uint32_t (&bits)[kKeyBitWords], const uin
 // Scores of masked keys become -inf, whatever they are.
 template <int kCount>
 __device__ inline void mask_keys(float (&scores)[kCount], const uint32_t (&bits)[kKeyBitWords]) {
-  static_assert(2 * kCount <= 32 * kKeyBitWords && kKeyBitWords == 4);
+  static_assert(2 * kCount <= 32 * kKeyBitWords && kKeyBitWords == 4, "a tile has more keys than bits");
   const uint4 words = *reinterpret_cast<const uint4*>(bits);
   __syncwarp();  // all have read: from here on one thread of the warp may release the tile
   const int first_column = 2 * (threadIdx.x % 4);

@@ -29,7 +29,7 @@ struct LaunchShape {
 // kSharedBytes: of dynamic shared memory; more than a kernel may have by default needs allow_shared_memory first.
 template <auto kKernel, int kSharedBytes = 0, typename... Params>
 void launch_kernel(const char* name, const LaunchShape& shape, void* stream, const Params&... params) {
-  static_assert(kSharedBytes <= 227 * 1024);
+  static_assert(kSharedBytes <= 227 * 1024, "a block of an H100 has 227 KiB of shared memory");
   cudaLaunchAttribute attributes[3]{};
   attributes[0].id = cudaLaunchAttributeProgrammaticStreamSerialization;
   attributes[0].val.programmaticStreamSerializationAllowed = shape.start == Start::kOverlapping;
