@@ -13,7 +13,7 @@ namespace mixed_attention::cuda::hopper {
 
 // Two numbers for each query, by tiles of kQueryTileRows rows: (batch_size, num_heads, num_tiles, kStatsTileFloats).
 struct QueryStats {
-  float* lse_log2;  // +inf where there is no key, and where there is no query: their probabilities are zero
+  float* lse_log2;  // +inf where there is no key, and where there is no query: p is 0 there
   float* delta;     // row sum of out * dout, less dlse
   int num_tiles;
 };
@@ -24,10 +24,10 @@ struct ScoreSource {
     int begin, end;
   };
 
-  const void* q;
-  const void* k;
+  const void* q;  // (batch_size, seqlen_q, num_heads, head_dim)
+  const void* k;  // (batch_size, seqlen_k, num_heads, head_dim)
   Strides q_strides, k_strides;
-  const bool* mask;  // or null
+  const bool* mask;  // (batch_size, seqlen_k), true = real token; or null
   int64_t mask_batch_stride;
   int head_dim;
   float scale_log2;
@@ -42,11 +42,11 @@ ScoreSource score_source(const BwdParams& params, RowReference* references);
 struct BwdStatsKernelParams {
   static constexpr int kMaxRuns = WorkTable::kMaxSegments;
 
-  const void* out;
-  const void* dout;
+  const void* out;   // (batch_size, seqlen_q, num_heads, head_dim)
+  const void* dout;  // likewise
   Strides out_strides, dout_strides;
-  const float* lse;
-  const float* dlse;  // or null
+  const float* lse;   // (batch_size, num_heads, seqlen_q)
+  const float* dlse;  // likewise; or null
   int num_heads, head_dim;
   int64_t seqlen_q;
   QueryStats stats;
@@ -62,15 +62,16 @@ struct BwdStatsKernelParams {
 // head_dim: of the tensors, up to that of the kernel. *_batch_step: 1, or 0 where one sequence serves the whole batch.
 // Maps: tensor_map.h.
 struct DkDvKernelParams {
-  CUtensorMap q, dout, k, v;
+  CUtensorMap q, dout;  // (batch_size, seqlen_q, num_heads, head_dim)
+  CUtensorMap k, v;     // (batch_size, seqlen_k, num_heads, head_dim)
   int q_batch_step, dout_batch_step, k_batch_step, v_batch_step;
-  void* dk;
-  void* dv;
+  void* dk;  // (batch_size, seqlen_k, num_heads, head_dim)
+  void* dv;  // likewise
   Strides dk_strides, dv_strides;
   QueryStats stats;
   DqAccum dq_accum;
   int head_dim;
-  const uint32_t* key_mask_bits;  // mask.h; null without a mask
+  const uint32_t* key_mask_bits;  // (num_sequences, num_words): mask.h; null without a mask
   int key_mask_step;
   float softmax_scale, softmax_scale_log2;
   KeyWorkTable table;
@@ -79,7 +80,7 @@ struct DkDvKernelParams {
 struct DqAccumKernelParams {
   DqAccum dq_accum;
   bool leaves_zeros;  // where sums were
-  void* dq;
+  void* dq;           // (batch_size, seqlen_q, num_heads, head_dim)
   Strides dq_strides;
   float softmax_scale;
   int num_heads, head_dim, num_tiles;
@@ -89,20 +90,21 @@ struct DqAccumKernelParams {
   DqAccumRun accum_runs[KeyWorkTable::kMaxRanges];  // of one tile, all are added
 };
 
-// A table whose items are never cut into parts.
+// A WorkTable whose items are never split; it selects the cheaper look-up in work_items.cuh.
 struct UncutWorkTable : WorkTable {};
 
 struct DqKernelParams {
-  CUtensorMap q, dout, k, v;
+  CUtensorMap q, dout;  // (batch_size, seqlen_q, num_heads, head_dim)
+  CUtensorMap k, v;     // (batch_size, seqlen_k, num_heads, head_dim)
   int q_batch_step, dout_batch_step, k_batch_step, v_batch_step;
-  void* dq;
+  void* dq;  // (batch_size, seqlen_q, num_heads, head_dim)
   Strides dq_strides;
   const float* lse;                // (batch_size, num_heads, seqlen_q)
   const float* delta;              // likewise
   const RowReference* references;  // likewise
   int64_t seqlen_q;
   int head_dim;
-  const uint32_t* key_mask_bits;  // mask.h; null without a mask
+  const uint32_t* key_mask_bits;  // (num_sequences, num_words): mask.h; null without a mask
   int key_mask_step;
   float softmax_scale, softmax_scale_log2;
   UncutWorkTable table;

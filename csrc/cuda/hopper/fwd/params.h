@@ -11,25 +11,27 @@
 
 namespace mixed_attention::cuda::hopper {
 
-// The row_scales of fp32 inputs, and by how many sequences the limbs of each stand behind one another; half_limbs.h.
+// The row_scales of fp32 inputs, and by how many sequences their limbs stand behind one another: half_limbs.h.
 struct FwdRowScales {
-  const float *q, *k, *v;
+  const float *q, *k, *v;  // (num_sequences, num_heads, seqlen)
   int q_limb_step, k_limb_step, v_limb_step;
   int64_t seqlen_k;
 };
 
 struct FwdKernelParams {
-  CUtensorMap q, k, v;  // tensor_map.h
+  // Maps of (batch_size, seqlen_q, num_heads, head_dim) and (batch_size, seqlen_k, num_heads, head_dim), limbs of fp32
+  // one behind the other as sequences: tensor_map.h.
+  CUtensorMap q, k, v;
   // 1, or 0 where one sequence serves the whole batch.
   int q_batch_step, k_batch_step, v_batch_step;
-  void* out;
-  float* lse;
+  void* out;   // (batch_size, seqlen_q, num_heads, head_dim)
+  float* lse;  // (batch_size, num_heads, seqlen_q)
   Strides out_strides;
   int64_t seqlen_q;
-  int head_dim;        // at most the kernel's
-  float* partial_out;  // fwd_launch.h
-  RowPart* row_parts;
-  const uint32_t* key_mask_bits;  // mask.h; null without a mask
+  int head_dim;                   // at most the kernel's
+  float* partial_out;             // (splits, kBlockM, head_dim): FwdPlan; null without splits
+  RowPart* row_parts;             // (splits, kBlockM), likewise
+  const uint32_t* key_mask_bits;  // (num_sequences, num_words): mask.h; null without a mask
   int key_mask_step;              // words from one sequence to the next
   float softmax_scale, softmax_scale_log2;
   FwdRowScales row_scales;  // none of 16-bit inputs
