@@ -23,7 +23,7 @@ struct SplitRows {
   int row_begin;
 };
 
-// As the blocks of hopper_attention_fwd_kernel (fwd_kernel.cuh) and those of the combination go.
+// As the blocks of hopper_attention_fwd_kernel (fwd/kernel.cuh) and those of the combination go.
 template <int kBlockM, int kBlockN>
 void check_launch(const Problem& problem, const Visits& listed, const hopper::WorkTable& given) {
   const std::unique_ptr<hopper::WorkTable> copy = with_poison(problem, given);

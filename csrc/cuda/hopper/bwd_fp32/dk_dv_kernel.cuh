@@ -1,5 +1,5 @@
 // Gradients of keys and values on Hopper in fp32, from MMAs of fp16 limbs: persistent blocks of one producer and two
-// consumer warpgroups that own what they write. Gradients of queries are another kernel's (fp32_dq_kernel.cuh).
+// consumer warpgroups that own what they write. Gradients of queries are another kernel's (dq_kernel.cuh).
 //
 // An item of a block is a tile of kBlockN key rows of one head. The producer, a single thread, copies its keys and
 // values and then, tile by tile, the queries that read them, with their output gradients and what else is known of
