@@ -1,4 +1,4 @@
-// What is left of a forward whose walks over the keys were split: parts of the output, by their log-sum-exps.
+// Combines the parts of the output of a forward whose walks over the keys were split, by their log-sum-exps.
 #pragma once
 
 #include <cstdint>

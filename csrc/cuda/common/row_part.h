@@ -1,4 +1,4 @@
-// What a row's keys, or a part of them, come to beside their output.
+// The softmax of a row over its keys, or a part of them, beside the output.
 #pragma once
 
 namespace mixed_attention::cuda {

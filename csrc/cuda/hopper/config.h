@@ -22,7 +22,7 @@ inline constexpr int kRowBytes = 128;      // of such a slab
 inline constexpr int kColumnStepBytes = 32;
 inline constexpr int kRowStepBytes = 16 * kRowBytes;
 
-// Whether a forward's warpgroup without rows may skip the softmax. That pays with three warpgroups only: with two, a
+// True if a forward's warpgroup without rows may skip the softmax. That pays with three warpgroups only: with two, a
 // step takes as long as the MMAs.
 constexpr bool skips_softmax(int block_m) { return block_m > 2 * kWarpgroupRows; }
 
@@ -43,7 +43,7 @@ auto with_head_dim_of(int64_t head_dim, const Visit& visit) {
   return visit.template operator()<kHeadDim>();
 }
 
-// The same of fp32, whose numbers are multiplied as ones of fp16, their limbs.
+// The same for fp32, whose numbers are multiplied as fp16 ones, their limbs.
 inline constexpr int kFp32HeadDims[] = {64, 128};
 inline constexpr int kMinFp32HeadDim = 40;  // narrower ones would be multiplied by too many zeros
 inline constexpr int kMaxFp32HeadDim = 128;
@@ -83,7 +83,7 @@ struct FwdTuning {
   constexpr int block_m() const { return consumers * kWarpgroupRows; }
 };
 
-// Of 16-bit inputs.
+// The tuning for 16-bit inputs.
 constexpr FwdTuning fwd_tuning(int head_dim) {
   switch (head_dim) {
     // The exponential unit takes twice as long as the tensor cores: more of p by polynomial.
@@ -102,7 +102,7 @@ constexpr FwdTuning fwd_tuning(int head_dim) {
   }
 }
 
-// Of fp32 inputs.
+// The tuning for fp32 inputs.
 constexpr FwdTuning fwd_tuning_fp32(int head_dim, int limbs) {
   // Scores, p, output and what a tile adds to it take 192 registers, which leaves two warpgroups; as MMAs take three
   // times as long as those of one limb, they hide the softmax all the same. At 128 the output and what a tile adds to
@@ -116,7 +116,7 @@ constexpr FwdTuning fwd_tuning_fp32(int head_dim, int limbs) {
   return head_dim == 64 ? FwdTuning{3, 64, 8, 32, 160, 0, 2} : FwdTuning{2, 96, 3, 40, 232, 0, 2};
 }
 
-// Whether the numbers of a row have a row_scale: half_limbs.h.
+// True if the numbers of a row have a row_scale: half_limbs.h.
 template <typename Element>
 inline constexpr bool kHasRowScales = std::is_same_v<Element, float>;
 

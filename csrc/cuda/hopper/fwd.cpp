@@ -13,7 +13,7 @@ namespace {
 // A row is copied, and leaves, in pieces of 16 bytes.
 constexpr int64_t kHeadDimStep = 8;
 
-// Whether TMA can read a tensor, or its limbs.
+// True if TMA can read a tensor, or its limbs.
 bool can_load(const TensorView& tensor) {
   return tensor.dtype == DType::kFloat32 ? can_map_limbs(tensor) : can_map(tensor);
 }

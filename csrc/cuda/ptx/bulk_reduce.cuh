@@ -12,7 +12,7 @@ __device__ inline void bulk_add(float* global, const float* shared, int bytes) {
                : "memory");
 }
 
-// The same without what was there before.
+// Replaces what was there before.
 __device__ inline void bulk_store(float* global, const float* shared, int bytes) {
   asm volatile("cp.async.bulk.global.shared::cta.bulk_group [%0], [%1], %2;\n" ::"l"(global),
                "r"(shared_address(shared)), "r"(bytes)

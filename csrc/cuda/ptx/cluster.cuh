@@ -8,7 +8,7 @@
 
 namespace mixed_attention::cuda::ptx {
 
-// Where what lies here lies in the block of that rank.
+// The address of the same shared variable in block `rank` of the cluster (mapa).
 __device__ inline uint32_t address_in_block(const void* shared, int rank) {
   uint32_t address;
   asm volatile("mapa.shared::cluster.u32 %0, %1, %2;\n" : "=r"(address) : "r"(shared_address(shared)), "r"(rank));

@@ -16,7 +16,7 @@ __device__ inline void cp_async_16(void* shared, const void* global, int bytes) 
                : "memory");
 }
 
-// The same for one 4-byte word: bytes is 4 or 0.
+// Starts the copy of one 4-byte word; bytes is 4 or 0.
 __device__ inline void cp_async_4(void* shared, const void* global, int bytes) {
   asm volatile("cp.async.ca.shared.global [%0], [%1], 4, %2;\n" ::"r"(shared_address(shared)), "l"(global), "r"(bytes)
                : "memory");

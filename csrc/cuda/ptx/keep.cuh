@@ -1,4 +1,4 @@
-// Values that stay where they are.
+// Keeps values in their registers.
 #pragma once
 
 #include <cstdint>

@@ -1,5 +1,5 @@
-// Copies from global to shared memory by TMA. One thread issues; the bytes count on the barrier. Of a tensor's tile,
-// what lies outside the tensor arrives as zeros and counts as well.
+// Copies from global to shared memory by TMA. One thread issues; the bytes count on the barrier. Elements of a tile
+// that lie outside the tensor arrive as zeros and count as well.
 #pragma once
 
 #include <cuda.h>

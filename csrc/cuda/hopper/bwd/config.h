@@ -7,7 +7,7 @@
 
 namespace mixed_attention::cuda::hopper {
 
-// As kFwdHeadDims.
+// Heads of another width are served by the next of these, as in the forward.
 inline constexpr int kBwdHeadDims[] = {32, 64, 96, 128, 192, 256};
 
 template <typename Visit>
@@ -15,21 +15,21 @@ auto with_bwd_head_dim(int64_t head_dim, const Visit& visit) {
   return with_head_dim_of<kBwdHeadDims>(head_dim, visit);
 }
 
-// Whether a kernel computes all gradients of such heads. At 96 the registers of three warpgroups fall some words short
-// of it; at 128 two of them could, but take as long as the two kernels.
+// True if one kernel computes all gradients of such heads. At 96 the registers of three warpgroups fall some words
+// short of it; at 128 two of them could, but take as long as the two kernels.
 constexpr bool can_add_dq(int64_t head_dim) { return head_dim <= 64; }
 
-// Whether dk and dv of 64 keys take more registers than a warpgroup has, so that one has dk and another one dv.
+// True if dk and dv of 64 keys take more registers than a warpgroup has, so that one owns dk and another one dv.
 constexpr bool is_wide(int64_t head_dim) { return head_dim > 128; }
 
-// Whether dq_accum holds dqᵀ, which has 64 rows to an MMA, or dq as it stands.
+// True if dq_accum holds dqᵀ, which has 64 rows to an MMA; else it holds dq.
 constexpr bool transposes_dq(int head_dim) { return head_dim % kWarpgroupRows == 0; }
 
 // Query rows of one step of the kernel for dk and dv; the statistics of the queries are stored by such tiles.
 inline constexpr int kQueryTileRows = 64;
 
-// Where a query's statistics lie among those of its tile. A thread of an MMA has two neighbouring columns out of every
-// eight: those out of sixteen lie side by side, to be read at once.
+// The place of a query's statistics among those of its tile. A thread of an MMA has two neighbouring columns out of
+// every eight: those out of sixteen lie side by side, to be read at once.
 constexpr int place_of_stats(int row) { return row / 16 * 16 + row % 8 / 2 * 4 + row / 8 % 2 * 2 + row % 2; }
 
 // A tile of statistics: a number for each query; then, of log-sum-exps, where the references of the tile's rows begin
@@ -79,12 +79,13 @@ struct DkDvConfig : BwdTiles<Element, kHeadDim, kQueryTileRows, key_tile_rows(kH
   static constexpr int kThreads = (1 + kConsumers + kAddsDq) * kWarpgroup;
   static constexpr int kProducerRegisters = kSplits > 1 ? 48 : kAddsDq ? 32 : 24, kDqRegisters = 96;
   static constexpr int kConsumerRegisters = !kAddsDq ? 240 : kSplits > 1 ? 184 : 192;
-  // What the registers hold beside: a consumer's own values, or these and its keys. A mask's bits take the last ones.
+  // The registers hold some inputs as well: 1 for a consumer's own values, 2 for these and its keys. A mask's bits take
+  // the last registers.
   static constexpr int kKeptInputs = kHeadDim > 64 || kSplits > 1 ? 0
                                      : kHeadDim < 64 || !kAddsDq  ? 2
                                      : kIsMasked && !kIsOrdered   ? 0
                                                                   : 1;
-  // Whether steps that relate no scores are a loop of their own: a branch in the only loop costs up to a tenth of the
+  // True if steps that relate no scores have a loop of their own: a branch in the only loop costs up to a tenth of the
   // rate where dq is added to. An ordered dq and two blocks leave no registers for two loops.
   static constexpr bool kSeparatesRareItems = kAddsDq && !(kIsOrdered && kSplits > 1);
   // The operands of the MMAs for dk and dv take turns in the same registers where these are few.
@@ -94,7 +95,8 @@ struct DkDvConfig : BwdTiles<Element, kHeadDim, kQueryTileRows, key_tile_rows(kH
   static_assert(kSplits == 1 || kSplits == 2, "blocks of a cluster exchange sums in pairs");
 };
 
-// What the third warpgroup reads and writes. If dq is ordered, a query tile's sums wait in their buffer for their turn.
+// The shared memory that the third warpgroup reads and writes. If dq is ordered, a query tile's sums wait in their
+// buffer for their turn.
 template <typename Config, bool kAddsDq = Config::kAddsDq>
 struct DqExchange {};
 

@@ -2,12 +2,12 @@
 // they write. Gradients of queries are another kernel's (dq_kernel.cuh), or those of a third consumer warpgroup
 // (dq_adder.cuh), which are added up in global memory.
 //
-// An item of a block is a tile of kBlockN key rows of one head. The producer, a single thread, copies its keys and
-// values and then, tile by tile, the queries that read them, with their output gradients and statistics. Each consumer
-// owns 64 of the key rows and goes through the transposed scores, in which keys are rows: s = k qᵀ, p = exp2(s - lse),
-// dv += p dout, dp = v doutᵀ - delta, ds = p dp, dk += ds q. As rows of s are rows of dk and dv, p and ds are operands
-// of their MMAs as they come out, and everything but the tiles stays in registers; so do its own rows of keys and
-// values where there is room for them.
+// A work item of a block is a tile of kBlockN key rows of one batch_head. The producer, a single thread, copies its
+// keys and values and then, tile by tile, the queries that read them, with their output gradients and statistics. Each
+// consumer owns 64 of the key rows and goes through the transposed scores, in which keys are rows: s = k qᵀ, p = exp2(s
+// - lse), dv += p dout, dp = v doutᵀ - delta, ds = p dp, dk += ds q. As rows of s are rows of dk and dv, p and ds are
+// operands of their MMAs as they come out, and everything but the tiles stays in registers; so do its own rows of keys
+// and values where there is room for them.
 //
 // In the step for tile t, dk += ds q of tile t - 1 and dp of t run under the exponentials of t, dv += p dout of t under
 // the gradients of its scores, and s of tile t + 1 is issued as soon as the registers of s are free. What a warp does
@@ -57,7 +57,8 @@ __device__ inline void init_barriers(DkDvSharedStorage<Config>& shared) {
   ptx::mbarrier_fence_init();
 }
 
-// Barriers are seen to be initialised, and blocks end, by all blocks of a cluster at a time.
+// A __syncthreads of the whole cluster: it publishes the barriers, and keeps shared memory alive until the peer is
+// done.
 template <typename Config>
 __device__ inline void sync_blocks() {
   if constexpr (Config::kSplits > 1) {
@@ -78,6 +79,7 @@ __device__ inline void consume(const DkDvKernelParams& params, DkDvSharedStorage
   const int warp = __shfl_sync(0xffffffff, threadIdx.x / 32 % 4, 0);
   const int first_row = consumer * kWarpgroupRows + warp * kWarpRows;  // of this warp in the tile
 
+  // Operands and rings
   OwnRows<Config, (Config::kKeptInputs > 1 ? kHeadDim : 0)> k(shared.k, consumer * kWarpgroupRows);
   OwnRows<Config, (Config::kKeptInputs > 0 ? kHeadDim : 0)> v(shared.v, consumer * kWarpgroupRows);
   const Operand q_ring = Operand::make(shared.q, Config::kSlabBytesM);
@@ -108,6 +110,7 @@ __device__ inline void consume(const DkDvKernelParams& params, DkDvSharedStorage
       if constexpr (Config::kSeparatesRareItems) {  // read while keys and values are on their way
         is_rare = sees_reference(params.stats, int64_t{item.batch} * params.table.num_heads + item.head);
       }
+      // Keys and values of the item
       ptx::mbarrier_wait(shared.kv_full, kv_parity);
       kv_parity ^= 1;
       if constexpr (Config::kSeparatesRareItems) {
@@ -117,6 +120,7 @@ __device__ inline void consume(const DkDvKernelParams& params, DkDvSharedStorage
       }
       k.load(first_row);
       v.load(first_row);
+      // Scores of the first tile
       const QRing first{num_used};
       const DoutRing first_dout{num_used};
       Operand q_tile = tile_of(q_ring, first.stage()), previous_q = q_tile;
@@ -138,6 +142,7 @@ __device__ inline void consume(const DkDvKernelParams& params, DkDvSharedStorage
           const QRing previous{num_used - (tile > 0)}, next{num_used + (tile + 1 < num_tiles)};
           const DoutRing dout{num_used}, next_dout{next.count};
 
+          // dk of the tile before, dp of this one
           issue_column_mma<Element>(dk, ds_operand, previous_q);
           v.template issue_transposed_scores<true>(dp, dout_tile);
           if constexpr (kRelates) {
@@ -157,12 +162,14 @@ __device__ inline void consume(const DkDvKernelParams& params, DkDvSharedStorage
             hand_over(shared.dq_exchange, previous.count, ds_operand, first_row, own_keys, tile > 0);
           }
 
+          // p, and dv under the gradients of scores
           exponentiate_all(s);
           if constexpr (Config::kSharesOperand) ptx::wgmma_wait<1>(dk);
           round_operand<Element>(p_operand, s);
           issue_column_mma<Element>(dv, p_operand, dout_tile);
           ptx::wgmma_wait<1>(dk, dp);
 
+          // ds, and s of the next tile
           multiply_all(dp, s);
           previous_q = q_tile;
           q_tile = tile_of(q_ring, next.stage());
@@ -173,6 +180,7 @@ __device__ inline void consume(const DkDvKernelParams& params, DkDvSharedStorage
           round_operand<Element>(ds_operand, dp);
           if (tile > 0) release(shared.q_empty[previous.stage()]);
 
+          // Statistics of the next tile
           ptx::mbarrier_wait(shared.dout_full[next_dout.stage()], next_dout.full_parity());
           lse_log2.load(shared.lse_log2[next.stage()]);
           start_differences(dp, shared.delta[next_dout.stage()]);
@@ -192,6 +200,7 @@ __device__ inline void consume(const DkDvKernelParams& params, DkDvSharedStorage
       }
 
       release(shared.kv_empty);
+      // dk of the last tile
       const QRing last{num_used - 1};
       issue_column_mma<Element>(dk, ds_operand, tile_of(q_ring, last.stage()));
       if constexpr (Config::kAddsDq) {
@@ -202,6 +211,7 @@ __device__ inline void consume(const DkDvKernelParams& params, DkDvSharedStorage
       scale_all(dk, params.softmax_scale);
     }
 
+    // Stores of dv and dk, or exchange within the cluster
     const auto store = [&](float (&grad)[kHeadDim / 2], void* tensor, const Strides& strides) {
       if constexpr (Config::kIsMasked) clear_other_keys(grad, find_own_keys());
       Element* target = static_cast<Element*>(tensor) + item.batch * strides.batch + row_begin * strides.row +

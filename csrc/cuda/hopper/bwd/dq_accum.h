@@ -1,4 +1,4 @@
-// Where the kernel that computes all gradients adds up dq.
+// The memory in which the kernel that computes all gradients adds up dq.
 #pragma once
 
 #include <cstdint>

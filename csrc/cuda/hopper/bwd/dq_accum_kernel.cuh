@@ -53,7 +53,7 @@ __device__ inline void transpose_accumulators(Element* rows, const float4 (&sums
   }
 }
 
-// The same from sums of dq (kQueryTileRows, kHeadDim).
+// Puts the rows together from sums of dq (kQueryTileRows, kHeadDim).
 template <int kHeadDim, int kRowElements, int kCount, typename Element>
 __device__ inline void order_accumulators(Element* rows, const float4 (&sums)[kCount], float scale) {
   const int warp = threadIdx.x / 32, lane = threadIdx.x % 32;

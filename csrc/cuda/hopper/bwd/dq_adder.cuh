@@ -1,4 +1,4 @@
-// What a key tile adds to dq, by the third warpgroup of the kernel for dk and dv.
+// The third warpgroup of the kernel for dk and dv computes what a key tile adds to dq.
 //
 // The transposed dqᵀ = kᵀ dsᵀ: kᵀ stays in registers for a whole item, dsᵀ comes from the other warpgroups as they have
 // it. Where the head has no 64 columns to be rows of dqᵀ, dq = ds k with both from shared memory. The sums of a query

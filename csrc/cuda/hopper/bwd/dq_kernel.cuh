@@ -1,9 +1,9 @@
 // Gradients of queries on Hopper: persistent blocks of one producer and two consumer warpgroups that own what they
 // write, so that nothing is added atomically.
 //
-// An item of a block is a tile of kBlockM query rows of one head. The producer, a single thread, copies its queries and
-// output gradients and then its key and value tiles into rings of kStages buffers. Each consumer owns 64 of the rows
-// and computes, tile by tile, s = q kᵀ, p = exp2(s - lse), dp = dout vᵀ, ds = p (dp - delta) and dq += ds k.
+// A work item of a block is a tile of kBlockM query rows of one batch_head. The producer, a single thread, copies its
+// queries and output gradients and then its key and value tiles into rings of kStages buffers. Each consumer owns 64 of
+// the rows and computes, tile by tile, s = q kᵀ, p = exp2(s - lse), dp = dout vᵀ, ds = p (dp - delta) and dq += ds k.
 //
 // dq += ds k of tile j - 1 is issued together with s of tile j, and the exponentials of j run under dp of j. At the end
 // of a step no MMA is in flight, which the compiler needs.
@@ -114,6 +114,7 @@ __device__ inline void consume(const DqKernelParams& params, DqSharedStorage<Con
   const int warp = __shfl_sync(0xffffffff, threadIdx.x / 32 % 4, 0);
   const int first_row = consumer * kWarpgroupRows + warp * kWarpRows;  // of this warp in the tile
 
+  // Operands and rings
   const Operand q = Operand::make(shared.q).advance(consumer * kWarpgroupRows * Config::kRowBytes);
   const Operand dout = Operand::make(shared.dout).advance(consumer * kWarpgroupRows * Config::kRowBytes);
   const Operand k_ring = Operand::make(shared.k, Config::kSlabBytesN);
@@ -139,6 +140,7 @@ __device__ inline void consume(const DqKernelParams& params, DqSharedStorage<Con
     float dq[kHeadDim / 2] = {};
 
     if (num_tiles > 0) {
+      // Statistics of the thread's two rows
       float lse_log2[2] = {}, delta[2] = {};
       bool has_reference = false;
       const int64_t stats = (int64_t{item.batch} * params.table.num_heads + item.head) * params.seqlen_q + row_begin;
@@ -207,6 +209,7 @@ __device__ inline void consume(const DqKernelParams& params, DqSharedStorage<Con
       scale_all(dq, params.softmax_scale);
     }
 
+    // Store of dq
     Element* target = static_cast<Element*>(params.dq) + item.batch * params.dq_strides.batch +
                       row_begin * params.dq_strides.row + item.head * params.dq_strides.head;
     if constexpr (Config::kIsStaged) {

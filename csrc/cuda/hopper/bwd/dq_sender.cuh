@@ -1,4 +1,4 @@
-// The way of an ordered dq from shared memory to dq_accum: by a thread for each buffer, beside the producer, so that
+// Adds an ordered dq from shared memory to dq_accum. A thread for each buffer does so, beside the producer, so that
 // nobody else waits for a turn.
 //
 // Who signals whom: staging_full by one arrival of every warp that wrote accumulators, staging_empty by one of the

@@ -1,4 +1,4 @@
-// Gradients of scores on their way, through shared memory, to those who compute dq.
+// ds passes through shared memory to the warpgroup that computes dq.
 //
 // Who signals whom: ds_full by one arrival of every warp that computes scores, ds_empty by one of every warp that
 // reads.
@@ -30,9 +30,9 @@ __device__ inline void wait_for_room(DqExchange<Config>& exchange, uint32_t coun
   ptx::mbarrier_wait(exchange.ds_empty[use.stage()], use.empty_parity());
 }
 
-// Gives those who compute dq a tile's ds of this warp's 16 keys, which start at first_row; there has to be room. Of
-// this thread's keys, zeros take the place of those that do not count (own_keys.cuh). Unless it arrives, what it wrote
-// is for nobody, and the room is as free as before.
+// Writes a tile's ds of this warp's 16 keys, which start at first_row, to the buffer of the warpgroup that computes dq,
+// behind wait_for_room. Keys that do not count (own_keys.cuh) become zeros. Unless `arrives`, nothing is published and
+// the buffer stays free.
 template <typename Config, bool kIsMasked>
 __device__ inline void hand_over(DqExchange<Config>& exchange, uint32_t count, const uint32_t (&ds)[16], int first_row,
                                  const OwnKeys<kIsMasked>& own_keys, bool arrives) {

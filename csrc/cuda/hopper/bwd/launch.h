@@ -1,4 +1,4 @@
-// What the instantiations of the backward launcher have in common with its dispatch.
+// The backward launcher, as its instantiations and its dispatch see it.
 #pragma once
 
 #include <vector>
@@ -38,8 +38,8 @@ struct BwdWorkspace {
   size_t size;
 };
 
-// Lays out params.workspace, null to learn the size. Other pointers count only by whether there is a mask, whether the
-// gradients take the place of the inputs, and whether there is spare memory. runs: make_query_runs.
+// Lays out params.workspace; if that is null, only `size` counts. Other pointers are only compared: the mask and
+// spare_out with null, gradients with inputs. runs: make_query_runs.
 BwdWorkspace bwd_workspace(const BwdParams& params, const std::vector<QueryRun>& runs, BwdPlan plan);
 
 // Room for one of every query, and a tile more, which may be read.
@@ -48,7 +48,7 @@ RowReference* take_references(const BwdParams& params, Scratch& scratch);
 // Enqueues the way of dq to where the queries were, if it was written apart from them.
 void move_dq(const BwdParams& params, const BwdWorkspace& workspace);
 
-// What is read: as it is given, and, where there is a mask, with the copies of keys and values in the workspace.
+// The inputs as they are given, and, under a mask, with the copies of keys and values in the workspace.
 BwdTensors bwd_tensors(const BwdParams& params);
 BwdTensors bwd_tensors(const BwdParams& params, const BwdWorkspace& workspace);
 

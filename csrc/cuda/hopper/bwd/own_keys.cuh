@@ -1,4 +1,4 @@
-// The two key rows of a thread, in kernels where keys are rows: its warp's row lane / 4 and the eighth one further on.
+// A thread has two key rows in kernels where keys are rows: its warp's row lane / 4 and the eighth one further on.
 #pragma once
 
 #include <cstdint>
@@ -8,7 +8,7 @@
 
 namespace mixed_attention::cuda::hopper {
 
-// Which of the two count. Those past the end of the keys do not, nor do masked ones: their p may be infinite.
+// Tells which of the two rows count. Rows past the end of the keys do not, nor do masked ones: their p may be infinite.
 template <bool kIsMasked>
 class OwnKeys {
  public:

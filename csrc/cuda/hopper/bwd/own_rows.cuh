@@ -22,12 +22,12 @@ class OwnRows {
       : tile_(tile),
         shared_(Operand::make(tile).advance(kKeptSlabs * Config::kSlabBytesN + first_row * Config::kRowBytes)) {}
 
-  // As soon as the tile of an item is there; first_row: of this warp in it.
+  // Loads the rows as soon as the tile of an item is there; first_row is that of this warp in it.
   __device__ void load(int first_row) {
     if constexpr (kKeptColumns > 0) load_row_operand<Config::kRowBytes, Config::kSlabBytesN>(kept_, tile_, first_row);
   }
 
-  // Their MMAs with queries or output gradients, which take the place of the result or are added to it: s or dp.
+  // Issues their MMAs with queries or output gradients: s, or, with kAdds, dp on top of what the result holds.
   template <bool kAdds = false>
   __device__ void issue_transposed_scores(float (&result)[Config::kBlockM / 2], Operand queries) const {
     ptx::wgmma_fence();

@@ -18,7 +18,7 @@ struct QueryStats {
   int num_tiles;
 };
 
-// What the scores of queries are made of, for those that are computed once more, and where references go.
+// The inputs of scores that are computed once more, and the place of their references.
 struct ScoreSource {
   struct KeyRange {
     int begin, end;
@@ -110,7 +110,7 @@ struct DqKernelParams {
   UncutWorkTable table;
 };
 
-// What a kernel's parameters may take without costing the launch; newer drivers allow 32 KiB.
+// Larger parameters cost the launch time; newer drivers allow 32 KiB.
 static_assert(sizeof(BwdStatsKernelParams) <= 4096 && sizeof(DqAccumKernelParams) <= 4096 &&
                   sizeof(DkDvKernelParams) <= 4096 && sizeof(DqKernelParams) <= 4096,
               "kernel parameters beyond 4096 bytes cost the launch time");

@@ -32,7 +32,7 @@ class StepCount {
   KeyWorkTable table_;
 };
 
-// Whether one kernel takes less time than two, with seven MMAs instead of five: where keys are many and queries few,
+// True if one kernel takes less time than two, with seven MMAs instead of five: where keys are many and queries few,
 // blocks would wait for their turns. Nor may the sums of a query tile, one for each key segment that it reads, take
 // more than twice the memory that they take where they come in any order.
 bool can_be_ordered(const BwdParams& params, const std::vector<QueryRun>& runs, const StepCount& count) {

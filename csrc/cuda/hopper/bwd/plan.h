@@ -27,12 +27,12 @@ struct BwdPlan {
 // the place to change.
 BwdPlan plan_bwd(const BwdParams& params, const std::vector<QueryRun>& runs);
 
-// What the kernels behind the statistics need to know of a share.
+// A share as the kernels behind the statistics see it.
 BwdParams params_of(const BwdShare& share, const BwdParams& params);
 QueryStats stats_of(const BwdShare& share, const BwdParams& params, const QueryStats& stats);
 DqAccum accum_of(const BwdShare& share, const BwdParams& params, const DqAccum& accum);
 
-// Where the accumulators of query tiles lie among those of a batch_head; empty where another kernel computes dq.
+// The places of query tiles among the accumulators of a batch_head; empty if another kernel computes dq.
 std::vector<DqAccumRun> make_dq_accum_runs(const Schedule& schedule, const std::vector<QueryRun>& runs, DqForm form);
 
 }  // namespace mixed_attention::cuda::hopper

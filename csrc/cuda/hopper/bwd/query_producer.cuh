@@ -1,4 +1,4 @@
-// How the kernels that go through the queries of key tiles get their inputs: by a producer, a single thread.
+// The producer, a single thread, of the kernels that go through the queries of key tiles.
 #pragma once
 
 #include <cstdint>
@@ -36,8 +36,8 @@ __device__ inline void init_input_barriers(SharedStorage& shared, int num_key_re
   }
 }
 
-// Of every item the keys and values, then, tile by tile, the queries that read them, with their output gradients and
-// statistics.
+// Loads the keys and values of every work item, then, tile by tile, the queries that read them, with their output
+// gradients and statistics.
 template <typename Config, typename SharedStorage>
 __device__ inline void produce_queries(const DkDvKernelParams& params, SharedStorage& shared) {
   constexpr int kBlockM = Config::kBlockM, kBlockN = Config::kBlockN, kHeadDim = Config::kHeadDim;

@@ -1,4 +1,4 @@
-// The way of a block through the query tiles of an item, all or half of them, and its turns to add to their dq_accum.
+// The walk of a block over the query tiles of a work item, all or half of them, and its turns to add to their dq_accum.
 //
 // If dq is ordered, the items of one round, key segment and batch_head start kTilesApart tiles apart and go around, so
 // that blocks come to a query tile one after the other. That is the order of its turns: by round, then by step of the
@@ -38,7 +38,7 @@ template <typename Config>
 struct RoundOfItems {
   int number, count;
   int first_turn;  // of theirs at any tile: those before were of earlier rounds
-  int arc;         // at so many tiles, beginning with the first, they start
+  int arc;         // number of leading tiles over which their starting points are spread
 
   __device__ RoundOfItems(const KeyItems<Config>& item, int num_tiles) {
     const KeySegmentTiles& segment = item.tiles();
@@ -83,7 +83,7 @@ class QueryWalk {
     return queries_.next();
   }
 
-  // Where the tile that next() gave is among those of all key segments, and its turn if dq is ordered.
+  // The place of the tile that next() gave among those of all key segments, and its turn if dq is ordered.
   __device__ int place() const { return segment_.first_tile + position_; }
   __device__ int turn() const { return items_.turn(position_ - share_.first); }
 

@@ -1,6 +1,7 @@
-// Which items want the loop that relates scores: where a query of their head has a reference (row_reference.h), or a
-// key of theirs has an entry that is infinite or NaN. What fills up a tile of queries is zero, and zero times infinity
-// would be NaN in the sums of such a key, which the queries that there are may give a p of zero.
+// Tells the rare work items, which want the loop that relates scores: a query of their batch_head has a reference
+// (row_reference.h), or a key of theirs has an entry that is infinite or NaN. What fills up a tile of queries is zero,
+// and zero times infinity would be NaN in the sums of such a key, which the queries that there are may give a p of
+// zero.
 #pragma once
 
 #include <cuda_bf16.h>
@@ -15,7 +16,7 @@
 
 namespace mixed_attention::cuda::hopper {
 
-// Whether a query of a batch_head has a reference; each of a warpgroup's threads looks at some of the tiles.
+// True if this thread sees a query with a reference; each of a warpgroup's threads looks at some tiles of a batch_head.
 __device__ inline bool sees_reference(const QueryStats& stats, int64_t batch_head) {
   const float* const first = stats.lse_log2 + batch_head * stats.num_tiles * kStatsTileFloats;
   bool has_one = false;
@@ -26,7 +27,8 @@ __device__ inline bool sees_reference(const QueryStats& stats, int64_t batch_hea
   return has_one;
 }
 
-// Whether a warp's rows of a slab of keys have an entry that is not finite; each lane looks at some of the entries.
+// True if this lane sees an entry that is not finite; each lane looks at some entries of a warp's rows of a slab of
+// keys.
 template <typename Element, int kRowBytes>
 __device__ inline bool sees_infinity(const void* rows) {
   constexpr uint32_t kInfinity = std::is_same_v<Element, __nv_bfloat16> ? 0x7F80 : 0x7C00;
@@ -40,7 +42,7 @@ __device__ inline bool sees_infinity(const void* rows) {
   return largest >> 16 >= kInfinity || (largest & 0xFFFF) >= kInfinity;
 }
 
-// Of what the threads of a consumer have seen.
+// True if any thread of a consumer has seen one.
 __device__ inline bool is_rare_item(int consumer, bool sees_one) {
   return ptx::named_barrier_any(kRareItemBarrier + consumer, kWarpgroup, sees_one);
 }

@@ -38,7 +38,7 @@ class ColumnStats {
     for (int i = 0; i < kColumns / 16; ++i) fours_[i] = *reinterpret_cast<const float4*>(own + 16 * i);
   }
 
-  // That of the column of accumulator i.
+  // The statistic of the column of accumulator i.
   __device__ float operator[](int i) const {
     const float4& four = fours_[i / 8];
     return i % 8 < 4 ? (i % 2 == 0 ? four.x : four.y) : (i % 2 == 0 ? four.z : four.w);
@@ -48,7 +48,7 @@ class ColumnStats {
   float4 fours_[kColumns / 16];
 };
 
-// Whether scores of a tile of queries are to become relative: its mark.
+// True if the scores of a tile of queries have to become relative.
 __device__ inline bool is_marked(const float* lse_tile) { return lse_tile[kMarkPlace] != 0; }
 
 // Scores that are NaN, as those of no query may be, become 0.
@@ -89,7 +89,7 @@ __device__ inline void exponentiate_all(float (&s)[kCount]) {
   for (int i = 0; i < kCount; ++i) s[i] = ptx::exp2(s[i]);
 }
 
-// What dp is added to, to come out as dp - delta.
+// Initialises dp with -delta, so that its MMA ends with dp - delta.
 template <int kCount>
 __device__ inline void start_differences(float (&dp)[kCount], const float* delta) {
   ColumnStats<2 * kCount> stats;

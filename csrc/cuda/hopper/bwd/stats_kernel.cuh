@@ -1,5 +1,5 @@
-// What the backward needs to know of every query: its log-sum-exp in base 2, and delta. dq_accum, or the turns to add
-// to it, begin with zero here; where it lies in the memory of the output, each thread leaves zeros where it has read.
+// Statistics of every query for the backward: its log-sum-exp in base 2, and delta. dq_accum, or the turns to add to
+// it, begin with zero here; where it lies in the memory of the output, each thread leaves zeros where it has read.
 #pragma once
 
 #include <cuda_bf16.h>

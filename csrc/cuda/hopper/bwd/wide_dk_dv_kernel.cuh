@@ -1,11 +1,12 @@
 // Gradients of keys and values of wide heads on Hopper: persistent blocks of one producer and two consumer warpgroups,
 // of which one owns dv, the other one dk. Those of queries are another kernel's (dq_kernel.cuh).
 //
-// An item of a block is a tile of 64 key rows of one head, and the producer copies what that of dk_dv_kernel.cuh does.
-// Keys are rows of the transposed scores here, too, but dk and dv of 64 keys together would take all registers of a
-// warpgroup. So the owner of dv computes s = k qᵀ, p = exp2(s - lse) and dv += p dout, and hands p over to the owner of
-// dk, which computes dp = v doutᵀ, ds = p (dp - delta) and dk += ds q: two MMAs each, and none twice. Keys and values
-// are in registers, of 256 columns the first half: shared memory would be busy for longer than the tensor cores.
+// A work item of a block is a tile of 64 key rows of one batch_head, and the producer copies what that of
+// dk_dv_kernel.cuh does. Keys are rows of the transposed scores here, too, but dk and dv of 64 keys together would take
+// all registers of a warpgroup. So the owner of dv computes s = k qᵀ, p = exp2(s - lse) and dv += p dout, and hands p
+// over to the owner of dk, which computes dp = v doutᵀ, ds = p (dp - delta) and dk += ds q: two MMAs each, and none
+// twice. Keys and values are in registers, of 256 columns the first half: shared memory would be busy for longer than
+// the tensor cores.
 //
 // In the step for tile t, the owner of dv issues s of t and then dv += p dout of tile t - 1, under which the
 // exponentials of t run. The owner of dk issues dk += ds q of tile t - 1 and then dp of t, and computes ds of t under
@@ -172,7 +173,7 @@ __device__ inline void own_dk(const DkDvKernelParams& params, WideDkDvSharedStor
         ptx::mbarrier_wait(shared.q_full[q.stage()], q.full_parity());
         issue_column_mma<Element>(dk, ds_operand, q_ring.advance(q.stage() * Config::kTileBytesM));
       };
-      // From dp to the operand of the next MMA.
+      // Turns dp into the operand of the next MMA.
       const auto differentiate = [&](DoutRing dout) {
         const PRing p{dout.count};
         ptx::mbarrier_wait(shared.p_full[p.stage()], p.full_parity());

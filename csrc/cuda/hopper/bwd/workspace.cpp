@@ -20,7 +20,7 @@ int64_t num_rows(const BwdParams& params) { return num_batch_heads(params) * par
 // How many numbers q has, and whatever has its shape.
 int64_t num_elements(const BwdParams& params) { return num_rows(params) * params.head_dim; }
 
-// Those of the largest share serve all.
+// The accumulators of the largest share serve all.
 DqAccum take_dq_accum(const BwdParams& params, const BwdPlan& plan, const std::vector<QueryRun>& runs,
                       Scratch& scratch) {
   const bool is_ordered = plan.dq_form == DqForm::kOrdered;

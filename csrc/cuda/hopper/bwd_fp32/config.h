@@ -14,14 +14,14 @@ namespace mixed_attention::cuda::hopper {
 
 inline constexpr int kFp32BwdHeadDim = 64;
 
-// What the kernel for dk and dv needs to know of a tile of queries beside the tile itself.
+// The kernel for dk and dv reads these beside a tile of queries.
 struct QueryNumbers {
   float lse_log2[kQueryTileRows];    // +inf where there is no key, and where there is no query: p is 0
   float row_scales[kQueryTileRows];  // of the limbs of q
 };
 
-// The same of its output gradients. So that those of all rows can be added up by one MMA, they are given one row_scale:
-// a row's own is row_scale * factors[row].
+// It reads these beside a tile of output gradients. So that those of all rows can be added up by one MMA, they are
+// given one row_scale: a row's own is row_scale * factors[row].
 struct DoutNumbers {
   float delta[kQueryTileRows];    // row sum of out * dout, less dlse
   float factors[kQueryTileRows];  // 2^15 at most

@@ -1,11 +1,11 @@
 // Gradients of keys and values on Hopper in fp32, from MMAs of fp16 limbs: persistent blocks of one producer and two
 // consumer warpgroups that own what they write. Gradients of queries are another kernel's (dq_kernel.cuh).
 //
-// An item of a block is a tile of kBlockN key rows of one head. The producer, a single thread, copies its keys and
-// values and then, tile by tile, the queries that read them, with their output gradients and what else is known of
-// them. Each consumer owns 64 of the key rows and goes through the transposed scores, in which keys are rows: s = k qᵀ,
-// p = exp2(s - lse), dv += p dout, dp = v doutᵀ, ds = p (dp - delta), dk += ds q. As rows of s are rows of dk and dv, p
-// and ds are operands of their MMAs as they come out, but for being split into limbs.
+// A work item of a block is a tile of kBlockN key rows of one batch_head. The producer, a single thread, copies its
+// keys and values and then, tile by tile, the queries that read them, with their output gradients and what else is
+// known of them. Each consumer owns 64 of the key rows and goes through the transposed scores, in which keys are rows:
+// s = k qᵀ, p = exp2(s - lse), dv += p dout, dp = v doutᵀ, ds = p (dp - delta), dk += ds q. As rows of s are rows of dk
+// and dv, p and ds are operands of their MMAs as they come out, but for being split into limbs.
 //
 // Tensor cores cut sums off: each MMA for dv or dk starts a sum of its own, which is added up here, where additions
 // round. The two take turns in one set of registers. Rows of a factor have row_scales of their own: those of q and dout
@@ -100,7 +100,7 @@ __device__ inline void produce(const Fp32DkDvKernelParams& params, Fp32DkDvShare
   }
 }
 
-// Whether a query of some tiles has a reference; each of a warpgroup's threads looks at some of them.
+// True if this thread sees a query with a reference; each of a warpgroup's threads looks at some of the tiles.
 __device__ inline bool sees_reference(const DoutNumbers* tiles, int num_tiles) {
   bool has_one = false;
 #pragma unroll 4
@@ -141,6 +141,7 @@ __device__ inline void consume(const Fp32DkDvKernelParams& params, Fp32DkDvShare
     float dk[kHeadDim / 2] = {}, dv[kHeadDim / 2] = {};
 
     if (num_tiles > 0) {
+      // row_scales of the thread's two rows
       const auto own_row_scales = [&](const HalfInput& input) {
         const float* row_scales =
             row_scales_of_head(input, params.table.num_heads, params.seqlen_k, item.head, item.batch);
@@ -161,11 +162,13 @@ __device__ inline void consume(const Fp32DkDvKernelParams& params, Fp32DkDvShare
       RowLift lift{};
       const int64_t batch_head = int64_t{item.batch} * params.table.num_heads + item.head;
       bool is_rare = sees_reference(params.dout_numbers + batch_head * params.num_query_tiles, params.num_query_tiles);
+      // Keys and values of the item
       ptx::mbarrier_wait(shared.kv_full, kv_parity);
       kv_parity ^= 1;
       // Infinities are in the last limb.
       const __half* k_rows = shared.k[Config::kLimbs - 1] + first_row * kSlabColumns;
       is_rare = is_rare_item(consumer, sees_infinity<__half, kRowBytes>(k_rows) || is_rare);
+      // Scores of the first tile
       ptx::mbarrier_wait(shared.q_full[use.stage()], use.full_parity());
       issue_transposed_scores(s, k, tile_of(q_ring, use));
       ptx::wgmma_wait<0>(s);
@@ -194,11 +197,13 @@ __device__ inline void consume(const Fp32DkDvKernelParams& params, Fp32DkDvShare
                   params.softmax_scale_log2);
             }
           }
+          // p, and dv of this tile
           exponentiate(s, q_scales, k_scales, lse_log2);
           split_operand(operand, s, dout_factors);
           issue_half_column_mma<Config::kLimbBytesM>(sum, operand, dout_tile);
           ptx::wgmma_wait<1>(dp);
 
+          // ds under the MMA of dv
           const float dout_scale = shared.dout_numbers[stage].row_scale;
           const RowNumbers dp_scales{{v_scales.of_row[0] * dout_scale, v_scales.of_row[1] * dout_scale}};
           differentiate(dp, s, dp_scales, dout_factors, delta, q_scales);
@@ -208,6 +213,7 @@ __device__ inline void consume(const Fp32DkDvKernelParams& params, Fp32DkDvShare
           release(shared.dout_empty[stage]);
           add_rows(dv, sum, {{dout_scale, dout_scale}});
 
+          // dk of this tile, to be added in the next step
           lift = RowLift::of(dp);
           split_operand(operand, dp, lift.factor);
           issue_half_column_mma<Config::kLimbBytesM>(sum, operand, q_tile);
@@ -227,6 +233,7 @@ __device__ inline void consume(const Fp32DkDvKernelParams& params, Fp32DkDvShare
       scale_all(dk, params.softmax_scale);
     }
 
+    // Stores of dv and dk
     const auto store = [&](const float (&gradient)[kHeadDim / 2], float* tensor, const Strides& strides) {
       float* target = tensor + item.batch * strides.batch + row_begin * strides.row + item.head * strides.head;
       store_fp32_rows(gradient, target, strides.row, num_rows, params.head_dim);

@@ -1,10 +1,10 @@
 // Gradients of queries on Hopper in fp32, from MMAs of fp16 limbs: persistent blocks of two producers and two consumer
 // warpgroups that own what they write.
 //
-// An item of a block is a tile of kBlockM query rows of one head. One producer, a single thread, copies its queries and
-// output gradients and then its key and value tiles into rings of kStages buffers; the other one, a warp, brings the
-// row_scales of these tiles' rows, which lie at any address. Each consumer owns 64 of the query rows and computes, tile
-// by tile, s = q kᵀ, p = exp2(s - lse), dp = dout vᵀ, ds = p (dp - delta) and dq += ds k.
+// A work item of a block is a tile of kBlockM query rows of one batch_head. One producer, a single thread, copies its
+// queries and output gradients and then its key and value tiles into rings of kStages buffers; the other one, a warp,
+// brings the row_scales of these tiles' rows, which lie at any address. Each consumer owns 64 of the query rows and
+// computes, tile by tile, s = q kᵀ, p = exp2(s - lse), dp = dout vᵀ, ds = p (dp - delta) and dq += ds k.
 //
 // Tensor cores cut sums off: each MMA for dq starts a sum of its own, which is added up here, where additions round.
 // Rows of a factor have row_scales of their own: those of k are multiplied into ds, over whose columns dq sums.
@@ -151,6 +151,7 @@ __device__ inline void consume(const Fp32DqKernelParams& params, Fp32DqSharedSto
     float dq[kHeadDim / 2] = {};
 
     if (num_tiles > 0) {
+      // Statistics and row_scales of the thread's two rows
       RowNumbers lse_log2{}, delta{}, q_scales{}, dout_scales{};
       bool has_reference[2] = {};
       const int64_t stats = (int64_t{item.batch} * params.table.num_heads + item.head) * params.seqlen_q;
@@ -180,6 +181,7 @@ __device__ inline void consume(const Fp32DqKernelParams& params, Fp32DqSharedSto
       float s[kBlockN / 2], dp[kBlockN / 2], sum[kHeadDim / 2] = {};
       HalfOperand<Config::kLimbs, kBlockN / 4> operand;
       RowLift lift{};
+      // Scores of the first tile
       ptx::mbarrier_wait(shared.q_full, q_parity);
       q_parity ^= 1;
       ptx::mbarrier_wait(shared.k_full[use.stage()], use.full_parity());
@@ -207,14 +209,17 @@ __device__ inline void consume(const Fp32DqKernelParams& params, Fp32DqSharedSto
             };
             relate(s, reference_of, k_scales, q_scales, params.softmax_scale_log2);
           }
+          // p under dp
           exponentiate(s, k_scales, q_scales, lse_log2);
           hold_p(s, ptx::shared_address(&shared.q_full));
           ptx::wgmma_wait<0>(dp);
           release(shared.v_empty[stage]);
 
+          // ds, and s of the next tile
           differentiate(dp, s, dout_scales, v_scales, delta, k_scales);
           ptx::mbarrier_wait(shared.k_full[next.stage()], next.full_parity());
           issue_scores(s, q, tile_of(k_ring, next));
+          // dq of this tile, to be added in the next step
           lift = RowLift::of(dp);
           split_operand(operand, dp, lift.factor);
           issue_half_column_mma<Config::kLimbBytesN>(sum, operand, tile_of(k_ring, use));
@@ -234,6 +239,7 @@ __device__ inline void consume(const Fp32DqKernelParams& params, Fp32DqSharedSto
       scale_all(dq, params.softmax_scale);
     }
 
+    // Store of dq
     float* target = params.dq + item.batch * params.dq_strides.batch + row_begin * params.dq_strides.row +
                     item.head * params.dq_strides.head;
     store_fp32_rows(dq, target, params.dq_strides.row, num_rows, params.head_dim);

@@ -1,4 +1,4 @@
-// What the host decides about the fp32 backward, and its launcher.
+// The host's decisions about the fp32 backward, and its launcher.
 #pragma once
 
 #include <cstddef>
@@ -22,7 +22,7 @@ struct Fp32BwdWorkspace {
 // params.workspace is the only pointer that it reads; it is null to learn the size.
 Fp32BwdWorkspace fp32_bwd_workspace(const BwdParams& params);
 
-// Whether a call can be served, of a problem that can.
+// True if a call can be served whose problem can.
 bool can_fp32_bwd(const BwdParams& params);
 
 void launch_fp32_bwd(const BwdParams& params);

@@ -69,7 +69,7 @@ struct Fp32DqKernelParams {
   WorkTable table;
 };
 
-// What a kernel's parameters may take without costing the launch; newer drivers allow 32 KiB.
+// Larger parameters cost the launch time; newer drivers allow 32 KiB.
 static_assert(sizeof(Fp32BwdStatsKernelParams) <= 4096 && sizeof(Fp32DkDvKernelParams) <= 4096 &&
                   sizeof(Fp32DqKernelParams) <= 4096,
               "kernel parameters beyond 4096 bytes cost the launch time");

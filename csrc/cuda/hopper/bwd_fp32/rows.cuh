@@ -1,4 +1,4 @@
-// How fp32 tensors come in as limbs and leave as they are.
+// fp32 tensors come in as limbs and leave as they are.
 #pragma once
 
 #include <cuda_fp16.h>
@@ -12,7 +12,7 @@
 
 namespace mixed_attention::cuda::hopper {
 
-// As load_rows, of all limbs.
+// Copies rows as load_rows does, all limbs of them.
 template <int kRows, int kLimbs>
 __device__ inline void load_half_rows(HalfTile<kLimbs, kRows>& tile, const CUtensorMap& map, const HalfInput& input,
                                       ptx::Mbarrier& full, int row_begin, int head, int batch) {
@@ -23,7 +23,7 @@ __device__ inline void load_half_rows(HalfTile<kLimbs, kRows>& tile, const CUten
   }
 }
 
-// As load_clipped_rows, of all limbs.
+// Copies rows as load_clipped_rows does, all limbs of them.
 template <int kRows, int kLimbs>
 __device__ inline void load_clipped_half_rows(HalfTile<kLimbs, kRows>& tile, const CUtensorMap& map,
                                               const HalfInput& input, ptx::Mbarrier& full, int row_begin, int num_rows,

@@ -10,9 +10,9 @@ namespace mixed_attention::cuda::hopper {
 // The exponent of a row_scale, a power of two.
 __device__ inline int exponent_of(float row_scale) { return (__float_as_int(row_scale) >> 23) - 127; }
 
-// As relate_columns and relate_rows: references(i) is that of accumulator i, whose score is times row_scales[i] *
-// others[i] / others_scale. Where there is no row or column, row_scales[i] is 0; zero times an infinity may have made
-// its score NaN.
+// Makes scores relative, as relate_columns and relate_rows do. references(i) is that of accumulator i, whose score is
+// times row_scales[i] * others[i] / others_scale. Where there is no row or column, row_scales[i] is 0; zero times an
+// infinity may have made its score NaN.
 template <int kCount, typename References, typename RowScales, typename OtherScales>
 __device__ __forceinline__ void relate(float (&s)[kCount], const References& references, const RowScales& row_scales,
                                        const OtherScales& others, float others_scale) {

@@ -1,5 +1,4 @@
-// What the fp32 backward needs to know of every query, tile by tile: log-sum-exp, delta, and the row_scales of the
-// limbs.
+// Statistics of every query for the fp32 backward, tile by tile: log-sum-exp, delta, and the row_scales of the limbs.
 #pragma once
 
 #include <cstdint>

@@ -1,4 +1,4 @@
-// From the fragments of wgmma to rows in global memory.
+// Stores the fragments of wgmma as rows in global memory.
 #pragma once
 
 #include <cstdint>
@@ -19,7 +19,7 @@ __device__ inline void clear(float (&o)[kCount]) {
   for (int i = 0; i < kCount; ++i) o[i] = 0;
 }
 
-// What a row is multiplied by at its end: zero without keys, or where all their scores are -inf.
+// The factor of a finished row: zero without keys, or if all their scores are -inf.
 template <typename Config>
 __device__ inline float inverse_of(float sum) {
   constexpr float kWhole = Config::kHasRowScales ? 1 / kValueScaleShare : 1;

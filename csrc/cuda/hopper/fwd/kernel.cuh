@@ -61,7 +61,7 @@ __device__ inline void init_barriers(FwdSharedStorage<Config>& shared) {
   ptx::mbarrier_fence_init();
 }
 
-// What a producer has loaded, over all items: key tiles and tiles of queries.
+// Counts what a producer has loaded, over all work items: key tiles and tiles of queries.
 template <typename Config>
 struct Loaded {
   uint32_t num_key_tiles = 0;
@@ -178,6 +178,7 @@ __device__ inline void consume(const FwdKernelParams& params, FwdSharedStorage<C
   const int own_vote = vote_barrier(Config::kConsumers) + consumer;
   if (consumer == Config::kConsumers - 1) ptx::named_barrier_arrive(next_turn, 2 * kWarpgroup);
 
+  // Walk, ring uses and registers
   ItemWalk<Config::kBlockM> items(params.table);
   TileShare share{};     // of the current item
   bool has_rows = true;  // whether it has some for this warpgroup, which goes along in any case
@@ -196,7 +197,7 @@ __device__ inline void consume(const FwdKernelParams& params, FwdSharedStorage<C
     ptx::mbarrier_wait(shared.v_full[v_use.stage()], v_use.full_parity());
     mma.issue_o(v_use.stage());
   };
-  // Both MMAs of a step: the scores of one tile, and what the one before adds to the output.
+  // Issues both MMAs of a step: the scores of one tile, and what the one before adds to the output.
   const auto issue_both = [&](Ring v_use) {
     ptx::mbarrier_wait(shared.k_full[k_use.stage()], k_use.full_parity());
     ptx::named_barrier_sync(own_turn, 2 * kWarpgroup);
@@ -205,7 +206,7 @@ __device__ inline void consume(const FwdKernelParams& params, FwdSharedStorage<C
     ptx::named_barrier_arrive(next_turn, 2 * kWarpgroup);
     ptx::wgmma_wait<1>(s);
   };
-  // Scores of a tile that has not been released yet; what is no key gets -inf.
+  // Finishes the scores of a tile that has not been released yet; what is no key gets -inf.
   const auto finish_s = [&](int tile) { finish_scores(params, shared, mma, items, share, k_use, tile); };
   const auto bases_of = [&](uint32_t item) { return RowBases{shared.bases[item % 2] + first_row + lane / 4, false}; };
   const auto start_softmax = [&] {
@@ -217,6 +218,7 @@ __device__ inline void consume(const FwdKernelParams& params, FwdSharedStorage<C
     return ptx::named_barrier_any(own_vote, kWarpgroup, has_rows && softmax.overflows<Element>());
   };
 
+  // Rows of the next item
   const auto begin_item = [&] {
     share = items.share();
     if constexpr (skips_softmax(Config::kBlockM)) {
@@ -225,6 +227,7 @@ __device__ inline void consume(const FwdKernelParams& params, FwdSharedStorage<C
     }
   };
 
+  // Softmax of the first tile of the first item
   bool has_keys = items.next_with_keys();
   if (has_keys) {
     begin_item();
@@ -240,6 +243,7 @@ __device__ inline void consume(const FwdKernelParams& params, FwdSharedStorage<C
     softmax.add_tile();
     mma.take_p(shared, k_use);
   }
+  // Items: every step but the last of each
   while (has_keys) {
     clear(o);
     for (int tile = share.begin + 1; tile < share.end; ++tile) {
@@ -268,6 +272,7 @@ __device__ inline void consume(const FwdKernelParams& params, FwdSharedStorage<C
     }
     release(shared.q_empty[q_use.stage()]);
 
+    // Last MMA beside the next item's first
     const ItemWalk finished = items;
     const OnlineSoftmax total = softmax;
     const Ring v_use = k_use;
@@ -292,12 +297,15 @@ __device__ inline void consume(const FwdKernelParams& params, FwdSharedStorage<C
       mma.wait();
     }
     release(shared.v_empty[v_use.stage()]);
+    // Output of the finished item
     store_item<Config>(params, shared, finished, first_row, o, total, bases_of(q_use.count - 1));
   }
+  // Items without keys
   for (bool is_left = items.item < params.table.num_items; is_left; is_left = items.next()) {
     clear(o);
     store_result<Config>(params, shared, items.rows(), first_row, o, OnlineSoftmax{}, bases_of(0));
   }
+  // Second walk after an overflow
   finish_items(shared);
   if (must_repair(shared)) repair_items(params, shared, mma, q_use, k_use, first_row);
 }
@@ -308,6 +316,7 @@ __global__ void __launch_bounds__(Config::kThreads, 1)
   extern __shared__ __align__(1024) unsigned char memory[];
   FwdSharedStorage<Config>& shared = *reinterpret_cast<FwdSharedStorage<Config>*>(memory);
 
+  // Tensor maps and barriers
   if (threadIdx.x == 0) {
     ptx::prefetch_tensor_map(params.q);
     ptx::prefetch_tensor_map(params.k);
@@ -318,6 +327,7 @@ __global__ void __launch_bounds__(Config::kThreads, 1)
   __syncthreads();
   ptx::wait_for_grids_before();
 
+  // Roles of the warpgroups
   const int warpgroup = __shfl_sync(0xffffffff, threadIdx.x / kWarpgroup, 0);
   if (warpgroup == 0) {
     ptx::release_registers<Config::kProducerRegisters>();

@@ -55,7 +55,7 @@ FwdKernelParams make_fwd_kernel_params(const FwdParams& params, const FwdPlan& p
   };
 }
 
-// The same with the scale of a row's scores.
+// Adds the scale of a row's scores.
 template <int kBlockM>
 struct ScaledRowsOfSplits : RowsOfSplits<kBlockM> {
   float softmax_scale, softmax_scale_log2;

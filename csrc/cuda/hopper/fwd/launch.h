@@ -1,4 +1,4 @@
-// What the instantiations of the forward launcher have in common with its dispatch.
+// The forward launcher, as its instantiations and its dispatch see it.
 #pragma once
 
 #include "cuda/common/row_part.h"
@@ -17,7 +17,7 @@ struct FwdTensors {
 
 FwdTensors fwd_tensors(const FwdParams& params);
 
-// What the host decides about a launch before it.
+// The host's decisions about a launch.
 struct FwdPlan {
   WorkTable table;
   // Results of splits: (splits, kBlockM, head_dim), normalised, and (splits, kBlockM); null where there are none.

@@ -1,5 +1,6 @@
-// What a consumer of the forward multiplies and what comes of it, in registers: scores s, p, output o. Numbers of 16
-// bits are factors themselves; those of fp32 are made up of fp16 ones times the row_scale of their row (half_limbs.h).
+// A consumer's MMAs of the forward, with their operands and accumulators in registers: scores s, p, output o. Numbers
+// of 16 bits are factors themselves; those of fp32 are made up of fp16 ones times the row_scale of their row
+// (half_limbs.h).
 #pragma once
 
 #include <cstdint>
@@ -61,10 +62,10 @@ struct FwdMma {
 
   __device__ void issue_o(int v_stage) { issue_column_mma<Element>(o, p, operands.v(v_stage)); }
 
-  // The MMA of s is finished; use: of the tile of keys.
+  // Finishes s behind its MMA; use is that of the tile of keys.
   __device__ void finish_s(FwdSharedStorage<Config>&, Ring) {}
 
-  // Both MMAs are to be finished.
+  // Waits for both MMAs.
   __device__ void wait() { ptx::wgmma_wait<0>(o, s); }
 
   // Makes factors of p, which has taken the place of s.
@@ -145,7 +146,8 @@ struct FwdMma<Config> {
   }
 };
 
-// Of a tile that has not been released yet: scores as they are, and -inf of what is no key. tile: of the item's.
+// Makes scores of the accumulators s, -inf where there is no key. The tile, counted within the work item, has not been
+// released yet.
 template <typename Config>
 __device__ inline void finish_scores(const FwdKernelParams& params, FwdSharedStorage<Config>& shared,
                                      FwdMma<Config>& mma, const ItemWalk<Config::kBlockM>& item, const TileShare& share,

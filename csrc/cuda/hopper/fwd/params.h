@@ -38,7 +38,7 @@ struct FwdKernelParams {
   WorkTable table;
 };
 
-// What a kernel's parameters may take without costing the launch; newer drivers allow 32 KiB.
+// Larger parameters cost the launch time; newer drivers allow 32 KiB.
 static_assert(sizeof(FwdKernelParams) <= 4096, "kernel parameters beyond 4096 bytes cost the launch time");
 
 }  // namespace mixed_attention::cuda::hopper

@@ -1,6 +1,6 @@
-// A second way through a block's items, for outputs that overflowed in the first one (overflow.cuh): tile by tile, with
-// p of 2^-64 at most. It replaces what is not finite and leaves everything else; where a value is infinite or NaN
-// itself, that changes nothing but the time.
+// A second walk over a block's work items repairs outputs that overflowed in the first one (overflow.cuh): tile by
+// tile, with p of 2^-64 at most. It replaces what is not finite and leaves everything else; where a value is infinite
+// or NaN itself, that changes nothing but the time.
 #pragma once
 
 #include <cstdint>
@@ -18,8 +18,8 @@
 
 namespace mixed_attention::cuda::hopper {
 
-// Whether the block is to go through its items once more. Producers and consumers ask behind their last item, and wait
-// for the last consumer's.
+// True if the block has to go through its work items once more. Producers and consumers ask behind their last item, and
+// wait for the last consumer.
 template <typename Config>
 __device__ inline bool must_repair(FwdSharedStorage<Config>& shared) {
   if constexpr (!kMayOverflow<Config>) return false;
@@ -27,7 +27,7 @@ __device__ inline bool must_repair(FwdSharedStorage<Config>& shared) {
   return shared.has_overflowed != 0;
 }
 
-// A consumer warp's part in that answer.
+// Tells that this consumer warp has done its work items.
 template <typename Config>
 __device__ inline void finish_items(FwdSharedStorage<Config>& shared) {
   __syncwarp();
@@ -50,7 +50,7 @@ __device__ inline void replace_row(Element* out, int num_columns, const float (&
   }
 }
 
-// Of this warp's 16 rows of an item.
+// Replaces what is not finite in this warp's 16 rows of a work item.
 template <typename Config>
 __device__ inline void replace_item(const FwdKernelParams& params, const ItemWalk<Config::kBlockM>& item, int first_row,
                                     const float (&o)[Config::kHeadDim / 2], OnlineSoftmax softmax) {
@@ -75,7 +75,7 @@ __device__ inline void replace_item(const FwdKernelParams& params, const ItemWal
   }
 }
 
-// A consumer's part; q_use and k_use: the next ones of the rings. The producers bring everything again.
+// The walk of a consumer; the producers bring everything again. q_use and k_use are the next uses of the rings.
 template <typename Config>
 __device__ inline void repair_items(const FwdKernelParams& params, FwdSharedStorage<Config>& shared,
                                     FwdMma<Config>& mma, RingUse<Config::kQueryBuffers> q_use,

@@ -23,7 +23,7 @@
 
 namespace mixed_attention::cuda::hopper {
 
-// Which of a thread's two rows accumulator i belongs to.
+// The one of a thread's two rows that accumulator i belongs to.
 __device__ constexpr int row_of(int i) { return i / 2 % 2; }
 
 // The four threads of a quad share their rows.
@@ -75,7 +75,7 @@ constexpr float kNoSoftmaxBase = std::numeric_limits<float>::lowest();
 // A softmax_base up to here, in units of log 2, is rounded by 2^-5 at most.
 constexpr float kMostRounded = 0x1p20f;
 
-// Whether p of accumulator i is computed by polynomial: every kEvery-th (0: none).
+// True if p of accumulator i is computed by polynomial: every kEvery-th (0: none).
 template <int kEvery>
 __device__ constexpr bool is_polynomial(int i) {
   if constexpr (kEvery > 0) return i % kEvery == kEvery - 1;
@@ -156,7 +156,7 @@ struct OnlineSoftmax {
     }
   }
 
-  // Whether a p may have left its format, or a row has a base. NaN, which is both, stays as it is.
+  // True if a p may have left its format, or a row has a base. NaN, which is both, stays as it is.
   template <typename Element>
   __device__ bool overflows() const {
     return !(tile_sum[0] <= kMaxTileSum<Element>) || !(tile_sum[1] <= kMaxTileSum<Element>);
@@ -187,7 +187,7 @@ struct OnlineSoftmax {
     }
   }
 
-  // The part of a row that is finished.
+  // The finished row as a part for the combination.
   template <typename Element>
   __device__ RowPart part(int row, const RowBases& bases) const {
     if (row_sum[row] == 0) return {0, 0, -INFINITY};
@@ -204,7 +204,7 @@ struct OnlineSoftmax {
   // Far below the p of any softmax_base.
   static constexpr float kLeastSum = 0x1p-100f;
 
-  // What p of a thread's rows is to be relative to: 2^(scale_log2 * (score - base) - offset).
+  // The softmax_base of either row: p = 2^(scale_log2 * (score - base) - offset).
   struct SoftmaxBases {
     float largest[2];  // score of the tile
     float base[2], offset[2];

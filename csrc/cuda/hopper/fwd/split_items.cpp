@@ -17,7 +17,7 @@ constexpr int kMaxSplits = 32;  // the combination goes through them one by one;
 constexpr int kMaxRounds = 3;   // that splits are made to fill
 constexpr int kLeastGain = 32;  // of the time, one in so many: the estimate is not better than that
 
-// What an item belongs to; number: of whole ones.
+// The segment of an item; number counts whole ones.
 const QueryTiles& segment_of(const WorkTable& table, int number) {
   const QueryTiles* segment = table.segments;
   while (number >= segment->item_end) ++segment;

@@ -1,4 +1,4 @@
-// Which keys of a tile a padding mask leaves, a bit each, on the way from global memory to the scores.
+// The bits of a padding mask, one for each key of a tile, from global memory to the scores.
 #pragma once
 
 #include <cstdint>

@@ -1,4 +1,4 @@
-// What the blocks of the kernel for dk and dv work on: key tiles, longest first, and the query tiles that read them.
+// The work items of the kernel for dk and dv: key tiles, longest first, and the query tiles that read them.
 //
 // The table is small and travels in the kernel's parameters, as the forward's does. Device side: work_items.cuh,
 // query_tiles.cuh.
@@ -50,7 +50,7 @@ std::vector<QueryRun> make_reader_runs(const Schedule& schedule, const std::vect
 // How many tiles they have together.
 int64_t num_reader_tiles(const Schedule& schedule);
 
-// Whether the schedule of a call fits a table.
+// True if the schedule of a call fits a table.
 bool fits_key_work_table(const AttentionParams& params);
 
 KeyWorkTable make_key_work_table(const AttentionParams& params, const std::vector<QueryRun>& runs, int block_n);

@@ -1,4 +1,4 @@
-// What the blocks of a launch work on: query tiles, longest first, and for each the key tiles that it attends to.
+// The work items of a launch: query tiles, longest first, and for each the key tiles that it attends to.
 //
 // The table is small and travels in the kernel's parameters, so that nothing is uploaded. Device side: work_items.cuh.
 #pragma once
@@ -34,11 +34,11 @@ struct ItemSplits {
   constexpr int num_items() const { return num_whole * num_splits; }
   constexpr bool has(int item) const { return begin <= item && item < begin + num_items(); }
 
-  // Which of its item's splits a split is, and where it lies among the splits of all.
+  // The number of a split among those of its item, and its place among the splits of all.
   constexpr int split(int item) const { return place(item) % num_splits; }
   constexpr int place(int item) const { return item - begin; }
 
-  // Which item it is, or is a split of, in the count of whole ones.
+  // The number of the item, or of the one that it is a split of, counted in whole ones.
   constexpr int number(int item) const {
     if (item < begin) return item;
     return has(item) ? begin + (item - begin) / num_splits : item - num_items() + num_whole;
@@ -55,7 +55,7 @@ struct WorkTable {
   KeyTiles ranges[kMaxRanges];
 };
 
-// Whether the schedule of a call fits a table.
+// True if the schedule of a call fits a table.
 bool fits_work_table(const AttentionParams& params);
 
 WorkTable make_work_table(const AttentionParams& params, int block_m, int block_n);

@@ -18,10 +18,10 @@ struct TensorView {
 // How far the coordinate of a map moves from one sequence to the next: not at all where one serves all.
 inline int batch_step(const Strides& strides) { return strides.batch == 0 ? 0 : 1; }
 
-// Whether TMA can read a tensor: 16-byte alignment, sizes within its limits, no row that stands for many.
+// True if TMA can read a tensor: 16-byte alignment, sizes within its limits, no row that stands for many.
 bool can_map(const TensorView& tensor);
 
-// Whether rows can leave in 16-byte stores.
+// True if rows can leave in 16-byte stores.
 bool can_store(const void* data, const Strides& strides, int64_t element_bytes = 2);
 
 // Tiles of (block_rows, columns) at (column, row, head, batch), with the swizzle of that width: 64 or 32 columns. Rows

@@ -11,7 +11,7 @@ struct ItemRows {
   int head, batch;
 };
 
-// Which item it is, or is a split of. The backward knows no splits.
+// The number of the item, or of the one that it is a split of. The backward knows no splits.
 template <typename Table>
 __device__ inline int number_of_item(const Table&, int item) {
   return item;
@@ -74,7 +74,7 @@ struct ItemWalk {
   }
 };
 
-// The same, each with its rows at hand: for (WorkItems<kTileRows> item(table); item.next();) ...
+// The walk with the rows of each item at hand: for (WorkItems<kTileRows> item(table); item.next();) ...
 template <int kTileRows, typename Table = WorkTable, int kSharers = 1>
 struct WorkItems : ItemWalk<kTileRows, Table, kSharers> {
   int row_begin = 0;

@@ -43,7 +43,7 @@ inline HalfLimbs take_half_limbs(const TensorView& tensor, int num_limbs, Scratc
           num_different};
 }
 
-// Whether TMA can read a tensor's limbs, however many.
+// True if TMA can read a tensor's limbs, however many.
 inline bool can_map_limbs(const TensorView& tensor) {
   return can_map(limbs_view(tensor, {nullptr, nullptr, 2, num_sequences(tensor)}));
 }

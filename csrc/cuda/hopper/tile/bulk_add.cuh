@@ -1,4 +1,4 @@
-// The way of a warpgroup's accumulators out of its registers into global memory, where others add theirs as well.
+// Adds a warpgroup's accumulators to global memory, where others add theirs as well.
 #pragma once
 
 #include "cuda/hopper/config.h"

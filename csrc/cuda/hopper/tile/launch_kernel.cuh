@@ -7,15 +7,15 @@
 
 namespace mixed_attention::cuda::hopper {
 
-// When the blocks of a grid come.
+// The time at which the blocks of a grid come.
 enum class Start {
-  // As soon as there is room beside the last ones of the grid before. They make ready what needs no global memory,
-  // barriers and tensor maps, and wait (cuda/ptx/dependent_grids.cuh): that hides the latency of a launch, microseconds
-  // that count where a kernel takes some tens of them.
+  // They come as soon as there is room beside the last ones of the grid before. They prepare what needs no global
+  // memory, barriers and tensor maps, and wait (cuda/ptx/dependent_grids.cuh): that hides the latency of a launch,
+  // microseconds that count where a kernel takes some tens of them.
   kOverlapping,
-  // When the grid before has ended, so that neighbours, which read the same, run side by side.
+  // They come when the grid before has ended, so that neighbours, which read the same, run side by side.
   kInOrder,
-  // So, and all at once, as they wait for one another.
+  // They come then, and all at once, as they wait for one another.
   kTogether,
 };
 

@@ -1,4 +1,4 @@
-// The way of a tile into shared memory: slab by slab, onto a barrier that expects its bytes.
+// Copies of tiles into shared memory: slab by slab, onto a barrier that expects their bytes.
 #pragma once
 
 #include <cuda.h>

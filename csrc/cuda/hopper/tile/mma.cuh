@@ -23,7 +23,7 @@ __device__ inline void add_row_mma(float (&d)[kCount], ptx::SlabOperand<kRowByte
   }
 }
 
-// The same with a in registers.
+// Issues the same with a in registers.
 template <typename Element, int kSlabBytesB, int kCount, int kWords, int kRowBytes>
 __device__ inline void add_row_mma(float (&d)[kCount], const uint32_t (&a)[kWords], ptx::SlabOperand<kRowBytes> b,
                                    bool overwrites) {

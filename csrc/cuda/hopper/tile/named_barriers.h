@@ -1,5 +1,5 @@
-// The named barriers of the Hopper kernels, by number; 0 is __syncthreads. Of those that every consumer has one of, the
-// first one's stands here.
+// The named barriers of the Hopper kernels, by number; 0 is __syncthreads. Where every consumer has a barrier of its
+// own, this is the first consumer's; the others' follow.
 #pragma once
 
 namespace mixed_attention::cuda::hopper {

@@ -13,7 +13,7 @@
 
 namespace mixed_attention::cuda::hopper {
 
-// Where TMA's swizzle puts the 16 bytes that belong at this offset into a tile whose rows, or their slabs, are
+// The offset at which TMA's swizzle puts the 16 bytes of this offset into a tile whose rows, or their slabs, are
 // kRowBytes long.
 template <int kRowBytes>
 __device__ inline int swizzled(int offset) {

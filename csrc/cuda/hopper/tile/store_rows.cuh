@@ -1,4 +1,4 @@
-// The way of a warpgroup's results out of its registers.
+// Stores of a warpgroup's results from its registers to global memory.
 #pragma once
 
 #include <cstdint>
