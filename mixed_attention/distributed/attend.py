@@ -24,7 +24,7 @@ from mixed_attention.distributed.specs import check_sizes
 from mixed_attention.eager import packed
 from mixed_attention.eager.packed import Freqs, Packed
 from mixed_attention.eager.projection import Runs, linear
-from mixed_attention.layers.mixed import check_batch, check_rank, check_tokens
+from mixed_attention.layers.checks import check_batch, check_rank, check_tokens
 from mixed_attention.plan import AttentionPlan, read_patterns, read_specs
 from mixed_attention.spec import AttentionPattern, ShardedTokenSpec, TokenSpec
 

@@ -9,14 +9,11 @@ from mixed_attention.layers.anchor import (
     SelfAnchorAttention,
     UnexpectedTokenError,
 )
-from mixed_attention.layers.mixed import (
-    LEAST_SKIPPED,
-    DotProductAttention,
-    MixedAttention,
-    PerceiverAttention,
-    ProjectedAttention,
-    check_tokens,
-)
+from mixed_attention.layers.base import ProjectedAttention
+from mixed_attention.layers.checks import check_tokens
+from mixed_attention.layers.dense import DotProductAttention
+from mixed_attention.layers.mixed import LEAST_SKIPPED, MixedAttention
+from mixed_attention.layers.perceiver import PerceiverAttention
 
 __all__ = [
     "LEAST_SKIPPED",
