@@ -23,6 +23,7 @@ from mixed_attention.eager import packed
 from mixed_attention.eager.projection import linear
 
 FORWARD, TRAINING = "forward", "forward + backward"
+QK_NORM = "ours, qk_norm"  # another function than the others, measured for what the norm costs
 CALLS_A_SAMPLE = 16  # in a model a layer follows another: a GPU waits for the host before the first alone
 
 
@@ -126,6 +127,10 @@ def make_layers(
         found |= {f"{name}, compiled": torch.compile(module) for name, module in found.items()}
     if not all(group.readers for group in case.plan.groups):
         found["ours, without the skip"] = WithoutSkip(layer, case)
+    config = ma.MixedAttentionConfig(dim=case.dim, num_heads=case.num_heads, use_rope=True, qk_norm=True)
+    normalising = ma.MixedAttention(config).to(device)
+    normalising.load_state_dict(layer.state_dict())
+    found[QK_NORM] = OurLayer(normalising, case)
     return found
 
 
@@ -213,6 +218,8 @@ def measure(case: Case, device: torch.device, precision: str, what: What) -> Ite
     with in_precision(precision):
         errors = {}
         for name, module in list(modules.items()):
+            if name == QK_NORM:
+                continue
             try:
                 pairs = zip((step.training(module), step.x.grad), expected)
                 errors[name] = max(check.relative_error(*pair) for pair in pairs)
@@ -226,7 +233,9 @@ def measure(case: Case, device: torch.device, precision: str, what: What) -> Ite
             }
             peaks = {key: peak_bytes(each, device) for key, each in calls.items()}
             calls["ours, attention alone", "eager"] = attend
-            captured = [n for n in ("ours", "ours, without the skip") if n in modules and what.graphs and is_gpu]
+            captured = [
+                n for n in ("ours", "ours, without the skip", QK_NORM) if n in modules and what.graphs and is_gpu
+            ]
             for name in captured:
                 try:
                     calls[name, "graph"] = graphed(partial(_on_own_leaves, step, modules[name], passed))

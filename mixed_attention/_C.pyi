@@ -96,6 +96,7 @@ class PackedCall(AttentionCall):
     def __init__(
         self,
         shapes: Sequence[Sequence[int]],
+        normalised: Sequence[int],
         rotated: Sequence[int],
         tokens: Sequence[Sequence[tuple[int, int]] | None],
         segments: Sequence[int],
@@ -104,6 +105,8 @@ class PackedCall(AttentionCall):
     ) -> None: ...
     @property
     def shapes(self) -> list[list[int]]: ...
+    @property
+    def normalised(self) -> list[int]: ...
     @property
     def rotated(self) -> list[int]: ...
     @property

@@ -86,12 +86,27 @@ _LINEAR = torch._C._nn.linear
 def is_linear_torchs() -> bool:
     """Whether nobody has changed what calling a linear layer runs, for all of them at once."""
     return (
-        nn.Linear.forward is _FORWARD
-        and nn.Linear.__call__ is _CALL
-        and nn.Linear._call_impl is _CALL_IMPL
-        and F.linear is _LINEAR
-        and not has_global_hooks()
+        nn.Linear.forward is _FORWARD and is_call_torchs(nn.Linear) and F.linear is _LINEAR and not has_global_hooks()
     )
+
+
+def is_call_torchs(module_class: type[nn.Module]) -> bool:
+    """Whether calling a module of a class is what torch has it be."""
+    return module_class.__call__ is _CALL and module_class._call_impl is _CALL_IMPL
+
+
+def has_dispatch_modes() -> bool:
+    """Whether Python sees every operation: tracers, modes of fake tensors, policies of checkpoints."""
+    return torch._C._len_torch_dispatch_stack() > 0
+
+
+def has_nothing_beside(module: nn.Module) -> bool:
+    """Whether a module runs what its class says: no hooks, no forward set on the object, not compiled."""
+    # NOTE: dicts instead of attributes, which take several times as long of a module.
+    own = module.__dict__
+    if own["_forward_pre_hooks"] or own["_forward_hooks"] or own["_backward_pre_hooks"] or own["_backward_hooks"]:
+        return False
+    return not ("forward" in own or "_call_impl" in own or "_compiled_call_impl" in own)
 
 
 _PLAIN_TENSORS = (Tensor, nn.Parameter, FakeTensor, FunctionalTensor)
@@ -105,13 +120,11 @@ def plain_parameters(layer: Any) -> tuple[Tensor, Tensor | None] | None:
     (adapters), with a forward set on the object, after ``module.compile()``, and those whose weight or bias is missing
     or a tensor subclass (quantised, distributed).
     """
-    if type(layer) is not nn.Linear:
+    if type(layer) is not nn.Linear or not has_nothing_beside(layer):
         return None
     # NOTE: dicts instead of attributes, which take several times as long of a module.
     own = layer.__dict__
-    if own["_forward_pre_hooks"] or own["_forward_hooks"] or own["_backward_pre_hooks"] or own["_backward_hooks"]:
-        return None
-    if "forward" in own or "_call_impl" in own or "_compiled_call_impl" in own or "weight" in own or "bias" in own:
+    if "weight" in own or "bias" in own:
         return None
     parameters = own["_parameters"]
     weight, bias = parameters.get("weight"), parameters.get("bias", "missing")

@@ -93,6 +93,7 @@ struct AttentionKernels {
                        void* gamma);
   void (*bwd_jvp)(const BwdJvpParams&, const BwdShared&, const BwdJvpShared&, const BwdTask&, void* scratch);
   void (*rope)(const RopeParams&, int64_t batch, Range rows);
+  void (*rms_rope)(const RmsRopeParams&, int64_t batch, Range rows);
 };
 
 struct InstructionSet {

@@ -5,17 +5,26 @@
 #include "cpu/workers.h"
 
 namespace mixed_attention::cpu {
+namespace {
 
-void run_rope(const RopeParams& params) {
-  const AttentionKernels& kernels = selected_instruction_set().kernels[static_cast<int>(params.dtype)];
+template <class Params>
+void run_rows(const Params& params, void (*kernel)(const Params&, int64_t batch, Range rows), int64_t operations) {
   constexpr int64_t kRows = 256;
   const int64_t tiles = (params.seqlen + kRows - 1) / kRows, num_tasks = params.batch_size * tiles;
-  const int64_t operations = 8 * params.batch_size * params.seqlen * params.num_heads * params.head_dim;
+  operations *= params.batch_size * params.seqlen * params.num_heads * params.head_dim;
   for_each_task(params.parallel_for, num_workers(params, num_tasks, operations), num_tasks, 0,
                 [&](int64_t index, void*) {
                   const int64_t begin = index % tiles * kRows;
-                  kernels.rope(params, index / tiles, {begin, std::min(begin + kRows, params.seqlen)});
+                  kernel(params, index / tiles, {begin, std::min(begin + kRows, params.seqlen)});
                 });
 }
+
+const AttentionKernels& kernels_of(DType dtype) { return selected_instruction_set().kernels[static_cast<int>(dtype)]; }
+
+}  // namespace
+
+void run_rope(const RopeParams& params) { run_rows(params, kernels_of(params.dtype).rope, 8); }
+
+void run_rms_rope(const RmsRopeParams& params) { run_rows(params, kernels_of(params.dtype).rms_rope, 12); }
 
 }  // namespace mixed_attention::cpu

@@ -28,6 +28,7 @@ Launch<FwdParams> plan_fwd(const FwdParams&) { refuse(); }
 Launch<BwdParams> plan_bwd(const BwdParams&) { refuse(); }
 
 void run_rope(const RopeParams&) { refuse(); }
+void run_rms_rope(const RmsRopeParams&) { refuse(); }
 void run_cast(const CastParams&) { refuse(); }
 
 }  // namespace mixed_attention::cuda

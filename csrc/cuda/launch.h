@@ -86,6 +86,7 @@ struct CastParams {
 
 // These enqueue on params.stream and return; they never synchronise and never allocate.
 void run_rope(const RopeParams& params);
+void run_rms_rope(const RmsRopeParams& params);
 void run_cast(const CastParams& params);
 
 }  // namespace mixed_attention::cuda

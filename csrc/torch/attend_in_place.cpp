@@ -20,33 +20,71 @@ using at::Tensor;
 using torch::autograd::AutogradContext;
 using torch::autograd::variable_list;
 
-std::vector<Tensor> slots(at::TensorList buffers, const std::vector<std::vector<int64_t>>& shapes) {
+// q, k and v: of each buffer its slots, the first of them as they were normalised, if they were.
+std::vector<Tensor> slots(at::TensorList buffers, const std::vector<std::vector<int64_t>>& shapes,
+                          const OptionalTensors& normalised = {}) {
   std::vector<Tensor> found;
   for (size_t part = 0; part < buffers.size(); ++part) {
     const Tensor packed = buffers[part].view(shapes[part]);
-    for (int64_t slot = 0; slot < packed.size(2); ++slot) found.push_back(packed.select(2, slot));
+    const bool is_normalised = !normalised.empty() && normalised[part];
+    const int64_t made = is_normalised ? normalised[part]->size(2) : 0;
+    for (int64_t slot = 0; slot < packed.size(2); ++slot) {
+      found.push_back((slot < made ? *normalised[part] : packed).select(2, slot));
+    }
   }
   return found;
 }
 
-// Of frequencies for more tokens than there are, those that the ranges take.
-void rotate_in_place(const Tensor& buffer, const std::vector<int64_t>& shape, int64_t rotated, const Tensor& freqs,
-                     const std::optional<Ranges>& tokens, bool conjugate) {
-  static const auto op =
-      c10::Dispatcher::singleton().findSchemaOrThrow("mixed_attention::rope_out", "").typed<decltype(rope_out)>();
+// The first slots of a buffer as so many heads more.
+Tensor first_heads(const Tensor& buffer, const std::vector<int64_t>& shape, int64_t count) {
   const int64_t num_heads = shape[3], head_dim = shape[4], row = shape[2] * num_heads * head_dim;
-  const Tensor heads =
-      buffer.as_strided({shape[0], shape[1], rotated * num_heads, head_dim}, {shape[1] * row, row, head_dim, 1});
-  if (!tokens) {
-    op.call(heads, freqs, conjugate, heads);
+  return buffer.as_strided({shape[0], shape[1], count * num_heads, head_dim}, {shape[1] * row, row, head_dim, 1});
+}
+
+// Calls for neighbouring rows and their frequencies, of those for more tokens than there are.
+template <class Step>
+void for_each_run(const std::optional<Tensor>& freqs, const std::optional<Ranges>& tokens, int64_t seqlen, Step step) {
+  if (!freqs || !tokens) {
+    step(0, seqlen, freqs);
     return;
   }
   int64_t place = 0;
   for (const auto& [start, end] : *tokens) {
-    const Tensor run = heads.slice(1, place, place + end - start);
-    op.call(run, freqs.slice(1, start, end), conjugate, run);
+    step(place, place + end - start, std::optional(freqs->slice(1, start, end)));
     place += end - start;
   }
+}
+
+void rotate_in_place(const Tensor& buffer, const std::vector<int64_t>& shape, int64_t rotated, const Tensor& freqs,
+                     const std::optional<Ranges>& tokens, bool conjugate) {
+  static const auto op =
+      c10::Dispatcher::singleton().findSchemaOrThrow("mixed_attention::rope_out", "").typed<decltype(rope_out)>();
+  const Tensor heads = first_heads(buffer, shape, rotated);
+  for_each_run(freqs, tokens, shape[1], [&](int64_t begin, int64_t end, const std::optional<Tensor>& of_rows) {
+    const Tensor run = heads.slice(1, begin, end);
+    op.call(run, *of_rows, conjugate, run);
+  });
+}
+
+// The first slots (batch_size, seqlen, slots, num_heads, head_dim), normalised and rotated.
+Tensor normalise(const Tensor& buffer, const std::vector<int64_t>& shape, int64_t count,
+                 const std::optional<Tensor>& freqs, const std::optional<Ranges>& tokens) {
+  const Tensor heads = first_heads(buffer, shape, count);
+  const Tensor made = at::empty({shape[0], shape[1], count, shape[3], shape[4]}, buffer.options());
+  const Tensor made_heads = made.flatten(2, 3);
+  for_each_run(freqs, tokens, shape[1], [&](int64_t begin, int64_t end, const std::optional<Tensor>& of_rows) {
+    rms_rope_out(heads.slice(1, begin, end), of_rows, made_heads.slice(1, begin, end));
+  });
+  return made;
+}
+
+// Turns the gradient of what that made into that of the buffer, where it lies.
+void normalise_back(const Tensor& buffer, const Tensor& dbuffer, const std::vector<int64_t>& shape, int64_t count,
+                    const std::optional<Tensor>& freqs, const std::optional<Ranges>& tokens) {
+  const Tensor heads = first_heads(buffer, shape, count), dheads = first_heads(dbuffer, shape, count);
+  for_each_run(freqs, tokens, shape[1], [&](int64_t begin, int64_t end, const std::optional<Tensor>& of_rows) {
+    rms_rope_backward(heads.slice(1, begin, end), of_rows, dheads.slice(1, begin, end));
+  });
 }
 
 // The same into new memory, by operations that return what they make.
@@ -79,9 +117,10 @@ bool is_seen(const Tensor& buffer) { return is_watched() || buffer.storage().use
 
 struct Attended {
   Tensor out, lse;
-  variable_list buffers;  // as they were read
-  variable_list rotated;  // those of them that have frequencies
-  variable_list written;  // those of them that were rotated where they lie
+  variable_list buffers;       // as they were read
+  OptionalTensors normalised;  // what was read in place of their first slots
+  variable_list rotated;       // of those that have frequencies or norms, what was read
+  variable_list written;       // those of them that were rotated where they lie
 };
 
 // Rotates the buffers that have frequencies, where they lie if nobody sees it, and attends.
@@ -92,8 +131,14 @@ Attended run_attend(at::TensorList given, const OptionalTensors& freqs, const st
                              .typed<decltype(mixed_attention::forward)>();
   const c10::impl::ExcludeDispatchKeyGuard no_autocast(c10::autocast_dispatch_keyset);
   const at::AutoDispatchBelowADInplaceOrView guard;
-  Attended result{{}, {}, given.vec(), {}, {}};
+  Attended result{{}, {}, given.vec(), OptionalTensors(given.size()), {}, {}};
   for (size_t part = 0; part < given.size(); ++part) {
+    if (call.normalised[part] > 0) {
+      result.normalised[part] =
+          normalise(given[part], call.shapes[part], call.normalised[part], freqs[part], call.tokens[part]);
+      result.rotated.push_back(*result.normalised[part]);
+      continue;
+    }
     if (!freqs[part]) continue;
     Tensor& buffer = result.buffers[part];
     if (is_seen(buffer)) {
@@ -104,7 +149,7 @@ Attended run_attend(at::TensorList given, const OptionalTensors& freqs, const st
     }
     result.rotated.push_back(buffer);
   }
-  const std::vector<Tensor> qkv = slots(result.buffers, call.shapes);
+  const std::vector<Tensor> qkv = slots(result.buffers, call.shapes, result.normalised);
   const auto [heads, lse] = op.call(qkv[0], qkv[1], qkv[2], call.segments, call.softmax_scale, key_padding_mask,
                                     call.dropout_p, dropout_seed);
   result.out = heads.flatten(2);
@@ -130,7 +175,9 @@ struct AttendInPlace : torch::autograd::Function<AttendInPlace> {
     variable_list saved{attended.out, attended.lse, key_padding_mask.value_or(Tensor()),
                         dropout_seed.value_or(Tensor())};
     saved.insert(saved.end(), attended.buffers.begin(), attended.buffers.end());
-    for (const std::optional<Tensor>& each : freqs) saved.push_back(each.value_or(Tensor()));
+    for (const OptionalTensors& tensors : {freqs, attended.normalised}) {
+      for (const std::optional<Tensor>& each : tensors) saved.push_back(each.value_or(Tensor()));
+    }
     ctx->save_for_backward(saved);
     ctx->saved_data["state"] = Kept<AttendState>::make({call, {}});
     attended.rotated.insert(attended.rotated.begin(), attended.out);
@@ -143,33 +190,39 @@ struct AttendInPlace : torch::autograd::Function<AttendInPlace> {
     state.memory.check();
     const c10::impl::ExcludeDispatchKeyGuard no_autocast(c10::autocast_dispatch_keyset);
     const PackedCall& call = state.call;
-    const size_t num_parts = (saved.size() - 4) / 2;
-    const variable_list buffers(saved.begin() + 4, saved.begin() + 4 + num_parts);
-    const variable_list freqs(saved.begin() + 4 + num_parts, saved.end());
+    const size_t num_parts = call.shapes.size();
+    const auto first = saved.begin() + 4;
+    const variable_list buffers(first, first + num_parts);
+    const OptionalTensors freqs = optional_tensors(first + num_parts, num_parts);
+    const OptionalTensors normalised = optional_tensors(first + 2 * num_parts, num_parts);
     const std::optional<Tensor> mask = optional_tensor(saved[2]), seed = optional_tensor(saved[3]);
     const Tensor dout = grads[0].defined() ? grads[0] : at::zeros_like(saved[0]);
     OptionalTensors drotated;  // of every buffer, also those that are no outputs because nothing rotates them
     size_t next = 1;
-    for (const Tensor& each : freqs) drotated.push_back(each.defined() ? optional_tensor(grads[next++]) : std::nullopt);
+    for (size_t part = 0; part < num_parts; ++part) {
+      const bool is_output = freqs[part] || normalised[part];
+      drotated.push_back(is_output ? optional_tensor(grads[next++]) : std::nullopt);
+    }
     variable_list result(num_parts + 4);
     if (needs_composite(grads)) {
-      const OptionalTensors found = backward_composite()(buffers, optional_tensors(freqs.begin(), num_parts), mask,
-                                                         seed, call, saved[0], saved[1], dout, drotated);
+      const OptionalTensors found =
+          backward_composite()(buffers, freqs, mask, seed, call, saved[0], saved[1], dout, normalised, drotated);
       for (size_t part = 0; part < num_parts; ++part) result[part] = found[part].value_or(Tensor());
       return result;
     }
     const at::AutoDispatchBelowADInplaceOrView guard;
     // Outputs are those buffers that were rotated. The projection that took the output has run by now, and holds it no
-    // more.
+    // more. What was normalised is needed behind the kernels.
     bool may_overwrite_buffers = state.memory.may_be_given<AttendInPlace>(ctx);
     for (size_t part = 0; part < num_parts; ++part) {
-      may_overwrite_buffers = may_overwrite_buffers && freqs[part].defined() && is_seen_by_nobody_else(buffers[part]);
+      may_overwrite_buffers =
+          may_overwrite_buffers && freqs[part] && !normalised[part] && is_seen_by_nobody_else(buffers[part]);
     }
     const bool may_overwrite_out = may_overwrite_buffers && is_seen_by_nobody_else(saved[0]);
     const int64_t num_heads = call.shapes[0][3], head_dim = call.shapes[0][4];
     const Tensor dheads = dout.unflatten(2, {num_heads, head_dim}),
                  heads = saved[0].unflatten(2, {num_heads, head_dim});
-    const std::vector<Tensor> qkv = slots(buffers, call.shapes);
+    const std::vector<Tensor> qkv = slots(buffers, call.shapes, normalised);
     variable_list dbuffers;
     if (may_overwrite_buffers) state.memory.give();
     if (may_overwrite_buffers &&
@@ -187,9 +240,15 @@ struct AttendInPlace : torch::autograd::Function<AttendInPlace> {
               call.dropout_p, seed, dqkv[0], dqkv[1], dqkv[2]);
     }
     for (size_t part = 0; part < num_parts; ++part) {
-      if (drotated[part]) dbuffers[part].add_(*drotated[part]);
-      if (freqs[part].defined()) {
-        rotate_in_place(dbuffers[part], call.shapes[part], call.rotated[part], freqs[part], call.tokens[part], true);
+      if (normalised[part]) {
+        if (drotated[part]) {
+          first_heads(dbuffers[part], call.shapes[part], call.normalised[part]).add_(drotated[part]->flatten(2, 3));
+        }
+        normalise_back(buffers[part], dbuffers[part], call.shapes[part], call.normalised[part], freqs[part],
+                       call.tokens[part]);
+      } else if (freqs[part]) {
+        if (drotated[part]) dbuffers[part].add_(*drotated[part]);
+        rotate_in_place(dbuffers[part], call.shapes[part], call.rotated[part], *freqs[part], call.tokens[part], true);
       }
       result[part] = dbuffers[part];
     }
@@ -199,11 +258,12 @@ struct AttendInPlace : torch::autograd::Function<AttendInPlace> {
 
 void check_packed(at::TensorList buffers, const OptionalTensors& freqs, const PackedCall& call) {
   const size_t num_parts = buffers.size();
-  TORCH_CHECK_VALUE(freqs.size() == num_parts && call.shapes.size() == num_parts && call.rotated.size() == num_parts &&
+  TORCH_CHECK_VALUE(freqs.size() == num_parts && call.shapes.size() == num_parts &&
+                        call.normalised.size() == num_parts && call.rotated.size() == num_parts &&
                         call.tokens.size() == num_parts,
-                    "call: expected as many freqs, shapes, rotated and tokens as there are buffers, ", num_parts,
-                    ", got ", freqs.size(), ", ", call.shapes.size(), ", ", call.rotated.size(), " and ",
-                    call.tokens.size());
+                    "call: expected as many freqs, shapes, normalised, rotated and tokens as there are buffers, ",
+                    num_parts, ", got ", freqs.size(), ", ", call.shapes.size(), ", ", call.normalised.size(), ", ",
+                    call.rotated.size(), " and ", call.tokens.size());
   int64_t num_slots = 0;
   for (size_t part = 0; part < num_parts; ++part) {
     const at::IntArrayRef shape = call.shapes[part];
@@ -213,9 +273,16 @@ void check_packed(at::TensorList buffers, const OptionalTensors& freqs, const Pa
                       "buffers: expected as many numbers as shape ", shape, " has, got ",
                       buffers[part].defined() ? buffers[part].numel() : 0);
     num_slots += shape[2];
-    if (!freqs[part]) continue;
+    const int64_t normalised = call.normalised[part];
+    TORCH_CHECK_VALUE(0 <= normalised && normalised <= shape[2] && (normalised == 0 || shape[4] % 2 == 0),
+                      "normalised: expected at most ", shape[2], " slots, and an even head_dim, got ", normalised,
+                      " of shape ", shape);
+    if (!freqs[part] && normalised == 0) continue;
     TORCH_CHECK_VALUE(buffers[part].is_contiguous(), "buffers: expected contiguous ones to rotate, got strides ",
                       buffers[part].strides());
+    if (!freqs[part]) continue;
+    TORCH_CHECK_VALUE(normalised == 0 || normalised == call.rotated[part], "rotated: expected the ", normalised,
+                      " slots that are normalised, got ", call.rotated[part]);
     TORCH_CHECK_VALUE(0 <= call.rotated[part] && call.rotated[part] <= shape[2], "rotated: expected at most ", shape[2],
                       " slots, got ", call.rotated[part]);
     check_rank("freqs", *freqs[part], 4, "(batch_size or 1, seqlen, head_dim / 2, 2)");

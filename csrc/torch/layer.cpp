@@ -130,11 +130,10 @@ std::optional<variable_list> run_layer(const Tensor& x, const LinearMaps& in, co
   cast_out[0] = attended[0];
   const ProjectedPart all{0, out_of.weight.size(0), std::nullopt};
   variable_list result = project_cast(attended[0], out_of.weight, out_of.bias, {all}, cast_out);
-  if (freqs) {  // each buffer was rotated, and what came of it is the part of the graph
-    result.insert(result.end(), attended.begin() + 1, attended.end());
-  } else {
-    result.insert(result.end(), buffers.begin(), buffers.end());
-  }
+  // Each buffer was rotated or normalised, and what came of it is the part of the graph. Values were not normalised.
+  const bool is_normalised = attention.normalised[0] > 0;
+  if (freqs || is_normalised) result.insert(result.end(), attended.begin() + 1, attended.end());
+  if (!freqs || is_normalised) result.insert(result.end(), buffers.begin(), buffers.end());
   return result;
 }
 

@@ -27,7 +27,8 @@ struct LinearMaps {
 // Projects tokens (batch_size, seqlen, channels) to q, k and v, rotates them by complex freqs (batch_size or 1, seqlen,
 // head_dim / 2), attends, and projects the output. Tensors are of torch's own class.
 //
-// Returns the tokens (batch_size, seqlen, channels) and behind them the buffers of q, k and v, as parts of the graph.
+// Returns the tokens (batch_size, seqlen, channels) and behind them the buffers of q, k and v, as parts of the graph;
+// where slots were normalised, these in front of the buffers.
 // Nothing, and nothing done, where this is no plain eager mode on a device with kernels, or something does not fit:
 // then the layer is composed of framework operators, which know what is wrong.
 std::optional<std::vector<at::Tensor>> run_layer(const at::Tensor& x, const LinearMaps& in, const LinearMaps& out,

@@ -139,6 +139,10 @@ void run_rope(const RopeParams& params, const Tensor& x) {
   x.is_cpu() ? cpu::run_rope(params) : cuda::run_rope(params);
 }
 
+void run_rms_rope(const RmsRopeParams& params, const Tensor& x) {
+  x.is_cpu() ? cpu::run_rms_rope(params) : cuda::run_rms_rope(params);
+}
+
 void check_inputs(const Tensor& q, const Tensor& k, const Tensor& v, double softmax_scale,
                   const OptionalTensor& key_padding_mask, double dropout_p, const OptionalTensor& dropout_seed) {
   check_dense("q", q);
@@ -412,15 +416,10 @@ void check_rope(const Tensor& x, const Tensor& freqs, const Tensor& out) {
   }
 }
 
-void rope_out(const Tensor& x, const Tensor& freqs, bool conjugate, const Tensor& out) {
-  check_rope(x, freqs, out);
-  for (const auto& [name, tensor] : {Named{"x", &x}, {"freqs", &freqs}, {"out", &out}}) check_memory(name, *tensor);
-  c10::SmallVector<Named, 2> read{{"freqs", &freqs}};
-  if (!is_same_memory(x, out)) read.emplace_back("x", &x);
-  check_overlap({{"out", &out}}, read);
-  const c10::DeviceGuard guard(x.device());
-  const Tensor rows = freqs.stride(3) == 1 && freqs.stride(2) == 2 ? freqs : freqs.contiguous();
-  RopeParams params{};
+namespace {
+
+// Returns what the params point to beside x and out.
+Tensor fill(RopeParams& params, const Tensor& x, const OptionalTensor& freqs, bool conjugate, const Tensor& out) {
   params.dtype = to_dtype("x", x.scalar_type());
   params.batch_size = x.size(0);
   params.seqlen = x.size(1);
@@ -430,11 +429,27 @@ void rope_out(const Tensor& x, const Tensor& freqs, bool conjugate, const Tensor
   params.x = x.const_data_ptr();
   params.x_strides = strides(x);
   params.out_strides = strides(out);
+  params.conjugate = conjugate;
+  fill_device(params, x);
+  if (!freqs) return {};
+  const Tensor rows = freqs->stride(3) == 1 && freqs->stride(2) == 2 ? *freqs : freqs->contiguous();
   params.freqs = rows.const_data_ptr();
   params.freqs_batch_stride = rows.size(0) == 1 ? 0 : rows.stride(0);
   params.freqs_row_stride = rows.stride(1);
-  params.conjugate = conjugate;
-  fill_device(params, x);
+  return rows;
+}
+
+}  // namespace
+
+void rope_out(const Tensor& x, const Tensor& freqs, bool conjugate, const Tensor& out) {
+  check_rope(x, freqs, out);
+  for (const auto& [name, tensor] : {Named{"x", &x}, {"freqs", &freqs}, {"out", &out}}) check_memory(name, *tensor);
+  c10::SmallVector<Named, 2> read{{"freqs", &freqs}};
+  if (!is_same_memory(x, out)) read.emplace_back("x", &x);
+  check_overlap({{"out", &out}}, read);
+  const c10::DeviceGuard guard(x.device());
+  RopeParams params{};
+  const Tensor rows = fill(params, x, freqs, conjugate, out);
   run_rope(params, x);
 }
 
@@ -443,6 +458,37 @@ Tensor rope(const Tensor& x, const Tensor& freqs, bool conjugate) {
   const Tensor out = at::empty(x.sizes(), x.options());
   rope_out(last_dim_contiguous(x), freqs, conjugate, out);
   return out;
+}
+
+namespace {
+
+// Whether there are numbers: on the meta device there are shapes alone.
+bool check_rms_rope(const Tensor& x, const OptionalTensor& freqs, const Tensor& out) {
+  if (freqs) check_rope(x, *freqs, out);
+  if (x.is_meta()) return false;
+  if (freqs) check_memory("freqs", *freqs);
+  check_memory("x", x);
+  return true;
+}
+
+}  // namespace
+
+void rms_rope_out(const Tensor& x, const OptionalTensor& freqs, const Tensor& out) {
+  if (!check_rms_rope(x, freqs, out)) return;
+  const c10::DeviceGuard guard(x.device());
+  RmsRopeParams params{};
+  const Tensor rows = fill(params, x, freqs, false, out);
+  run_rms_rope(params, x);
+}
+
+void rms_rope_backward(const Tensor& x, const OptionalTensor& freqs, const Tensor& grad) {
+  if (!check_rms_rope(x, freqs, grad)) return;
+  const c10::DeviceGuard guard(x.device());
+  RmsRopeParams params{};
+  const Tensor rows = fill(params, grad, freqs, true, grad);
+  params.rows = x.const_data_ptr();
+  params.rows_strides = strides(x);
+  run_rms_rope(params, x);
 }
 
 bool cast_by_one_launch(at::TensorList from, at::TensorList to) {

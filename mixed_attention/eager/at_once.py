@@ -13,6 +13,7 @@ from torch import Tensor
 
 from mixed_attention import ops
 from mixed_attention.cache import is_recorded
+from mixed_attention.eager.packed import slots
 from mixed_attention.eager.projection import Runs, taken_ranges
 from mixed_attention.plan import MANY, AttentionPlan, ends
 from mixed_attention.spec import AttentionPattern, TokenSpec
@@ -97,6 +98,7 @@ def run(
     freqs: Any,
     key_padding_mask: Tensor | None,
     dropout_p: float,
+    normalises: bool = False,
 ) -> tuple[Tensor, Callable[[], Sequence[Tensor]]] | None:
     """The tokens that a layer makes ``(B, N, dim)``, and what makes the rotated q, k and v; None where it has no say.
 
@@ -109,21 +111,25 @@ def run(
         freqs: Complex frequencies of all tokens, or None.
         key_padding_mask: Of the plan's keys.
         dropout_p: Of attention weights.
+        normalises: Whether queries and keys are divided by their root mean square, with an even ``head_dim``.
     """
-    key = ("layer", x.shape[0], num_heads, head_dim, freqs is None, dropout_p)
+    key = ("layer", x.shape[0], num_heads, head_dim, freqs is None, dropout_p, normalises)
     kept = plan.kept
     found = kept.get(key)
     if found is None:
         if not ops.is_compiled():
             return None
-        found = _call(plan, x.shape[0], num_heads, head_dim, freqs is not None, dropout_p)
+        found = _call(plan, x.shape[0], num_heads, head_dim, freqs is not None, dropout_p, normalises)
         _keep(kept, key, found)
     call, shapes = found
     result = ops.run_layer(x, maps, freqs, key_padding_mask, call)
     if result is None:
         return None
     out, *buffers = result
-    return out, lambda: [slot for buffer, shape in zip(buffers, shapes) for slot in buffer.view(shape).unbind(2)]
+    normalised: list[Tensor | None] = [None] * len(shapes)
+    if normalises:
+        normalised, buffers = list(buffers[: len(shapes)]), buffers[len(shapes) :]
+    return out, lambda: slots(buffers, shapes, normalised)
 
 
 def runs_with_keys(plan: AttentionPlan) -> Runs:
@@ -132,18 +138,24 @@ def runs_with_keys(plan: AttentionPlan) -> Runs:
 
 
 def _call(
-    plan: AttentionPlan, batch_size: int, num_heads: int, head_dim: int, is_rotated: bool, dropout_p: float
+    plan: AttentionPlan,
+    batch_size: int,
+    num_heads: int,
+    head_dim: int,
+    is_rotated: bool,
+    dropout_p: float,
+    normalises: bool,
 ) -> tuple[Any, list[tuple[int, int, int, int, int]]]:
     """What C++ takes, and the shapes of the buffers."""
     rows, num_tokens = num_heads * head_dim, plan.num_queries
     if all(group.key_start is not None for group in plan.groups):
         parts: list[tuple[int, int, Any]] = [(0, 3 * rows, None)]
-        shapes, rotated = [(batch_size, num_tokens, 3, num_heads, head_dim)], [2]
+        shapes, heads = [(batch_size, num_tokens, 3, num_heads, head_dim)], [2]
     else:
         parts = [(0, rows, None), (rows, 3 * rows, taken_ranges(runs_with_keys(plan)))]
         shapes = [(batch_size, n, s, num_heads, head_dim) for n, s in ((num_tokens, 1), (plan.num_keys, 2))]
-        rotated = [1, 1]
-    rotated = rotated if is_rotated else [0] * len(parts)
+        heads = [1, 1]
+    normalised, rotated = (heads if each else [0] * len(parts) for each in (normalises, is_rotated))
     tokens = [ranges for _, _, ranges in parts]
-    attention = ops.packed_call(shapes, rotated, tokens, plan.flat(), head_dim**-0.5, dropout_p)
+    attention = ops.packed_call(shapes, normalised, rotated, tokens, plan.flat(), head_dim**-0.5, dropout_p)
     return ops.layer_call(parts, attention), shapes

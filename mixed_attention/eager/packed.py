@@ -17,6 +17,7 @@ from torch import Tensor
 from mixed_attention import derivatives, ops, reference
 from mixed_attention.eager.projection import Runs, take, taken_ranges
 from mixed_attention.plan import AttentionPlan
+from mixed_attention.rms_norm import rms_norm_back
 from mixed_attention.rope import apply_rope
 from mixed_attention.rotation import rotate_back, rotate_composite
 
@@ -37,6 +38,8 @@ class Packed:
         freqs: Frequencies of tokens, as :func:`mixed_attention.apply_rope` takes them.
         runs: Which of these tokens are the N, None if all.
         norms: What the first slots ``(B, N, H, D)`` go through before they are rotated, one each; none if empty.
+        plain_norms: Whether each of these is :func:`mixed_attention.rms_norm.rms_norm` without a weight and nothing
+            else, so that kernels may do it.
     """
 
     buffer: Tensor
@@ -45,6 +48,7 @@ class Packed:
     freqs: Freqs | None = None
     runs: Runs | None = None
     norms: tuple[Callable[[Tensor], Tensor], ...] = ()
+    plain_norms: bool = False
 
     @classmethod
     def of(cls, slot: Tensor) -> Packed:
@@ -73,7 +77,7 @@ def attend(
     Returns:
         The output ``(B, Nq, H * D)``, and what makes the rotated q, k and v.
     """
-    parts = [_normalised(part) for part in parts]
+    parts = [part if part.plain_norms and part.shape[-1] % 2 == 0 else _normalised(part) for part in parts]
     if parallel and _may_run_in_place(parts):
         return _attend_in_place(parts, plan, key_padding_mask, dropout_p)
     q, k, v = slots = [slot for part in parts for slot in rotated_slots(part, parallel=parallel)]
@@ -140,47 +144,69 @@ def _attend_in_place(
     seed = ops.draw_seed(parts[0].buffer.device) if dropout_p > 0 else None
     tokens = [None if p.runs is None else taken_ranges(p.runs) for p in parts]
     rotated_slots = [p.rotated for p in parts]
-    call = ops.packed_call(shapes, rotated_slots, tokens, plan.flat(), shapes[0][-1] ** -0.5, dropout_p)
+    counts = [len(p.norms) for p in parts]
+    call = ops.packed_call(shapes, counts, rotated_slots, tokens, plan.flat(), shapes[0][-1] ** -0.5, dropout_p)
     out, *rotated = ops.attend_in_place([p.buffer for p in parts], pairs, key_padding_mask, seed, call)
     remaining = iter(rotated)
-    buffers = [p.buffer if pair is None else next(remaining) for p, pair in zip(parts, pairs)]
-    return out, lambda: _slots(buffers, shapes)
+    made = [None if pair is None and not part.norms else next(remaining) for part, pair in zip(parts, pairs)]
+    buffers = [p.buffer if p.norms or each is None else each for p, each in zip(parts, made)]
+    normalised = [each if p.norms else None for p, each in zip(parts, made)]
+    return out, lambda: slots(buffers, shapes, normalised)
 
 
-def _slots(buffers: Sequence[Tensor], shapes: Sequence[Sequence[int]]) -> list[Tensor]:
-    """q, k and v, as views of the buffers."""
-    return [slot for buffer, shape in zip(buffers, shapes) for slot in buffer.view(shape).unbind(2)]
+def slots(
+    buffers: Sequence[Tensor], shapes: Sequence[Sequence[int]], normalised: Sequence[Tensor | None]
+) -> list[Tensor]:
+    """q, k and v, as views of the buffers, or of what their first slots were normalised to."""
+    found: list[Tensor] = []
+    for buffer, shape, made in zip(buffers, shapes, normalised):
+        first = () if made is None else made.unbind(2)
+        found += [*first, *buffer.view(shape).unbind(2)[len(first) :]]
+    return found
 
 
-def _backward_composite(buffers, pairs, key_padding_mask, seed, call, out, lse, dout, drotated):
+def _backward_composite(buffers, pairs, key_padding_mask, seed, call, out, lse, dout, normalised, drotated):
     """The derivative by functions that have derivatives of their own.
 
-    Of the rotated values r = R(x) that were saved: first with respect to r, then back through R, which is linear.
+    Of the rotated values r = R(x) that were saved: first with respect to r, then back through R, which is linear; and
+    through the norms, of what they divided.
     """
     derivatives.check_gradient()
     with torch.enable_grad():
-        q, k, v = _slots([ops.unhooked(buffer) for buffer in buffers], call.shapes)
+        buffers = [ops.unhooked(buffer) for buffer in buffers]
+        q, k, v = slots(buffers, call.shapes, [None if each is None else ops.unhooked(each) for each in normalised])
         out, dout = (t.reshape(*q.shape[:2], *v.shape[2:]) for t in (out, dout))
         described = derivatives.Call(call.segments, call.softmax_scale, call.dropout_p)
         remaining = iter(derivatives.gradients(described, key_padding_mask, seed, dout, None, q, k, v, out, lse))
         # NOTE: those of all buffers. Under functorch no buffer says that it requires grad.
         stacked = [torch.stack([next(remaining) for _ in range(shape[2])], 2) for shape in call.shapes]
         grads = [grad.reshape(buffer.shape) for grad, buffer in zip(stacked, buffers)]
-        parts = zip(grads, drotated, pairs, call.tokens, call.shapes, call.rotated)
-        return [_rotate_back(*part) for part in parts]
+        of_parts = (grads, drotated, pairs, buffers, call.tokens, call.shapes, call.rotated, call.normalised)
+        return [_gradient_of_buffer(*part) for part in zip(*of_parts)]
 
 
-def _rotate_back(grad, more, pairs, tokens, shape, rotated):
-    if pairs is None:  # what was not rotated is no output of this node, and nothing more comes in
+def _gradient_of_buffer(grad, more, pairs, buffer, tokens, shape, rotated, normalised):
+    count = normalised or (0 if pairs is None else rotated)
+    if count == 0:  # what was not rotated is no output of this node, and nothing more comes in
         return grad
     # NOTE: reshape and split alone, because is_grads_batched has batching rules for no other views.
-    batch_size, seqlen, slots, num_heads, head_dim = shape
-    grad_shape = grad.shape
-    flat = (grad if more is None else grad + more).reshape(batch_size, seqlen, slots * num_heads, head_dim)
-    if tokens is not None:
-        pairs = torch.cat([pairs[:, start:end] for start, end in tokens], 1)
-    heads, rest = flat.split([rotated * num_heads, (slots - rotated) * num_heads], 2)
-    return torch.cat((rotate_back(heads, pairs), rest), 2).reshape(grad_shape)
+    batch_size, seqlen, num_slots, num_heads, head_dim = shape
+    rows = (batch_size, seqlen, num_slots * num_heads, head_dim)
+    counts = [count * num_heads, (num_slots - count) * num_heads]
+    heads, rest = grad.reshape(rows).split(counts, 2)
+    if more is not None and normalised:  # the first slots are the output, else all
+        heads = heads + more.reshape(batch_size, seqlen, counts[0], head_dim)
+    elif more is not None:
+        more_heads, more_rest = more.reshape(rows).split(counts, 2)
+        heads, rest = heads + more_heads, rest + more_rest
+    if pairs is not None:
+        if tokens is not None:
+            pairs = torch.cat([pairs[:, start:end] for start, end in tokens], 1)
+        heads = rotate_back(heads, pairs)
+    if normalised:
+        divided, _ = buffer.reshape(rows).split(counts, 2)
+        heads = rms_norm_back(heads, divided)
+    return torch.cat((heads, rest), 2).reshape(grad.shape)
 
 
 ops.set_backward_composite(_backward_composite)

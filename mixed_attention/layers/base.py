@@ -15,7 +15,7 @@ from mixed_attention.eager import packed
 from mixed_attention.eager.packed import Freqs, Packed, Rotated
 from mixed_attention.eager.projection import Part, Runs, is_plain, project, take
 from mixed_attention.layers.init import init_weights
-from mixed_attention.layers.norm import RMSNorm
+from mixed_attention.layers.norm import RMSNorm, are_plain
 from mixed_attention.plan import AttentionPlan
 from mixed_attention.rope import check_freqs
 from mixed_attention.spec import AttentionPattern, TokenSpec
@@ -143,10 +143,11 @@ class ProjectedAttention(nn.Module):
         shape = (x.shape[0], num_tokens, len(slots), num_heads, self.head_dim)
         heads = slots.replace("v", "")
         norms = tuple([getattr(self, f"{slot}_norm") for slot in heads]) if self.qk_norm else ()
+        plain_norms = bool(norms) and are_plain(norms)
         if freqs is None:
-            return Packed(buffer, shape, norms=norms)
+            return Packed(buffer, shape, norms=norms, plain_norms=plain_norms)
         self._check_freqs(freqs, (x.shape[0], x.shape[1]))
-        return Packed(buffer, shape, len(heads), freqs, runs, norms)
+        return Packed(buffer, shape, len(heads), freqs, runs, norms, plain_norms)
 
     def _check_freqs(self, freqs: Freqs | None, tokens: tuple[int, int]) -> None:
         if freqs is not None and not isinstance(freqs, tuple):

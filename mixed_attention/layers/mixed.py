@@ -16,6 +16,7 @@ from mixed_attention.eager.packed import Freqs, Packed, Rotated
 from mixed_attention.eager.projection import calls_are_torchs, linear, take
 from mixed_attention.layers.checks import as_padding_mask, check_tokens, rope_mismatch
 from mixed_attention.layers.dense import DotProductAttention
+from mixed_attention.layers.norm import are_plain
 from mixed_attention.plan import AttentionPatternLike, AttentionPlan, Group, TokenSpecLike, read_patterns
 from mixed_attention.spec import TokenSpec
 from mixed_attention.torch_internals import plain_parameters
@@ -132,7 +133,9 @@ class MixedAttention(DotProductAttention):
         record: bool,
     ) -> tuple[Tensor, KVCache | None] | None:
         """The layer by one call of C++, in plain eager mode; None elsewhere, and where there is an error to raise."""
-        if type(x) is not Tensor or self.qk_norm or not self.parallel or self.use_rope != (freqs is not None):
+        if type(x) is not Tensor or not self.parallel or self.use_rope != (freqs is not None):
+            return None
+        if self.qk_norm and (self.head_dim % 2 or not are_plain((self.q_norm, self.k_norm))):
             return None
         request, shape = at_once.Request.of(token_specs, attention_patterns), x.shape
         if request is None or request.has_cached or len(shape) != 3 or shape[1] != request.num_tokens:
@@ -160,6 +163,7 @@ class MixedAttention(DotProductAttention):
             freqs=freqs,
             key_padding_mask=mask,
             dropout_p=self.dropout if self.training else 0.0,
+            normalises=bool(self.qk_norm),
         )
         if made is None:
             return None

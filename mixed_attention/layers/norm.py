@@ -1,34 +1,20 @@
-"""Queries and keys over their root mean square: the definition that every path follows."""
+"""The norm of queries and keys as a module."""
 
 from __future__ import annotations
+
+from collections.abc import Iterable
+from typing import Any
 
 import torch
 from torch import Tensor, nn
 
-
-def rms_norm(x: Tensor, weight: Tensor | None = None) -> Tensor:
-    """Divides rows by their root mean square: ``x / sqrt(mean(x²) + eps) * weight``.
-
-    The arithmetic is fp32 (fp64 for fp64 inputs) and rounded once. So is eps, the distance of 1 to the next number:
-    what ``torch.nn.functional.rms_norm`` takes by default, for 16-bit inputs as well. Differentiable any number of
-    times, in both modes, under any transform.
-
-    Args:
-        x: Rows ``(..., D)``, floating point.
-        weight: ``(D,)``, of any floating-point dtype; ones if None.
-
-    Returns:
-        A tensor of the shape and dtype of ``x``.
-    """
-    wide = x.to(torch.promote_types(x.dtype, torch.float32))
-    normed = wide * torch.rsqrt(wide.square().mean(-1, keepdim=True) + torch.finfo(wide.dtype).eps)
-    if weight is not None:
-        normed = normed * weight.to(wide.dtype)
-    return normed.to(x.dtype)
+from mixed_attention.eager.projection import calls_are_torchs
+from mixed_attention.rms_norm import rms_norm
+from mixed_attention.torch_internals import has_dispatch_modes, has_nothing_beside, is_call_torchs
 
 
 class RMSNorm(nn.RMSNorm):
-    """:func:`rms_norm` of heads as a module, so that hooks on it and others in its place count.
+    """:func:`mixed_attention.rms_norm.rms_norm` of heads, so that hooks on it and others in its place count.
 
     Args:
         head_dim: Channels of a head.
@@ -39,5 +25,21 @@ class RMSNorm(nn.RMSNorm):
         super().__init__(head_dim, elementwise_affine=affine)
 
     def forward(self, x: Tensor) -> Tensor:
-        """See :func:`rms_norm`."""
+        """See :func:`mixed_attention.rms_norm.rms_norm`."""
         return rms_norm(x, self.weight)
+
+
+_FORWARD = RMSNorm.forward
+
+
+def are_plain(norms: Iterable[Any]) -> bool:
+    """Whether calling the norms does nothing but divide rows by their root mean square, and nobody watches it.
+
+    Whatever else can change what a call computes makes the answer no, see
+    :func:`mixed_attention.eager.projection.is_plain`; and so do weights, and modes that see every operation.
+    """
+    if torch.compiler.is_compiling() or has_dispatch_modes():
+        return False
+    if RMSNorm.forward is not _FORWARD or not is_call_torchs(RMSNorm) or not calls_are_torchs():
+        return False
+    return all(type(norm) is RMSNorm and norm.weight is None and has_nothing_beside(norm) for norm in norms)

@@ -83,8 +83,9 @@ def test_layers(name, qk_norm, use_rope):
 
 
 @pytest.mark.parametrize("options", [{"parallel": False}, {"bias": False}], ids=str)
-def test_ways_to_compute(options):
-    layer = make_layer(ma.MixedAttention, qk_norm="affine", use_rope=True, **options)
+@pytest.mark.parametrize("qk_norm", KINDS)
+def test_ways_to_compute(qk_norm, options):
+    layer = make_layer(ma.MixedAttention, qk_norm=qk_norm, use_rope=True, **options)
     x = make_x(JOINT)
     assert_equal_in_fp64(call(layer, JOINT, x), oracle(layer, x, JOINT.counts(), FREQS))
 
@@ -102,12 +103,13 @@ def test_legacy_frequencies_are_applied_after_the_norm():
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float16, torch.bfloat16])
 @pytest.mark.parametrize("autocast", [False, True], ids=["plain", "autocast"])
 @pytest.mark.filterwarnings("ignore:Mismatch dtype between input and weight")
-def test_precision(dtype, autocast):
+@pytest.mark.parametrize("qk_norm", KINDS)
+def test_precision(qk_norm, dtype, autocast):
     """At most twice as far from fp64 as the framework's own functions in the same dtype."""
     if autocast and dtype == torch.float32:
         pytest.skip("autocast has no fp32")
     made = torch.float32 if autocast else dtype
-    layer = make_layer(ma.MixedAttention, dtype=made, qk_norm="affine", use_rope=True)
+    layer = make_layer(ma.MixedAttention, dtype=made, qk_norm=qk_norm, use_rope=True)
     exact = copy.deepcopy(layer).double()
     x = make_x(SELF, dtype=made)
     truth_x = x.detach().double().requires_grad_()
@@ -147,8 +149,9 @@ def test_perceiver(cls, qk_norm, masked):
 
 
 @pytest.mark.parametrize("read", ["all", "one"])
-def test_keys_of_a_cache_are_normalised_once(read):
-    layer = make_layer(ma.MixedAttention, qk_norm="affine", use_rope=True)
+@pytest.mark.parametrize("qk_norm", KINDS)
+def test_keys_of_a_cache_are_normalised_once(qk_norm, read):
+    layer = make_layer(ma.MixedAttention, qk_norm=qk_norm, use_rope=True)
     x = make_x(JOINT)
     out, cache = layer(x, JOINT.specs, JOINT.patterns, freqs=FREQS, return_kv_cache=True)
     k = layer.qkv(x).chunk(3, -1)[1].unflatten(-1, (NUM_HEADS, HEAD_DIM))
@@ -172,6 +175,98 @@ def test_untied_projections_share_the_norms():
     untied.load_state_dict(state, strict=True)
     x = make_x(CROSS)
     assert_equal_in_fp64(untied(x, CROSS.specs, CROSS.patterns), call(tied, CROSS, x))
+
+
+# One kernel for the norm and the rotation.
+
+FREQS_OF = {
+    "rotations": FREQS,
+    "of any size": FREQS * torch.linspace(-2, 2, 2 * SELF.num_tokens)[::2, None],
+    "some of them zero": FREQS * (torch.arange(HEAD_DIM // 2) % 2),
+    "for each sequence": torch.cat((FREQS, FREQS.conj())).resolve_conj(),
+    "none": None,
+}
+THROUGH_MODULES = lambda *_: None  # noqa: E731  a hook that changes nothing, but that the norms are called for
+
+
+@pytest.fixture(params=["packed", "in parts", "separate", "in steps"])
+def fused(request, monkeypatch):
+    """A layer whose norms the kernels take, and what it is called with; calling a norm's function is an error."""
+    scene = CROSS if request.param == "in parts" else JOINT
+
+    def make(use_rope=True, dtype=torch.float64, **config):
+        if request.param == "in parts":
+            monkeypatch.setattr("mixed_attention.layers.mixed._pays_to_skip", lambda *_: True)
+        if request.param == "in steps":
+            monkeypatch.setattr(ma.MixedAttention, "_at_once", lambda *_, **__: None)
+        cls = ma.noether.MixedAttention if request.param == "separate" else ma.MixedAttention
+        layer = make_layer(cls, dtype=dtype, qk_norm=True, use_rope=use_rope, **config)
+        by_modules = copy.deepcopy(layer)
+        for norm in (by_modules.q_norm, by_modules.k_norm):
+            norm.register_forward_hook(THROUGH_MODULES)
+        return layer, by_modules, scene
+
+    return make
+
+
+def results_of(layer, scene, x, freqs):
+    out = call(layer, scene, x, **({} if freqs is None else {"freqs": freqs}))
+    return out, *gradients(out, [x, *layer.parameters()])
+
+
+@pytest.mark.parametrize("freqs", FREQS_OF.values(), ids=FREQS_OF)
+def test_kernels_do_what_the_modules_do(fused, freqs, monkeypatch):
+    layer, by_modules, scene = fused(freqs is not None)
+    x = make_x(scene)
+    expected = results_of(by_modules, scene, x, freqs)
+    monkeypatch.setattr("mixed_attention.layers.norm.rms_norm", None)
+    assert_equal_in_fp64(results_of(layer, scene, x, freqs), expected)
+    with torch.no_grad():
+        assert_equal_in_fp64(call(layer, scene, x, **({} if freqs is None else {"freqs": freqs})), expected[0])
+
+
+@pytest.mark.parametrize("magnitude", [1e-3, 1.0, 1e3])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float16, torch.bfloat16], ids=str)
+def test_kernels_are_as_exact_as_the_modules(fused, dtype, magnitude):
+    layer, by_modules, scene = fused(dtype=dtype)
+    x = (magnitude * make_x(scene, dtype=torch.float64).detach()).to(dtype).requires_grad_()
+    exact = copy.deepcopy(layer).double()
+    right = results_of(exact, scene, x.detach().double().requires_grad_(), FREQS)
+    freqs = FREQS.to(torch.complex64)
+    for ours, theirs, truth in zip(*(results_of(m, scene, x, freqs) for m in (layer, by_modules)), right):
+        errors = [(t.double() - truth).norm() / truth.norm() for t in (ours, theirs)]
+        assert errors[0] <= 1.5 * errors[1] + torch.finfo(dtype).eps
+
+
+def test_gradients_of_recorded_keys_and_of_a_kept_graph(fused):
+    layer, by_modules, scene = fused()
+    found = []
+    for each in (layer, by_modules):
+        x = make_x(scene)
+        options = {"return_kv_cache": True} if type(each) is ma.MixedAttention else {}
+        out, cache = each(x, scene.specs, scene.patterns, freqs=FREQS, **options)
+        keys = [entry[name].square().sum() for entry in cache.values() for name in ("k", "v")]
+        loss = out.square().sum() + sum(keys)
+        wanted = [x, *each.parameters()]
+        first = torch.autograd.grad(loss, wanted, retain_graph=True)
+        again = torch.autograd.grad(loss, wanted, create_graph=True)
+        squares = sum(g.square().sum() for g in again)
+        second = torch.autograd.grad(squares, wanted, materialize_grads=True, retain_graph=True)
+        batched = torch.autograd.grad(
+            out, x, torch.stack((torch.ones_like(out), out.detach())), is_grads_batched=True, retain_graph=True
+        )
+        found.append((*first, *again, *second, *batched))
+    torch.testing.assert_close(*found, rtol=1e-9, atol=1e-9)
+
+
+def test_head_dims_that_are_odd():
+    layer = ma.MixedAttention(ma.MixedAttentionConfig(dim=15, num_heads=3, qk_norm=True)).double()
+    torch.manual_seed(0)
+    x = torch.randn(2, JOINT.num_tokens, 15, dtype=torch.float64, requires_grad=True)
+    q, k, v = layer.qkv(x).unflatten(-1, (3, 3, 5)).unbind(2)
+    q, k = (F.rms_norm(t, (5,)) for t in (q, k))
+    expected = ma.reference.attention(q, k, v, ma.AttentionPlan.compile(JOINT.specs, JOINT.patterns)).flatten(2)
+    assert_equal_in_fp64(layer(x, JOINT.specs, JOINT.patterns), layer.proj(expected))
 
 
 # Transforms.

@@ -5,6 +5,7 @@
 #include "cpu/simd/bwd_kernel.h"
 #include "cpu/simd/fwd_kernel.h"
 #include "cpu/simd/jvp_kernel.h"
+#include "cpu/simd/rms_rope_kernel.h"
 #include "cpu/simd/rope_kernel.h"
 
 namespace mixed_attention::cpu::MIXED_ATTENTION_ISA {
@@ -12,8 +13,10 @@ namespace mixed_attention::cpu::MIXED_ATTENTION_ISA {
 template <class Element>
 constexpr AttentionKernels kernels() {
   using F = Factor<Element>;
-  return {kRowBlock<F>, sizeof(F) / kTerms<F>, fwd<Element>,          measure<Element>, delta<Element>,
-          bwd<Element>, jvp<Element>,          bwd_jvp_rows<Element>, bwd_jvp<Element>, rope<Element>};
+  return {kRowBlock<F>,     sizeof(F) / kTerms<F>, fwd<Element>,
+          measure<Element>, delta<Element>,        bwd<Element>,
+          jvp<Element>,     bwd_jvp_rows<Element>, bwd_jvp<Element>,
+          rope<Element>,    rms_rope<Element>};
 }
 
 // In the order of DType.

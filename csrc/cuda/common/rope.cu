@@ -6,16 +6,11 @@
 #include <type_traits>
 
 #include "cuda/common/check.h"
+#include "cuda/common/pairs.cuh"
 #include "cuda/launch.h"
 
 namespace mixed_attention::cuda {
 namespace {
-
-// Neighbouring pairs that one thread loads at a time, at once where they are aligned to all of them.
-template <class Element, int kPairs, bool kAligned>
-struct alignas(kAligned ? sizeof(Element) * 2 * kPairs : sizeof(Element)) Pairs {
-  Element x[2 * kPairs];
-};
 
 // One thread rotates kPairs pairs of one row for all heads: they share the frequencies.
 template <class Element, int kPairs, bool kAligned>
@@ -52,12 +47,6 @@ __global__ void rope_kernel(const __grid_constant__ RopeParams params) {
   }
 }
 
-// Whether vectors of `count` elements can be read wherever the tensor has one.
-bool fits(const void* data, const Strides& strides, int64_t count, int64_t element_size) {
-  return reinterpret_cast<uintptr_t>(data) % (count * element_size) == 0 && strides.batch % count == 0 &&
-         strides.row % count == 0 && strides.head % count == 0;
-}
-
 template <class Element, int kPairs, bool kAligned>
 void launch(const RopeParams& params) {
   const int64_t threads = params.batch_size * params.seqlen * (params.head_dim / (2 * kPairs));
@@ -70,7 +59,7 @@ void launch(const RopeParams& params) {
 
 template <class Element>
 void run(const RopeParams& params) {
-  constexpr int kPairs = 8 / sizeof(Element);  // 16 bytes
+  constexpr int kPairs = kPairsAtOnce<Element>;
   const bool aligned = params.head_dim % (2 * kPairs) == 0 &&
                        fits(params.x, params.x_strides, 2 * kPairs, sizeof(Element)) &&
                        fits(params.out, params.out_strides, 2 * kPairs, sizeof(Element));
