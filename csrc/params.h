@@ -86,8 +86,8 @@ struct RopeParams {
 // Divides rows of a head by their root mean square, x / sqrt(mean(x^2) + eps), and then multiplies pairs as above, if
 // there are freqs. eps is the distance of 1 to the next number of the arithmetic's dtype.
 //
-// With rows this is the derivative: `rows` are those that were divided, x is the gradient of the result, and out that of
-// the rows. conjugate says then what it says of a result's gradient: the opposite of the forward.
+// With rows this is the derivative: `rows` are those that were divided, x is the gradient of the result, and out that
+// of the rows. conjugate says then what it says of a result's gradient: the opposite of the forward.
 struct RmsRopeParams : RopeParams {
   const void* rows;  // like x, or null
   Strides rows_strides;

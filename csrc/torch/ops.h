@@ -39,8 +39,8 @@ bool backward_in_place(const at::Tensor& dout, const std::optional<at::Tensor>& 
 at::Tensor rope(const at::Tensor& x, const at::Tensor& freqs, bool conjugate);
 void rope_out(const at::Tensor& x, const at::Tensor& freqs, bool conjugate, const at::Tensor& out);
 
-// Divides rows of a head by their root mean square and rotates them by freqs, if there are any; into out, which may be x
-// itself. The backward turns the gradient of that into that of x, where it lies. Steps of attend_in_place, not
+// Divides rows of a head by their root mean square and rotates them by freqs, if there are any; into out, which may be
+// x itself. The backward turns the gradient of that into that of x, where it lies. Steps of attend_in_place, not
 // operators.
 void rms_rope_out(const at::Tensor& x, const std::optional<at::Tensor>& freqs, const at::Tensor& out);
 void rms_rope_backward(const at::Tensor& x, const std::optional<at::Tensor>& freqs, const at::Tensor& grad);

@@ -13,10 +13,8 @@ namespace mixed_attention::cpu::MIXED_ATTENTION_ISA {
 template <class Element>
 constexpr AttentionKernels kernels() {
   using F = Factor<Element>;
-  return {kRowBlock<F>,     sizeof(F) / kTerms<F>, fwd<Element>,
-          measure<Element>, delta<Element>,        bwd<Element>,
-          jvp<Element>,     bwd_jvp_rows<Element>, bwd_jvp<Element>,
-          rope<Element>,    rms_rope<Element>};
+  return {kRowBlock<F>, sizeof(F) / kTerms<F>, fwd<Element>,     measure<Element>, delta<Element>,   bwd<Element>,
+          jvp<Element>, bwd_jvp_rows<Element>, bwd_jvp<Element>, rope<Element>,    rms_rope<Element>};
 }
 
 // In the order of DType.

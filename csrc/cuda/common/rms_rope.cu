@@ -108,8 +108,9 @@ void launch(const RmsRopeParams& params) {
   const int64_t threads = params.batch_size * params.seqlen * params.num_heads * lanes;
   const auto blocks = static_cast<unsigned>((threads + kBlock - 1) / kBlock);
   const auto stream = static_cast<cudaStream_t>(params.stream);
-  params.rows == nullptr ? rms_rope_kernel<Element, kPairs, kAligned, false><<<blocks, kBlock, 0, stream>>>(params, lanes)
-                         : rms_rope_kernel<Element, kPairs, kAligned, true><<<blocks, kBlock, 0, stream>>>(params, lanes);
+  params.rows == nullptr
+      ? rms_rope_kernel<Element, kPairs, kAligned, false><<<blocks, kBlock, 0, stream>>>(params, lanes)
+      : rms_rope_kernel<Element, kPairs, kAligned, true><<<blocks, kBlock, 0, stream>>>(params, lanes);
   check(cudaGetLastError(), "rms_rope_kernel");
 }
 
