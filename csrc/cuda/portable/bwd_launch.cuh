@@ -1,7 +1,10 @@
 // Launches the backward of one arithmetic and head_dim.
 #pragma once
 
-#include "cuda/portable/bwd_kernel.cuh"
+#include "cuda/portable/bwd_stats_kernel.cuh"
+#include "cuda/portable/dk_dv_kernel.cuh"
+#include "cuda/portable/dq_kernel.cuh"
+#include "cuda/portable/dq_sum_kernel.cuh"
 #include "cuda/portable/launch_common.cuh"
 #include "cuda/portable/sum_kernel.cuh"
 

@@ -5,6 +5,7 @@
 
 #include "cuda/common/row_reference.cuh"
 #include "cuda/portable/dropout.cuh"
+#include "cuda/ptx/math.cuh"
 
 namespace mixed_attention::cuda::portable {
 
@@ -26,6 +27,12 @@ template <bool kLosesInfinities>
 __device__ __forceinline__ float restored_score(float score, float sign = 1) {
   if constexpr (!kLosesInfinities) return score;
   return sign > 0 ? fmaxf(score, -INFINITY) : fminf(score, INFINITY);
+}
+
+// A probability, of log-sum-exps to base 2.
+template <class Products>
+__device__ __forceinline__ float weight_of(float score, float scale_log2, float lse_log2) {
+  return ptx::exp2(fmaf(restored_score<Products::kLosesInfinities>(score), scale_log2, -lse_log2));
 }
 
 // Scores of rows that have a reference become relative to it; references: from that of this thread's first row on, of

@@ -1,0 +1,53 @@
+// Backward, in two forms. Both recompute the probabilities out of the log-sum-exps, behind a small kernel that prepares
+// two numbers for each query.
+//
+// The faster form is one kernel over tiles of keys: it owns dk and dv and adds its part of dq to a sum in fp32, in
+// whatever order the thread blocks come. The deterministic form computes dq in a second kernel, over tiles of queries,
+// at the price of two of then seven products: nothing is added atomically, and repeats are bitwise equal.
+//
+// With p the probabilities, m dropout's factors and dp = dout · vᵀ:  ds = p (m dp - delta), delta = Σ out dout - dlse,
+// dv = (m p)ᵀ dout, dk = scale dsᵀ q, dq = scale ds k.
+#pragma once
+
+#include "cuda/common/row_reference.h"
+#include "cuda/portable/dq_sum.cuh"
+#include "cuda/portable/dropout.cuh"
+#include "cuda/portable/launch.h"
+#include "cuda/portable/tile_iterator.cuh"
+
+namespace mixed_attention::cuda::portable {
+
+constexpr float kLog2E = 1.44269504088896340736f;
+
+struct BwdArguments {
+  BwdParams params;
+  WorkTable work;
+  DropoutParams dropout;
+  float softmax_scale, scale_log2;
+  bool aligned;     // rows of all tensors start at multiples of 16 bytes
+  float unit;       // by how much tensor cores may be off, relative to the sum of the products' sizes
+  float* lse_log2;  // BwdPlan
+  float* delta;
+  RowReference* references;
+  int* has_references;
+  float *partial_dq, *partial_dk, *partial_dv;
+  DqSum dq_sum;
+};
+
+// A row of queries among all (batch, head, query).
+struct QueryRow {
+  int64_t batch, head, row;
+
+  __device__ QueryRow(const BwdParams& params, int64_t index)
+      : batch(index / params.seqlen_q / params.num_heads),
+        head(index / params.seqlen_q % params.num_heads),
+        row(index % params.seqlen_q) {}
+
+  // Where it begins.
+  template <class Element>
+  __device__ const Element* in(const void* tensor, const Strides& strides) const {
+    return static_cast<const Element*>(tensor) + batch * strides.batch + row * strides.row + head * strides.head;
+  }
+};
+
+}  // namespace mixed_attention::cuda::portable

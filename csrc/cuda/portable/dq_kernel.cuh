@@ -1,0 +1,129 @@
+// dq: a thread block owns queries and streams keys.
+#pragma once
+
+#include "cuda/portable/bwd_arguments.cuh"
+#include "cuda/portable/config.h"
+#include "cuda/portable/scores.cuh"
+#include "cuda/portable/store_grad.cuh"
+#include "cuda/portable/tensor_core.cuh"
+
+namespace mixed_attention::cuda::portable {
+
+template <Arithmetic kArithmetic, int kHeadDim>
+struct DqShared {
+  static constexpr Tile kTile = dq_tile(kArithmetic, kHeadDim);
+  using Element = typename ProductsOf<kArithmetic>::Element;
+
+  SharedTile<Element, kTile.rows, kHeadDim> q, dout;  // q: and dq, at the end
+  SharedTile<Element, kTile.block_rows, kHeadDim> k[kTile.stages], v[kTile.stages];
+};
+
+template <Arithmetic kArithmetic, int kHeadDim>
+__global__ void __launch_bounds__(dq_tile(kArithmetic, kHeadDim).num_threads(), dq_tile(kArithmetic, kHeadDim).blocks)
+    portable_dq_kernel(const __grid_constant__ BwdArguments args, const __grid_constant__ InlineWork in_parameters) {
+  using Products = ProductsOf<kArithmetic>;
+  using Shared = DqShared<kArithmetic, kHeadDim>;
+  using Element = typename Products::Element;
+  constexpr Tile kTile = Shared::kTile;
+  constexpr int kThreads = kTile.num_threads(), kTilesM = kTile.warp_rows / 16, kTilesN = kTile.block_rows / 8;
+  extern __shared__ __align__(16) char shared_memory[];
+  Shared& shared = *reinterpret_cast<Shared*>(shared_memory);
+
+  const BwdParams& params = args.params;
+  const WorkView work = view(args.work, in_parameters);
+  const WorkItem item = locate(args.work, work, blockIdx.x, kTile.rows, params.num_heads);
+  const auto rows = [&](const void* tensor, const Strides& strides, int64_t num_cols) {
+    return rows_of<Element>(tensor, strides, item.batch, item.head, num_cols, args.aligned);
+  };
+  const auto k = rows(params.k, params.k_strides, params.head_dim);
+  const auto v = rows(params.v, params.v_strides, params.head_dim_v);
+  const bool* mask = params.key_padding_mask;
+  if (mask != nullptr) mask += item.batch * params.key_padding_mask_batch_stride;
+  const int64_t copy = static_cast<int64_t>(item.batch) * params.num_heads + item.head;
+  const int warp_row = threadIdx.x / 32 * kTile.warp_rows;
+  const int thread_row = warp_row + threadIdx.x % 32 / 4;
+
+  BlockWalk<kTile.block_rows> walk(work, item, args.work.num_splits);
+  using Streamed = SharedTile<Element, kTile.block_rows, kHeadDim>;
+  const TileLoader<kThreads, Streamed> keys(shared.k, k, mask), values(shared.v, v, mask);
+  const auto load_next = [&](int stage) {
+    const Block block = walk.block();
+    keys.load(stage, block.row_begin, block.num_rows);
+    values.load(stage, block.row_begin, block.num_rows);
+  };
+  load_tile<kThreads>(shared.q, rows(params.q, params.q_strides, params.head_dim), item.row_begin, item.num_rows);
+  load_tile<kThreads>(shared.dout, rows(params.dout, params.dout_strides, params.head_dim_v), item.row_begin,
+                      item.num_rows);
+  if (!walk.done()) load_next(0);
+
+  const int64_t first_row = copy * params.seqlen_q + item.row_begin + thread_row;
+  float lse_log2[2 * kTilesM], delta[2 * kTilesM];
+  bool has_reference = false;
+#pragma unroll
+  for (int i = 0; i < 2 * kTilesM; ++i) {
+    const bool is_row = thread_row + 8 * i < item.num_rows;
+    lse_log2[i] = is_row ? args.lse_log2[first_row + 8 * i] : INFINITY;
+    delta[i] = is_row ? args.delta[first_row + 8 * i] : 0;
+    has_reference |= is_row && args.references[first_row + 8 * i].score != 0;
+  }
+  // Where infinities were lost, and the infinity without a weight is the upper one, scores are gone through as well.
+  has_reference |= Products::kLosesInfinities && args.scale_log2 < 0;
+  has_reference = __any_sync(0xFFFFFFFF, has_reference);
+
+  const LaneTile lane_q(shared.q);
+  float dq[kTilesM][kHeadDim / 8][4] = {};
+  for (int stage = 0; !walk.done(); stage = (stage + 1) % kTile.stages) {
+    ptx::cp_async_wait_all();
+    __syncthreads();
+    const Block block = walk.block();
+    walk.advance();
+
+    float s[kTilesM][kTilesN][4] = {}, dp[kTilesM][kTilesN][4] = {};
+    multiply_rows<Products>(s, lane_q, warp_row, lane_q.at(shared.k[stage]));
+    if (has_reference) {
+      relate_rows<Products::kLosesInfinities>(s, args.references + first_row, item.num_rows - thread_row,
+                                              copysignf(1, args.scale_log2));
+    }
+    multiply_rows<Products>(dp, lane_q.at(shared.dout), warp_row, lane_q.at(shared.v[stage]));
+    // Behind the products, whose last results take a while.
+    if (kTile.stages == 2 && !walk.done()) load_next(stage ^ 1);
+    if (args.dropout.seed != nullptr) {
+      const Dropout dropout(args.dropout, static_cast<int>(copy));
+      const WorkRange& range = walk.range_of(block);
+      drop_columns(dp, dropout, item.row_begin + thread_row, range.range_index, block.row_begin - range.begin);
+    }
+    const bool all_visible = block.num_rows == kTile.block_rows && mask == nullptr;
+#pragma unroll
+    for (int n = 0; n < kTilesN; ++n) {
+#pragma unroll
+      for (int e = 0; e < 2; ++e) {
+        const int col = 8 * n + threadIdx.x % 4 * 2 + e;
+        // Keys behind the block's end have the score 0 here, whose probability may even be infinite.
+        const bool visible = all_visible || (col < block.num_rows && (mask == nullptr || mask[block.row_begin + col]));
+#pragma unroll
+        for (int i = 0; i < 2 * kTilesM; ++i) {
+          float& score = s[i / 2][n][i % 2 * 2 + e];
+          const float p = weight_of<Products>(score, args.scale_log2, lse_log2[i]);
+          score = visible ? p * (dp[i / 2][n][i % 2 * 2 + e] - delta[i]) : 0.0f;
+        }
+      }
+    }
+    multiply_scores<Products>(dq, s, lane_q.at(shared.k[stage]));
+    if (kTile.stages == 1 && !walk.done()) {
+      __syncthreads();
+      load_next(0);
+    }
+  }
+
+  ptx::cp_async_wait_all();  // of the queries, where there was no key
+  __syncthreads();
+  float* partial = args.partial_dq;
+  if (partial != nullptr) {
+    partial += (copy + static_cast<int64_t>(item.split) * params.batch_size * params.num_heads) * params.seqlen_q *
+               params.head_dim;
+  }
+  store_grad<kTile.warp_rows>(dq, args.softmax_scale, partial, shared.q,
+                              rows(params.dq, params.dq_strides, params.head_dim), warp_row, 0, item);
+}
+
+}  // namespace mixed_attention::cuda::portable

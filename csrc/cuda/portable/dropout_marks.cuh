@@ -1,0 +1,52 @@
+// A dropped probability carries a minus sign until its score's gradient is known: both m and p stand in one register.
+#pragma once
+
+#include "cuda/portable/dropout.cuh"
+
+namespace mixed_attention::cuda::portable {
+
+template <int kTilesM, int kTilesN>
+__device__ void mark_dropped(float (&p)[kTilesM][kTilesN][4], const Dropout& dropout, int query_row, int range_index,
+                             int key) {
+#pragma unroll
+  for (int i = 0; i < 2 * kTilesM; ++i) {
+#pragma unroll
+    for (int n = 0; n < kTilesN; ++n) {
+#pragma unroll
+      for (int e = 0; e < 2; ++e) {
+        float& weight = p[i / 2][n][i % 2 * 2 + e];
+        const int row = query_row + 8 * n + threadIdx.x % 4 * 2 + e;
+        if (dropout.weight(row, range_index, key + 8 * i) == 0) weight = -weight;
+      }
+    }
+  }
+}
+
+__device__ inline bool is_dropped(float weight) { return __float_as_uint(weight) >> 31; }
+
+template <int kTilesM, int kTilesN>
+__device__ void zero_dropped(float (&p)[kTilesM][kTilesN][4]) {
+#pragma unroll
+  for (int m = 0; m < kTilesM; ++m) {
+#pragma unroll
+    for (int n = 0; n < kTilesN; ++n) {
+#pragma unroll
+      for (int e = 0; e < 4; ++e) p[m][n][e] = is_dropped(p[m][n][e]) ? 0 : p[m][n][e];
+    }
+  }
+}
+
+// Multiplies dp by dropout's factors, which p was marked with.
+template <int kTilesM, int kTilesN>
+__device__ void drop_marked(float (&dp)[kTilesM][kTilesN][4], const float (&p)[kTilesM][kTilesN][4], float factor) {
+#pragma unroll
+  for (int m = 0; m < kTilesM; ++m) {
+#pragma unroll
+    for (int n = 0; n < kTilesN; ++n) {
+#pragma unroll
+      for (int e = 0; e < 4; ++e) dp[m][n][e] = is_dropped(p[m][n][e]) ? 0 : dp[m][n][e] * factor;
+    }
+  }
+}
+
+}  // namespace mixed_attention::cuda::portable
