@@ -44,7 +44,7 @@ Accumulator<Element> sum_of_squares(const Element* x, int64_t size) {
   return sum;
 }
 
-// Of the rotated gradient with the row.
+// The product of the rotated gradient with the row.
 template <class Element>
 Accumulator<Element> rotated_dot(const PairRotation<Element>& rotate, const Element* gradient, const Element* row,
                                  int64_t size) {

@@ -1,7 +1,4 @@
 // Rows of a head over their root mean square, then rotated, and the derivative of both.
-#include <cuda_bf16.h>
-#include <cuda_fp16.h>
-
 #include <algorithm>
 #include <bit>
 #include <cstdint>
@@ -130,12 +127,7 @@ void run(const RmsRopeParams& params) {
 
 void run_rms_rope(const RmsRopeParams& params) {
   if (params.batch_size * params.seqlen * params.num_heads * params.head_dim == 0) return;
-  switch (params.dtype) {
-    case DType::kFloat16: return run<__half>(params);
-    case DType::kBFloat16: return run<__nv_bfloat16>(params);
-    case DType::kFloat32: return run<float>(params);
-    case DType::kFloat64: return run<double>(params);
-  }
+  run_with_element(params.dtype, [&](auto element) { run<decltype(element)>(params); });
 }
 
 }  // namespace mixed_attention::cuda

@@ -1,7 +1,4 @@
 // Rotation: every pair of neighbouring channels, read as a complex number, times its frequency.
-#include <cuda_bf16.h>
-#include <cuda_fp16.h>
-
 #include <cstdint>
 #include <type_traits>
 
@@ -70,12 +67,7 @@ void run(const RopeParams& params) {
 
 void run_rope(const RopeParams& params) {
   if (params.batch_size * params.seqlen * params.num_heads * params.head_dim == 0) return;
-  switch (params.dtype) {
-    case DType::kFloat16: return run<__half>(params);
-    case DType::kBFloat16: return run<__nv_bfloat16>(params);
-    case DType::kFloat32: return run<float>(params);
-    case DType::kFloat64: return run<double>(params);
-  }
+  run_with_element(params.dtype, [&](auto element) { run<decltype(element)>(params); });
 }
 
 }  // namespace mixed_attention::cuda
