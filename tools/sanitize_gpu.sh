@@ -15,7 +15,7 @@ for tool in "$@"; do
   if [ "$tool" = racecheck ]; then families=portable; else families=; fi
   echo "compute-sanitizer --tool $tool: ${pytest[*]}"
   if [ "$tool" = initcheck ]; then
-    # It has to see who else wrote to memory, but does not see what the copy engine writes: to print all that reads what
+    # It has to see who else wrote to memory, but does not see what TMA writes: to print all that reads what
     # cuDNN wrote takes minutes, so that torch's attention is another here. Of what is found, ours alone counts.
     log=$(mktemp)
     TORCH_CUDNN_SDPA_DEPRIORITIZED=1 compute-sanitizer --tool initcheck --print-limit 0 "${pytest[@]}" >"$log" ||
