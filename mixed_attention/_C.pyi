@@ -96,12 +96,12 @@ class PackedCall(AttentionCall):
     def __init__(
         self,
         shapes: Sequence[Sequence[int]],
-        normalised: Sequence[int],
         rotated: Sequence[int],
         tokens: Sequence[Sequence[tuple[int, int]] | None],
         segments: Sequence[int],
         softmax_scale: float,
         dropout_p: float,
+        normalised: Sequence[int] | None = None,
     ) -> None: ...
     @property
     def shapes(self) -> list[list[int]]: ...

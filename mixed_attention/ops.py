@@ -472,8 +472,8 @@ def project(
 def packed_call(*arguments):
     """What :func:`attend_in_place` computes.
 
-    Shapes of the buffers, how many slots of each are normalised, and how many rotated, the ranges of tokens that they
-    have, None for all; segments, scale, dropout.
+    Shapes of the buffers, how many slots of each are rotated, the ranges of tokens that they have, None for all;
+    segments, scale, dropout; how many slots of each are normalised before.
     """
     return _C.PackedCall(*arguments)
 

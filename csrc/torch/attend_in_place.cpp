@@ -258,12 +258,13 @@ struct AttendInPlace : torch::autograd::Function<AttendInPlace> {
 
 void check_packed(at::TensorList buffers, const OptionalTensors& freqs, const PackedCall& call) {
   const size_t num_parts = buffers.size();
-  TORCH_CHECK_VALUE(freqs.size() == num_parts && call.shapes.size() == num_parts &&
-                        call.normalised.size() == num_parts && call.rotated.size() == num_parts &&
+  TORCH_CHECK_VALUE(freqs.size() == num_parts && call.shapes.size() == num_parts && call.rotated.size() == num_parts &&
                         call.tokens.size() == num_parts,
-                    "call: expected as many freqs, shapes, normalised, rotated and tokens as there are buffers, ",
-                    num_parts, ", got ", freqs.size(), ", ", call.shapes.size(), ", ", call.normalised.size(), ", ",
-                    call.rotated.size(), " and ", call.tokens.size());
+                    "call: expected as many freqs, shapes, rotated and tokens as there are buffers, ", num_parts,
+                    ", got ", freqs.size(), ", ", call.shapes.size(), ", ", call.rotated.size(), " and ",
+                    call.tokens.size());
+  TORCH_CHECK_VALUE(call.normalised.size() == num_parts, "call: expected as many normalised as there are buffers, ",
+                    num_parts, ", got ", call.normalised.size());
   int64_t num_slots = 0;
   for (size_t part = 0; part < num_parts; ++part) {
     const at::IntArrayRef shape = call.shapes[part];

@@ -276,17 +276,18 @@ PYBIND11_MODULE(TORCH_EXTENSION_NAME, m) {
       py::arg("composite"), "Registers the backward of attend that has derivatives itself.");
   py::class_<mixed_attention::PackedCall, mixed_attention::AttentionCall>(
       m, "PackedCall", "What an attention over packed buffers computes.")
-      .def(py::init([](std::vector<std::vector<int64_t>> shapes, std::vector<int64_t> normalised,
-                       std::vector<int64_t> rotated, std::vector<std::optional<mixed_attention::Ranges>> tokens,
-                       std::vector<int64_t> segments, double softmax_scale, double dropout_p) {
+      .def(py::init([](std::vector<std::vector<int64_t>> shapes, std::vector<int64_t> rotated,
+                       std::vector<std::optional<mixed_attention::Ranges>> tokens, std::vector<int64_t> segments,
+                       double softmax_scale, double dropout_p, std::optional<std::vector<int64_t>> normalised) {
+             if (!normalised) normalised.emplace(shapes.size(), 0);
              return mixed_attention::PackedCall{{std::move(segments), softmax_scale, dropout_p},
                                                 std::move(shapes),
-                                                std::move(normalised),
+                                                std::move(*normalised),
                                                 std::move(rotated),
                                                 std::move(tokens)};
            }),
-           py::arg("shapes"), py::arg("normalised"), py::arg("rotated"), py::arg("tokens"), py::arg("segments"),
-           py::arg("softmax_scale"), py::arg("dropout_p"))
+           py::arg("shapes"), py::arg("rotated"), py::arg("tokens"), py::arg("segments"), py::arg("softmax_scale"),
+           py::arg("dropout_p"), py::arg("normalised") = py::none())
       .def_readonly("shapes", &mixed_attention::PackedCall::shapes)
       .def_readonly("normalised", &mixed_attention::PackedCall::normalised)
       .def_readonly("rotated", &mixed_attention::PackedCall::rotated)

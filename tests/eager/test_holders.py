@@ -644,6 +644,13 @@ BAD = [
     {"rotated": [-1]},
     {"rotated": [4]},
     {"rotated": [2**40]},
+    {"normalised": []},
+    {"normalised": [-1]},
+    {"normalised": [1]},
+    {"normalised": [4]},
+    {"normalised": [2**40], "rotated": [2**40]},
+    {"normalised": [2], "shapes": [[1, 5, 3, DIM, 1]]},
+    {"normalised": [2], "freqs": [None], "buffers": [torch.zeros(1, 5, 6 * DIM)[..., ::2]]},
     {"tokens": []},
     {"tokens": [[(0, 4)]]},
     {"tokens": [[(0, 5), (5, 6)]]},
@@ -662,7 +669,8 @@ def test_lists_that_do_not_fit(bad, grad):
     buffers = given["buffers"]
     if all(buffer.is_contiguous() for buffer in buffers):
         buffers = [buffer.clone().requires_grad_(grad).mul(1) for buffer in buffers]
-    call = _C.PackedCall(given["shapes"], given["rotated"], given["tokens"], given["segments"], 1.0, 0.0)
+    rest = given["rotated"], given["tokens"], given["segments"], 1.0, 0.0, given.get("normalised")
+    call = _C.PackedCall(given["shapes"], *rest)
     with torch.set_grad_enabled(grad), pytest.raises(ValueError):
         _C.attend_in_place(buffers, given["freqs"], None, None, call)
 
