@@ -9,6 +9,7 @@
 #include <iterator>
 #include <type_traits>
 
+#include "cuda/hopper/tile/pipe.h"
 #include "params.h"
 
 namespace mixed_attention::cuda::hopper {
@@ -168,7 +169,7 @@ struct TileRowScales {
 template <typename Config>
 struct RowScalesRing {
   TileRowScales<Config::kBlockN> tiles[Config::kStages];
-  uint64_t full[Config::kStages], empty[Config::kStages];
+  Pipe<Config::kStages> pipe;
 };
 
 struct NoRowScales {};
@@ -183,9 +184,9 @@ struct FwdSharedStorage {
   alignas(1024) Factor k[Config::kStages][Config::kLimbs * Config::kBlockN * Config::kHeadDim];
   alignas(1024) Factor v[Config::kStages][Config::kLimbs * Config::kBlockN * Config::kHeadDim];
 
-  uint64_t q_full[Config::kQueryBuffers], q_empty[Config::kQueryBuffers];
-  uint64_t k_full[Config::kStages], k_empty[Config::kStages];
-  uint64_t v_full[Config::kStages], v_empty[Config::kStages];
+  Pipe<Config::kQueryBuffers> q_pipe;
+  Pipe<Config::kStages> k_pipe;
+  Pipe<Config::kStages> v_pipe;
 
   alignas(16) uint32_t key_bits[Config::kStages][kKeyBitWords];  // of k's tiles; only under a mask
   float bases[2][Config::kBlockM];                               // of the rows of two items, by turns: RowBases

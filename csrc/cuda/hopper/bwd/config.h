@@ -4,6 +4,7 @@
 #include <cstdint>
 
 #include "cuda/hopper/config.h"
+#include "cuda/hopper/tile/pipe.h"
 
 namespace mixed_attention::cuda::hopper {
 
@@ -107,9 +108,9 @@ struct DqExchange<Config, true> {
 
   // Transposed gradients of scores, (keys, queries).
   alignas(1024) typename Config::Element ds[kStages][Config::kBlockN * Config::kBlockM];
-  uint64_t ds_full[kStages], ds_empty[kStages];
+  Pipe<kStages> ds_pipe;
   alignas(128) float staging[kStagings][Config::kDqTileFloats];
-  uint64_t staging_full[kStagings], staging_empty[kStagings];
+  Pipe<kStagings> staging_pipe;
 };
 
 // Tiles are slabs of (rows, kSlabColumns) elements, one after the other, as TMA's swizzle writes them.
@@ -126,9 +127,9 @@ struct DkDvSharedStorage {
   alignas(128) float lse_log2[Config::kStagesQ][kStatsTileFloats];
   alignas(128) float delta[Config::kStagesDout][Config::kBlockM];
 
-  uint64_t kv_full, kv_empty;
-  uint64_t q_full[Config::kStagesQ], q_empty[Config::kStagesQ];
-  uint64_t dout_full[Config::kStagesDout], dout_empty[Config::kStagesDout];
+  SingleBufferPipe kv_pipe;
+  Pipe<Config::kStagesQ> q_pipe;
+  Pipe<Config::kStagesDout> dout_pipe;
 
   DqExchange<Config> dq_exchange;
   uint64_t peer_full, peer_empty;  // of the other block's sums
@@ -185,9 +186,9 @@ struct DqSharedStorage {
 
   alignas(16) uint32_t key_bits[Config::kStagesK][kKeyBitWords];  // of k's tiles; only under a mask
 
-  uint64_t q_full, q_empty;  // and dout
-  uint64_t k_full[Config::kStagesK], k_empty[Config::kStagesK];
-  uint64_t v_full[Config::kStagesV], v_empty[Config::kStagesV];
+  SingleBufferPipe q_pipe;  // and of dout
+  Pipe<Config::kStagesK> k_pipe;
+  Pipe<Config::kStagesV> v_pipe;
 };
 
 }  // namespace mixed_attention::cuda::hopper

@@ -47,10 +47,7 @@ __device__ inline void init_barriers(DkDvSharedStorage<Config>& shared) {
   init_input_barriers<Config>(shared, Config::kAddsDq ? kConsumerWarps + kWarpgroup / 32 : kConsumerWarps);
   if constexpr (Config::kAddsDq) init_barriers(shared.dq_exchange);
   if constexpr (Config::kIsOrdered) {
-    for (int stage = 0; stage < DqExchange<Config>::kStagings; ++stage) {
-      ptx::mbarrier_init(shared.dq_exchange.staging_full[stage], kWarpgroup / 32);
-      ptx::mbarrier_init(shared.dq_exchange.staging_empty[stage], 1);
-    }
+    init_pipe(shared.dq_exchange.staging_pipe, kWarpgroup / 32, 1);
   }
   ptx::mbarrier_init(shared.peer_full, kConsumerWarps);
   ptx::mbarrier_init(shared.peer_empty, kConsumerWarps);
@@ -75,7 +72,6 @@ __device__ inline void consume(const DkDvKernelParams& params, DkDvSharedStorage
   using QRing = RingUse<Config::kStagesQ>;
   using DoutRing = RingUse<Config::kStagesDout>;
   constexpr int kBlockM = Config::kBlockM, kHeadDim = Config::kHeadDim;
-  const int lane = threadIdx.x % 32;
   const int warp = __shfl_sync(0xffffffff, threadIdx.x / 32 % 4, 0);
   const int first_row = consumer * kWarpgroupRows + warp * kWarpRows;  // of this warp in the tile
 
@@ -87,10 +83,6 @@ __device__ inline void consume(const DkDvKernelParams& params, DkDvSharedStorage
   Element* staging = shared.staging[consumer * kWarpgroup / 32 + warp];
 
   const auto tile_of = [](Operand ring, int stage) { return ring.advance(stage * Config::kTileBytesM); };
-  const auto release = [&](ptx::Mbarrier& empty) {
-    __syncwarp();  // all lanes have read their statistics
-    if (lane == 0) ptx::mbarrier_arrive(empty);
-  };
 
   uint32_t num_used = 0;  // query tiles, over all items
   uint32_t kv_parity = 0;
@@ -111,7 +103,7 @@ __device__ inline void consume(const DkDvKernelParams& params, DkDvSharedStorage
         is_rare = sees_reference(params.stats, int64_t{item.batch} * params.table.num_heads + item.head);
       }
       // Keys and values of the item
-      ptx::mbarrier_wait(shared.kv_full, kv_parity);
+      wait_full(shared.kv_pipe, kv_parity);
       kv_parity ^= 1;
       if constexpr (Config::kSeparatesRareItems) {
         static_assert(kHeadDim == Config::kSlabColumns, "sees_infinity looks at one slab");
@@ -126,8 +118,8 @@ __device__ inline void consume(const DkDvKernelParams& params, DkDvSharedStorage
       Operand q_tile = tile_of(q_ring, first.stage()), previous_q = q_tile;
       Operand dout_tile = tile_of(dout_ring, first_dout.stage());
       ColumnStats<kBlockM> lse_log2;
-      ptx::mbarrier_wait(shared.q_full[first.stage()], first.full_parity());
-      ptx::mbarrier_wait(shared.dout_full[first_dout.stage()], first_dout.full_parity());
+      wait_full(shared.q_pipe, first);
+      wait_full(shared.dout_pipe, first_dout);
       lse_log2.load(shared.lse_log2[first.stage()]);
       start_differences(dp, shared.delta[first_dout.stage()]);
       k.issue_transposed_scores(s, q_tile);
@@ -156,7 +148,7 @@ __device__ inline void consume(const DkDvKernelParams& params, DkDvSharedStorage
           // NOTE: behind a wait, a branch, ptxas spreads the handing over among the last exponentials; without one it
           // does so with the MMAs alone. An ordered dq makes that take more registers than there are.
           constexpr bool kWaitsEarly = Config::kAddsDq && !Config::kIsOrdered;
-          const auto wait_for_next = [&] { ptx::mbarrier_wait(shared.q_full[next.stage()], next.full_parity()); };
+          const auto wait_for_next = [&] { wait_full(shared.q_pipe, next); };
           if constexpr (kWaitsEarly) wait_for_next();
           if constexpr (Config::kAddsDq) {
             hand_over(shared.dq_exchange, previous.count, ds_operand, first_row, own_keys, tile > 0);
@@ -178,15 +170,15 @@ __device__ inline void consume(const DkDvKernelParams& params, DkDvSharedStorage
           k.issue_transposed_scores(s, q_tile);
           if constexpr (Config::kSharesOperand) ptx::wgmma_wait<1>(dv);
           round_operand<Element>(ds_operand, dp);
-          if (tile > 0) release(shared.q_empty[previous.stage()]);
+          if (tile > 0) sync_and_release(shared.q_pipe, previous);
 
           // Statistics of the next tile
-          ptx::mbarrier_wait(shared.dout_full[next_dout.stage()], next_dout.full_parity());
+          wait_full(shared.dout_pipe, next_dout);
           lse_log2.load(shared.lse_log2[next.stage()]);
           start_differences(dp, shared.delta[next_dout.stage()]);
           if constexpr (Config::kAddsDq) wait_for_room(shared.dq_exchange, num_used);
           ptx::wgmma_wait<0>(dv, s);
-          release(shared.dout_empty[dout.stage()]);
+          sync_and_release(shared.dout_pipe, dout);
         }
       };
       if constexpr (Config::kSeparatesRareItems) {
@@ -199,7 +191,7 @@ __device__ inline void consume(const DkDvKernelParams& params, DkDvSharedStorage
         go_through_tiles.template operator()<true>();
       }
 
-      release(shared.kv_empty);
+      sync_and_release(shared.kv_pipe);
       // dk of the last tile
       const QRing last{num_used - 1};
       issue_column_mma<Element>(dk, ds_operand, tile_of(q_ring, last.stage()));
@@ -207,7 +199,7 @@ __device__ inline void consume(const DkDvKernelParams& params, DkDvSharedStorage
         hand_over(shared.dq_exchange, last.count, ds_operand, first_row, own_keys, true);
       }
       ptx::wgmma_wait<0>(dk);
-      release(shared.q_empty[last.stage()]);
+      sync_and_release(shared.q_pipe, last);
       scale_all(dk, params.softmax_scale);
     }
 

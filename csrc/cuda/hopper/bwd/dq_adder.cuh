@@ -31,23 +31,18 @@ __device__ inline void add_dq(const DkDvKernelParams& params, DkDvSharedStorage<
   using Stagings = RingUse<DqExchange<Config>::kStagings>;
   constexpr bool kTransposes = transposes_dq(Config::kHeadDim);
   const int thread = threadIdx.x % kWarpgroup;
-  const int lane = thread % 32;
   const ptx::Operand ds_ring = ptx::Operand::make(exchange.ds);
-  const auto release = [&](ptx::Mbarrier& empty) {
-    if (lane == 0) ptx::mbarrier_arrive(empty);
-  };
 
   uint32_t num_used = 0;  // query tiles, over all items
   uint32_t kv_parity = 0;
   for (KeyItems<Config> item(params.table); item.next();) {
     if (QueryShare<Config>(item.tiles()).count == 0) continue;
     [[maybe_unused]] uint32_t keys[Config::kBlockN / 4];
-    ptx::mbarrier_wait(shared.kv_full, kv_parity);
+    wait_full(shared.kv_pipe, kv_parity);
     kv_parity ^= 1;
     if constexpr (kTransposes) {
       load_column_operand(keys, shared.k);
-      __syncwarp();
-      release(shared.kv_empty);
+      sync_and_release(shared.kv_pipe);
     }
 
     const int64_t first_tile = (int64_t{item.batch} * params.table.num_heads + item.head) * params.stats.num_tiles;
@@ -56,7 +51,7 @@ __device__ inline void add_dq(const DkDvKernelParams& params, DkDvSharedStorage<
       const Ring ds{num_used};
       const ptx::Operand ds_tile = ds_ring.advance(ds.stage() * Config::kScoreBytes);
       float dq[Config::kDqTileFloats / kWarpgroup] = {};
-      ptx::mbarrier_wait(exchange.ds_full[ds.stage()], ds.full_parity());
+      wait_full(exchange.ds_pipe, ds);
       if constexpr (kTransposes) {
         issue_column_mma<Element>(dq, keys, ds_tile);
       } else {
@@ -64,22 +59,21 @@ __device__ inline void add_dq(const DkDvKernelParams& params, DkDvSharedStorage<
             dq, ds_tile, ptx::SlabOperand<Config::kRowBytes>::make(shared.k, Config::kSlabBytesN));
       }
       ptx::wgmma_wait<0>(dq);
-      release(exchange.ds_empty[ds.stage()]);
+      release(exchange.ds_pipe, ds);
 
       const Stagings use{num_used};
       float* const staging = exchange.staging[use.stage()];
       if constexpr (Config::kIsOrdered) {
-        ptx::mbarrier_wait(exchange.staging_empty[use.stage()], use.empty_parity());
+        wait_empty(exchange.staging_pipe, use);
         stage_accumulators(staging, dq);
-        __syncwarp();
-        release(exchange.staging_full[use.stage()]);
+        sync_and_arrive_as_warp(exchange.staging_pipe.full[use.stage()]);
       } else {
         add_accumulators<DqExchange<Config>::kStagings>(staging, dq, kDqStagingBarrier, [&] {
           return params.dq_accum.of_tile(first_tile + walk.next().index, Config::kDqTileFloats);
         });
       }
     }
-    if constexpr (!kTransposes) release(shared.kv_empty);
+    if constexpr (!kTransposes) release(shared.kv_pipe);
   }
   if (!Config::kIsOrdered && thread == 0) ptx::bulk_wait<0>();
 }

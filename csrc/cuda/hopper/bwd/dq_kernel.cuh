@@ -37,16 +37,9 @@ namespace mixed_attention::cuda::hopper {
 template <typename Config>
 __device__ inline void init_barriers(DqSharedStorage<Config>& shared) {
   constexpr int kConsumerWarps = Config::kConsumers * kWarpgroup / 32;
-  ptx::mbarrier_init(shared.q_full, 1);
-  ptx::mbarrier_init(shared.q_empty, kConsumerWarps);
-  for (int stage = 0; stage < Config::kStagesK; ++stage) {
-    ptx::mbarrier_init(shared.k_full[stage], Config::kIsMasked ? 2 : 1);
-    ptx::mbarrier_init(shared.k_empty[stage], kConsumerWarps);
-  }
-  for (int stage = 0; stage < Config::kStagesV; ++stage) {
-    ptx::mbarrier_init(shared.v_full[stage], 1);
-    ptx::mbarrier_init(shared.v_empty[stage], kConsumerWarps);
-  }
+  init_pipe(shared.q_pipe, 1, kConsumerWarps);
+  init_pipe(shared.k_pipe, Config::kIsMasked ? 2 : 1, kConsumerWarps);
+  init_pipe(shared.v_pipe, 1, kConsumerWarps);
   ptx::mbarrier_fence_init();
 }
 
@@ -59,28 +52,23 @@ __device__ inline void produce(const DqKernelParams& params, DqSharedStorage<Con
     const int num_tiles = item.tiles().num_tiles;
     if (num_tiles == 0) continue;
 
-    ptx::mbarrier_wait(shared.q_empty, q_parity);
+    ptx::Mbarrier& q_full = begin_copy(shared.q_pipe, q_parity, 2 * Config::kTileBytesM);
     q_parity ^= 1;
-    ptx::mbarrier_arrive_expect(shared.q_full, 2 * Config::kTileBytesM);
-    load_rows<kBlockM, kHeadDim>(shared.q, params.q, shared.q_full, item.row_begin, item.head,
+    load_rows<kBlockM, kHeadDim>(shared.q, params.q, q_full, item.row_begin, item.head,
                                  item.batch * params.q_batch_step);
-    load_rows<kBlockM, kHeadDim>(shared.dout, params.dout, shared.q_full, item.row_begin, item.head,
+    load_rows<kBlockM, kHeadDim>(shared.dout, params.dout, q_full, item.row_begin, item.head,
                                  item.batch * params.dout_batch_step);
 
     KeyTileIterator<kBlockN> keys(params.table, item.tiles());
     for (int i = 0; i < num_tiles; ++i, ++num_loaded) {
       const KeyTile tile = keys.next();
-      const auto load = [&](auto use, auto& ring, const CUtensorMap& map, auto& full, auto& empty, int batch_step) {
-        const int stage = use.stage();
-        ptx::mbarrier_wait(empty[stage], use.empty_parity());
-        ptx::mbarrier_arrive_expect(full[stage], Config::kTileBytesN);
-        load_clipped_rows<kBlockN, kHeadDim>(ring[stage], map, full[stage], tile.row_begin, tile.num_rows, item.head,
+      const auto load = [&](auto use, auto& ring, auto& pipe, const CUtensorMap& map, int batch_step) {
+        ptx::Mbarrier& full = begin_copy(pipe, use, Config::kTileBytesN);
+        load_clipped_rows<kBlockN, kHeadDim>(ring[use.stage()], map, full, tile.row_begin, tile.num_rows, item.head,
                                              item.batch * batch_step);
       };
-      load(RingUse<Config::kStagesK>{num_loaded}, shared.k, params.k, shared.k_full, shared.k_empty,
-           params.k_batch_step);
-      load(RingUse<Config::kStagesV>{num_loaded}, shared.v, params.v, shared.v_full, shared.v_empty,
-           params.v_batch_step);
+      load(RingUse<Config::kStagesK>{num_loaded}, shared.k, shared.k_pipe, params.k, params.k_batch_step);
+      load(RingUse<Config::kStagesV>{num_loaded}, shared.v, shared.v_pipe, params.v, params.v_batch_step);
     }
   }
 }
@@ -96,9 +84,9 @@ __device__ inline void produce_key_bits(const DqKernelParams& params, DqSharedSt
     const uint32_t* key_mask_bits = params.key_mask_bits + int64_t{item.batch} * params.key_mask_step;
     KeyTileIterator<Config::kBlockN> keys(params.table, item.tiles());
     for (int i = 0; i < num_tiles; ++i, ++use.count) {
-      ptx::mbarrier_wait(shared.k_empty[use.stage()], use.empty_parity());
+      wait_empty(shared.k_pipe, use);
       gather_key_bits(shared.key_bits[use.stage()], key_mask_bits, keys.next());
-      ptx::mbarrier_arrive(shared.k_full[use.stage()]);
+      ptx::mbarrier_arrive(shared.k_pipe.full[use.stage()]);
     }
   }
 }
@@ -126,9 +114,6 @@ __device__ inline void consume(const DqKernelParams& params, DqSharedStorage<Con
   const auto issue_scores = [&](float (&result)[kBlockN / 2], Operand queries, Operand keys, uint32_t count) {
     if constexpr (is_wide(kHeadDim)) queries.low += count >> 31;
     issue_row_mma<Element, kHeadDim, Config::kSlabBytesM, Config::kSlabBytesN>(result, queries, keys);
-  };
-  const auto release = [&](ptx::Mbarrier& empty) {
-    if (lane == 0) ptx::mbarrier_arrive(empty);
   };
 
   uint32_t num_used = 0;  // key tiles, over all items
@@ -165,7 +150,7 @@ __device__ inline void consume(const DqKernelParams& params, DqSharedStorage<Con
       // From scores in flight to the operand of the next MMA.
       const auto differentiate = [&](int tile, KRing k) {
         const VRing v{k.count};
-        ptx::mbarrier_wait(shared.v_full[v.stage()], v.full_parity());
+        wait_full(shared.v_pipe, v);
         issue_scores(dp, dout, tile_of(v_ring, v), v.count);
         ptx::wgmma_wait<1>(s);
         if constexpr (Config::kIsMasked) {
@@ -177,16 +162,16 @@ __device__ inline void consume(const DqKernelParams& params, DqSharedStorage<Con
         exponentiate_rows(s, params.softmax_scale_log2, lse_log2);
         hold_p(s, ptx::shared_address(&shared));
         ptx::wgmma_wait<0>(dp);
-        release(shared.v_empty[v.stage()]);
+        release(shared.v_pipe, v);
         differentiate_rows(dp, s, delta);
         round_operand<Element>(ds_operand, dp);
       };
 
       // The first tile has no older MMA to run beside.
       KRing k{num_used};
-      ptx::mbarrier_wait(shared.q_full, q_parity);
+      wait_full(shared.q_pipe, q_parity);
       q_parity ^= 1;
-      ptx::mbarrier_wait(shared.k_full[k.stage()], k.full_parity());
+      wait_full(shared.k_pipe, k);
       issue_scores(s, q, tile_of(k_ring, k), k.count);
       differentiate(0, k);
 
@@ -194,17 +179,17 @@ __device__ inline void consume(const DqKernelParams& params, DqSharedStorage<Con
         const KRing previous = k;
         k = KRing{++num_used};
         issue_column_mma<Element>(dq, ds_operand, tile_of(k_ring, previous));
-        ptx::mbarrier_wait(shared.k_full[k.stage()], k.full_parity());
+        wait_full(shared.k_pipe, k);
         issue_scores(s, q, tile_of(k_ring, k), k.count);
         ptx::wgmma_wait<1>(dq);
-        release(shared.k_empty[previous.stage()]);
+        release(shared.k_pipe, previous);
         differentiate(tile, k);
       }
 
-      release(shared.q_empty);
+      release(shared.q_pipe);
       issue_column_mma<Element>(dq, ds_operand, tile_of(k_ring, k));
       ptx::wgmma_wait<0>(dq);
-      release(shared.k_empty[k.stage()]);
+      release(shared.k_pipe, k);
       ++num_used;
       scale_all(dq, params.softmax_scale);
     }

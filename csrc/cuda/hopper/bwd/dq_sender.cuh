@@ -39,7 +39,7 @@ __device__ inline void send_dq(const DkDvKernelParams& params, DkDvSharedStorage
       const int turn = walk.turn();
       ptx::wait_for_count(turns, turn);
       ptx::fence_async_global();
-      ptx::mbarrier_wait(exchange.staging_full[stage], use.full_parity());
+      wait_full(exchange.staging_pipe, use);
       if (turn == 0) {
         ptx::bulk_store(sums, staging, kBytes);
       } else {
@@ -47,7 +47,7 @@ __device__ inline void send_dq(const DkDvKernelParams& params, DkDvSharedStorage
       }
       ptx::bulk_commit();
       ptx::bulk_wait_read<0>();
-      ptx::mbarrier_arrive(exchange.staging_empty[stage]);
+      ptx::mbarrier_arrive(exchange.staging_pipe.empty[stage]);
       ptx::bulk_wait<0>();
       ptx::raise_count(turns);
     }

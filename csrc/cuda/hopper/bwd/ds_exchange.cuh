@@ -17,17 +17,14 @@ namespace mixed_attention::cuda::hopper {
 
 template <typename Config>
 __device__ inline void init_barriers(DqExchange<Config>& exchange) {
-  for (int stage = 0; stage < DqExchange<Config>::kStages; ++stage) {
-    ptx::mbarrier_init(exchange.ds_full[stage], Config::kConsumers * kWarpgroup / 32);
-    ptx::mbarrier_init(exchange.ds_empty[stage], kWarpgroup / 32);
-  }
+  init_pipe(exchange.ds_pipe, Config::kConsumers * kWarpgroup / 32, kWarpgroup / 32);
 }
 
 // Waits until a tile's ds may be written.
 template <typename Config>
 __device__ inline void wait_for_room(DqExchange<Config>& exchange, uint32_t count) {
   const RingUse<DqExchange<Config>::kStages> use{count};
-  ptx::mbarrier_wait(exchange.ds_empty[use.stage()], use.empty_parity());
+  wait_empty(exchange.ds_pipe, use);
 }
 
 // Writes a tile's ds of this warp's 16 keys, which start at first_row, to the buffer of the warpgroup that computes dq,
@@ -51,7 +48,7 @@ __device__ inline void hand_over(DqExchange<Config>& exchange, uint32_t count, c
   }
   ptx::fence_async_shared();
   __syncwarp();
-  if (lane == 0 && arrives) ptx::mbarrier_arrive(exchange.ds_full[use.stage()]);
+  if (lane == 0 && arrives) ptx::mbarrier_arrive(exchange.ds_pipe.full[use.stage()]);
 }
 
 }  // namespace mixed_attention::cuda::hopper

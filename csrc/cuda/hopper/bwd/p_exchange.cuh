@@ -19,10 +19,7 @@ using PRing = RingUse<2>;
 
 template <typename Config>
 __device__ inline void init_p_barriers(WideDkDvSharedStorage<Config>& shared) {
-  for (int stage = 0; stage < 2; ++stage) {
-    ptx::mbarrier_init(shared.p_full[stage], kWarpgroup / 32);
-    ptx::mbarrier_init(shared.p_empty[stage], kWarpgroup / 32);
-  }
+  init_pipe(shared.p_pipe, kWarpgroup / 32, kWarpgroup / 32);
   ptx::mbarrier_init(shared.kv_kept, Config::kConsumers * kWarpgroup / 32);
 }
 

@@ -24,16 +24,9 @@ __device__ inline void prefetch_input_maps(const DkDvKernelParams& params) {
 template <typename Config, typename SharedStorage>
 __device__ inline void init_input_barriers(SharedStorage& shared, int num_key_readers) {
   constexpr int kConsumerWarps = Config::kConsumers * kWarpgroup / 32;
-  ptx::mbarrier_init(shared.kv_full, 1);
-  ptx::mbarrier_init(shared.kv_empty, num_key_readers);
-  for (int stage = 0; stage < Config::kStagesQ; ++stage) {
-    ptx::mbarrier_init(shared.q_full[stage], 1);
-    ptx::mbarrier_init(shared.q_empty[stage], kConsumerWarps);
-  }
-  for (int stage = 0; stage < Config::kStagesDout; ++stage) {
-    ptx::mbarrier_init(shared.dout_full[stage], 1);
-    ptx::mbarrier_init(shared.dout_empty[stage], kConsumerWarps);
-  }
+  init_pipe(shared.kv_pipe, 1, num_key_readers);
+  init_pipe(shared.q_pipe, 1, kConsumerWarps);
+  init_pipe(shared.dout_pipe, 1, kConsumerWarps);
 }
 
 // Loads the keys and values of every work item, then, tile by tile, the queries that read them, with their output
@@ -47,13 +40,12 @@ __device__ inline void produce_queries(const DkDvKernelParams& params, SharedSto
   for (KeyItems<Config> item(params.table); item.next();) {
     if (QueryShare<Config>(item.tiles()).count == 0) continue;
 
-    ptx::mbarrier_wait(shared.kv_empty, kv_parity);
+    ptx::Mbarrier& kv_full = begin_copy(shared.kv_pipe, kv_parity, 2 * Config::kTileBytesN);
     kv_parity ^= 1;
-    ptx::mbarrier_arrive_expect(shared.kv_full, 2 * Config::kTileBytesN);
     const int num_keys = min(kBlockN, item.tiles().row_end - item.row_begin);
-    load_clipped_rows<kBlockN, kHeadDim>(shared.k, params.k, shared.kv_full, item.row_begin, num_keys, item.head,
+    load_clipped_rows<kBlockN, kHeadDim>(shared.k, params.k, kv_full, item.row_begin, num_keys, item.head,
                                          item.batch * params.k_batch_step);
-    load_clipped_rows<kBlockN, kHeadDim>(shared.v, params.v, shared.kv_full, item.row_begin, num_keys, item.head,
+    load_clipped_rows<kBlockN, kHeadDim>(shared.v, params.v, kv_full, item.row_begin, num_keys, item.head,
                                          item.batch * params.v_batch_step);
 
     const int64_t first_tile = (int64_t{item.batch} * params.table.num_heads + item.head) * params.stats.num_tiles;
@@ -63,17 +55,13 @@ __device__ inline void produce_queries(const DkDvKernelParams& params, SharedSto
       const int64_t stats = (first_tile + tile.index) * kStatsTileFloats;
 
       const RingUse<Config::kStagesQ> q{num_loaded};
-      ptx::Mbarrier& q_full = shared.q_full[q.stage()];
-      ptx::mbarrier_wait(shared.q_empty[q.stage()], q.empty_parity());
-      ptx::mbarrier_arrive_expect(q_full, Config::kTileBytesM + kLseBytes);
+      ptx::Mbarrier& q_full = begin_copy(shared.q_pipe, q, Config::kTileBytesM + kLseBytes);
       load_clipped_rows<kBlockM, kHeadDim>(shared.q[q.stage()], params.q, q_full, tile.row_begin, tile.num_rows,
                                            item.head, item.batch * params.q_batch_step);
       ptx::load_bytes(shared.lse_log2[q.stage()], params.stats.lse_log2 + stats, q_full, kLseBytes);
 
       const RingUse<Config::kStagesDout> dout{num_loaded};
-      ptx::Mbarrier& dout_full = shared.dout_full[dout.stage()];
-      ptx::mbarrier_wait(shared.dout_empty[dout.stage()], dout.empty_parity());
-      ptx::mbarrier_arrive_expect(dout_full, Config::kTileBytesM + kDeltaBytes);
+      ptx::Mbarrier& dout_full = begin_copy(shared.dout_pipe, dout, Config::kTileBytesM + kDeltaBytes);
       load_clipped_rows<kBlockM, kHeadDim>(shared.dout[dout.stage()], params.dout, dout_full, tile.row_begin,
                                            tile.num_rows, item.head, item.batch * params.dout_batch_step);
       ptx::load_bytes(shared.delta[dout.stage()], params.stats.delta + stats, dout_full, kDeltaBytes);

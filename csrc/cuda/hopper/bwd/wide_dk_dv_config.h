@@ -45,10 +45,11 @@ struct WideDkDvSharedStorage {
   alignas(128) float lse_log2[Config::kStagesQ][kStatsTileFloats];
   alignas(128) float delta[Config::kStagesDout][Config::kBlockM];
 
-  uint64_t kv_full, kv_empty, kv_kept;
-  uint64_t q_full[Config::kStagesQ], q_empty[Config::kStagesQ];
-  uint64_t dout_full[Config::kStagesDout], dout_empty[Config::kStagesDout];
-  uint64_t p_full[2], p_empty[2];
+  SingleBufferPipe kv_pipe;
+  uint64_t kv_kept;
+  Pipe<Config::kStagesQ> q_pipe;
+  Pipe<Config::kStagesDout> dout_pipe;
+  Pipe<2> p_pipe;
 };
 
 }  // namespace mixed_attention::cuda::hopper

@@ -40,17 +40,11 @@
 
 namespace mixed_attention::cuda::hopper {
 
-// Arrives for a warp, all of whose lanes are done.
-__device__ inline void release_warp(ptx::Mbarrier& barrier) {
-  __syncwarp();
-  if (threadIdx.x % 32 == 0) ptx::mbarrier_arrive(barrier);
-}
-
 // p has passed through k and v, which TMA is to fill again.
 template <typename Config>
 __device__ inline void release_keys(WideDkDvSharedStorage<Config>& shared) {
   ptx::fence_async_shared();
-  release_warp(shared.kv_empty);
+  sync_and_release(shared.kv_pipe);
 }
 
 // Writes this warp's rows of dk or dv.
@@ -90,11 +84,11 @@ __device__ inline void own_dv(const DkDvKernelParams& params, WideDkDvSharedStor
       float s[Config::kBlockM / 2];
       uint32_t p_operand[Config::kBlockM / 4];
       const auto issue_scores = [&](QRing q) {
-        ptx::mbarrier_wait(shared.q_full[q.stage()], q.full_parity());
+        wait_full(shared.q_pipe, q);
         k.issue_transposed_scores(s, q_ring.advance(q.stage() * Config::kTileBytesM));
       };
       const auto issue_dv = [&](DoutRing dout) {
-        ptx::mbarrier_wait(shared.dout_full[dout.stage()], dout.full_parity());
+        wait_full(shared.dout_pipe, dout);
         issue_column_mma<Element>(dv, p_operand, dout_ring.advance(dout.stage() * Config::kTileBytesM));
       };
       // Turns scores into p.
@@ -106,15 +100,15 @@ __device__ inline void own_dv(const DkDvKernelParams& params, WideDkDvSharedStor
         scale_columns(s, params.softmax_scale_log2, lse_log2);
         exponentiate_all(s);
         const PRing p{q.count};
-        ptx::mbarrier_wait(shared.p_empty[p.stage()], p.empty_parity());
+        wait_empty(shared.p_pipe, p);
         OwnP(shared, p).store(s);
-        release_warp(shared.p_full[p.stage()]);
-        release_warp(shared.q_empty[q.stage()]);
+        sync_and_arrive_as_warp(shared.p_pipe.full[p.stage()]);
+        sync_and_release(shared.q_pipe, q);
       };
 
-      ptx::mbarrier_wait(shared.kv_full, kv_parity);
+      wait_full(shared.kv_pipe, kv_parity);
       k.load(first_row);
-      release_warp(shared.kv_kept);
+      sync_and_arrive_as_warp(shared.kv_kept);
       issue_scores(QRing{num_used});
       ptx::wgmma_wait<0>(s);
       ptx::mbarrier_wait(shared.kv_kept, kv_parity);
@@ -130,7 +124,7 @@ __device__ inline void own_dv(const DkDvKernelParams& params, WideDkDvSharedStor
         ptx::wgmma_wait<1>(s);
         exponentiate(q);
         ptx::wgmma_wait<0>(dv);
-        release_warp(shared.dout_empty[dout.stage()]);
+        sync_and_release(shared.dout_pipe, dout);
         round_operand<Element>(p_operand, s);
       }
 
@@ -138,7 +132,7 @@ __device__ inline void own_dv(const DkDvKernelParams& params, WideDkDvSharedStor
       const DoutRing dout{num_used++};
       issue_dv(dout);
       ptx::wgmma_wait<0>(dv);
-      release_warp(shared.dout_empty[dout.stage()]);
+      sync_and_release(shared.dout_pipe, dout);
     }
     store_gradient<Config>(params, items.rows(), first_row, dv, params.dv, params.dv_strides);
   }
@@ -166,27 +160,27 @@ __device__ inline void own_dk(const DkDvKernelParams& params, WideDkDvSharedStor
       float dp[Config::kBlockM / 2];
       uint32_t ds_operand[Config::kBlockM / 4];
       const auto issue_dp = [&](DoutRing dout) {
-        ptx::mbarrier_wait(shared.dout_full[dout.stage()], dout.full_parity());
+        wait_full(shared.dout_pipe, dout);
         v.issue_transposed_scores(dp, dout_ring.advance(dout.stage() * Config::kTileBytesM));
       };
       const auto issue_dk = [&](QRing q) {
-        ptx::mbarrier_wait(shared.q_full[q.stage()], q.full_parity());
+        wait_full(shared.q_pipe, q);
         issue_column_mma<Element>(dk, ds_operand, q_ring.advance(q.stage() * Config::kTileBytesM));
       };
       // Turns dp into the operand of the next MMA.
       const auto differentiate = [&](DoutRing dout) {
         const PRing p{dout.count};
-        ptx::mbarrier_wait(shared.p_full[p.stage()], p.full_parity());
+        wait_full(shared.p_pipe, p);
         differentiate_columns(dp, OwnP(shared, p), shared.delta[dout.stage()]);
-        release_warp(shared.p_empty[p.stage()]);
-        release_warp(shared.dout_empty[dout.stage()]);
+        sync_and_release(shared.p_pipe, p);
+        sync_and_release(shared.dout_pipe, dout);
         round_operand<Element>(ds_operand, dp);
       };
 
-      ptx::mbarrier_wait(shared.kv_full, kv_parity);
+      wait_full(shared.kv_pipe, kv_parity);
       kv_parity ^= 1;
       v.load(first_row);
-      release_warp(shared.kv_kept);
+      sync_and_arrive_as_warp(shared.kv_kept);
       issue_dp(DoutRing{num_used});
       ptx::wgmma_wait<0>(dp);
       differentiate(DoutRing{num_used});
@@ -197,7 +191,7 @@ __device__ inline void own_dk(const DkDvKernelParams& params, WideDkDvSharedStor
         issue_dk(q);
         issue_dp(dout);
         ptx::wgmma_wait<1>(dk);
-        release_warp(shared.q_empty[q.stage()]);
+        sync_and_release(shared.q_pipe, q);
         ptx::wgmma_wait<0>(dp);
         differentiate(dout);
       }
@@ -206,7 +200,7 @@ __device__ inline void own_dk(const DkDvKernelParams& params, WideDkDvSharedStor
       const QRing q{num_used++};
       issue_dk(q);
       ptx::wgmma_wait<0>(dk);
-      release_warp(shared.q_empty[q.stage()]);
+      sync_and_release(shared.q_pipe, q);
       scale_all(dk, params.softmax_scale);
     }
     store_gradient<Config>(params, items.rows(), first_row, dk, params.dk, params.dk_strides);

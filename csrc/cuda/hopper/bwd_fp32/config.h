@@ -9,6 +9,7 @@
 #include "cuda/common/row_reference.h"
 #include "cuda/hopper/bwd/config.h"
 #include "cuda/hopper/config.h"
+#include "cuda/hopper/tile/pipe.h"
 
 namespace mixed_attention::cuda::hopper {
 
@@ -55,9 +56,9 @@ struct Fp32DkDvSharedStorage {
   alignas(128) QueryNumbers q_numbers[Config::kStages];
   alignas(128) DoutNumbers dout_numbers[Config::kStages];
 
-  uint64_t kv_full, kv_empty;
-  uint64_t q_full[Config::kStages], q_empty[Config::kStages];
-  uint64_t dout_full[Config::kStages], dout_empty[Config::kStages];
+  SingleBufferPipe kv_pipe;
+  Pipe<Config::kStages> q_pipe;
+  Pipe<Config::kStages> dout_pipe;
 };
 
 // Two warpgroups of 64 query rows.
@@ -80,9 +81,9 @@ struct Fp32DqSharedStorage {
   alignas(128) float k_scales[Config::kStages][Config::kBlockN];
   alignas(128) float v_scales[Config::kStages][Config::kBlockN];
 
-  uint64_t q_full, q_empty;                                    // and dout
-  uint64_t k_full[Config::kStages], k_empty[Config::kStages];  // and the row_scales of both
-  uint64_t v_full[Config::kStages], v_empty[Config::kStages];
+  SingleBufferPipe q_pipe;       // and of dout
+  Pipe<Config::kStages> k_pipe;  // and the row_scales of both
+  Pipe<Config::kStages> v_pipe;
 };
 
 }  // namespace mixed_attention::cuda::hopper

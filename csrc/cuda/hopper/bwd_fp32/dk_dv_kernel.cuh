@@ -46,14 +46,9 @@ using Fp32KeyItems = WorkItems<Config::kBlockN, KeyWorkTable>;
 template <typename Config>
 __device__ inline void init_barriers(Fp32DkDvSharedStorage<Config>& shared) {
   constexpr int kConsumerWarps = Config::kConsumers * kWarpgroup / 32;
-  ptx::mbarrier_init(shared.kv_full, 1);
-  ptx::mbarrier_init(shared.kv_empty, kConsumerWarps);
-  for (int stage = 0; stage < Config::kStages; ++stage) {
-    ptx::mbarrier_init(shared.q_full[stage], 1);
-    ptx::mbarrier_init(shared.q_empty[stage], kConsumerWarps);
-    ptx::mbarrier_init(shared.dout_full[stage], 1);
-    ptx::mbarrier_init(shared.dout_empty[stage], kConsumerWarps);
-  }
+  init_pipe(shared.kv_pipe, 1, kConsumerWarps);
+  init_pipe(shared.q_pipe, 1, kConsumerWarps);
+  init_pipe(shared.dout_pipe, 1, kConsumerWarps);
   ptx::mbarrier_fence_init();
 }
 
@@ -66,14 +61,13 @@ __device__ inline void produce(const Fp32DkDvKernelParams& params, Fp32DkDvShare
     const KeySegmentTiles& segment = item.tiles();
     if (segment.num_tiles == 0) continue;
 
-    ptx::mbarrier_wait(shared.kv_empty, kv_parity);
+    ptx::Mbarrier& kv_full = begin_copy(shared.kv_pipe, kv_parity, 2 * Config::kTileBytesN);
     kv_parity ^= 1;
-    ptx::mbarrier_arrive_expect(shared.kv_full, 2 * Config::kTileBytesN);
     const int num_keys = min(kBlockN, segment.row_end - item.row_begin);
-    load_clipped_half_rows<kBlockN>(shared.k, params.k_map, params.k, shared.kv_full, item.row_begin, num_keys,
-                                    item.head, item.batch);
-    load_clipped_half_rows<kBlockN>(shared.v, params.v_map, params.v, shared.kv_full, item.row_begin, num_keys,
-                                    item.head, item.batch);
+    load_clipped_half_rows<kBlockN>(shared.k, params.k_map, params.k, kv_full, item.row_begin, num_keys, item.head,
+                                    item.batch);
+    load_clipped_half_rows<kBlockN>(shared.v, params.v_map, params.v, kv_full, item.row_begin, num_keys, item.head,
+                                    item.batch);
 
     const int64_t first_tile = (int64_t{item.batch} * params.table.num_heads + item.head) * params.num_query_tiles;
     QueryTileIterator queries(params.table, segment, 0);
@@ -81,17 +75,13 @@ __device__ inline void produce(const Fp32DkDvKernelParams& params, Fp32DkDvShare
       const QueryTile tile = queries.next();
       const int stage = use.stage();
 
-      ptx::Mbarrier& q_full = shared.q_full[stage];
-      ptx::mbarrier_wait(shared.q_empty[stage], use.empty_parity());
-      ptx::mbarrier_arrive_expect(q_full, Config::kTileBytesM + sizeof(QueryNumbers));
+      ptx::Mbarrier& q_full = begin_copy(shared.q_pipe, use, Config::kTileBytesM + sizeof(QueryNumbers));
       load_clipped_half_rows<kBlockM>(shared.q[stage], params.q_map, params.q, q_full, tile.row_begin, tile.num_rows,
                                       item.head, item.batch);
       ptx::load_bytes(&shared.q_numbers[stage], params.q_numbers + first_tile + tile.index, q_full,
                       sizeof(QueryNumbers));
 
-      ptx::Mbarrier& dout_full = shared.dout_full[stage];
-      ptx::mbarrier_wait(shared.dout_empty[stage], use.empty_parity());
-      ptx::mbarrier_arrive_expect(dout_full, Config::kTileBytesM + sizeof(DoutNumbers));
+      ptx::Mbarrier& dout_full = begin_copy(shared.dout_pipe, use, Config::kTileBytesM + sizeof(DoutNumbers));
       load_clipped_half_rows<kBlockM>(shared.dout[stage], params.dout_map, params.dout, dout_full, tile.row_begin,
                                       tile.num_rows, item.head, item.batch);
       ptx::load_bytes(&shared.dout_numbers[stage], params.dout_numbers + first_tile + tile.index, dout_full,
@@ -128,9 +118,6 @@ __device__ inline void consume(const Fp32DkDvKernelParams& params, Fp32DkDvShare
   const auto issue_transposed_scores = [](float (&result)[kBlockM / 2], ptx::Operand keys, ptx::Operand queries) {
     issue_half_row_mma<Config::kLimbs, Config::kLimbBytesN, Config::kLimbBytesM>(result, keys, queries);
   };
-  const auto release = [&](ptx::Mbarrier& empty) {
-    if (lane == 0) ptx::mbarrier_arrive(empty);
-  };
 
   Ring use{0};  // of query tiles, over all items
   uint32_t kv_parity = 0;
@@ -163,13 +150,13 @@ __device__ inline void consume(const Fp32DkDvKernelParams& params, Fp32DkDvShare
       const int64_t batch_head = int64_t{item.batch} * params.table.num_heads + item.head;
       bool is_rare = sees_reference(params.dout_numbers + batch_head * params.num_query_tiles, params.num_query_tiles);
       // Keys and values of the item
-      ptx::mbarrier_wait(shared.kv_full, kv_parity);
+      wait_full(shared.kv_pipe, kv_parity);
       kv_parity ^= 1;
       // Infinities are in the last limb.
       const __half* k_rows = shared.k[Config::kLimbs - 1] + first_row * kSlabColumns;
       is_rare = is_rare_item(consumer, sees_infinity<__half, kRowBytes>(k_rows) || is_rare);
       // Scores of the first tile
-      ptx::mbarrier_wait(shared.q_full[use.stage()], use.full_parity());
+      wait_full(shared.q_pipe, use);
       issue_transposed_scores(s, k, tile_of(q_ring, use));
       ptx::wgmma_wait<0>(s);
 
@@ -187,7 +174,7 @@ __device__ inline void consume(const Fp32DkDvKernelParams& params, Fp32DkDvShare
           const ColumnNumbers lse_log2(shared.q_numbers[stage].lse_log2), q_scales(shared.q_numbers[stage].row_scales);
           const ColumnNumbers delta(shared.dout_numbers[stage].delta), dout_factors(shared.dout_numbers[stage].factors);
 
-          ptx::mbarrier_wait(shared.dout_full[stage], use.full_parity());
+          wait_full(shared.dout_pipe, use);
           issue_transposed_scores(dp, anew(v), dout_tile);
           add_rows(dk, sum, lift.inverse);
           if constexpr (kRelates) {
@@ -207,10 +194,10 @@ __device__ inline void consume(const Fp32DkDvKernelParams& params, Fp32DkDvShare
           const float dout_scale = shared.dout_numbers[stage].row_scale;
           const RowNumbers dp_scales{{v_scales.of_row[0] * dout_scale, v_scales.of_row[1] * dout_scale}};
           differentiate(dp, s, dp_scales, dout_factors, delta, q_scales);
-          ptx::mbarrier_wait(shared.q_full[next.stage()], next.full_parity());
+          wait_full(shared.q_pipe, next);
           issue_transposed_scores(s, anew(k), tile_of(q_ring, next));
           ptx::wgmma_wait<1>(sum);
-          release(shared.dout_empty[stage]);
+          release(shared.dout_pipe, use);
           add_rows(dv, sum, {{dout_scale, dout_scale}});
 
           // dk of this tile, to be added in the next step
@@ -218,7 +205,7 @@ __device__ inline void consume(const Fp32DkDvKernelParams& params, Fp32DkDvShare
           split_operand(operand, dp, lift.factor);
           issue_half_column_mma<Config::kLimbBytesM>(sum, operand, q_tile);
           ptx::wgmma_wait<0>(s, sum);
-          release(shared.q_empty[stage]);
+          release(shared.q_pipe, use);
           ++use.count;
         }
       };
@@ -228,7 +215,7 @@ __device__ inline void consume(const Fp32DkDvKernelParams& params, Fp32DkDvShare
         go_through_tiles.template operator()<false>();
       }
 
-      release(shared.kv_empty);
+      release(shared.kv_pipe);
       add_rows(dk, sum, lift.inverse);
       scale_all(dk, params.softmax_scale);
     }

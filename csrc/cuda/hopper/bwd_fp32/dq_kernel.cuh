@@ -46,14 +46,9 @@ using Fp32QueryItems = WorkItems<Config::kBlockM>;
 template <typename Config>
 __device__ inline void init_barriers(Fp32DqSharedStorage<Config>& shared) {
   constexpr int kConsumerWarps = Config::kConsumers * kWarpgroup / 32;
-  ptx::mbarrier_init(shared.q_full, 1);
-  ptx::mbarrier_init(shared.q_empty, kConsumerWarps);
-  for (int stage = 0; stage < Config::kStages; ++stage) {
-    ptx::mbarrier_init(shared.k_full[stage], 2);
-    ptx::mbarrier_init(shared.k_empty[stage], kConsumerWarps);
-    ptx::mbarrier_init(shared.v_full[stage], 1);
-    ptx::mbarrier_init(shared.v_empty[stage], kConsumerWarps);
-  }
+  init_pipe(shared.q_pipe, 1, kConsumerWarps);
+  init_pipe(shared.k_pipe, 2, kConsumerWarps);
+  init_pipe(shared.v_pipe, 1, kConsumerWarps);
   ptx::mbarrier_fence_init();
 }
 
@@ -66,25 +61,21 @@ __device__ inline void produce(const Fp32DqKernelParams& params, Fp32DqSharedSto
     const int num_tiles = item.tiles().num_tiles;
     if (num_tiles == 0) continue;
 
-    ptx::mbarrier_wait(shared.q_empty, q_parity);
+    ptx::Mbarrier& q_full = begin_copy(shared.q_pipe, q_parity, 2 * Config::kTileBytesM);
     q_parity ^= 1;
-    ptx::mbarrier_arrive_expect(shared.q_full, 2 * Config::kTileBytesM);
-    load_half_rows<kBlockM>(shared.q, params.q_map, params.q, shared.q_full, item.row_begin, item.head, item.batch);
-    load_half_rows<kBlockM>(shared.dout, params.dout_map, params.dout, shared.q_full, item.row_begin, item.head,
-                            item.batch);
+    load_half_rows<kBlockM>(shared.q, params.q_map, params.q, q_full, item.row_begin, item.head, item.batch);
+    load_half_rows<kBlockM>(shared.dout, params.dout_map, params.dout, q_full, item.row_begin, item.head, item.batch);
 
     KeyTileIterator<kBlockN> keys(params.table, item.tiles());
     for (int i = 0; i < num_tiles; ++i, ++use.count) {
       const KeyTile tile = keys.next();
-      const auto load = [&](HalfTile<Config::kLimbs, kBlockN>& buffer, const CUtensorMap& map, const HalfInput& input,
-                            ptx::Mbarrier& full, ptx::Mbarrier& empty) {
-        ptx::mbarrier_wait(empty, use.empty_parity());
-        ptx::mbarrier_arrive_expect(full, Config::kTileBytesN);
+      const auto load = [&](HalfTile<Config::kLimbs, kBlockN>& buffer, Pipe<Config::kStages>& pipe,
+                            const CUtensorMap& map, const HalfInput& input) {
+        ptx::Mbarrier& full = begin_copy(pipe, use, Config::kTileBytesN);
         load_clipped_half_rows<kBlockN>(buffer, map, input, full, tile.row_begin, tile.num_rows, item.head, item.batch);
       };
-      const int stage = use.stage();
-      load(shared.k[stage], params.k_map, params.k, shared.k_full[stage], shared.k_empty[stage]);
-      load(shared.v[stage], params.v_map, params.v, shared.v_full[stage], shared.v_empty[stage]);
+      load(shared.k[use.stage()], shared.k_pipe, params.k_map, params.k);
+      load(shared.v[use.stage()], shared.v_pipe, params.v_map, params.v);
     }
   }
 }
@@ -108,15 +99,14 @@ __device__ inline void produce_row_scales(const Fp32DqKernelParams& params, Fp32
     for (int i = 0; i < num_tiles; ++i, ++use.count) {
       const KeyTile tile = keys.next();
       const int stage = use.stage();
-      ptx::mbarrier_wait(shared.k_empty[stage], use.empty_parity());
+      wait_empty(shared.k_pipe, use);
 #pragma unroll
       for (int column = lane; column < kBlockN; column += 32) {
         const bool exists = column < tile.num_rows;
         shared.k_scales[stage][column] = exists ? k_scales[tile.row_begin + column] : 1;
         shared.v_scales[stage][column] = exists ? v_scales[tile.row_begin + column] : 0;
       }
-      __syncwarp();
-      if (lane == 0) ptx::mbarrier_arrive(shared.k_full[stage]);
+      sync_and_arrive_as_warp(shared.k_pipe.full[stage]);
     }
   }
 }
@@ -137,9 +127,6 @@ __device__ inline void consume(const Fp32DqKernelParams& params, Fp32DqSharedSto
   const auto tile_of = [](ptx::Operand ring, Ring use) { return ring.advance(use.stage() * Config::kTileBytesN); };
   const auto issue_scores = [](float (&result)[kBlockN / 2], ptx::Operand queries, ptx::Operand keys) {
     issue_half_row_mma<Config::kLimbs, Config::kLimbBytesM, Config::kLimbBytesN>(result, queries, keys);
-  };
-  const auto release = [&](ptx::Mbarrier& empty) {
-    if (lane == 0) ptx::mbarrier_arrive(empty);
   };
 
   Ring use{0};  // of key tiles, over all items
@@ -182,9 +169,9 @@ __device__ inline void consume(const Fp32DqKernelParams& params, Fp32DqSharedSto
       HalfOperand<Config::kLimbs, kBlockN / 4> operand;
       RowLift lift{};
       // Scores of the first tile
-      ptx::mbarrier_wait(shared.q_full, q_parity);
+      wait_full(shared.q_pipe, q_parity);
       q_parity ^= 1;
-      ptx::mbarrier_wait(shared.k_full[use.stage()], use.full_parity());
+      wait_full(shared.k_pipe, use);
       issue_scores(s, q, tile_of(k_ring, use));
       ptx::wgmma_wait<0>(s);
 
@@ -196,7 +183,7 @@ __device__ inline void consume(const Fp32DqKernelParams& params, Fp32DqSharedSto
           const int stage = use.stage();
           const ColumnNumbers k_scales(shared.k_scales[stage]), v_scales(shared.v_scales[stage]);
 
-          ptx::mbarrier_wait(shared.v_full[stage], use.full_parity());
+          wait_full(shared.v_pipe, use);
           issue_scores(dp, dout, tile_of(v_ring, use));
           add_rows(dq, sum, lift.inverse);
           if (tile < item.tiles().num_partial) {
@@ -211,20 +198,20 @@ __device__ inline void consume(const Fp32DqKernelParams& params, Fp32DqSharedSto
           }
           // p under dp
           exponentiate(s, k_scales, q_scales, lse_log2);
-          hold_p(s, ptx::shared_address(&shared.q_full));
+          hold_p(s, ptx::shared_address(&shared.q_pipe));
           ptx::wgmma_wait<0>(dp);
-          release(shared.v_empty[stage]);
+          release(shared.v_pipe, use);
 
           // ds, and s of the next tile
           differentiate(dp, s, dout_scales, v_scales, delta, k_scales);
-          ptx::mbarrier_wait(shared.k_full[next.stage()], next.full_parity());
+          wait_full(shared.k_pipe, next);
           issue_scores(s, q, tile_of(k_ring, next));
           // dq of this tile, to be added in the next step
           lift = RowLift::of(dp);
           split_operand(operand, dp, lift.factor);
           issue_half_column_mma<Config::kLimbBytesN>(sum, operand, tile_of(k_ring, use));
           ptx::wgmma_wait<0>(s, sum);
-          release(shared.k_empty[stage]);
+          release(shared.k_pipe, use);
           ++use.count;
         }
       };
@@ -234,7 +221,7 @@ __device__ inline void consume(const Fp32DqKernelParams& params, Fp32DqSharedSto
         go_through_tiles.template operator()<false>();
       }
 
-      release(shared.q_empty);
+      release(shared.q_pipe);
       add_rows(dq, sum, lift.inverse);
       scale_all(dq, params.softmax_scale);
     }

@@ -40,22 +40,13 @@
 
 namespace mixed_attention::cuda::hopper {
 
-template <int kStages>
-__device__ inline void init_ring(ptx::Mbarrier (&full)[kStages], ptx::Mbarrier (&empty)[kStages], int consumer_warps,
-                                 int producers = 1) {
-  for (int stage = 0; stage < kStages; ++stage) {
-    ptx::mbarrier_init(full[stage], producers);
-    ptx::mbarrier_init(empty[stage], consumer_warps);
-  }
-}
-
 template <typename Config>
 __device__ inline void init_barriers(FwdSharedStorage<Config>& shared) {
   constexpr int kConsumerWarps = Config::kConsumers * kWarpgroup / 32;
-  init_ring(shared.q_full, shared.q_empty, kConsumerWarps);
-  init_ring(shared.k_full, shared.k_empty, kConsumerWarps, Config::kIsMasked ? 2 : 1);
-  init_ring(shared.v_full, shared.v_empty, kConsumerWarps);
-  if constexpr (Config::kHasRowScales) init_ring(shared.row_scales.full, shared.row_scales.empty, kConsumerWarps);
+  init_pipe(shared.q_pipe, 1, kConsumerWarps);
+  init_pipe(shared.k_pipe, Config::kIsMasked ? 2 : 1, kConsumerWarps);
+  init_pipe(shared.v_pipe, 1, kConsumerWarps);
+  if constexpr (Config::kHasRowScales) init_pipe(shared.row_scales.pipe, 1, kConsumerWarps);
   ptx::mbarrier_init(shared.finished, kConsumerWarps);
   shared.has_overflowed = 0;
   ptx::mbarrier_fence_init();
@@ -80,7 +71,6 @@ __device__ inline void produce(const FwdKernelParams& params, FwdSharedStorage<C
 
     const auto load_key_tile = [&](typename Config::Factor* buffer, const CUtensorMap& map, ptx::Mbarrier& full,
                                    KeyTile tile, int batch_step, int limb_step) {
-      ptx::mbarrier_arrive_expect(full, Config::kTileBytesN);
 #pragma unroll
       for (int limb = 0; limb < Config::kLimbs; ++limb) {
         load_clipped_rows<Config::kBlockN, Config::kHeadDim>(buffer + limb * Config::kBlockN * Config::kHeadDim, map,
@@ -89,27 +79,24 @@ __device__ inline void produce(const FwdKernelParams& params, FwdSharedStorage<C
       }
     };
     const auto load_k = [&](KeyTile tile, Ring use) {
-      ptx::mbarrier_wait(shared.k_empty[use.stage()], use.empty_parity());
-      load_key_tile(shared.k[use.stage()], params.k, shared.k_full[use.stage()], tile, params.k_batch_step,
-                    params.row_scales.k_limb_step);
+      load_key_tile(shared.k[use.stage()], params.k, begin_copy(shared.k_pipe, use, Config::kTileBytesN), tile,
+                    params.k_batch_step, params.row_scales.k_limb_step);
     };
     const auto load_v = [&](KeyTile tile, Ring use) {
-      ptx::mbarrier_wait(shared.v_empty[use.stage()], use.empty_parity());
-      load_key_tile(shared.v[use.stage()], params.v, shared.v_full[use.stage()], tile, params.v_batch_step,
-                    params.row_scales.v_limb_step);
+      load_key_tile(shared.v[use.stage()], params.v, begin_copy(shared.v_pipe, use, Config::kTileBytesN), tile,
+                    params.v_batch_step, params.row_scales.v_limb_step);
     };
 
     // In the order in which the consumers need them: keys run one tile ahead of values.
     KeyTileIterator<Config::kBlockN> keys(params.table, items.tiles(), share.begin);
     KeyTile tile = keys.next();
     load_k(tile, Ring{num_loaded});
-    ptx::mbarrier_wait(shared.q_empty[q.stage()], q.empty_parity());
-    ptx::mbarrier_arrive_expect(shared.q_full[q.stage()], Config::kTileBytesM);
+    ptx::Mbarrier& q_full = begin_copy(shared.q_pipe, q, Config::kTileBytesM);
 #pragma unroll
     for (int limb = 0; limb < Config::kLimbs; ++limb) {
       load_rows<Config::kBlockM, Config::kHeadDim>(
-          shared.q[q.stage()] + limb * Config::kBlockM * Config::kHeadDim, params.q, shared.q_full[q.stage()],
-          queries.row_begin, queries.head, queries.batch * params.q_batch_step + limb * params.row_scales.q_limb_step);
+          shared.q[q.stage()] + limb * Config::kBlockM * Config::kHeadDim, params.q, q_full, queries.row_begin,
+          queries.head, queries.batch * params.q_batch_step + limb * params.row_scales.q_limb_step);
     }
     for (int i = share.begin + 1; i < share.end; ++i) {
       const KeyTile next = keys.next();
@@ -133,9 +120,9 @@ __device__ inline void produce_key_bits(const FwdKernelParams& params, FwdShared
     const uint32_t* key_mask_bits = params.key_mask_bits + items.rows().batch * params.key_mask_step;
     KeyTileIterator<Config::kBlockN> keys(params.table, items.tiles(), share.begin);
     for (int i = share.begin; i < share.end; ++i, ++use.count) {
-      ptx::mbarrier_wait(shared.k_empty[use.stage()], use.empty_parity());
+      wait_empty(shared.k_pipe, use);
       gather_key_bits(shared.key_bits[use.stage()], key_mask_bits, keys.next());
-      ptx::mbarrier_arrive(shared.k_full[use.stage()]);
+      ptx::mbarrier_arrive(shared.k_pipe.full[use.stage()]);
     }
   }
   loaded.num_key_tiles = use.count;
@@ -156,10 +143,9 @@ __device__ inline void produce_row_scales(const FwdKernelParams& params, FwdShar
     KeyTileIterator<Config::kBlockN> keys(params.table, items.tiles(), share.begin);
     for (int i = share.begin; i < share.end; ++i, ++use.count) {
       const TileRowScalesLoad<Config::kBlockN> load(k_scales, v_scales, keys.next());
-      ptx::mbarrier_wait(shared.row_scales.empty[use.stage()], use.empty_parity());
+      wait_empty(shared.row_scales.pipe, use);
       load.store(shared.row_scales.tiles[use.stage()]);
-      __syncwarp();
-      if (threadIdx.x % 32 == 0) ptx::mbarrier_arrive(shared.row_scales.full[use.stage()]);
+      sync_and_arrive_as_warp(shared.row_scales.pipe.full[use.stage()]);
     }
   }
 }
@@ -189,17 +175,14 @@ __device__ inline void consume(const FwdKernelParams& params, FwdSharedStorage<C
   auto& o = mma.o;
   OnlineSoftmax softmax;
 
-  const auto release = [&](ptx::Mbarrier& empty) {
-    if (lane == 0) ptx::mbarrier_arrive(empty);
-  };
   const auto issue_s = [&] { mma.issue_s(q_use.stage(), k_use.stage()); };
   const auto issue_o = [&](Ring v_use) {
-    ptx::mbarrier_wait(shared.v_full[v_use.stage()], v_use.full_parity());
+    wait_full(shared.v_pipe, v_use);
     mma.issue_o(v_use.stage());
   };
   // Issues both MMAs of a step: the scores of one tile, and what the one before adds to the output.
   const auto issue_both = [&](Ring v_use) {
-    ptx::mbarrier_wait(shared.k_full[k_use.stage()], k_use.full_parity());
+    wait_full(shared.k_pipe, k_use);
     ptx::named_barrier_sync(own_turn, 2 * kWarpgroup);
     issue_s();
     issue_o(v_use);
@@ -232,12 +215,12 @@ __device__ inline void consume(const FwdKernelParams& params, FwdSharedStorage<C
   if (has_keys) {
     begin_item();
     mma.start_item(params, items.rows(), first_row);
-    ptx::mbarrier_wait(shared.q_full[0], 0);
-    ptx::mbarrier_wait(shared.k_full[0], 0);
+    wait_full(shared.q_pipe, q_use);
+    wait_full(shared.k_pipe, k_use);
     issue_s();
     ptx::wgmma_wait<0>(s);
     finish_s(share.begin);
-    release(shared.k_empty[0]);
+    release(shared.k_pipe, k_use);
     start_softmax();
     softmax.settle<Element>();
     softmax.add_tile();
@@ -256,7 +239,7 @@ __device__ inline void consume(const FwdKernelParams& params, FwdSharedStorage<C
       }
       const bool is_overflow = overflows();
       mma.wait();
-      release(shared.v_empty[v_use.stage()]);
+      release(shared.v_pipe, v_use);
       if (is_overflow) {
         float factor[2];
         issue_s();
@@ -266,11 +249,11 @@ __device__ inline void consume(const FwdKernelParams& params, FwdSharedStorage<C
         softmax.settle<Element>();
         scale_rows(o, factor);
       }
-      release(shared.k_empty[k_use.stage()]);
+      release(shared.k_pipe, k_use);
       softmax.add_tile();
       mma.take_p(shared, k_use);
     }
-    release(shared.q_empty[q_use.stage()]);
+    release(shared.q_pipe, q_use);
 
     // Last MMA beside the next item's first
     const ItemWalk finished = items;
@@ -281,11 +264,11 @@ __device__ inline void consume(const FwdKernelParams& params, FwdSharedStorage<C
     has_keys = items.next_with_keys();
     if (has_keys) {
       mma.start_item(params, items.rows(), first_row);
-      ptx::mbarrier_wait(shared.q_full[q_use.stage()], q_use.full_parity());
+      wait_full(shared.q_pipe, q_use);
       issue_both(v_use);
       begin_item();
       finish_s(share.begin);
-      release(shared.k_empty[k_use.stage()]);
+      release(shared.k_pipe, k_use);
       start_softmax();
       overflows();
       mma.wait();
@@ -296,7 +279,7 @@ __device__ inline void consume(const FwdKernelParams& params, FwdSharedStorage<C
       issue_o(v_use);
       mma.wait();
     }
-    release(shared.v_empty[v_use.stage()]);
+    release(shared.v_pipe, v_use);
     // Output of the finished item
     store_item<Config>(params, shared, finished, first_row, o, total, bases_of(q_use.count - 1));
   }

@@ -117,7 +117,7 @@ struct FwdMma<Config> {
   }
 
   __device__ void finish_s(FwdSharedStorage<Config>& shared, Ring use) {
-    ptx::mbarrier_wait(shared.row_scales.full[use.stage()], use.full_parity());
+    wait_full(shared.row_scales.pipe, use);
     scale_columns(shared.row_scales.tiles[use.stage()].k);
   }
 
@@ -134,8 +134,7 @@ struct FwdMma<Config> {
 #pragma unroll
     for (int i = 0; i < Config::kBlockN / 4; ++i) p.set(i, s[2 * i], s[2 * i + 1]);
     v_scale = row_scales.largest_v;
-    __syncwarp();
-    if (threadIdx.x % 32 == 0) ptx::mbarrier_arrive(shared.row_scales.empty[use.stage()]);
+    sync_and_release(shared.row_scales.pipe, use);
   }
 
  private:

@@ -84,22 +84,18 @@ __device__ inline void repair_items(const FwdKernelParams& params, FwdSharedStor
   auto& s = mma.s;
   auto& o = mma.o;
   const RowBases bases{shared.bases[0] + first_row + threadIdx.x % 32 / 4, true};
-  const auto release = [](ptx::Mbarrier& empty) {
-    __syncwarp();
-    if (threadIdx.x % 32 == 0) ptx::mbarrier_arrive(empty);
-  };
   for (ItemWalk<Config::kBlockM> items(params.table); items.next_with_keys(); ++q_use.count) {
     const TileShare share = items.share();
     OnlineSoftmax softmax;
     mma.start_item(params, items.rows(), first_row);
     clear(o);
-    ptx::mbarrier_wait(shared.q_full[q_use.stage()], q_use.full_parity());
+    wait_full(shared.q_pipe, q_use);
     for (int tile = share.begin; tile < share.end; ++tile, ++k_use.count) {
-      ptx::mbarrier_wait(shared.k_full[k_use.stage()], k_use.full_parity());
+      wait_full(shared.k_pipe, k_use);
       mma.issue_s(q_use.stage(), k_use.stage());
       ptx::wgmma_wait<0>(s);
       finish_scores(params, shared, mma, items, share, k_use, tile);
-      release(shared.k_empty[k_use.stage()]);
+      sync_and_release(shared.k_pipe, k_use);
       if (tile == share.begin) {
         softmax.start<Element, 0>(s, mma.scale_log2, bases);
       } else {
@@ -109,12 +105,12 @@ __device__ inline void repair_items(const FwdKernelParams& params, FwdSharedStor
       }
       softmax.add_tile();
       mma.take_p(shared, k_use);
-      ptx::mbarrier_wait(shared.v_full[k_use.stage()], k_use.full_parity());
+      wait_full(shared.v_pipe, k_use);
       mma.issue_o(k_use.stage());
       mma.wait();
-      release(shared.v_empty[k_use.stage()]);
+      sync_and_release(shared.v_pipe, k_use);
     }
-    release(shared.q_empty[q_use.stage()]);
+    sync_and_release(shared.q_pipe, q_use);
     replace_item<Config>(params, items, first_row, o, softmax);
   }
 }
