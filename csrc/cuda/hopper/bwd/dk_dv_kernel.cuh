@@ -32,11 +32,10 @@
 #include "cuda/hopper/bwd/scores.cuh"
 #include "cuda/hopper/tile/mma.cuh"
 #include "cuda/hopper/tile/ring.cuh"
+#include "cuda/hopper/tile/run_roles.cuh"
 #include "cuda/hopper/tile/store_rows.cuh"
-#include "cuda/ptx/dependent_grids.cuh"
 #include "cuda/ptx/elect.cuh"
 #include "cuda/ptx/mbarrier.cuh"
-#include "cuda/ptx/setmaxnreg.cuh"
 #include "cuda/ptx/wgmma.cuh"
 
 namespace mixed_attention::cuda::hopper {
@@ -52,17 +51,6 @@ __device__ inline void init_barriers(DkDvSharedStorage<Config>& shared) {
   ptx::mbarrier_init(shared.peer_full, kConsumerWarps);
   ptx::mbarrier_init(shared.peer_empty, kConsumerWarps);
   ptx::mbarrier_fence_init();
-}
-
-// A __syncthreads of the whole cluster: it publishes the barriers, and keeps shared memory alive until the peer is
-// done.
-template <typename Config>
-__device__ inline void sync_blocks() {
-  if constexpr (Config::kSplits > 1) {
-    ptx::cluster_sync();
-  } else {
-    __syncthreads();
-  }
 }
 
 template <typename Config>
@@ -236,31 +224,23 @@ __global__ void __launch_bounds__(Config::kThreads, 1)
   extern __shared__ __align__(1024) unsigned char memory[];
   DkDvSharedStorage<Config>& shared = *reinterpret_cast<DkDvSharedStorage<Config>*>(memory);
 
-  if (threadIdx.x == 0) {
+  const auto prepare = [&] {
     prefetch_input_maps(params);
     init_barriers(shared);
-  }
-  ptx::allow_next_grid();
-  sync_blocks<Config>();
-  ptx::wait_for_grids_before();
-
-  const int warpgroup = __shfl_sync(0xffffffff, threadIdx.x / kWarpgroup, 0);
-  if (warpgroup == 0) {
-    ptx::release_registers<Config::kProducerRegisters>();
-    const int warp = threadIdx.x / 32;
+  };
+  const auto produce_as_warp = [&](int warp) {
     if (warp == 0) {
       if (ptx::elect_one()) produce_queries<Config>(params, shared);
     } else if constexpr (Config::kIsOrdered) {
       if (warp <= DqExchange<Config>::kStagings && ptx::elect_one()) send_dq(params, shared, warp - 1);
     }
-  } else if (warpgroup <= Config::kConsumers) {
-    ptx::acquire_registers<Config::kConsumerRegisters>();
-    consume(params, shared, warpgroup - 1);
-  } else if constexpr (Config::kAddsDq) {
-    ptx::release_registers<Config::kDqRegisters>();
-    add_dq(params, shared);
+  };
+  const auto consume_as = [&](int consumer) { consume(params, shared, consumer); };
+  if constexpr (Config::kAddsDq) {
+    run_roles<Config, Config::kSplits>(prepare, produce_as_warp, consume_as, [&] { add_dq(params, shared); });
+  } else {
+    run_roles<Config, Config::kSplits>(prepare, produce_as_warp, consume_as);
   }
-  if constexpr (Config::kSplits > 1) ptx::cluster_sync();
 }
 
 }  // namespace mixed_attention::cuda::hopper

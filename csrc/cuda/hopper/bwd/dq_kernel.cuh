@@ -24,11 +24,10 @@
 #include "cuda/hopper/tile/load_tile.cuh"
 #include "cuda/hopper/tile/mma.cuh"
 #include "cuda/hopper/tile/ring.cuh"
+#include "cuda/hopper/tile/run_roles.cuh"
 #include "cuda/hopper/tile/store_rows.cuh"
-#include "cuda/ptx/dependent_grids.cuh"
 #include "cuda/ptx/elect.cuh"
 #include "cuda/ptx/mbarrier.cuh"
-#include "cuda/ptx/setmaxnreg.cuh"
 #include "cuda/ptx/tma.cuh"
 #include "cuda/ptx/wgmma.cuh"
 
@@ -211,30 +210,18 @@ __global__ void __launch_bounds__(Config::kThreads, 1) hopper_dq_kernel(const __
   extern __shared__ __align__(1024) unsigned char memory[];
   DqSharedStorage<Config>& shared = *reinterpret_cast<DqSharedStorage<Config>*>(memory);
 
-  if (threadIdx.x == 0) {
-    ptx::prefetch_tensor_map(params.q);
-    ptx::prefetch_tensor_map(params.dout);
-    ptx::prefetch_tensor_map(params.k);
-    ptx::prefetch_tensor_map(params.v);
+  const auto prepare = [&] {
+    prefetch_input_maps(params);
     init_barriers(shared);
-  }
-  ptx::allow_next_grid();
-  __syncthreads();
-  ptx::wait_for_grids_before();
-
-  const int warpgroup = __shfl_sync(0xffffffff, threadIdx.x / kWarpgroup, 0);
-  if (warpgroup == 0) {
-    ptx::release_registers<Config::kProducerRegisters>();
-    const int warp = threadIdx.x / 32;
+  };
+  const auto produce_as_warp = [&](int warp) {
     if (warp == 0 && ptx::elect_one()) {
       produce(params, shared);
     } else if (Config::kIsMasked && warp == 1 && ptx::elect_one()) {
       produce_key_bits(params, shared);
     }
-  } else {
-    ptx::acquire_registers<Config::kConsumerRegisters>();
-    consume(params, shared, warpgroup - 1);
-  }
+  };
+  run_roles<Config>(prepare, produce_as_warp, [&](int consumer) { consume(params, shared, consumer); });
 }
 
 }  // namespace mixed_attention::cuda::hopper

@@ -13,13 +13,6 @@
 
 namespace mixed_attention::cuda::hopper {
 
-__device__ inline void prefetch_input_maps(const DkDvKernelParams& params) {
-  ptx::prefetch_tensor_map(params.q);
-  ptx::prefetch_tensor_map(params.dout);
-  ptx::prefetch_tensor_map(params.k);
-  ptx::prefetch_tensor_map(params.v);
-}
-
 // num_key_readers: warps that read keys and values.
 template <typename Config, typename SharedStorage>
 __device__ inline void init_input_barriers(SharedStorage& shared, int num_key_readers) {

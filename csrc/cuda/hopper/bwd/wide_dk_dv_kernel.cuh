@@ -30,12 +30,11 @@
 #include "cuda/hopper/plan/work_items.cuh"
 #include "cuda/hopper/tile/mma.cuh"
 #include "cuda/hopper/tile/ring.cuh"
+#include "cuda/hopper/tile/run_roles.cuh"
 #include "cuda/hopper/tile/store_rows.cuh"
-#include "cuda/ptx/dependent_grids.cuh"
 #include "cuda/ptx/elect.cuh"
 #include "cuda/ptx/fence.cuh"
 #include "cuda/ptx/mbarrier.cuh"
-#include "cuda/ptx/setmaxnreg.cuh"
 #include "cuda/ptx/wgmma.cuh"
 
 namespace mixed_attention::cuda::hopper {
@@ -213,28 +212,23 @@ __global__ void __launch_bounds__(Config::kThreads, 1)
   extern __shared__ __align__(1024) unsigned char memory[];
   WideDkDvSharedStorage<Config>& shared = *reinterpret_cast<WideDkDvSharedStorage<Config>*>(memory);
 
-  if (threadIdx.x == 0) {
+  const auto prepare = [&] {
     prefetch_input_maps(params);
     init_input_barriers<Config>(shared, Config::kConsumers * kWarpgroup / 32);
     init_p_barriers(shared);
     ptx::mbarrier_fence_init();
-  }
-  ptx::allow_next_grid();
-  __syncthreads();
-  ptx::wait_for_grids_before();
-
-  const int warpgroup = __shfl_sync(0xffffffff, threadIdx.x / kWarpgroup, 0);
-  if (warpgroup == 0) {
-    ptx::release_registers<Config::kProducerRegisters>();
-    if (threadIdx.x / 32 == 0 && ptx::elect_one()) produce_queries<Config>(params, shared);
-  } else {
-    ptx::acquire_registers<Config::kConsumerRegisters>();
-    if (warpgroup == 1) {
+  };
+  const auto produce_as_warp = [&](int warp) {
+    if (warp == 0 && ptx::elect_one()) produce_queries<Config>(params, shared);
+  };
+  const auto consume_as = [&](int consumer) {
+    if (consumer == 0) {
       own_dv(params, shared);
     } else {
       own_dk(params, shared);
     }
-  }
+  };
+  run_roles<Config>(prepare, produce_as_warp, consume_as);
 }
 
 }  // namespace mixed_attention::cuda::hopper

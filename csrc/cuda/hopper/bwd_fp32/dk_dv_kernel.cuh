@@ -31,10 +31,9 @@
 #include "cuda/hopper/split_fp16/half_mma.cuh"
 #include "cuda/hopper/tile/fragment_values.cuh"
 #include "cuda/hopper/tile/ring.cuh"
-#include "cuda/ptx/dependent_grids.cuh"
+#include "cuda/hopper/tile/run_roles.cuh"
 #include "cuda/ptx/elect.cuh"
 #include "cuda/ptx/mbarrier.cuh"
-#include "cuda/ptx/setmaxnreg.cuh"
 #include "cuda/ptx/tma.cuh"
 #include "cuda/ptx/wgmma.cuh"
 
@@ -236,25 +235,17 @@ __global__ void __launch_bounds__(Config::kThreads, 1)
   extern __shared__ __align__(1024) unsigned char memory[];
   Fp32DkDvSharedStorage<Config>& shared = *reinterpret_cast<Fp32DkDvSharedStorage<Config>*>(memory);
 
-  if (threadIdx.x == 0) {
+  const auto prepare = [&] {
     ptx::prefetch_tensor_map(params.q_map);
     ptx::prefetch_tensor_map(params.dout_map);
     ptx::prefetch_tensor_map(params.k_map);
     ptx::prefetch_tensor_map(params.v_map);
     init_barriers(shared);
-  }
-  ptx::allow_next_grid();
-  __syncthreads();
-  ptx::wait_for_grids_before();
-
-  const int warpgroup = __shfl_sync(0xffffffff, threadIdx.x / kWarpgroup, 0);
-  if (warpgroup == 0) {
-    ptx::release_registers<Config::kProducerRegisters>();
-    if (threadIdx.x / 32 == 0 && ptx::elect_one()) produce(params, shared);
-  } else {
-    ptx::acquire_registers<Config::kConsumerRegisters>();
-    consume(params, shared, warpgroup - 1);
-  }
+  };
+  const auto produce_as_warp = [&](int warp) {
+    if (warp == 0 && ptx::elect_one()) produce(params, shared);
+  };
+  run_roles<Config>(prepare, produce_as_warp, [&](int consumer) { consume(params, shared, consumer); });
 }
 
 }  // namespace mixed_attention::cuda::hopper

@@ -30,11 +30,10 @@
 #include "cuda/hopper/tile/fragment_values.cuh"
 #include "cuda/hopper/tile/named_barriers.h"
 #include "cuda/hopper/tile/ring.cuh"
-#include "cuda/ptx/dependent_grids.cuh"
+#include "cuda/hopper/tile/run_roles.cuh"
 #include "cuda/ptx/elect.cuh"
 #include "cuda/ptx/mbarrier.cuh"
 #include "cuda/ptx/named_barrier.cuh"
-#include "cuda/ptx/setmaxnreg.cuh"
 #include "cuda/ptx/tma.cuh"
 #include "cuda/ptx/wgmma.cuh"
 
@@ -239,30 +238,21 @@ __global__ void __launch_bounds__(Config::kThreads, 1)
   extern __shared__ __align__(1024) unsigned char memory[];
   Fp32DqSharedStorage<Config>& shared = *reinterpret_cast<Fp32DqSharedStorage<Config>*>(memory);
 
-  if (threadIdx.x == 0) {
+  const auto prepare = [&] {
     ptx::prefetch_tensor_map(params.q_map);
     ptx::prefetch_tensor_map(params.dout_map);
     ptx::prefetch_tensor_map(params.k_map);
     ptx::prefetch_tensor_map(params.v_map);
     init_barriers(shared);
-  }
-  ptx::allow_next_grid();
-  __syncthreads();
-  ptx::wait_for_grids_before();
-
-  const int warpgroup = __shfl_sync(0xffffffff, threadIdx.x / kWarpgroup, 0);
-  if (warpgroup == 0) {
-    ptx::release_registers<Config::kProducerRegisters>();
-    const int warp = threadIdx.x / 32;
+  };
+  const auto produce_as_warp = [&](int warp) {
     if (warp == 0 && ptx::elect_one()) {
       produce(params, shared);
     } else if (warp == 1) {
       produce_row_scales(params, shared);
     }
-  } else {
-    ptx::acquire_registers<Config::kConsumerRegisters>();
-    consume(params, shared, warpgroup - 1);
-  }
+  };
+  run_roles<Config>(prepare, produce_as_warp, [&](int consumer) { consume(params, shared, consumer); });
 }
 
 }  // namespace mixed_attention::cuda::hopper

@@ -9,6 +9,15 @@
 
 namespace mixed_attention::cuda::hopper {
 
+// Prefetches the maps of a backward kernel's inputs.
+template <typename Params>
+__device__ inline void prefetch_input_maps(const Params& params) {
+  ptx::prefetch_tensor_map(params.q);
+  ptx::prefetch_tensor_map(params.dout);
+  ptx::prefetch_tensor_map(params.k);
+  ptx::prefetch_tensor_map(params.v);
+}
+
 // Copies kRows rows of a head; map: make_tile_map. Those past the tensor's end arrive as zeros, as do columns past the
 // head's.
 template <int kRows, int kHeadDim, typename Element>
