@@ -61,7 +61,7 @@ class ShareCheck {
     check_addresses(whole, workspace, share);
   }
 
-  // As the blocks of hopper_dk_dv_kernel and those of wide heads go; sum_rows: of dk and of dv that were written.
+  // As the blocks of hopper_dk_dv_kernel go, those of wide heads and those for fp32; dk, dv: rows that were written.
   template <typename Config>
   void walk_keys(Rows& dk, Rows& dv) {
     const auto table = with_poison(*params_.schedule, hopper::make_key_work_table(params_, runs_, Config::kBlockN));
@@ -88,22 +88,6 @@ class ShareCheck {
       }
     });
     if constexpr (Config::kIsOrdered) expect_turns(additions, num_sequences_ * sums_.num_tiles);
-  }
-
-  // As the blocks of hopper_fp32_dk_dv_kernel go.
-  template <typename Config>
-  void walk_fp32_keys(Rows& dk, Rows& dv) {
-    const auto table = with_poison(*params_.schedule, hopper::make_key_work_table(params_, runs_, Config::kBlockN));
-    for_each_block(hopper::num_persistent_blocks(table->num_items, kDevice), [&] {
-      for (hopper::WorkItems<Config::kBlockN, hopper::KeyWorkTable> item(*table); item.next();) {
-        const ma::Range keys{item.row_begin, std::min(item.row_begin + Config::kBlockN, item.tiles().row_end)};
-        dk.add(global(sequence_of(item)), keys);
-        dv.add(global(sequence_of(item)), keys);
-        if (item.tiles().num_tiles == 0) continue;
-        hopper::QueryTileIterator queries(*table, item.tiles(), 0);
-        for (int i = 0; i < item.tiles().num_tiles; ++i) visit(sequence_of(item), queries.next(), keys);
-      }
-    });
   }
 
   // As the blocks of hopper_dq_accum_kernel go: each reads what was added for its tile, and nothing else does.
@@ -256,7 +240,7 @@ void check_plan(const Problem& problem, const Visits& listed, const ma::BwdParam
   for (const BwdShare& share : plan.shares) {
     ShareCheck check(problem, params, workspace, share, runs, visits);
     if (params.dtype == ma::DType::kFloat32) {
-      check.walk_fp32_keys<hopper::Fp32DkDvConfig<1>>(dk, dv);
+      check.walk_keys<hopper::Fp32DkDvConfig<1>>(dk, dv);
     } else {
       walk_16_bit(check, plan.dq_form, share.splits, hopper::is_wide(params.head_dim), dk, dv);
     }

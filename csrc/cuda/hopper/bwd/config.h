@@ -44,14 +44,15 @@ inline constexpr int kStatsTileFloats = kQueryTileRows + 4;
 // Key rows of an item of that kernel.
 constexpr int key_tile_rows(int64_t head_dim) { return is_wide(head_dim) ? kWarpgroupRows : 2 * kWarpgroupRows; }
 
-// Tiles of kBlockM_ queries and kBlockN_ keys as they lie in shared memory.
-template <typename Element_, int kHeadDim_, int kBlockM_, int kBlockN_>
+// Tiles of kBlockM_ queries and kBlockN_ keys as they lie in shared memory, the limbs of fp32 one behind the other.
+template <typename Element_, int kHeadDim_, int kBlockM_, int kBlockN_, int kLimbs_ = 1>
 struct BwdTiles {
   using Element = Element_;
-  static constexpr int kHeadDim = kHeadDim_, kBlockM = kBlockM_, kBlockN = kBlockN_;
+  static constexpr int kHeadDim = kHeadDim_, kBlockM = kBlockM_, kBlockN = kBlockN_, kLimbs = kLimbs_;
   static constexpr int kSlabColumns = slab_columns(kHeadDim), kRowBytes = kSlabColumns * sizeof(Element);
-  static constexpr int kSlabBytesM = kBlockM * kRowBytes, kTileBytesM = kHeadDim / kSlabColumns * kSlabBytesM;
-  static constexpr int kSlabBytesN = kBlockN * kRowBytes, kTileBytesN = kHeadDim / kSlabColumns * kSlabBytesN;
+  static constexpr int kSlabBytesM = kBlockM * kRowBytes, kLimbBytesM = kHeadDim / kSlabColumns * kSlabBytesM;
+  static constexpr int kSlabBytesN = kBlockN * kRowBytes, kLimbBytesN = kHeadDim / kSlabColumns * kSlabBytesN;
+  static constexpr int kTileBytesM = kLimbs * kLimbBytesM, kTileBytesN = kLimbs * kLimbBytesN;
 
   static_assert(sizeof(Element) == 2 && kHeadDim % kSlabColumns == 0, "tiles are whole slabs of 16-bit elements");
 };
@@ -124,8 +125,8 @@ struct DkDvSharedStorage {
   alignas(1024) Element dout[Config::kStagesDout][Config::kBlockM * Config::kHeadDim];
   // By warp: 16 rows of a result on their way out, or, where queries are split, its fp32 sums of the other block.
   alignas(1024) Element staging[Config::kConsumers * kWarpgroup / 32][Config::kSplits * 16 * Config::kHeadDim];
-  alignas(128) float lse_log2[Config::kStagesQ][kStatsTileFloats];
-  alignas(128) float delta[Config::kStagesDout][Config::kBlockM];
+  alignas(128) float q_stats[Config::kStagesQ][kStatsTileFloats];       // log-sum-exps in base 2, and a mark
+  alignas(128) float dout_stats[Config::kStagesDout][Config::kBlockM];  // delta
 
   SingleBufferPipe kv_pipe;
   Pipe<Config::kStagesQ> q_pipe;

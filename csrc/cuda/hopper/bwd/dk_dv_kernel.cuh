@@ -108,8 +108,8 @@ __device__ inline void consume(const DkDvKernelParams& params, DkDvSharedStorage
       ColumnStats<kBlockM> lse_log2;
       wait_full(shared.q_pipe, first);
       wait_full(shared.dout_pipe, first_dout);
-      lse_log2.load(shared.lse_log2[first.stage()]);
-      start_differences(dp, shared.delta[first_dout.stage()]);
+      lse_log2.load(shared.q_stats[first.stage()]);
+      start_differences(dp, shared.dout_stats[first_dout.stage()]);
       k.issue_transposed_scores(s, q_tile);
       if constexpr (Config::kAddsDq) wait_for_room(shared.dq_exchange, num_used);
       ptx::wgmma_wait<0>(s);
@@ -126,11 +126,11 @@ __device__ inline void consume(const DkDvKernelParams& params, DkDvSharedStorage
           issue_column_mma<Element>(dk, ds_operand, previous_q);
           v.template issue_transposed_scores<true>(dp, dout_tile);
           if constexpr (kRelates) {
-            const float* lse_tile = shared.lse_log2[QRing{num_used}.stage()];
+            const float* lse_tile = shared.q_stats[QRing{num_used}.stage()];
             if (is_marked(lse_tile)) relate_columns(s, lse_tile);
           } else if constexpr (Config::kIsOrdered) {
             // NOTE: a branch that is never taken, which keeps ptxas from mixing what follows with the MMAs.
-            if (shared.lse_log2[QRing{num_used}.stage()][kMarkPlace] == kHasReferences) __trap();
+            if (shared.q_stats[QRing{num_used}.stage()][kMarkPlace] == kHasReferences) __trap();
           }
           scale_columns(s, params.softmax_scale_log2, lse_log2);
           // NOTE: behind a wait, a branch, ptxas spreads the handing over among the last exponentials; without one it
@@ -162,8 +162,8 @@ __device__ inline void consume(const DkDvKernelParams& params, DkDvSharedStorage
 
           // Statistics of the next tile
           wait_full(shared.dout_pipe, next_dout);
-          lse_log2.load(shared.lse_log2[next.stage()]);
-          start_differences(dp, shared.delta[next_dout.stage()]);
+          lse_log2.load(shared.q_stats[next.stage()]);
+          start_differences(dp, shared.dout_stats[next_dout.stage()]);
           if constexpr (Config::kAddsDq) wait_for_room(shared.dq_exchange, num_used);
           ptx::wgmma_wait<0>(dv, s);
           sync_and_release(shared.dout_pipe, dout);

@@ -17,11 +17,11 @@
 #include <numbers>
 
 #include "cuda/hopper/bwd/config.h"
+#include "cuda/hopper/bwd/key_producer.cuh"
 #include "cuda/hopper/bwd/params.h"
 #include "cuda/hopper/bwd/scores.cuh"
 #include "cuda/hopper/mask/key_bits.cuh"
 #include "cuda/hopper/plan/work_items.cuh"
-#include "cuda/hopper/tile/load_tile.cuh"
 #include "cuda/hopper/tile/mma.cuh"
 #include "cuda/hopper/tile/ring.cuh"
 #include "cuda/hopper/tile/run_roles.cuh"
@@ -33,50 +33,11 @@
 
 namespace mixed_attention::cuda::hopper {
 
-template <typename Config>
-__device__ inline void init_barriers(DqSharedStorage<Config>& shared) {
-  constexpr int kConsumerWarps = Config::kConsumers * kWarpgroup / 32;
-  init_pipe(shared.q_pipe, 1, kConsumerWarps);
-  init_pipe(shared.k_pipe, Config::kIsMasked ? 2 : 1, kConsumerWarps);
-  init_pipe(shared.v_pipe, 1, kConsumerWarps);
-  ptx::mbarrier_fence_init();
-}
-
-template <typename Config>
-__device__ inline void produce(const DqKernelParams& params, DqSharedStorage<Config>& shared) {
-  constexpr int kBlockM = Config::kBlockM, kBlockN = Config::kBlockN, kHeadDim = Config::kHeadDim;
-  uint32_t num_loaded = 0;  // key tiles, over all items
-  uint32_t q_parity = 1;
-  for (WorkItems<kBlockM, UncutWorkTable> item(params.table); item.next();) {
-    const int num_tiles = item.tiles().num_tiles;
-    if (num_tiles == 0) continue;
-
-    ptx::Mbarrier& q_full = begin_copy(shared.q_pipe, q_parity, 2 * Config::kTileBytesM);
-    q_parity ^= 1;
-    load_rows<kBlockM, kHeadDim>(shared.q, params.q, q_full, item.row_begin, item.head,
-                                 item.batch * params.q_batch_step);
-    load_rows<kBlockM, kHeadDim>(shared.dout, params.dout, q_full, item.row_begin, item.head,
-                                 item.batch * params.dout_batch_step);
-
-    KeyTileIterator<kBlockN> keys(params.table, item.tiles());
-    for (int i = 0; i < num_tiles; ++i, ++num_loaded) {
-      const KeyTile tile = keys.next();
-      const auto load = [&](auto use, auto& ring, auto& pipe, const CUtensorMap& map, int batch_step) {
-        ptx::Mbarrier& full = begin_copy(pipe, use, Config::kTileBytesN);
-        load_clipped_rows<kBlockN, kHeadDim>(ring[use.stage()], map, full, tile.row_begin, tile.num_rows, item.head,
-                                             item.batch * batch_step);
-      };
-      load(RingUse<Config::kStagesK>{num_loaded}, shared.k, shared.k_pipe, params.k, params.k_batch_step);
-      load(RingUse<Config::kStagesV>{num_loaded}, shared.v, shared.v_pipe, params.v, params.v_batch_step);
-    }
-  }
-}
-
 // Under a mask a second thread follows the first and brings the bits of the key tiles.
 template <typename Config>
 __device__ inline void produce_key_bits(const DqKernelParams& params, DqSharedStorage<Config>& shared) {
   RingUse<Config::kStagesK> use{0};
-  for (WorkItems<Config::kBlockM, UncutWorkTable> item(params.table); item.next();) {
+  for (QueryItems<Config> item(params.table); item.next();) {
     const int num_tiles = item.tiles().num_tiles;
     if (num_tiles == 0) continue;
 
@@ -117,7 +78,7 @@ __device__ inline void consume(const DqKernelParams& params, DqSharedStorage<Con
 
   uint32_t num_used = 0;  // key tiles, over all items
   uint32_t q_parity = 0;
-  for (WorkItems<Config::kBlockM, UncutWorkTable> item(params.table); item.next();) {
+  for (QueryItems<Config> item(params.table); item.next();) {
     const int num_tiles = item.tiles().num_tiles;
     const int row_begin = item.row_begin + first_row;
     const int num_rows = item.tiles().row_end - row_begin;
@@ -212,11 +173,11 @@ __global__ void __launch_bounds__(Config::kThreads, 1) hopper_dq_kernel(const __
 
   const auto prepare = [&] {
     prefetch_input_maps(params);
-    init_barriers(shared);
+    init_key_barriers<Config>(shared, Config::kIsMasked ? 2 : 1);
   };
   const auto produce_as_warp = [&](int warp) {
     if (warp == 0 && ptx::elect_one()) {
-      produce(params, shared);
+      produce_keys<Config>(params, shared);
     } else if (Config::kIsMasked && warp == 1 && ptx::elect_one()) {
       produce_key_bits(params, shared);
     }

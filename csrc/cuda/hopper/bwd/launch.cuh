@@ -61,15 +61,15 @@ void launch_stats(const BwdParams& params, const QueryStats& stats, const BwdWor
                                                             kernel_params);
 }
 
-template <typename Config>
-DkDvKernelParams make_dk_dv_kernel_params(const BwdParams& params, const QueryStats& stats,
-                                          const BwdWorkspace& workspace, const std::vector<QueryRun>& runs) {
-  const BwdTensors tensors = bwd_tensors(params, workspace);
+// tensors: the inputs; mapped: the same as TMA reads them, or their limbs.
+template <typename Config, typename Stats>
+DkDvParamsOf<Stats> make_dk_dv_params(const BwdParams& params, const BwdTensors& tensors, const BwdTensors& mapped,
+                                      const Stats& stats, const std::vector<QueryRun>& runs) {
   return {
-      .q = make_clipped_tile_map(tensors.q, Config::kBlockM, Config::kSlabColumns),
-      .dout = make_clipped_tile_map(tensors.dout, Config::kBlockM, Config::kSlabColumns),
-      .k = make_clipped_tile_map(tensors.k, Config::kBlockN, Config::kSlabColumns),
-      .v = make_clipped_tile_map(tensors.v, Config::kBlockN, Config::kSlabColumns),
+      .q = make_clipped_tile_map(mapped.q, Config::kBlockM, Config::kSlabColumns),
+      .dout = make_clipped_tile_map(mapped.dout, Config::kBlockM, Config::kSlabColumns),
+      .k = make_clipped_tile_map(mapped.k, Config::kBlockN, Config::kSlabColumns),
+      .v = make_clipped_tile_map(mapped.v, Config::kBlockN, Config::kSlabColumns),
       .q_batch_step = batch_step(tensors.q.strides),
       .dout_batch_step = batch_step(tensors.dout.strides),
       .k_batch_step = batch_step(tensors.k.strides),
@@ -79,14 +79,22 @@ DkDvKernelParams make_dk_dv_kernel_params(const BwdParams& params, const QuerySt
       .dk_strides = params.dk_strides,
       .dv_strides = params.dv_strides,
       .stats = stats,
-      .dq_accum = workspace.dq_accum,
       .head_dim = static_cast<int>(params.head_dim),
-      .key_mask_bits = workspace.masked_keys.key_mask_bits,
-      .key_mask_step = workspace.masked_keys.key_mask_step(),
       .softmax_scale = static_cast<float>(params.softmax_scale),
       .softmax_scale_log2 = static_cast<float>(params.softmax_scale * std::numbers::log2e),
       .table = make_key_work_table(params, runs, Config::kBlockN),
   };
+}
+
+template <typename Config>
+DkDvKernelParams make_dk_dv_kernel_params(const BwdParams& params, const QueryStats& stats,
+                                          const BwdWorkspace& workspace, const std::vector<QueryRun>& runs) {
+  const BwdTensors tensors = bwd_tensors(params, workspace);
+  DkDvKernelParams kernel_params = make_dk_dv_params<Config>(params, tensors, tensors, stats, runs);
+  kernel_params.dq_accum = workspace.dq_accum;
+  kernel_params.key_mask_bits = workspace.masked_keys.key_mask_bits;
+  kernel_params.key_mask_step = workspace.masked_keys.key_mask_step();
+  return kernel_params;
 }
 
 template <typename Config>
@@ -104,31 +112,39 @@ void launch_wide_dk_dv(const BwdParams& params, const QueryStats& stats, const B
       "launch of hopper_wide_dk_dv_kernel", make_dk_dv_kernel_params<Config>(params, stats, workspace, runs), params);
 }
 
+// tensors and mapped: as for dk and dv.
 template <typename Config>
-void launch_dq(const BwdParams& params, const BwdWorkspace& workspace) {
-  const BwdTensors tensors = bwd_tensors(params, workspace);
-  const DqKernelParams kernel_params{
-      .q = make_tile_map(tensors.q, Config::kBlockM, Config::kSlabColumns),
-      .dout = make_tile_map(tensors.dout, Config::kBlockM, Config::kSlabColumns),
-      .k = make_clipped_tile_map(tensors.k, Config::kBlockN, Config::kSlabColumns),
-      .v = make_clipped_tile_map(tensors.v, Config::kBlockN, Config::kSlabColumns),
+DqKernelParams make_dq_params(const BwdParams& params, const BwdTensors& tensors, const BwdTensors& mapped,
+                              const DqTensor& dq, const float* delta, const RowReference* references) {
+  return {
+      .q = make_tile_map(mapped.q, Config::kBlockM, Config::kSlabColumns),
+      .dout = make_tile_map(mapped.dout, Config::kBlockM, Config::kSlabColumns),
+      .k = make_clipped_tile_map(mapped.k, Config::kBlockN, Config::kSlabColumns),
+      .v = make_clipped_tile_map(mapped.v, Config::kBlockN, Config::kSlabColumns),
       .q_batch_step = batch_step(tensors.q.strides),
       .dout_batch_step = batch_step(tensors.dout.strides),
       .k_batch_step = batch_step(tensors.k.strides),
       .v_batch_step = batch_step(tensors.v.strides),
-      .dq = workspace.dq.data,
-      .dq_strides = workspace.dq.strides,
+      .dq = dq.data,
+      .dq_strides = dq.strides,
       .lse = static_cast<const float*>(params.lse),
-      .delta = workspace.delta_of_rows,
-      .references = workspace.references,
+      .delta = delta,
+      .references = references,
       .seqlen_q = params.seqlen_q,
       .head_dim = static_cast<int>(params.head_dim),
-      .key_mask_bits = workspace.masked_keys.key_mask_bits,
-      .key_mask_step = workspace.masked_keys.key_mask_step(),
       .softmax_scale = static_cast<float>(params.softmax_scale),
       .softmax_scale_log2 = static_cast<float>(params.softmax_scale * std::numbers::log2e),
       .table = {make_work_table(params, Config::kBlockM, Config::kBlockN)},
   };
+}
+
+template <typename Config>
+void launch_dq(const BwdParams& params, const BwdWorkspace& workspace) {
+  const BwdTensors tensors = bwd_tensors(params, workspace);
+  DqKernelParams kernel_params =
+      make_dq_params<Config>(params, tensors, tensors, workspace.dq, workspace.delta_of_rows, workspace.references);
+  kernel_params.key_mask_bits = workspace.masked_keys.key_mask_bits;
+  kernel_params.key_mask_step = workspace.masked_keys.key_mask_step();
   launch_persistent<Config, DqSharedStorage<Config>, hopper_dq_kernel<Config>>("launch of hopper_dq_kernel",
                                                                                kernel_params, params);
 }

@@ -18,6 +18,18 @@ struct QueryStats {
   int num_tiles;
 };
 
+// By how many sequences the low limbs of an fp32 input stand behind the high ones (half_limbs.h); 16-bit inputs have
+// none.
+struct LimbSteps {
+  int q, dout, k, v;
+};
+
+// Those of a kernel's inputs; the kernels for fp32 have overloads.
+template <typename Params>
+constexpr LimbSteps limb_steps(const Params&) {
+  return {};
+}
+
 // The inputs of scores that are computed once more, and the place of their references.
 struct ScoreSource {
   struct KeyRange {
@@ -61,21 +73,24 @@ struct BwdStatsKernelParams {
 
 // head_dim: of the tensors, up to that of the kernel. *_batch_step: 1, or 0 where one sequence serves the whole batch.
 // Maps: tensor_map.h.
-struct DkDvKernelParams {
+template <typename Stats>
+struct DkDvParamsOf {
   CUtensorMap q, dout;  // (batch_size, seqlen_q, num_heads, head_dim)
   CUtensorMap k, v;     // (batch_size, seqlen_k, num_heads, head_dim)
   int q_batch_step, dout_batch_step, k_batch_step, v_batch_step;
   void* dk;  // (batch_size, seqlen_k, num_heads, head_dim)
   void* dv;  // likewise
   Strides dk_strides, dv_strides;
-  QueryStats stats;
-  DqAccum dq_accum;
+  Stats stats;
+  DqAccum dq_accum;  // none where another kernel computes dq
   int head_dim;
   const uint32_t* key_mask_bits;  // (num_sequences, num_words): mask.h; null without a mask
   int key_mask_step;
   float softmax_scale, softmax_scale_log2;
   KeyWorkTable table;
 };
+
+using DkDvKernelParams = DkDvParamsOf<QueryStats>;
 
 struct DqAccumKernelParams {
   DqAccum dq_accum;

@@ -22,42 +22,55 @@ __device__ inline void init_input_barriers(SharedStorage& shared, int num_key_re
   init_pipe(shared.dout_pipe, 1, kConsumerWarps);
 }
 
+// The statistics of a tile of queries in global memory; those for fp32 have overloads.
+__device__ inline const float* q_stats_of(const QueryStats& stats, int64_t tile) {
+  return stats.lse_log2 + tile * kStatsTileFloats;
+}
+__device__ inline const float* dout_stats_of(const QueryStats& stats, int64_t tile) {
+  return stats.delta + tile * kStatsTileFloats;
+}
+
 // Loads the keys and values of every work item, then, tile by tile, the queries that read them, with their output
 // gradients and statistics.
-template <typename Config, typename SharedStorage>
-__device__ inline void produce_queries(const DkDvKernelParams& params, SharedStorage& shared) {
-  constexpr int kBlockM = Config::kBlockM, kBlockN = Config::kBlockN, kHeadDim = Config::kHeadDim;
-  constexpr int kLseBytes = kStatsTileFloats * sizeof(float), kDeltaBytes = kBlockM * sizeof(float);
+template <typename Config, typename Params, typename SharedStorage>
+__device__ inline void produce_queries(const Params& params, SharedStorage& shared) {
+  constexpr int kBlockM = Config::kBlockM, kBlockN = Config::kBlockN;
+  constexpr int kQStatsBytes = sizeof(shared.q_stats[0]), kDoutStatsBytes = sizeof(shared.dout_stats[0]);
+  using Limbs = LimbLoads<Config::kHeadDim, Config::kLimbs>;
+  const LimbSteps steps = limb_steps(params);
   uint32_t num_loaded = 0;  // query tiles, over all items
   uint32_t kv_parity = 1;
   for (KeyItems<Config> item(params.table); item.next();) {
     if (QueryShare<Config>(item.tiles()).count == 0) continue;
 
+    // Keys and values
     ptx::Mbarrier& kv_full = begin_copy(shared.kv_pipe, kv_parity, 2 * Config::kTileBytesN);
     kv_parity ^= 1;
     const int num_keys = min(kBlockN, item.tiles().row_end - item.row_begin);
-    load_clipped_rows<kBlockN, kHeadDim>(shared.k, params.k, kv_full, item.row_begin, num_keys, item.head,
-                                         item.batch * params.k_batch_step);
-    load_clipped_rows<kBlockN, kHeadDim>(shared.v, params.v, kv_full, item.row_begin, num_keys, item.head,
-                                         item.batch * params.v_batch_step);
+    Limbs::template load_clipped<kBlockN>(shared.k, params.k, kv_full, item.row_begin, num_keys, item.head,
+                                          item.batch * params.k_batch_step, steps.k);
+    Limbs::template load_clipped<kBlockN>(shared.v, params.v, kv_full, item.row_begin, num_keys, item.head,
+                                          item.batch * params.v_batch_step, steps.v);
 
     const int64_t first_tile = (int64_t{item.batch} * params.table.num_heads + item.head) * params.stats.num_tiles;
     QueryWalk<Config> walk(params.table, item);
     for (int i = 0; i < walk.num_tiles(); ++i, ++num_loaded) {
       const QueryTile tile = walk.next();
-      const int64_t stats = (first_tile + tile.index) * kStatsTileFloats;
+      const int64_t stats = first_tile + tile.index;
 
+      // Queries
       const RingUse<Config::kStagesQ> q{num_loaded};
-      ptx::Mbarrier& q_full = begin_copy(shared.q_pipe, q, Config::kTileBytesM + kLseBytes);
-      load_clipped_rows<kBlockM, kHeadDim>(shared.q[q.stage()], params.q, q_full, tile.row_begin, tile.num_rows,
-                                           item.head, item.batch * params.q_batch_step);
-      ptx::load_bytes(shared.lse_log2[q.stage()], params.stats.lse_log2 + stats, q_full, kLseBytes);
+      ptx::Mbarrier& q_full = begin_copy(shared.q_pipe, q, Config::kTileBytesM + kQStatsBytes);
+      Limbs::template load_clipped<kBlockM>(shared.q[q.stage()], params.q, q_full, tile.row_begin, tile.num_rows,
+                                            item.head, item.batch * params.q_batch_step, steps.q);
+      ptx::load_bytes(&shared.q_stats[q.stage()], q_stats_of(params.stats, stats), q_full, kQStatsBytes);
 
+      // Output gradients
       const RingUse<Config::kStagesDout> dout{num_loaded};
-      ptx::Mbarrier& dout_full = begin_copy(shared.dout_pipe, dout, Config::kTileBytesM + kDeltaBytes);
-      load_clipped_rows<kBlockM, kHeadDim>(shared.dout[dout.stage()], params.dout, dout_full, tile.row_begin,
-                                           tile.num_rows, item.head, item.batch * params.dout_batch_step);
-      ptx::load_bytes(shared.delta[dout.stage()], params.stats.delta + stats, dout_full, kDeltaBytes);
+      ptx::Mbarrier& dout_full = begin_copy(shared.dout_pipe, dout, Config::kTileBytesM + kDoutStatsBytes);
+      Limbs::template load_clipped<kBlockM>(shared.dout[dout.stage()], params.dout, dout_full, tile.row_begin,
+                                            tile.num_rows, item.head, item.batch * params.dout_batch_step, steps.dout);
+      ptx::load_bytes(&shared.dout_stats[dout.stage()], dout_stats_of(params.stats, stats), dout_full, kDoutStatsBytes);
     }
   }
 }

@@ -42,8 +42,8 @@ struct WideDkDvSharedStorage {
   alignas(1024) Element v[Config::kBlockN * Config::kHeadDim];
   alignas(1024) Element q[Config::kStagesQ][Config::kBlockM * Config::kHeadDim];
   alignas(1024) Element dout[Config::kStagesDout][Config::kBlockM * Config::kHeadDim];
-  alignas(128) float lse_log2[Config::kStagesQ][kStatsTileFloats];
-  alignas(128) float delta[Config::kStagesDout][Config::kBlockM];
+  alignas(128) float q_stats[Config::kStagesQ][kStatsTileFloats];       // log-sum-exps in base 2, and a mark
+  alignas(128) float dout_stats[Config::kStagesDout][Config::kBlockM];  // delta
 
   SingleBufferPipe kv_pipe;
   uint64_t kv_kept;

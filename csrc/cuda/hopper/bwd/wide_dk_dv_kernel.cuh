@@ -93,9 +93,9 @@ __device__ inline void own_dv(const DkDvKernelParams& params, WideDkDvSharedStor
       // Turns scores into p.
       const auto exponentiate = [&](QRing q) {
         ColumnStats<Config::kBlockM> lse_log2;
-        const float* lse_tile = shared.lse_log2[q.stage()];
+        const float* lse_tile = shared.q_stats[q.stage()];
         if (is_marked(lse_tile)) relate_columns(s, lse_tile);
-        lse_log2.load(shared.lse_log2[q.stage()]);
+        lse_log2.load(shared.q_stats[q.stage()]);
         scale_columns(s, params.softmax_scale_log2, lse_log2);
         exponentiate_all(s);
         const PRing p{q.count};
@@ -170,7 +170,7 @@ __device__ inline void own_dk(const DkDvKernelParams& params, WideDkDvSharedStor
       const auto differentiate = [&](DoutRing dout) {
         const PRing p{dout.count};
         wait_full(shared.p_pipe, p);
-        differentiate_columns(dp, OwnP(shared, p), shared.delta[dout.stage()]);
+        differentiate_columns(dp, OwnP(shared, p), shared.dout_stats[dout.stage()]);
         sync_and_release(shared.p_pipe, p);
         sync_and_release(shared.dout_pipe, dout);
         round_operand<Element>(ds_operand, dp);

@@ -31,59 +31,50 @@ struct DoutNumbers {
   const RowReference* references;  // of the tile's rows; null if none has one and there are as many as fit
 };
 
-// The limbs of a tile of rows.
-template <int kLimbs, int kRows>
-using HalfTile = __half[kLimbs][kRows * kSlabColumns];
-
 // Two warpgroups of 64 key rows. Every input is there once for each limb, of which two leave room for four tiles of
 // queries and of output gradients each.
-template <int kLimbs_>
-struct Fp32DkDvConfig {
-  static constexpr int kLimbs = kLimbs_;
+template <int kLimbs>
+struct Fp32DkDvConfig : BwdTiles<__half, kFp32BwdHeadDim, kQueryTileRows, 2 * kWarpgroupRows, kLimbs> {
+  static constexpr bool kIsOrdered = false;
   static constexpr int kSplits = 1;
-  static constexpr int kConsumers = 2, kStages = 4;
-  static constexpr int kBlockM = kQueryTileRows, kBlockN = kConsumers * kWarpgroupRows;
-  static constexpr int kLimbBytesM = kBlockM * kRowBytes, kTileBytesM = kLimbs * kLimbBytesM;
-  static constexpr int kLimbBytesN = kBlockN * kRowBytes, kTileBytesN = kLimbs * kLimbBytesN;
+  static constexpr int kConsumers = 2, kStages = 4, kStagesQ = kStages, kStagesDout = kStages;
   static constexpr int kThreads = (1 + kConsumers) * kWarpgroup;
   static constexpr int kProducerRegisters = 24, kConsumerRegisters = 240;
 };
 
 template <typename Config>
 struct Fp32DkDvSharedStorage {
-  alignas(1024) HalfTile<Config::kLimbs, Config::kBlockN> k, v;
-  alignas(1024) HalfTile<Config::kLimbs, Config::kBlockM> q[Config::kStages], dout[Config::kStages];
-  alignas(128) QueryNumbers q_numbers[Config::kStages];
-  alignas(128) DoutNumbers dout_numbers[Config::kStages];
+  alignas(1024) __half k[Config::kLimbs * Config::kBlockN * Config::kHeadDim];
+  alignas(1024) __half v[Config::kLimbs * Config::kBlockN * Config::kHeadDim];
+  alignas(1024) __half q[Config::kStages][Config::kLimbs * Config::kBlockM * Config::kHeadDim];
+  alignas(1024) __half dout[Config::kStages][Config::kLimbs * Config::kBlockM * Config::kHeadDim];
+  alignas(128) QueryNumbers q_stats[Config::kStages];
+  alignas(128) DoutNumbers dout_stats[Config::kStages];
 
   SingleBufferPipe kv_pipe;
-  Pipe<Config::kStages> q_pipe;
-  Pipe<Config::kStages> dout_pipe;
+  Pipe<Config::kStages> q_pipe, dout_pipe;
 };
 
 // Two warpgroups of 64 query rows.
-template <int kLimbs_>
-struct Fp32DqConfig {
-  static constexpr int kLimbs = kLimbs_;
+template <int kLimbs>
+struct Fp32DqConfig : BwdTiles<__half, kFp32BwdHeadDim, kDqTileRows, 64, kLimbs> {
   static constexpr int kSplits = 1;
-  static constexpr int kConsumers = 2, kStages = 4;
-  static constexpr int kBlockM = kConsumers * kWarpgroupRows, kBlockN = 64;
-  static constexpr int kLimbBytesM = kBlockM * kRowBytes, kTileBytesM = kLimbs * kLimbBytesM;
-  static constexpr int kLimbBytesN = kBlockN * kRowBytes, kTileBytesN = kLimbs * kLimbBytesN;
+  static constexpr int kConsumers = 2, kStages = 4, kStagesK = kStages, kStagesV = kStages;
   static constexpr int kThreads = (1 + kConsumers) * kWarpgroup;
   static constexpr int kProducerRegisters = 40, kConsumerRegisters = 232;
 };
 
 template <typename Config>
 struct Fp32DqSharedStorage {
-  alignas(1024) HalfTile<Config::kLimbs, Config::kBlockM> q, dout;
-  alignas(1024) HalfTile<Config::kLimbs, Config::kBlockN> k[Config::kStages], v[Config::kStages];
+  alignas(1024) __half q[Config::kLimbs * Config::kBlockM * Config::kHeadDim];
+  alignas(1024) __half dout[Config::kLimbs * Config::kBlockM * Config::kHeadDim];
+  alignas(1024) __half k[Config::kStages][Config::kLimbs * Config::kBlockN * Config::kHeadDim];
+  alignas(1024) __half v[Config::kStages][Config::kLimbs * Config::kBlockN * Config::kHeadDim];
   alignas(128) float k_scales[Config::kStages][Config::kBlockN];
   alignas(128) float v_scales[Config::kStages][Config::kBlockN];
 
-  SingleBufferPipe q_pipe;       // and of dout
-  Pipe<Config::kStages> k_pipe;  // and the row_scales of both
-  Pipe<Config::kStages> v_pipe;
+  SingleBufferPipe q_pipe;               // and of dout
+  Pipe<Config::kStages> k_pipe, v_pipe;  // k_pipe also of the row_scales of both
 };
 
 }  // namespace mixed_attention::cuda::hopper

@@ -20,7 +20,7 @@
 
 #include <cstdint>
 
-#include "cuda/hopper/bwd/query_tiles.cuh"
+#include "cuda/hopper/bwd/query_producer.cuh"
 #include "cuda/hopper/bwd/rare_items.cuh"
 #include "cuda/hopper/bwd/scores.cuh"
 #include "cuda/hopper/bwd_fp32/config.h"
@@ -29,65 +29,15 @@
 #include "cuda/hopper/bwd_fp32/scores.cuh"
 #include "cuda/hopper/plan/work_items.cuh"
 #include "cuda/hopper/split_fp16/half_mma.cuh"
+#include "cuda/hopper/split_fp16/row_scales.cuh"
 #include "cuda/hopper/tile/fragment_values.cuh"
 #include "cuda/hopper/tile/ring.cuh"
 #include "cuda/hopper/tile/run_roles.cuh"
 #include "cuda/ptx/elect.cuh"
 #include "cuda/ptx/mbarrier.cuh"
-#include "cuda/ptx/tma.cuh"
 #include "cuda/ptx/wgmma.cuh"
 
 namespace mixed_attention::cuda::hopper {
-
-template <typename Config>
-using Fp32KeyItems = WorkItems<Config::kBlockN, KeyWorkTable>;
-
-template <typename Config>
-__device__ inline void init_barriers(Fp32DkDvSharedStorage<Config>& shared) {
-  constexpr int kConsumerWarps = Config::kConsumers * kWarpgroup / 32;
-  init_pipe(shared.kv_pipe, 1, kConsumerWarps);
-  init_pipe(shared.q_pipe, 1, kConsumerWarps);
-  init_pipe(shared.dout_pipe, 1, kConsumerWarps);
-  ptx::mbarrier_fence_init();
-}
-
-template <typename Config>
-__device__ inline void produce(const Fp32DkDvKernelParams& params, Fp32DkDvSharedStorage<Config>& shared) {
-  constexpr int kBlockM = Config::kBlockM, kBlockN = Config::kBlockN;
-  RingUse<Config::kStages> use{0};  // of query tiles, over all items
-  uint32_t kv_parity = 1;
-  for (Fp32KeyItems<Config> item(params.table); item.next();) {
-    const KeySegmentTiles& segment = item.tiles();
-    if (segment.num_tiles == 0) continue;
-
-    ptx::Mbarrier& kv_full = begin_copy(shared.kv_pipe, kv_parity, 2 * Config::kTileBytesN);
-    kv_parity ^= 1;
-    const int num_keys = min(kBlockN, segment.row_end - item.row_begin);
-    load_clipped_half_rows<kBlockN>(shared.k, params.k_map, params.k, kv_full, item.row_begin, num_keys, item.head,
-                                    item.batch);
-    load_clipped_half_rows<kBlockN>(shared.v, params.v_map, params.v, kv_full, item.row_begin, num_keys, item.head,
-                                    item.batch);
-
-    const int64_t first_tile = (int64_t{item.batch} * params.table.num_heads + item.head) * params.num_query_tiles;
-    QueryTileIterator queries(params.table, segment, 0);
-    for (int i = 0; i < segment.num_tiles; ++i, ++use.count) {
-      const QueryTile tile = queries.next();
-      const int stage = use.stage();
-
-      ptx::Mbarrier& q_full = begin_copy(shared.q_pipe, use, Config::kTileBytesM + sizeof(QueryNumbers));
-      load_clipped_half_rows<kBlockM>(shared.q[stage], params.q_map, params.q, q_full, tile.row_begin, tile.num_rows,
-                                      item.head, item.batch);
-      ptx::load_bytes(&shared.q_numbers[stage], params.q_numbers + first_tile + tile.index, q_full,
-                      sizeof(QueryNumbers));
-
-      ptx::Mbarrier& dout_full = begin_copy(shared.dout_pipe, use, Config::kTileBytesM + sizeof(DoutNumbers));
-      load_clipped_half_rows<kBlockM>(shared.dout[stage], params.dout_map, params.dout, dout_full, tile.row_begin,
-                                      tile.num_rows, item.head, item.batch);
-      ptx::load_bytes(&shared.dout_numbers[stage], params.dout_numbers + first_tile + tile.index, dout_full,
-                      sizeof(DoutNumbers));
-    }
-  }
-}
 
 // True if this thread sees a query with a reference; each of a warpgroup's threads looks at some of the tiles.
 __device__ inline bool sees_reference(const DoutNumbers* tiles, int num_tiles) {
@@ -103,7 +53,7 @@ template <typename Config>
 __device__ inline void consume(const Fp32DkDvKernelParams& params, Fp32DkDvSharedStorage<Config>& shared,
                                int consumer) {
   using Ring = RingUse<Config::kStages>;
-  constexpr int kBlockM = Config::kBlockM, kHeadDim = kFp32BwdHeadDim;
+  constexpr int kBlockM = Config::kBlockM, kHeadDim = Config::kHeadDim;
   const int lane = threadIdx.x % 32;
   const int warp = __shfl_sync(0xffffffff, threadIdx.x / 32 % 4, 0);
   const int first_row = consumer * kWarpgroupRows + warp * kWarpRows;  // of this warp in the tile
@@ -120,7 +70,7 @@ __device__ inline void consume(const Fp32DkDvKernelParams& params, Fp32DkDvShare
 
   Ring use{0};  // of query tiles, over all items
   uint32_t kv_parity = 0;
-  for (Fp32KeyItems<Config> item(params.table); item.next();) {
+  for (KeyItems<Config> item(params.table); item.next();) {
     const int num_tiles = item.tiles().num_tiles;
     const int row_begin = item.row_begin + first_row;
     const int num_rows = item.tiles().row_end - row_begin;
@@ -128,9 +78,9 @@ __device__ inline void consume(const Fp32DkDvKernelParams& params, Fp32DkDvShare
 
     if (num_tiles > 0) {
       // row_scales of the thread's two rows
-      const auto own_row_scales = [&](const HalfInput& input) {
+      const auto own_row_scales = [&](const float* scales, int batch_step) {
         const float* row_scales =
-            row_scales_of_head(input, params.table.num_heads, params.seqlen_k, item.head, item.batch);
+            row_scales_of_head(scales, item, batch_step, params.table.num_heads, params.inputs.seqlen_k);
         RowNumbers own{};
 #pragma unroll
         for (int i = 0; i < 2; ++i) {
@@ -139,20 +89,20 @@ __device__ inline void consume(const Fp32DkDvKernelParams& params, Fp32DkDvShare
         }
         return own;
       };
-      RowNumbers k_scales = own_row_scales(params.k);
-      const RowNumbers v_scales = own_row_scales(params.v);
+      RowNumbers k_scales = own_row_scales(params.inputs.k_scales, params.k_batch_step);
+      const RowNumbers v_scales = own_row_scales(params.inputs.v_scales, params.v_batch_step);
       scale_all(k_scales.of_row, params.softmax_scale_log2);
 
       float s[kBlockM / 2], dp[kBlockM / 2], sum[kHeadDim / 2] = {};
       HalfOperand<Config::kLimbs, kBlockM / 4> operand;
       RowLift lift{};
       const int64_t batch_head = int64_t{item.batch} * params.table.num_heads + item.head;
-      bool is_rare = sees_reference(params.dout_numbers + batch_head * params.num_query_tiles, params.num_query_tiles);
+      bool is_rare = sees_reference(params.stats.dout + batch_head * params.stats.num_tiles, params.stats.num_tiles);
       // Keys and values of the item
       wait_full(shared.kv_pipe, kv_parity);
       kv_parity ^= 1;
       // Infinities are in the last limb.
-      const __half* k_rows = shared.k[Config::kLimbs - 1] + first_row * kSlabColumns;
+      const __half* k_rows = shared.k + ((Config::kLimbs - 1) * Config::kBlockN + first_row) * kHeadDim;
       is_rare = is_rare_item(consumer, sees_infinity<__half, kRowBytes>(k_rows) || is_rare);
       // Scores of the first tile
       wait_full(shared.q_pipe, use);
@@ -170,14 +120,14 @@ __device__ inline void consume(const Fp32DkDvKernelParams& params, Fp32DkDvShare
           // It computes them in each step if they may differ.
           const auto anew = [&](ptx::Operand operand) { return ptx::Operand{operand.low + (use.count >> 31)}; };
           const ptx::Operand q_tile = tile_of(q_ring, use), dout_tile = tile_of(dout_ring, use);
-          const ColumnNumbers lse_log2(shared.q_numbers[stage].lse_log2), q_scales(shared.q_numbers[stage].row_scales);
-          const ColumnNumbers delta(shared.dout_numbers[stage].delta), dout_factors(shared.dout_numbers[stage].factors);
+          const ColumnNumbers lse_log2(shared.q_stats[stage].lse_log2), q_scales(shared.q_stats[stage].row_scales);
+          const ColumnNumbers delta(shared.dout_stats[stage].delta), dout_factors(shared.dout_stats[stage].factors);
 
           wait_full(shared.dout_pipe, use);
           issue_transposed_scores(dp, anew(v), dout_tile);
           add_rows(dk, sum, lift.inverse);
           if constexpr (kRelates) {
-            if (const RowReference* own = shared.dout_numbers[stage].references) {
+            if (const RowReference* own = shared.dout_stats[stage].references) {
               relate(
                   s, [&](int i) { return own[8 * (i / 4) + 2 * (lane % 4) + i % 2]; }, q_scales, k_scales,
                   params.softmax_scale_log2);
@@ -190,7 +140,7 @@ __device__ inline void consume(const Fp32DkDvKernelParams& params, Fp32DkDvShare
           ptx::wgmma_wait<1>(dp);
 
           // ds under the MMA of dv
-          const float dout_scale = shared.dout_numbers[stage].row_scale;
+          const float dout_scale = shared.dout_stats[stage].row_scale;
           const RowNumbers dp_scales{{v_scales.of_row[0] * dout_scale, v_scales.of_row[1] * dout_scale}};
           differentiate(dp, s, dp_scales, dout_factors, delta, q_scales);
           wait_full(shared.q_pipe, next);
@@ -220,8 +170,9 @@ __device__ inline void consume(const Fp32DkDvKernelParams& params, Fp32DkDvShare
     }
 
     // Stores of dv and dk
-    const auto store = [&](const float (&gradient)[kHeadDim / 2], float* tensor, const Strides& strides) {
-      float* target = tensor + item.batch * strides.batch + row_begin * strides.row + item.head * strides.head;
+    const auto store = [&](const float (&gradient)[kHeadDim / 2], void* tensor, const Strides& strides) {
+      float* target =
+          static_cast<float*>(tensor) + item.batch * strides.batch + row_begin * strides.row + item.head * strides.head;
       store_fp32_rows(gradient, target, strides.row, num_rows, params.head_dim);
     };
     store(dv, params.dv, params.dv_strides);
@@ -236,14 +187,12 @@ __global__ void __launch_bounds__(Config::kThreads, 1)
   Fp32DkDvSharedStorage<Config>& shared = *reinterpret_cast<Fp32DkDvSharedStorage<Config>*>(memory);
 
   const auto prepare = [&] {
-    ptx::prefetch_tensor_map(params.q_map);
-    ptx::prefetch_tensor_map(params.dout_map);
-    ptx::prefetch_tensor_map(params.k_map);
-    ptx::prefetch_tensor_map(params.v_map);
-    init_barriers(shared);
+    prefetch_input_maps(params);
+    init_input_barriers<Config>(shared, Config::kConsumers * kWarpgroup / 32);
+    ptx::mbarrier_fence_init();
   };
   const auto produce_as_warp = [&](int warp) {
-    if (warp == 0 && ptx::elect_one()) produce(params, shared);
+    if (warp == 0 && ptx::elect_one()) produce_queries<Config>(params, shared);
   };
   run_roles<Config>(prepare, produce_as_warp, [&](int consumer) { consume(params, shared, consumer); });
 }

@@ -19,6 +19,7 @@
 #include <cstdint>
 #include <numbers>
 
+#include "cuda/hopper/bwd/key_producer.cuh"
 #include "cuda/hopper/bwd/scores.cuh"
 #include "cuda/hopper/bwd_fp32/config.h"
 #include "cuda/hopper/bwd_fp32/params.h"
@@ -27,6 +28,7 @@
 #include "cuda/hopper/fwd/softmax.cuh"
 #include "cuda/hopper/plan/work_items.cuh"
 #include "cuda/hopper/split_fp16/half_mma.cuh"
+#include "cuda/hopper/split_fp16/row_scales.cuh"
 #include "cuda/hopper/tile/fragment_values.cuh"
 #include "cuda/hopper/tile/named_barriers.h"
 #include "cuda/hopper/tile/ring.cuh"
@@ -34,50 +36,9 @@
 #include "cuda/ptx/elect.cuh"
 #include "cuda/ptx/mbarrier.cuh"
 #include "cuda/ptx/named_barrier.cuh"
-#include "cuda/ptx/tma.cuh"
 #include "cuda/ptx/wgmma.cuh"
 
 namespace mixed_attention::cuda::hopper {
-
-template <typename Config>
-using Fp32QueryItems = WorkItems<Config::kBlockM>;
-
-template <typename Config>
-__device__ inline void init_barriers(Fp32DqSharedStorage<Config>& shared) {
-  constexpr int kConsumerWarps = Config::kConsumers * kWarpgroup / 32;
-  init_pipe(shared.q_pipe, 1, kConsumerWarps);
-  init_pipe(shared.k_pipe, 2, kConsumerWarps);
-  init_pipe(shared.v_pipe, 1, kConsumerWarps);
-  ptx::mbarrier_fence_init();
-}
-
-template <typename Config>
-__device__ inline void produce(const Fp32DqKernelParams& params, Fp32DqSharedStorage<Config>& shared) {
-  constexpr int kBlockM = Config::kBlockM, kBlockN = Config::kBlockN;
-  RingUse<Config::kStages> use{0};  // of key tiles, over all items
-  uint32_t q_parity = 1;
-  for (Fp32QueryItems<Config> item(params.table); item.next();) {
-    const int num_tiles = item.tiles().num_tiles;
-    if (num_tiles == 0) continue;
-
-    ptx::Mbarrier& q_full = begin_copy(shared.q_pipe, q_parity, 2 * Config::kTileBytesM);
-    q_parity ^= 1;
-    load_half_rows<kBlockM>(shared.q, params.q_map, params.q, q_full, item.row_begin, item.head, item.batch);
-    load_half_rows<kBlockM>(shared.dout, params.dout_map, params.dout, q_full, item.row_begin, item.head, item.batch);
-
-    KeyTileIterator<kBlockN> keys(params.table, item.tiles());
-    for (int i = 0; i < num_tiles; ++i, ++use.count) {
-      const KeyTile tile = keys.next();
-      const auto load = [&](HalfTile<Config::kLimbs, kBlockN>& buffer, Pipe<Config::kStages>& pipe,
-                            const CUtensorMap& map, const HalfInput& input) {
-        ptx::Mbarrier& full = begin_copy(pipe, use, Config::kTileBytesN);
-        load_clipped_half_rows<kBlockN>(buffer, map, input, full, tile.row_begin, tile.num_rows, item.head, item.batch);
-      };
-      load(shared.k[use.stage()], shared.k_pipe, params.k_map, params.k);
-      load(shared.v[use.stage()], shared.v_pipe, params.v_map, params.v);
-    }
-  }
-}
 
 // Past the end of a tile the row_scales of keys are one, as scores there become -inf, and those of values zero.
 template <typename Config>
@@ -85,15 +46,15 @@ __device__ inline void produce_row_scales(const Fp32DqKernelParams& params, Fp32
   constexpr int kBlockN = Config::kBlockN;
   const int lane = threadIdx.x % 32;
   RingUse<Config::kStages> use{0};  // of key tiles, over all items
-  for (Fp32QueryItems<Config> item(params.table); item.next();) {
+  for (QueryItems<Config> item(params.table); item.next();) {
     const int num_tiles = item.tiles().num_tiles;
     if (num_tiles == 0) continue;
 
-    const auto row_scales_of = [&](const HalfInput& input) {
-      return row_scales_of_head(input, params.table.num_heads, params.seqlen_k, item.head, item.batch);
+    const auto row_scales_of = [&](const float* scales, int batch_step) {
+      return row_scales_of_head(scales, item, batch_step, params.table.num_heads, params.inputs.seqlen_k);
     };
-    const float* k_scales = row_scales_of(params.k);
-    const float* v_scales = row_scales_of(params.v);
+    const float* k_scales = row_scales_of(params.inputs.k_scales, params.k_batch_step);
+    const float* v_scales = row_scales_of(params.inputs.v_scales, params.v_batch_step);
     KeyTileIterator<kBlockN> keys(params.table, item.tiles());
     for (int i = 0; i < num_tiles; ++i, ++use.count) {
       const KeyTile tile = keys.next();
@@ -113,7 +74,7 @@ __device__ inline void produce_row_scales(const Fp32DqKernelParams& params, Fp32
 template <typename Config>
 __device__ inline void consume(const Fp32DqKernelParams& params, Fp32DqSharedStorage<Config>& shared, int consumer) {
   using Ring = RingUse<Config::kStages>;
-  constexpr int kBlockN = Config::kBlockN, kHeadDim = kFp32BwdHeadDim;
+  constexpr int kBlockN = Config::kBlockN, kHeadDim = Config::kHeadDim;
   const int lane = threadIdx.x % 32;
   const int warp = __shfl_sync(0xffffffff, threadIdx.x / 32 % 4, 0);
   const int first_row = consumer * kWarpgroupRows + warp * kWarpRows;  // of this warp in the tile
@@ -130,7 +91,7 @@ __device__ inline void consume(const Fp32DqKernelParams& params, Fp32DqSharedSto
 
   Ring use{0};  // of key tiles, over all items
   uint32_t q_parity = 0;
-  for (Fp32QueryItems<Config> item(params.table); item.next();) {
+  for (QueryItems<Config> item(params.table); item.next();) {
     const int num_tiles = item.tiles().num_tiles;
     const int row_begin = item.row_begin + first_row;
     const int num_rows = item.tiles().row_end - row_begin;
@@ -141,8 +102,8 @@ __device__ inline void consume(const Fp32DqKernelParams& params, Fp32DqSharedSto
       RowNumbers lse_log2{}, delta{}, q_scales{}, dout_scales{};
       bool has_reference[2] = {};
       const int64_t stats = (int64_t{item.batch} * params.table.num_heads + item.head) * params.seqlen_q;
-      const auto row_scales_of = [&](const HalfInput& input) {
-        return row_scales_of_head(input, params.table.num_heads, params.seqlen_q, item.head, item.batch);
+      const auto row_scales_of = [&](const float* scales, int batch_step) {
+        return row_scales_of_head(scales, item, batch_step, params.table.num_heads, params.seqlen_q);
       };
 #pragma unroll
       for (int i = 0; i < 2; ++i) {
@@ -156,8 +117,9 @@ __device__ inline void consume(const Fp32DqKernelParams& params, Fp32DqSharedSto
             lse_log2.of_row[i] = params.references[stats + row].sum_log2;
           }
           delta.of_row[i] = params.delta[stats + row];
-          q_scales.of_row[i] = row_scales_of(params.q)[row] * params.softmax_scale_log2;
-          dout_scales.of_row[i] = row_scales_of(params.dout)[row];
+          q_scales.of_row[i] =
+              row_scales_of(params.inputs.q_scales, params.q_batch_step)[row] * params.softmax_scale_log2;
+          dout_scales.of_row[i] = row_scales_of(params.inputs.dout_scales, params.dout_batch_step)[row];
         }
       }
       // A warpgroup multiplies together.
@@ -226,8 +188,8 @@ __device__ inline void consume(const Fp32DqKernelParams& params, Fp32DqSharedSto
     }
 
     // Store of dq
-    float* target = params.dq + item.batch * params.dq_strides.batch + row_begin * params.dq_strides.row +
-                    item.head * params.dq_strides.head;
+    float* target = static_cast<float*>(params.dq) + item.batch * params.dq_strides.batch +
+                    row_begin * params.dq_strides.row + item.head * params.dq_strides.head;
     store_fp32_rows(dq, target, params.dq_strides.row, num_rows, params.head_dim);
   }
 }
@@ -239,15 +201,12 @@ __global__ void __launch_bounds__(Config::kThreads, 1)
   Fp32DqSharedStorage<Config>& shared = *reinterpret_cast<Fp32DqSharedStorage<Config>*>(memory);
 
   const auto prepare = [&] {
-    ptx::prefetch_tensor_map(params.q_map);
-    ptx::prefetch_tensor_map(params.dout_map);
-    ptx::prefetch_tensor_map(params.k_map);
-    ptx::prefetch_tensor_map(params.v_map);
-    init_barriers(shared);
+    prefetch_input_maps(params);
+    init_key_barriers<Config>(shared, 2);
   };
   const auto produce_as_warp = [&](int warp) {
     if (warp == 0 && ptx::elect_one()) {
-      produce(params, shared);
+      produce_keys<Config>(params, shared);
     } else if (warp == 1) {
       produce_row_scales(params, shared);
     }

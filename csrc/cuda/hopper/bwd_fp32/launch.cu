@@ -1,6 +1,5 @@
 #include <algorithm>
 #include <array>
-#include <numbers>
 #include <vector>
 
 #include "cuda/hopper/bwd/launch.cuh"
@@ -12,8 +11,24 @@
 namespace mixed_attention::cuda::hopper {
 namespace {
 
-HalfInput half_input(const HalfLimbs& limbs) {
-  return {limbs.row_scales, limbs.num_sequences, limbs.num_sequences == 1 ? 0 : 1};
+// The inputs' limbs as TMA reads them.
+BwdTensors limbs_of(const BwdTensors& tensors, const Fp32BwdWorkspace& workspace) {
+  return {limbs_view(tensors.q, workspace.q), limbs_view(tensors.k, workspace.k), limbs_view(tensors.v, workspace.v),
+          limbs_view(tensors.dout, workspace.dout)};
+}
+
+Fp32Inputs fp32_inputs(const BwdParams& params, const Fp32BwdWorkspace& workspace) {
+  return {
+      .q_scales = workspace.q.row_scales,
+      .dout_scales = workspace.dout.row_scales,
+      .k_scales = workspace.k.row_scales,
+      .v_scales = workspace.v.row_scales,
+      .limb_steps = {.q = workspace.q.num_sequences,
+                     .dout = workspace.dout.num_sequences,
+                     .k = workspace.k.num_sequences,
+                     .v = workspace.v.num_sequences},
+      .seqlen_k = params.seqlen_k,
+  };
 }
 
 void launch_limbs(const BwdParams& params, const BwdTensors& tensors, const Fp32BwdWorkspace& workspace) {
@@ -22,9 +37,9 @@ void launch_limbs(const BwdParams& params, const BwdTensors& tensors, const Fp32
   launch_half_limbs(tasks, params.stream);
 }
 
-void launch_stats(const BwdParams& params, const Fp32BwdWorkspace& workspace, const std::vector<QueryRun>& runs) {
-  const int num_tiles = num_query_tiles(runs);
-  const int64_t num_blocks = num_tiles * params.num_heads * params.batch_size;
+void launch_stats(const BwdParams& params, const Fp32BwdWorkspace& workspace, const Fp32QueryStats& stats,
+                  const std::vector<QueryRun>& runs) {
+  const int64_t num_blocks = stats.num_tiles * params.num_heads * params.batch_size;
   if (num_blocks == 0) return;
   Fp32BwdStatsKernelParams kernel_params{
       .out = static_cast<const float*>(params.out),
@@ -36,11 +51,11 @@ void launch_stats(const BwdParams& params, const Fp32BwdWorkspace& workspace, co
       .num_heads = static_cast<int>(params.num_heads),
       .head_dim = static_cast<int>(params.head_dim),
       .seqlen_q = params.seqlen_q,
-      .q_limbs = half_input(workspace.q),
-      .dout_limbs = half_input(workspace.dout),
-      .num_tiles = num_tiles,
-      .q_numbers = workspace.q_numbers,
-      .dout_numbers = workspace.dout_numbers,
+      .q_scales = workspace.q.row_scales,
+      .dout_scales = workspace.dout.row_scales,
+      .q_batch_step = batch_step(params.q_strides),
+      .dout_batch_step = batch_step(params.dout_strides),
+      .stats = stats,
       .delta_of_rows = workspace.delta,
       .scores = score_source(params, workspace.references),
       .num_runs = static_cast<int>(runs.size()),
@@ -53,30 +68,11 @@ void launch_stats(const BwdParams& params, const Fp32BwdWorkspace& workspace, co
 
 template <int kLimbs>
 void launch_dk_dv(const BwdParams& params, const BwdTensors& tensors, const Fp32BwdWorkspace& workspace,
-                  const std::vector<QueryRun>& runs) {
+                  const Fp32QueryStats& stats, const std::vector<QueryRun>& runs) {
   using Config = Fp32DkDvConfig<kLimbs>;
   const Fp32DkDvKernelParams kernel_params{
-      .q_map = make_clipped_tile_map(limbs_view(tensors.q, workspace.q), Config::kBlockM),
-      .dout_map = make_clipped_tile_map(limbs_view(tensors.dout, workspace.dout), Config::kBlockM),
-      .k_map = make_clipped_tile_map(limbs_view(tensors.k, workspace.k), Config::kBlockN),
-      .v_map = make_clipped_tile_map(limbs_view(tensors.v, workspace.v), Config::kBlockN),
-      .q = half_input(workspace.q),
-      .dout = half_input(workspace.dout),
-      .k = half_input(workspace.k),
-      .v = half_input(workspace.v),
-      .q_numbers = workspace.q_numbers,
-      .dout_numbers = workspace.dout_numbers,
-      .num_query_tiles = num_query_tiles(runs),
-      .seqlen_k = params.seqlen_k,
-      .dk = static_cast<float*>(params.dk),
-      .dv = static_cast<float*>(params.dv),
-      .dk_strides = params.dk_strides,
-      .dv_strides = params.dv_strides,
-      .head_dim = static_cast<int>(params.head_dim),
-      .softmax_scale = static_cast<float>(params.softmax_scale),
-      .softmax_scale_log2 = static_cast<float>(params.softmax_scale * std::numbers::log2e),
-      .table = make_key_work_table(params, runs, Config::kBlockN),
-  };
+      make_dk_dv_params<Config>(params, tensors, limbs_of(tensors, workspace), stats, runs),
+      fp32_inputs(params, workspace)};
   launch_persistent<Config, Fp32DkDvSharedStorage<Config>, hopper_fp32_dk_dv_kernel<Config>>(
       "launch of hopper_fp32_dk_dv_kernel", kernel_params, params);
 }
@@ -85,26 +81,9 @@ template <int kLimbs>
 void launch_dq(const BwdParams& params, const BwdTensors& tensors, const Fp32BwdWorkspace& workspace) {
   using Config = Fp32DqConfig<kLimbs>;
   const Fp32DqKernelParams kernel_params{
-      .q_map = make_tile_map(limbs_view(tensors.q, workspace.q), Config::kBlockM),
-      .dout_map = make_tile_map(limbs_view(tensors.dout, workspace.dout), Config::kBlockM),
-      .k_map = make_clipped_tile_map(limbs_view(tensors.k, workspace.k), Config::kBlockN),
-      .v_map = make_clipped_tile_map(limbs_view(tensors.v, workspace.v), Config::kBlockN),
-      .q = half_input(workspace.q),
-      .dout = half_input(workspace.dout),
-      .k = half_input(workspace.k),
-      .v = half_input(workspace.v),
-      .lse = static_cast<const float*>(params.lse),
-      .delta = workspace.delta,
-      .references = workspace.references,
-      .seqlen_q = params.seqlen_q,
-      .seqlen_k = params.seqlen_k,
-      .dq = static_cast<float*>(params.dq),
-      .dq_strides = params.dq_strides,
-      .head_dim = static_cast<int>(params.head_dim),
-      .softmax_scale = static_cast<float>(params.softmax_scale),
-      .softmax_scale_log2 = static_cast<float>(params.softmax_scale * std::numbers::log2e),
-      .table = make_work_table(params, Config::kBlockM, Config::kBlockN),
-  };
+      make_dq_params<Config>(params, tensors, limbs_of(tensors, workspace), DqTensor{params.dq, params.dq_strides},
+                             workspace.delta, workspace.references),
+      fp32_inputs(params, workspace)};
   launch_persistent<Config, Fp32DqSharedStorage<Config>, hopper_fp32_dq_kernel<Config>>(
       "launch of hopper_fp32_dq_kernel", kernel_params, params);
 }
@@ -116,9 +95,10 @@ void launch_fp32_bwd(const BwdParams& params) {
   const BwdTensors tensors = bwd_tensors(params);
   const Fp32BwdWorkspace workspace = fp32_bwd_workspace(params);
   launch_limbs(params, tensors, workspace);
-  launch_stats(params, workspace, runs);
+  const Fp32QueryStats stats{workspace.q_numbers, workspace.dout_numbers, num_query_tiles(runs)};
+  launch_stats(params, workspace, stats, runs);
   with_limbs(params, [&]<int kLimbs>() {
-    launch_dk_dv<kLimbs>(params, tensors, workspace, runs);
+    launch_dk_dv<kLimbs>(params, tensors, workspace, stats, runs);
     launch_dq<kLimbs>(params, tensors, workspace);
   });
 }

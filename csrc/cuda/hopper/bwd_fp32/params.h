@@ -11,11 +11,19 @@
 
 namespace mixed_attention::cuda::hopper {
 
-// One of the inputs as limbs (half_limbs.h), apart from its map, which is that of all limbs.
-struct HalfInput {
-  const float* row_scales;  // (num_sequences, num_heads, seqlen)
-  int limb_step;            // by so many sequences the low limbs, if any, stand behind the high ones
-  int batch_step;           // 1, or 0 where one sequence serves the whole batch
+// Two structs for each tile of queries: (batch_size, num_heads, num_tiles).
+struct Fp32QueryStats {
+  QueryNumbers* q;
+  DoutNumbers* dout;
+  int num_tiles;
+};
+
+// What the limbs of the inputs need beside their maps, which are those of all limbs: (num_limbs * num_sequences,
+// seqlen, num_heads, head_dim).
+struct Fp32Inputs {
+  const float *q_scales, *dout_scales, *k_scales, *v_scales;  // (num_sequences, num_heads, seqlen)
+  LimbSteps limb_steps;
+  int64_t seqlen_k;
 };
 
 struct Fp32BwdStatsKernelParams {
@@ -28,45 +36,21 @@ struct Fp32BwdStatsKernelParams {
   const float* dlse;  // likewise; or null
   int num_heads, head_dim;
   int64_t seqlen_q;
-  HalfInput q_limbs, dout_limbs;
-  int num_tiles;              // of queries
-  QueryNumbers* q_numbers;    // (batch_size, num_heads, num_tiles)
-  DoutNumbers* dout_numbers;  // likewise
-  float* delta_of_rows;       // (batch_size, num_heads, seqlen_q)
+  const float *q_scales, *dout_scales;  // (num_sequences, num_heads, seqlen_q)
+  int q_batch_step, dout_batch_step;    // 1, or 0 where one sequence serves the whole batch
+  Fp32QueryStats stats;
+  float* delta_of_rows;  // (batch_size, num_heads, seqlen_q)
   ScoreSource scores;
   int num_runs;
   QueryRun runs[kMaxRuns];
 };
 
-struct Fp32DkDvKernelParams {
-  CUtensorMap q_map, dout_map;  // (num_limbs * num_sequences, seqlen_q, num_heads, head_dim)
-  CUtensorMap k_map, v_map;     // (num_limbs * num_sequences, seqlen_k, num_heads, head_dim)
-  HalfInput q, dout, k, v;
-  const QueryNumbers* q_numbers;    // (batch_size, num_heads, num_query_tiles)
-  const DoutNumbers* dout_numbers;  // likewise
-  int num_query_tiles;
-  int64_t seqlen_k;
-  float* dk;  // (batch_size, seqlen_k, num_heads, head_dim)
-  float* dv;  // likewise
-  Strides dk_strides, dv_strides;
-  int head_dim;
-  float softmax_scale, softmax_scale_log2;
-  KeyWorkTable table;
+struct Fp32DkDvKernelParams : DkDvParamsOf<Fp32QueryStats> {
+  Fp32Inputs inputs;
 };
 
-struct Fp32DqKernelParams {
-  CUtensorMap q_map, dout_map;  // (num_limbs * num_sequences, seqlen_q, num_heads, head_dim)
-  CUtensorMap k_map, v_map;     // (num_limbs * num_sequences, seqlen_k, num_heads, head_dim)
-  HalfInput q, dout, k, v;
-  const float* lse;                // (batch_size, num_heads, seqlen_q)
-  const float* delta;              // likewise
-  const RowReference* references;  // likewise
-  int64_t seqlen_q, seqlen_k;
-  float* dq;  // (batch_size, seqlen_q, num_heads, head_dim)
-  Strides dq_strides;
-  int head_dim;
-  float softmax_scale, softmax_scale_log2;
-  WorkTable table;
+struct Fp32DqKernelParams : DqKernelParams {
+  Fp32Inputs inputs;
 };
 
 // Larger parameters cost the launch time; newer drivers allow 32 KiB.

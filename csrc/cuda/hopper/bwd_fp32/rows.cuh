@@ -12,33 +12,11 @@
 
 namespace mixed_attention::cuda::hopper {
 
-// Copies rows as load_rows does, all limbs of them.
-template <int kRows, int kLimbs>
-__device__ inline void load_half_rows(HalfTile<kLimbs, kRows>& tile, const CUtensorMap& map, const HalfInput& input,
-                                      ptx::Mbarrier& full, int row_begin, int head, int batch) {
-#pragma unroll
-  for (int limb = 0; limb < kLimbs; ++limb) {
-    load_rows<kRows, kSlabColumns>(tile[limb], map, full, row_begin, head,
-                                   batch * input.batch_step + limb * input.limb_step);
-  }
-}
-
-// Copies rows as load_clipped_rows does, all limbs of them.
-template <int kRows, int kLimbs>
-__device__ inline void load_clipped_half_rows(HalfTile<kLimbs, kRows>& tile, const CUtensorMap& map,
-                                              const HalfInput& input, ptx::Mbarrier& full, int row_begin, int num_rows,
-                                              int head, int batch) {
-#pragma unroll
-  for (int limb = 0; limb < kLimbs; ++limb) {
-    load_clipped_rows<kRows, kSlabColumns>(tile[limb], map, full, row_begin, num_rows, head,
-                                           batch * input.batch_step + limb * input.limb_step);
-  }
-}
-
-// The row_scales of a head's rows, from row 0 on.
-__device__ inline const float* row_scales_of_head(const HalfInput& input, int num_heads, int64_t seqlen, int head,
-                                                  int batch) {
-  return input.row_scales + (int64_t{batch} * input.batch_step * num_heads + head) * seqlen;
+__device__ inline LimbSteps limb_steps(const Fp32DkDvKernelParams& params) { return params.inputs.limb_steps; }
+__device__ inline LimbSteps limb_steps(const Fp32DqKernelParams& params) { return params.inputs.limb_steps; }
+__device__ inline const QueryNumbers* q_stats_of(const Fp32QueryStats& stats, int64_t tile) { return stats.q + tile; }
+__device__ inline const DoutNumbers* dout_stats_of(const Fp32QueryStats& stats, int64_t tile) {
+  return stats.dout + tile;
 }
 
 // Writes this warp's 16 rows of a result, the first num_rows and num_columns of them. A quad has 32 bytes of a row.

@@ -7,7 +7,6 @@
 #include "cuda/hopper/bwd/query_tiles.cuh"
 #include "cuda/hopper/bwd/row_references.cuh"
 #include "cuda/hopper/bwd_fp32/params.h"
-#include "cuda/hopper/bwd_fp32/rows.cuh"
 #include "cuda/ptx/dependent_grids.cuh"
 
 namespace mixed_attention::cuda::hopper {
@@ -30,8 +29,8 @@ __global__ void __launch_bounds__(kFp32StatsThreads)
     hopper_fp32_bwd_stats_kernel(const __grid_constant__ Fp32BwdStatsKernelParams params) {
   ptx::allow_next_grid();
   ptx::wait_for_grids_before();
-  const int tile = blockIdx.x % params.num_tiles;
-  const int64_t batch_head = blockIdx.x / params.num_tiles;
+  const int tile = blockIdx.x % params.stats.num_tiles;
+  const int64_t batch_head = blockIdx.x / params.stats.num_tiles;
   const int64_t head = batch_head % params.num_heads, batch = batch_head / params.num_heads;
   const int run = run_of_tile(params.runs, params.num_runs, tile);
   const QueryTile queries = query_tile(params.runs, run, tile);
@@ -63,11 +62,11 @@ __global__ void __launch_bounds__(kFp32StatsThreads)
 
   float lse_log2 = INFINITY, q_scale = 0, dout_scale = 0;
   if (exists) {
-    const auto row_scale_of = [&](const HalfInput& limbs) {
-      return row_scales_of_head(limbs, params.num_heads, params.seqlen_q, head, batch)[row];
+    const auto row_scale_of = [&](const float* scales, int batch_step) {
+      return scales[(batch * batch_step * params.num_heads + head) * params.seqlen_q + row];
     };
-    q_scale = row_scale_of(params.q_limbs);
-    dout_scale = row_scale_of(params.dout_limbs);
+    q_scale = row_scale_of(params.q_scales, params.q_batch_step);
+    dout_scale = row_scale_of(params.dout_scales, params.dout_batch_step);
     const int64_t index = batch_head * params.seqlen_q + row;
     if (params.dlse != nullptr) delta -= params.dlse[index];
     if (params.lse[index] != -INFINITY) lse_log2 = params.lse[index] * std::numbers::log2e_v<float>;
@@ -75,8 +74,8 @@ __global__ void __launch_bounds__(kFp32StatsThreads)
   }
   const float largest_scale = block_max(dout_scale);
 
-  QueryNumbers& q_numbers = params.q_numbers[blockIdx.x];
-  DoutNumbers& dout_numbers = params.dout_numbers[blockIdx.x];
+  QueryNumbers& q_numbers = params.stats.q[blockIdx.x];
+  DoutNumbers& dout_numbers = params.stats.dout[blockIdx.x];
   if (thread_of_row == 0) {
     q_numbers.lse_log2[row_of_tile] = lse_log2;
     q_numbers.row_scales[row_of_tile] = q_scale;

@@ -62,6 +62,7 @@ template <typename Config>
 __device__ inline void produce(const FwdKernelParams& params, FwdSharedStorage<Config>& shared,
                                Loaded<Config>& loaded) {
   using Ring = RingUse<Config::kStages>;
+  using Limbs = LimbLoads<Config::kHeadDim, Config::kLimbs>;
   uint32_t& num_loaded = loaded.num_key_tiles;
   auto& q = loaded.q;
   for (ItemWalk<Config::kBlockM> items(params.table); items.next_with_keys(); ++q.count) {
@@ -70,12 +71,8 @@ __device__ inline void produce(const FwdKernelParams& params, FwdSharedStorage<C
 
     const auto load_key_tile = [&](typename Config::Factor* buffer, const CUtensorMap& map, ptx::Mbarrier& full,
                                    KeyTile tile, int batch_step, int limb_step) {
-#pragma unroll
-      for (int limb = 0; limb < Config::kLimbs; ++limb) {
-        load_clipped_rows<Config::kBlockN, Config::kHeadDim>(buffer + limb * Config::kBlockN * Config::kHeadDim, map,
-                                                             full, tile.row_begin, tile.num_rows, queries.head,
-                                                             queries.batch * batch_step + limb * limb_step);
-      }
+      Limbs::template load_clipped<Config::kBlockN>(buffer, map, full, tile.row_begin, tile.num_rows, queries.head,
+                                                    queries.batch * batch_step, limb_step);
     };
     const auto load_k = [&](KeyTile tile, Ring use) {
       load_key_tile(shared.k[use.stage()], params.k, begin_copy(shared.k_pipe, use, Config::kTileBytesN), tile,
@@ -90,13 +87,9 @@ __device__ inline void produce(const FwdKernelParams& params, FwdSharedStorage<C
     KeyTileIterator<Config::kBlockN> keys(params.table, items.tiles(), share.begin);
     KeyTile tile = keys.next();
     load_k(tile, Ring{num_loaded});
-    ptx::Mbarrier& q_full = begin_copy(shared.q_pipe, q, Config::kTileBytesM);
-#pragma unroll
-    for (int limb = 0; limb < Config::kLimbs; ++limb) {
-      load_rows<Config::kBlockM, Config::kHeadDim>(
-          shared.q[q.stage()] + limb * Config::kBlockM * Config::kHeadDim, params.q, q_full, queries.row_begin,
-          queries.head, queries.batch * params.q_batch_step + limb * params.row_scales.q_limb_step);
-    }
+    Limbs::template load<Config::kBlockM>(
+        shared.q[q.stage()], params.q, begin_copy(shared.q_pipe, q, Config::kTileBytesM), queries.row_begin,
+        queries.head, queries.batch * params.q_batch_step, params.row_scales.q_limb_step);
     for (int i = share.begin + 1; i < share.end; ++i) {
       const KeyTile next = keys.next();
       load_k(next, Ring{num_loaded + 1});

@@ -5,6 +5,7 @@
 
 #include "cuda/hopper/config.h"
 #include "cuda/hopper/plan/work_items.cuh"
+#include "cuda/hopper/split_fp16/row_scales.cuh"
 
 namespace mixed_attention::cuda::hopper {
 
@@ -18,13 +19,6 @@ inline constexpr float kValueScaleShare = 0x1p-22f;
 // The scale of a row's scores, whose row_scale is that of its query.
 __device__ inline float scale_of_row(float scale, float row_scale) {
   return fminf(scale / kKeyScaleShare * row_scale, std::numeric_limits<float>::max());
-}
-
-// The row_scales of a head's rows, from row 0 on; batch_step: 1, or 0 where one sequence serves the whole batch.
-template <typename Rows>
-__device__ inline const float* row_scales_of_head(const float* row_scales, const Rows& rows, int batch_step,
-                                                  int num_heads, int64_t seqlen) {
-  return row_scales + (rows.batch * batch_step * num_heads + rows.head) * seqlen;
 }
 
 // A warp's share of them, a few rows in each lane.

@@ -43,4 +43,29 @@ __device__ inline void load_clipped_rows(Element* buffer, const CUtensorMap& map
   }
 }
 
+// The same of all limbs of the rows (half_limbs.h), one tile behind the other; 16-bit numbers are a single limb.
+// limb_step: by so many sequences the low limbs stand behind the high ones.
+template <int kHeadDim, int kLimbs>
+struct LimbLoads {
+  template <int kRows, typename Element>
+  __device__ static void load(Element* buffer, const CUtensorMap& map, ptx::Mbarrier& full, int row_begin, int head,
+                              int batch, int limb_step) {
+#pragma unroll
+    for (int limb = 0; limb < kLimbs; ++limb) {
+      load_rows<kRows, kHeadDim>(buffer + limb * kRows * kHeadDim, map, full, row_begin, head,
+                                 batch + limb * limb_step);
+    }
+  }
+
+  template <int kRows, typename Element>
+  __device__ static void load_clipped(Element* buffer, const CUtensorMap& map, ptx::Mbarrier& full, int row_begin,
+                                      int num_rows, int head, int batch, int limb_step) {
+#pragma unroll
+    for (int limb = 0; limb < kLimbs; ++limb) {
+      load_clipped_rows<kRows, kHeadDim>(buffer + limb * kRows * kHeadDim, map, full, row_begin, num_rows, head,
+                                         batch + limb * limb_step);
+    }
+  }
+};
+
 }  // namespace mixed_attention::cuda::hopper
