@@ -61,17 +61,34 @@ __device__ inline void store_gradient(const DkDvKernelParams& params, const Item
   store_rows_directly(gradient, target, strides.row, num_rows, params.head_dim);
 }
 
+// An owner's place in the tile of keys, and its rings of queries and output gradients.
+template <typename Config>
+struct Owner {
+  using Operand = ptx::SlabOperand<Config::kRowBytes>;
+
+  int first_row;  // of this warp in the tile
+  Operand q_ring, dout_ring;
+
+  __device__ explicit Owner(WideDkDvSharedStorage<Config>& shared)
+      : first_row(threadIdx.x / 32 % 4 * kWarpRows),
+        q_ring(Operand::make(shared.q, Config::kSlabBytesM)),
+        dout_ring(Operand::make(shared.dout, Config::kSlabBytesM)) {}
+
+  __device__ Operand q(RingUse<Config::kStagesQ> use) const {
+    return q_ring.advance(use.stage() * Config::kTileBytesM);
+  }
+  __device__ Operand dout(RingUse<Config::kStagesDout> use) const {
+    return dout_ring.advance(use.stage() * Config::kTileBytesM);
+  }
+};
+
 template <typename Config>
 __device__ inline void own_dv(const DkDvKernelParams& params, WideDkDvSharedStorage<Config>& shared) {
   using Element = typename Config::Element;
-  using Operand = ptx::SlabOperand<Config::kRowBytes>;
   using QRing = RingUse<Config::kStagesQ>;
   using DoutRing = RingUse<Config::kStagesDout>;
-  const int first_row = threadIdx.x / 32 % 4 * kWarpRows;  // of this warp in the tile
-
+  const Owner<Config> owner(shared);
   OwnRows<Config, Config::kKeptColumns> k(shared.k, 0);
-  const Operand q_ring = Operand::make(shared.q, Config::kSlabBytesM);
-  const Operand dout_ring = Operand::make(shared.dout, Config::kSlabBytesM);
 
   uint32_t num_used = 0;  // query tiles, over all items
   uint32_t kv_parity = 0;
@@ -84,11 +101,11 @@ __device__ inline void own_dv(const DkDvKernelParams& params, WideDkDvSharedStor
       uint32_t p_operand[Config::kBlockM / 4];
       const auto issue_scores = [&](QRing q) {
         wait_full(shared.q_pipe, q);
-        k.issue_transposed_scores(s, q_ring.advance(q.stage() * Config::kTileBytesM));
+        k.issue_transposed_scores(s, owner.q(q));
       };
       const auto issue_dv = [&](DoutRing dout) {
         wait_full(shared.dout_pipe, dout);
-        issue_column_mma<Element>(dv, p_operand, dout_ring.advance(dout.stage() * Config::kTileBytesM));
+        issue_column_mma<Element>(dv, p_operand, owner.dout(dout));
       };
       // Turns scores into p.
       const auto exponentiate = [&](QRing q) {
@@ -106,7 +123,7 @@ __device__ inline void own_dv(const DkDvKernelParams& params, WideDkDvSharedStor
       };
 
       wait_full(shared.kv_pipe, kv_parity);
-      k.load(first_row);
+      k.load(owner.first_row);
       sync_and_arrive_as_warp(shared.kv_kept);
       issue_scores(QRing{num_used});
       ptx::wgmma_wait<0>(s);
@@ -133,21 +150,17 @@ __device__ inline void own_dv(const DkDvKernelParams& params, WideDkDvSharedStor
       ptx::wgmma_wait<0>(dv);
       sync_and_release(shared.dout_pipe, dout);
     }
-    store_gradient<Config>(params, items.rows(), first_row, dv, params.dv, params.dv_strides);
+    store_gradient<Config>(params, items.rows(), owner.first_row, dv, params.dv, params.dv_strides);
   }
 }
 
 template <typename Config>
 __device__ inline void own_dk(const DkDvKernelParams& params, WideDkDvSharedStorage<Config>& shared) {
   using Element = typename Config::Element;
-  using Operand = ptx::SlabOperand<Config::kRowBytes>;
   using QRing = RingUse<Config::kStagesQ>;
   using DoutRing = RingUse<Config::kStagesDout>;
-  const int first_row = threadIdx.x / 32 % 4 * kWarpRows;  // of this warp in the tile
-
+  const Owner<Config> owner(shared);
   OwnRows<Config, Config::kKeptColumns> v(shared.v, 0);
-  const Operand q_ring = Operand::make(shared.q, Config::kSlabBytesM);
-  const Operand dout_ring = Operand::make(shared.dout, Config::kSlabBytesM);
 
   uint32_t num_used = 0;  // query tiles, over all items
   uint32_t kv_parity = 0;
@@ -160,11 +173,11 @@ __device__ inline void own_dk(const DkDvKernelParams& params, WideDkDvSharedStor
       uint32_t ds_operand[Config::kBlockM / 4];
       const auto issue_dp = [&](DoutRing dout) {
         wait_full(shared.dout_pipe, dout);
-        v.issue_transposed_scores(dp, dout_ring.advance(dout.stage() * Config::kTileBytesM));
+        v.issue_transposed_scores(dp, owner.dout(dout));
       };
       const auto issue_dk = [&](QRing q) {
         wait_full(shared.q_pipe, q);
-        issue_column_mma<Element>(dk, ds_operand, q_ring.advance(q.stage() * Config::kTileBytesM));
+        issue_column_mma<Element>(dk, ds_operand, owner.q(q));
       };
       // Turns dp into the operand of the next MMA.
       const auto differentiate = [&](DoutRing dout) {
@@ -178,7 +191,7 @@ __device__ inline void own_dk(const DkDvKernelParams& params, WideDkDvSharedStor
 
       wait_full(shared.kv_pipe, kv_parity);
       kv_parity ^= 1;
-      v.load(first_row);
+      v.load(owner.first_row);
       sync_and_arrive_as_warp(shared.kv_kept);
       issue_dp(DoutRing{num_used});
       ptx::wgmma_wait<0>(dp);
@@ -202,7 +215,7 @@ __device__ inline void own_dk(const DkDvKernelParams& params, WideDkDvSharedStor
       sync_and_release(shared.q_pipe, q);
       scale_all(dk, params.softmax_scale);
     }
-    store_gradient<Config>(params, items.rows(), first_row, dk, params.dk, params.dk_strides);
+    store_gradient<Config>(params, items.rows(), owner.first_row, dk, params.dk, params.dk_strides);
   }
 }
 
