@@ -154,12 +154,13 @@ def instantiated_kernels() -> list[Kernels]:
     lines = (ROOT / "csrc" / "cuda" / "instantiations.txt").read_text().splitlines()
     for name, *rest in (line.split() for line in lines if not line.startswith("#")):
         head_dims = [word for word in rest if word.isdecimal()]
-        for dtype in rest[: -len(head_dims)]:
+        for dtypes in (word.split(",") for word in rest[: -len(head_dims)]):
+            each = " ".join(f"INSTANTIATE({dtype})" for dtype in dtypes)
             found += [
                 Kernels(
-                    f"{name}_{dtype}_d{head_dim}.o",
+                    f"{name}_{'_'.join(dtypes)}_d{head_dim}.o",
                     f"csrc/cuda/instantiate_{name}.cu",
-                    (f"-DDTYPE={dtype}", f"-DHEAD_DIM={head_dim}"),
+                    (f"-DDTYPES={each}", f"-DHEAD_DIM={head_dim}"),
                 )
                 for head_dim in head_dims
             ]

@@ -1,4 +1,4 @@
-// The Hopper backward kernels of one DTYPE and HEAD_DIM, as the compiler is told: instantiations.txt.
+// The Hopper backward kernels of some DTYPES and one HEAD_DIM, as the compiler is told: instantiations.txt.
 #include "cuda/hopper/bwd/launch.cuh"
 
 namespace mixed_attention::cuda::hopper {
@@ -9,7 +9,9 @@ using fp16 = __half;
 
 }  // namespace
 
-template void launch_bwd<DTYPE, HEAD_DIM>(const BwdParams& params, const std::vector<QueryRun>& runs,
-                                          const BwdPlan& plan);
+#define INSTANTIATE(DTYPE)                                                                              \
+  template void launch_bwd<DTYPE, HEAD_DIM>(const BwdParams& params, const std::vector<QueryRun>& runs, \
+                                            const BwdPlan& plan);
+DTYPES
 
 }  // namespace mixed_attention::cuda::hopper

@@ -1,4 +1,4 @@
-// The Hopper forward kernels of one DTYPE and HEAD_DIM, as the compiler is told: instantiations.txt.
+// The Hopper forward kernels of some DTYPES and one HEAD_DIM, as the compiler is told: instantiations.txt.
 #include "cuda/hopper/fwd/launch.cuh"
 
 namespace mixed_attention::cuda::hopper {
@@ -17,6 +17,8 @@ using tf32 = Numbers<float, 1>;
 
 }  // namespace
 
-template void launch_fwd<DTYPE::Element, HEAD_DIM, DTYPE::kLimbs>(const FwdParams& params, const FwdPlan& plan);
+#define INSTANTIATE(DTYPE) \
+  template void launch_fwd<DTYPE::Element, HEAD_DIM, DTYPE::kLimbs>(const FwdParams& params, const FwdPlan& plan);
+DTYPES
 
 }  // namespace mixed_attention::cuda::hopper

@@ -1,4 +1,4 @@
-// The portable backward kernels of one DTYPE and HEAD_DIM, as the compiler is told: instantiations.txt.
+// The portable backward kernels of some DTYPES and one HEAD_DIM, as the compiler is told: instantiations.txt.
 #include "cuda/portable/bwd_launch.cuh"
 
 namespace mixed_attention::cuda::portable {
@@ -9,6 +9,8 @@ constexpr Arithmetic bf16 = Arithmetic::kBFloat16, fp16 = Arithmetic::kFloat16, 
 
 }  // namespace arithmetic
 
-template void launch_bwd<arithmetic::DTYPE, HEAD_DIM>(const BwdParams& params, const BwdPlan& plan);
+#define INSTANTIATE(DTYPE) \
+  template void launch_bwd<arithmetic::DTYPE, HEAD_DIM>(const BwdParams& params, const BwdPlan& plan);
+DTYPES
 
 }  // namespace mixed_attention::cuda::portable

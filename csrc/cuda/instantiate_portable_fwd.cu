@@ -1,4 +1,4 @@
-// The portable forward kernels of one DTYPE and HEAD_DIM, as the compiler is told: instantiations.txt.
+// The portable forward kernels of some DTYPES and one HEAD_DIM, as the compiler is told: instantiations.txt.
 #include "cuda/portable/fwd_launch.cuh"
 
 namespace mixed_attention::cuda::portable {
@@ -9,6 +9,8 @@ constexpr Arithmetic bf16 = Arithmetic::kBFloat16, fp16 = Arithmetic::kFloat16, 
 
 }  // namespace arithmetic
 
-template void launch_fwd<arithmetic::DTYPE, HEAD_DIM>(const FwdParams& params, const FwdPlan& plan);
+#define INSTANTIATE(DTYPE) \
+  template void launch_fwd<arithmetic::DTYPE, HEAD_DIM>(const FwdParams& params, const FwdPlan& plan);
+DTYPES
 
 }  // namespace mixed_attention::cuda::portable

@@ -133,16 +133,16 @@ def test_kernels_of_the_list_have_an_object_each(setup):
     assert len({each.object for each in everything}) == len(everything)
     assert all((ROOT / each.source).exists() for each in everything)
     (fp32,) = (each for each in everything if each.object == "hopper_fwd_fp32_d128.o")
-    assert fp32.defines == ("-DDTYPE=fp32", "-DHEAD_DIM=128")
+    assert fp32.defines == ("-DDTYPES=INSTANTIATE(fp32)", "-DHEAD_DIM=128")
 
 
 def test_a_kernel_is_compiled_once_and_leaves_its_report(setup, environment):
     environment.setenv("CXX", "ccache g++-12")
-    (kernels,) = (each for each in setup.all_kernels() if each.object == "hopper_fwd_bf16_d64.o")
+    (kernels,) = (each for each in setup.all_kernels() if each.object == "hopper_fwd_bf16_fp16_d64.o")
     text = setup.ninja_file(Path("/cuda"), [kernels])
     assert "command = /cuda/bin/nvcc" in text and "-ccbin=g++-12" in text and ">$out.log 2>&1" in text
-    assert f"build hopper_fwd_bf16_d64.o: nvcc {ROOT / HOPPER}\n" in text
-    assert text.endswith("-DDTYPE=bf16 -DHEAD_DIM=64\n")
+    assert f"build hopper_fwd_bf16_fp16_d64.o: nvcc {ROOT / HOPPER}\n" in text
+    assert text.endswith("'-DDTYPES=INSTANTIATE(bf16) INSTANTIATE(fp16)' -DHEAD_DIM=64\n")
 
 
 def test_without_cuda_nothing_of_it_is_compiled(setup):
