@@ -1,6 +1,7 @@
 #include "schedule.h"
 
 #include <algorithm>
+#include <atomic>
 #include <stdexcept>
 #include <string>
 
@@ -73,7 +74,8 @@ std::vector<KeySegment> invert(const std::vector<QuerySegment>& segments, int64_
 }  // namespace
 
 Schedule parse_schedule(const int64_t* flat, size_t length, int64_t seqlen_q, int64_t seqlen_k) {
-  Schedule schedule{seqlen_q, seqlen_k, parse(flat, length, seqlen_q, seqlen_k), {}, 0};
+  static std::atomic<uint64_t> last_id = 0;
+  Schedule schedule{seqlen_q, seqlen_k, parse(flat, length, seqlen_q, seqlen_k), {}, 0, ++last_id};
   for (const QuerySegment& segment : schedule.query_segments) {
     for (const Range& keys : segment.keys) schedule.num_pairs += segment.rows.size() * keys.size();
   }

@@ -37,6 +37,7 @@ struct Schedule {
   std::vector<QuerySegment> query_segments;  // without empty ones; in order, they cover all rows once
   std::vector<KeySegment> key_segments;      // without empty ones; in order, they cover all rows once
   int64_t num_pairs;                         // attended (query, key) pairs
+  uint64_t id = 0;  // no other schedule of this process has it: what is derived from one is found again by it
 };
 
 // Parses a flat plan, per segment: begin, end, number of ranges, then begin and end of every key range. The result has

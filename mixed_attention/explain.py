@@ -80,24 +80,24 @@ def _kernels(
         if not ops.has_kernels("cuda", dtype):
             yield f"  {direction}: the reference"
             continue
-        family, why = ops.cuda_kernel(dtype, head_dim, device, backward=backward)
-        if family == "none":
-            yield f"  {direction}: no kernel, for {why}"
-            continue
         shape = {"batch_size": batch_size, "num_heads": num_heads, "head_dim": head_dim}
-        layout = ops.cuda_layout(plan, **shape, dtype=dtype, device=device, backward=backward)
-        yield f"  {direction}: {family} kernel, {_words(layout, backward)}"
+        launch = ops.cuda_launch(plan, **shape, dtype=dtype, device=device, backward=backward)
+        if launch.family == "none":
+            yield f"  {direction}: no kernel, for {launch.why}"
+            continue
+        why = f"; no faster one, for {launch.why}" if launch.why else ""
+        yield f"  {direction}: {launch.family} kernel, {_words(launch, backward)}{why}"
 
 
-def _words(layout: ops.CudaLayout, backward: bool) -> str:
+def _words(launch: ops.CudaLaunch, backward: bool) -> str:
     owned, taken_up = ("keys", "queries") if backward else ("queries", "keys")
-    tiles = f"tiles of {layout.tile_rows} {owned} that take up {layout.block_rows} {taken_up} at a time"
-    waves = layout.num_tiles / layout.num_slots
-    return f"{tiles}{_parts(layout)}: {layout.num_tiles} in {waves:.2f} waves of {layout.num_slots}"
+    tiles = f"tiles of {launch.tile_rows} {owned} that take up {launch.block_rows} {taken_up} at a time"
+    waves = launch.num_tiles / launch.num_slots
+    return f"{tiles}{_parts(launch)}: {launch.num_tiles} in {waves:.2f} waves of {launch.num_slots}"
 
 
-def _parts(layout: ops.CudaLayout) -> str:
-    if layout.num_splits == 1:
+def _parts(launch: ops.CudaLaunch) -> str:
+    if launch.num_splits == 1:
         return ""
-    are_all = layout.num_tiles == layout.num_splits * layout.num_split_tiles
-    return f", {'' if are_all else f'{layout.num_split_tiles} of them '}cut into {layout.num_splits} parts each"
+    are_all = launch.num_tiles == launch.num_splits * launch.num_split_tiles
+    return f", {'' if are_all else f'{launch.num_split_tiles} of them '}cut into {launch.num_splits} parts each"

@@ -89,10 +89,12 @@ def cuda_kernel(dtype: torch.dtype, head_dim: int, device: torch.device, *, back
     return _C.cuda_kernel(dtype, head_dim, head_dim, _index_of(device), backward)
 
 
-class CudaLayout(NamedTuple):
-    """How a GPU goes about a pass.
+class CudaLaunch(NamedTuple):
+    """How a GPU serves a pass.
 
     Attributes:
+        family: Of kernels: ``"hopper"``, ``"portable"`` or ``"none"``.
+        why: Why not a faster one, or why none at all; empty where nothing was refused.
         tile_rows: Queries (forward) or keys (backward) that a thread block owns.
         block_rows: Rows of the other side that it takes up at a time.
         num_splits: Parts that the walk of a tile is cut into.
@@ -101,6 +103,8 @@ class CudaLayout(NamedTuple):
         num_split_tiles: Tiles whose walk is cut, all or some.
     """
 
+    family: str
+    why: str
     tile_rows: int
     block_rows: int
     num_splits: int
@@ -109,7 +113,7 @@ class CudaLayout(NamedTuple):
     num_split_tiles: int
 
 
-def cuda_layout(
+def cuda_launch(
     plan: AttentionPlan,
     *,
     batch_size: int,
@@ -118,11 +122,11 @@ def cuda_layout(
     dtype: torch.dtype,
     device: torch.device,
     backward: bool,
-) -> CudaLayout:
-    """Tiles of the kernels that serve a plan on a GPU (`cuda_kernel` names them); for people to read."""
+) -> CudaLaunch:
+    """How a GPU serves a call of contiguous tensors without mask and dropout, as the call itself would decide it."""
     _require_compiled()
     shape = (batch_size, num_heads, plan.num_queries, plan.num_keys, head_dim, head_dim)
-    return CudaLayout(*_C.cuda_layout(dtype, shape, plan.flat(), _index_of(device), backward))
+    return CudaLaunch(*_C.cuda_launch(dtype, shape, plan.flat(), _index_of(device), backward))
 
 
 @cache

@@ -656,7 +656,7 @@ def _kinds(trial: Trial, device: torch.device) -> Iterator[str]:
 def _kinds_of_kernels(trial: Trial, device: torch.device) -> Iterator[str]:
     """Which family serves the passes on a GPU, and whether it cuts their work."""
     case = trial.case
-    # What the shapes allow, these still rule out: see hopper::can_fwd.
+    # What the shapes allow, these still rule out: see hopper::refusal_of_fwd.
     is_refused = (
         case.scale <= 0
         or case.dropout_p > 0
@@ -670,13 +670,14 @@ def _kinds_of_kernels(trial: Trial, device: torch.device) -> Iterator[str]:
         if family == "hopper" and is_refused:
             yield f"{name}: portable"
             continue
-        yield f"{name}: {family}"
         if family == "none" or 0 in (case.batch_size, case.num_heads, case.plan.num_queries, case.plan.num_keys):
+            yield f"{name}: {family}"
             continue
         shape = {"batch_size": case.batch_size, "num_heads": case.num_heads, "head_dim": case.head_dim}
-        layout = ops.cuda_layout(case.plan, **shape, dtype=case.dtype, device=device, backward=backward)
-        if layout.num_splits > 1:
-            yield f"{name}: {family}, in parts"
+        launch = ops.cuda_launch(case.plan, **shape, dtype=case.dtype, device=device, backward=backward)
+        yield f"{name}: {launch.family}"
+        if launch.num_splits > 1:
+            yield f"{name}: {launch.family}, in parts"
 
 
 # --- Processes ---------------------------------------------------------------------------------------------------

@@ -19,10 +19,8 @@ bool is_built() { return false; }
 Choice choose_fwd(const Problem&) { return {Choice::Family::kNone, kReason}; }
 Choice choose_bwd(const Problem&) { return {Choice::Family::kNone, kReason}; }
 
-std::string refusal_of_sizes(const AttentionParams&) { refuse(); }
-
-Layout layout_fwd(const FwdParams&) { refuse(); }
-Layout layout_bwd(const BwdParams&) { refuse(); }
+std::string refusal_of_sizes(const FwdParams&) { refuse(); }
+std::string refusal_of_sizes(const BwdParams&) { refuse(); }
 
 Launch<FwdParams> plan_fwd(const FwdParams&) { refuse(); }
 Launch<BwdParams> plan_bwd(const BwdParams&) { refuse(); }

@@ -27,9 +27,22 @@ Problem problem_of(const AttentionParams& params) {
 // Not an element anywhere: nothing to compute, and nothing that a tensor map could describe.
 bool is_empty(const AttentionParams& params) { return params.batch_size == 0 || params.num_heads == 0; }
 
-// Why nothing serves a call of such a problem; empty where something does.
-std::string why_none(const Choice& choice, const AttentionParams& params) {
-  return choice.family == Family::kNone ? choice.why : refusal_of_sizes(params);
+// The launch of a problem's family, or of the portable one where the call itself is not for Hopper's kernels.
+template <class Params>
+Launch<Params> plan(Choice choice, const Params& params, const char* (*hopper_refusal)(const Params&),
+                    Launch<Params> (*hopper_launch)(const Params&), Launch<Params> (*portable_launch)(const Params&)) {
+  if (choice.family == Family::kNone) return {.choice = std::move(choice)};
+  if (std::string why = refusal_of_sizes(params); !why.empty()) return {.choice = {Family::kNone, std::move(why)}};
+  if (choice.family == Family::kHopper) {
+    if (const char* why = hopper_refusal(params)) choice = {Family::kPortable, why};
+  }
+  Launch<Params> launch = choice.family == Family::kHopper ? hopper_launch(params) : portable_launch(params);
+  launch.choice = std::move(choice);
+  if (is_empty(params)) {
+    launch.workspace_size = 0;
+    launch.run = [](const Params&) {};
+  }
+  return launch;
 }
 
 }  // namespace
@@ -41,19 +54,13 @@ Choice choose_fwd(const Problem& problem) { return choose(problem, hopper::refus
 Choice choose_bwd(const Problem& problem) { return choose(problem, hopper::refusal_bwd(problem)); }
 
 Launch<FwdParams> plan_fwd(const FwdParams& params) {
-  const Choice choice = choose_fwd(problem_of(params));
-  if (std::string why = why_none(choice, params); !why.empty()) return {.why_none = std::move(why)};
-  if (is_empty(params)) return {.run = [](const FwdParams&) {}};
-  return choice.family == Family::kHopper && hopper::can_fwd(params) ? hopper::launch_of_fwd(params)
-                                                                     : portable::launch_of_fwd(params);
+  return plan(choose_fwd(problem_of(params)), params, hopper::refusal_of_fwd, hopper::launch_of_fwd,
+              portable::launch_of_fwd);
 }
 
 Launch<BwdParams> plan_bwd(const BwdParams& params) {
-  const Choice choice = choose_bwd(problem_of(params));
-  if (std::string why = why_none(choice, params); !why.empty()) return {.why_none = std::move(why)};
-  if (is_empty(params)) return {.run = [](const BwdParams&) {}};
-  return choice.family == Family::kHopper && hopper::can_bwd(params) ? hopper::launch_of_bwd(params)
-                                                                     : portable::launch_of_bwd(params);
+  return plan(choose_bwd(problem_of(params)), params, hopper::refusal_of_bwd, hopper::launch_of_bwd,
+              portable::launch_of_bwd);
 }
 
 }  // namespace mixed_attention::cuda

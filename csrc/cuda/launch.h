@@ -32,8 +32,10 @@ struct Choice {
 Choice choose_fwd(const Problem& problem);
 Choice choose_bwd(const Problem& problem);
 
-// Why no family serves the sizes of a call; empty where they can be counted. It reads sizes and the schedule alone.
-std::string refusal_of_sizes(const AttentionParams& params);
+// Why no family serves the sizes of a call; empty where they can be counted. They read sizes and the schedule alone,
+// that of a forward by queries, as a backward may be adding its inverse meanwhile.
+std::string refusal_of_sizes(const FwdParams& params);
+std::string refusal_of_sizes(const BwdParams& params);
 
 // How the device goes about a pass, for people to read.
 struct Layout {
@@ -44,21 +46,17 @@ struct Layout {
   int64_t num_split_tiles;    // whose walk is cut, all or some
 };
 
-// By query for the forward, by key for the backward. Of the params only shapes, dtype, schedule, device and
-// allow_tf32 are read.
-Layout layout_fwd(const FwdParams& params);
-Layout layout_bwd(const BwdParams& params);
-
 // How a call is served, decided once and before there is memory for it.
 template <class Params>
 struct Launch {
-  std::string why_none;       // why nothing serves it; empty where something does
+  Choice choice;              // which kernels, and why no faster ones, or why none at all
+  Layout layout{};            // by query for the forward, by key for the backward
   size_t workspace_size = 0;  // bytes of device memory that it needs beside inputs and outputs; 0 for most
   bool can_overwrite_inputs =
       false;  // whether gradients may be where the inputs are: dq where q lies, dk where k does…
 
-  // Enqueues on params.stream and returns; it never synchronises and never allocates. The params are those of the plan,
-  // and params.workspace is there.
+  // Enqueues on params.stream and returns; it never synchronises, and allocates nothing but a stream's store of tables,
+  // once (portable/device_tables.h). The params are those of the plan, and params.workspace is there.
   std::function<void(const Params&)> run;
 };
 

@@ -4,6 +4,7 @@
 #include <string>
 
 #include "ceil_div.h"
+#include "cuda/common/kept.h"
 #include "cuda/launch.h"
 #include "cuda/portable/work_table.h"
 #include "schedule.h"
@@ -19,28 +20,61 @@ std::string more_than(const char* what, int64_t number, int64_t most) {
          std::to_string(most);
 }
 
-}  // namespace
+// Of a schedule, by the smallest tiles and blocks.
+struct Sizes {
+  int64_t num_tiles;
+  int64_t longest;  // blocks that a tile walks through
+};
 
-std::string refusal_of_sizes(const AttentionParams& params) {
-  constexpr int64_t kMaxInt = std::numeric_limits<int32_t>::max();
-  if (params.seqlen_q > kMaxRows) return more_than("rows of q", params.seqlen_q, kMaxRows);
-  if (params.seqlen_k > kMaxRows) return more_than("rows of k", params.seqlen_k, kMaxRows);
-  int64_t query_tiles = 0, key_tiles = 0, longest = 0;
-  for (const QuerySegment& segment : params.schedule->query_segments) {
-    query_tiles += ceil_div(segment.rows.size(), kLeastTileRows);
+Sizes sizes_by_query(const Schedule& schedule) {
+  Sizes sizes{};
+  for (const QuerySegment& segment : schedule.query_segments) {
+    sizes.num_tiles += ceil_div(segment.rows.size(), kLeastTileRows);
     int64_t num_blocks = 0;
     for (const Range& keys : segment.keys) num_blocks += ceil_div(keys.size(), kLeastBlockRows);
-    longest = std::max(longest, num_blocks);
+    sizes.longest = std::max(sizes.longest, num_blocks);
   }
-  for (const KeySegment& segment : params.schedule->key_segments) {
+  return sizes;
+}
+
+// Of either side the larger ones.
+Sizes sizes_by_either(const Schedule& schedule) {
+  Sizes sizes = sizes_by_query(schedule);
+  int64_t key_tiles = 0;
+  for (const KeySegment& segment : schedule.key_segments) {
     key_tiles += ceil_div(segment.rows.size(), kLeastTileRows);
     int64_t num_blocks = 0;
     for (const Reader& reader : segment.readers) num_blocks += ceil_div(reader.queries.size(), kLeastBlockRows);
-    longest = std::max(longest, num_blocks);
+    sizes.longest = std::max(sizes.longest, num_blocks);
   }
-  if (longest > kMaxInt) return more_than("blocks of rows that one tile attends to, or is read by", longest, kMaxInt);
-  const int64_t tiles = params.batch_size * params.num_heads * std::max(query_tiles, key_tiles);
+  sizes.num_tiles = std::max(sizes.num_tiles, key_tiles);
+  return sizes;
+}
+
+std::string refusal(const AttentionParams& params, Sizes (*sizes_of)(const Schedule&), Kept<uint64_t, Sizes>& kept) {
+  constexpr int64_t kMaxInt = std::numeric_limits<int32_t>::max();
+  if (params.seqlen_q > kMaxRows) return more_than("rows of q", params.seqlen_q, kMaxRows);
+  if (params.seqlen_k > kMaxRows) return more_than("rows of k", params.seqlen_k, kMaxRows);
+  const auto sizes = kept.of(params.schedule->id, [&] { return sizes_of(*params.schedule); });
+  if (sizes->longest > kMaxInt) {
+    return more_than("blocks of rows that one tile attends to, or is read by", sizes->longest, kMaxInt);
+  }
+  const int64_t tiles = params.batch_size * params.num_heads * sizes->num_tiles;
   return tiles > kMaxInt ? more_than("tiles of rows of all heads and sequences", tiles, kMaxInt) : "";
+}
+
+}  // namespace
+
+// NOTE: what is kept is never freed, as threads may outlive static objects.
+
+std::string refusal_of_sizes(const FwdParams& params) {
+  static auto* kept = new Kept<uint64_t, Sizes>(256);
+  return refusal(params, sizes_by_query, *kept);
+}
+
+std::string refusal_of_sizes(const BwdParams& params) {
+  static auto* kept = new Kept<uint64_t, Sizes>(256);
+  return refusal(params, sizes_by_either, *kept);
 }
 
 }  // namespace mixed_attention::cuda

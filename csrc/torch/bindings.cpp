@@ -194,8 +194,10 @@ TORCH_LIBRARY_IMPL(mixed_attention, Autograd, m) {
   }
 }
 
-PYBIND11_MODULE(TORCH_EXTENSION_NAME, m) {
-  m.doc() = "Compiled part of mixed_attention; its operators live in torch.ops.mixed_attention.";
+namespace {
+
+// What this build is and what it would do.
+void define_questions(py::module_& m) {
   m.attr("build_flags") = std::string("torch " TORCH_VERSION ", compiler " __VERSION__) +
                           (mixed_attention::cuda::is_built() ? ", with" : ", without") + " CUDA kernels";
   m.def("cpu_instruction_set", &mixed_attention::cpu::instruction_set, "Instruction set of the CPU kernels here.");
@@ -209,11 +211,16 @@ PYBIND11_MODULE(TORCH_EXTENSION_NAME, m) {
   m.def("cuda_kernel", &mixed_attention::cuda_kernel, py::arg("dtype"), py::arg("head_dim"), py::arg("head_dim_v"),
         py::arg("device"), py::arg("backward"), "Family of the CUDA kernels for a problem, and why no faster one.");
   m.def(
-      "cuda_layout",
+      "cuda_launch",
       [](at::ScalarType dtype, std::array<int64_t, 6> shape, const std::vector<int64_t>& segments, int device,
-         bool backward) { return mixed_attention::cuda_layout(dtype, shape, segments, device, backward); },
+         bool backward) { return mixed_attention::cuda_launch(dtype, shape, segments, device, backward); },
       py::arg("dtype"), py::arg("shape"), py::arg("segments"), py::arg("device"), py::arg("backward"),
-      "Tiles of the CUDA kernels for a problem: rows, rows taken up at a time, parts, number, at a time, cut.");
+      "How the CUDA kernels serve a call: family, why no faster one, and its tiles: rows, rows taken up at a time, "
+      "parts, number, at a time, cut.");
+}
+
+// What operators refuse, where nothing is to be computed.
+void define_checks(py::module_& m) {
   using Segments = std::vector<c10::SymInt>;
   m.def(
       "check_forward",
@@ -247,6 +254,10 @@ PYBIND11_MODULE(TORCH_EXTENSION_NAME, m) {
         "Throws where a tensor is sparse, quantized or nested.");
   m.def("check_rope", &mixed_attention::check_rope, py::arg("x"), py::arg("freqs"), py::arg("out"),
         "Throws what rope_out would throw, without computing.");
+}
+
+// Nodes of the graph in plain eager mode.
+void define_nodes(py::module_& m) {
   py::class_<mixed_attention::ProjectedPart>(m, "ProjectedPart", "Rows of a weight, and the tokens that they see.")
       .def(py::init<int64_t, int64_t, std::optional<mixed_attention::Ranges>>(), py::arg("row_begin"),
            py::arg("row_end"), py::arg("tokens"));
@@ -308,4 +319,13 @@ PYBIND11_MODULE(TORCH_EXTENSION_NAME, m) {
         mixed_attention::set_backward_composite(from_python<mixed_attention::OptionalTensors>(composite));
       },
       py::arg("composite"), "Registers the backward of attend_in_place that has derivatives itself.");
+}
+
+}  // namespace
+
+PYBIND11_MODULE(TORCH_EXTENSION_NAME, m) {
+  m.doc() = "Compiled part of mixed_attention; its operators live in torch.ops.mixed_attention.";
+  define_questions(m);
+  define_checks(m);
+  define_nodes(m);
 }

@@ -118,7 +118,7 @@ void run(const cuda::Launch<Params>& launch, Params& params, const Tensor& q) {
 void run_fwd(FwdParams& params, const Tensor& q) {
   if (q.is_cpu()) return cpu::run_fwd(params);
   const cuda::Launch<FwdParams> launch = cuda::plan_fwd(params);
-  check_served(launch.why_none);
+  check_served(launch.choice.why_none());
   run(launch, params, q);
 }
 
@@ -129,7 +129,7 @@ bool run_bwd(BwdParams& params, const Tensor& q, bool is_in_place) {
     return !is_in_place;
   }
   const cuda::Launch<BwdParams> launch = cuda::plan_bwd(params);
-  check_served(launch.why_none);
+  check_served(launch.choice.why_none());
   if (is_in_place && !launch.can_overwrite_inputs) return false;
   run(launch, params, q);
   return true;
@@ -530,22 +530,46 @@ void check_backward(const Tensor& dout, const OptionalTensor& dlse, const Tensor
   check_gradients(dout, dlse, q, k, v, out, lse, grads);
 }
 
+namespace {
+
+const char* name_of(cuda::Choice::Family family) {
+  switch (family) {
+    case cuda::Choice::Family::kPortable: return "portable";
+    case cuda::Choice::Family::kHopper: return "hopper";
+    default: return "none";
+  }
+}
+
+template <class Params>
+CudaLaunch described(const cuda::Launch<Params>& launch) {
+  const cuda::Layout& layout = launch.layout;
+  return {name_of(launch.choice.family),
+          launch.choice.why,
+          layout.tile_rows,
+          layout.block_rows,
+          layout.num_splits,
+          layout.num_tiles,
+          layout.num_slots,
+          layout.num_split_tiles};
+}
+
+}  // namespace
+
 std::pair<std::string, std::string> cuda_kernel(at::ScalarType dtype, int64_t head_dim, int64_t head_dim_v, int device,
                                                 bool backward) {
   const cuda::Problem problem{to_dtype("dtype", dtype), head_dim, head_dim_v, device};
   const cuda::Choice choice = backward ? cuda::choose_bwd(problem) : cuda::choose_fwd(problem);
-  switch (choice.family) {
-    case cuda::Choice::Family::kPortable: return {"portable", choice.why};
-    case cuda::Choice::Family::kHopper: return {"hopper", choice.why};
-    default: return {"none", choice.why};
-  }
+  return {name_of(choice.family), choice.why};
 }
 
-std::tuple<int, int, int, int64_t, int, int64_t> cuda_layout(at::ScalarType dtype, std::array<int64_t, 6> shape,
-                                                             at::IntArrayRef segments, int device, bool backward) {
+CudaLaunch cuda_launch(at::ScalarType dtype, std::array<int64_t, 6> shape, at::IntArrayRef segments, int device,
+                       bool backward) {
   TORCH_CHECK_NOT_IMPLEMENTED(cuda::is_built(), "built without CUDA kernels; rebuild with MIXED_ATTENTION_CUDA=1");
   const auto [batch_size, num_heads, seqlen_q, seqlen_k, head_dim, head_dim_v] = shape;
   const Schedule schedule = make_schedule(segments.data(), segments.size(), seqlen_q, seqlen_k);
+  const auto contiguous = [heads = num_heads](int64_t seqlen, int64_t columns) {
+    return Strides{seqlen * heads * columns, heads * columns, columns};
+  };
   BwdParams params{};
   params.dtype = to_dtype("dtype", dtype);
   params.batch_size = batch_size;
@@ -554,13 +578,19 @@ std::tuple<int, int, int, int64_t, int, int64_t> cuda_layout(at::ScalarType dtyp
   params.seqlen_k = seqlen_k;
   params.head_dim = head_dim;
   params.head_dim_v = head_dim_v;
+  params.q_strides = params.dq_strides = contiguous(seqlen_q, head_dim);
+  params.k_strides = params.dk_strides = contiguous(seqlen_k, head_dim);
+  params.v_strides = params.dv_strides = contiguous(seqlen_k, head_dim_v);
+  params.out_strides = params.dout_strides = contiguous(seqlen_q, head_dim_v);
+  params.softmax_scale = 1;
   params.schedule = &schedule;
   params.device = device;
   params.allow_tf32 = allows_tf32();
-  const cuda::Layout layout =
-      backward ? cuda::layout_bwd(params) : cuda::layout_fwd({static_cast<const AttentionParams&>(params)});
-  return {layout.tile_rows, layout.block_rows, layout.num_splits,
-          layout.num_tiles, layout.num_slots,  layout.num_split_tiles};
+  params.deterministic = at::globalContext().deterministicAlgorithms();
+  if (backward) return described(cuda::plan_bwd(params));
+  FwdParams fwd{static_cast<const AttentionParams&>(params)};
+  fwd.out_strides = params.out_strides;
+  return described(cuda::plan_fwd(fwd));
 }
 
 }  // namespace mixed_attention

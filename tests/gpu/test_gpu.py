@@ -616,12 +616,11 @@ def test_a_plan_tells_what_kernels_do_with_it(case, dtype, device):
     shape = {"batch_size": case.batch_size, "num_heads": case.num_heads, "head_dim": case.head_dim, "dtype": dtype}
     lines = case.plan.explain(device=device, **shape).splitlines()[-2:]
     for line, backward in zip(lines, (False, True)):
-        family, _ = ops.cuda_kernel(dtype, case.head_dim, device, backward=backward)
-        layout = ops.cuda_layout(case.plan, **shape, device=device, backward=backward)
+        launch = ops.cuda_launch(case.plan, **shape, device=device, backward=backward)
         rows = case.plan.num_keys if backward else case.plan.num_queries
-        num_whole_tiles = layout.num_tiles - layout.num_split_tiles * (layout.num_splits - 1)
-        assert num_whole_tiles * layout.tile_rows >= rows * case.num_heads * case.batch_size
-        assert f"{family} kernel, tiles of {layout.tile_rows}" in line and f": {layout.num_tiles} in" in line
+        num_whole_tiles = launch.num_tiles - launch.num_split_tiles * (launch.num_splits - 1)
+        assert num_whole_tiles * launch.tile_rows >= rows * case.num_heads * case.batch_size
+        assert f"{launch.family} kernel, tiles of {launch.tile_rows}" in line and f": {launch.num_tiles} in" in line
 
 
 @each_dtype

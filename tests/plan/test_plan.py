@@ -176,23 +176,23 @@ def test_explain_names_segments_and_keys_that_nobody_reads():
 
 
 def test_explain_names_the_kernels_of_a_gpu(monkeypatch):
-    def choose(dtype, head_dim, device, *, backward):
-        return ("hopper", "") if not backward else ("none", "head_dim: 264 is not supported, expected at most 256")
-
+    none = ops.CudaLaunch("none", "head_dim: 264 is not supported, expected at most 256", 0, 0, 1, 0, 0, 0)
     monkeypatch.setattr(ops, "has_kernels", lambda device_type, dtype: dtype != torch.float64)
-    monkeypatch.setattr(ops, "cuda_kernel", choose)
-    layout = ops.CudaLayout(192, 128, num_splits=2, num_tiles=198, num_slots=132, num_split_tiles=99)
-    monkeypatch.setattr(ops, "cuda_layout", lambda plan, **call: layout)
+    launch = ops.CudaLaunch("hopper", "", 192, 128, num_splits=2, num_tiles=198, num_slots=132, num_split_tiles=99)
+    monkeypatch.setattr(ops, "cuda_launch", lambda plan, *, backward, **call: none if backward else launch)
     plan = ma.AttentionPlan.compile([A, B], [pattern("ab", "a")])
     assert plan.explain(device="cuda").splitlines()[-2:] == [
         "  forward: hopper kernel, tiles of 192 queries that take up 128 keys at a time, cut into 2 parts each: "
         "198 in 1.50 waves of 132",
         "  backward: no kernel, for head_dim: 264 is not supported, expected at most 256",
     ]
-    layout = layout._replace(num_splits=8, num_tiles=756, num_split_tiles=12)
+    launch = launch._replace(num_splits=8, num_tiles=756, num_split_tiles=12)
     assert "a time, 12 of them cut into 8 parts each: 756 in 5.73 waves" in plan.explain(device="cuda")
-    layout = layout._replace(num_splits=1, num_tiles=672, num_split_tiles=0)
+    launch = launch._replace(num_splits=1, num_tiles=672, num_split_tiles=0)
     assert "a time: 672 in 5.09 waves" in plan.explain(device="cuda")
+    launch = launch._replace(family="portable", why="the plan has too many segments")
+    assert "forward: portable kernel, tiles of 192" in plan.explain(device="cuda")
+    assert "of 132; no faster one, for the plan has too many segments" in plan.explain(device="cuda")
     lines = plan.explain(device="cuda", dtype=torch.float64).splitlines()[-2:]
     assert lines == ["  forward: the reference", "  backward: the reference"]
 

@@ -3,16 +3,22 @@
 
 #include <memory>
 #include <string>
+#include <tuple>
+#include <utility>
 #include <vector>
 
 #include "cuda/common/check.h"
+#include "cuda/common/kept.h"
 #include "cuda/hopper/bwd/config.h"
 #include "cuda/hopper/bwd/launch.h"
 #include "cuda/hopper/bwd/plan.h"
 #include "cuda/hopper/bwd_fp32/launch.h"
 #include "cuda/hopper/launch.h"
+#include "cuda/hopper/layout.h"
 #include "cuda/hopper/plan/key_table.h"
 #include "cuda/hopper/plan/query_table.h"
+#include "cuda/hopper/refusals.h"
+#include "schedule.h"
 
 namespace mixed_attention::cuda::hopper {
 namespace {
@@ -22,6 +28,47 @@ bool can_move_dq(const BwdParams& params) {
   const Strides& strides = params.dq_strides;
   return (params.num_heads == 1 || strides.head == params.head_dim) &&
          (params.batch_size == 1 || strides.batch == params.seqlen_q * strides.row);
+}
+
+// Of 16-bit tensors.
+bool is_aligned(const BwdParams& params) {
+  const BwdTensors tensors = bwd_tensors(params);
+  return can_map(tensors.q) && can_map(tensors.k) && can_map(tensors.v) && can_map(tensors.dout) &&
+         can_store(params.out, params.out_strides) && can_store(params.dq, params.dq_strides) &&
+         can_store(params.dk, params.dk_strides) && can_store(params.dv, params.dv_strides);
+}
+
+struct Plan {
+  std::vector<QueryRun> runs;
+  BwdPlan plan;
+};
+
+// What is decided about a call, made once for all that are alike.
+std::shared_ptr<const Plan> plan_of(const BwdParams& params) {
+  using Key = std::tuple<uint64_t, DType, int64_t, int64_t, int64_t, int, bool, bool, bool>;
+  static auto* kept = new Kept<Key, Plan>(256);  // never freed: threads may outlive static objects
+  const Key key{params.schedule->id,
+                params.dtype,
+                params.head_dim,
+                params.batch_size,
+                params.num_heads,
+                params.device,
+                params.key_padding_mask != nullptr,
+                params.spare_out != nullptr,
+                params.deterministic};
+  return kept->of(key, [&] {
+    std::vector<QueryRun> runs = make_query_runs(*params.schedule);
+    BwdPlan plan = plan_bwd(params, runs);
+    return Plan{std::move(runs), std::move(plan)};
+  });
+}
+
+Layout layout_bwd(const BwdParams& params, const BwdPlan& plan) {
+  Layout layout = layout_of(params, params.schedule->key_segments, key_tile_rows(params.head_dim), kQueryTileRows);
+  layout.num_splits = plan.shares.front().splits;
+  if (layout.num_splits > 1) layout.num_split_tiles = layout.num_tiles;
+  layout.num_tiles *= layout.num_splits;
+  return layout;
 }
 
 }  // namespace
@@ -52,39 +99,37 @@ std::string refusal_bwd(const Problem& problem) {
   return "";
 }
 
-bool can_bwd(const BwdParams& params) {
-  if (params.dtype == DType::kFloat32) return can_fp32_bwd(params);
-  const BwdTensors tensors = bwd_tensors(params);
+const char* refusal_of_bwd(const BwdParams& params) {
   // Keys past a range's end get the score -inf, whose p is zero only under a positive scale.
-  return static_cast<float>(params.softmax_scale) > 0 && params.dropout_p == 0 && can_map(tensors.q) &&
-         can_map(tensors.k) && can_map(tensors.v) && can_map(tensors.dout) &&
-         can_store(params.out, params.out_strides) && can_store(params.dq, params.dq_strides) &&
-         can_store(params.dk, params.dk_strides) && can_store(params.dv, params.dv_strides) &&
-         fits_work_table(params) && fits_key_work_table(params);
+  if (!(static_cast<float>(params.softmax_scale) > 0)) return kScaleIsNotPositive;
+  if (params.dropout_p != 0) return kDropsOut;
+  const bool is_fp32 = params.dtype == DType::kFloat32;
+  if (is_fp32 && params.key_padding_mask != nullptr) return kMasksFp32;
+  if (!(is_fp32 ? is_fp32_bwd_aligned(params) : is_aligned(params))) return kIsNotAligned;
+  return fits_work_table(params) && fits_key_work_table(params) ? nullptr : kPlanIsTooLarge;
 }
 
 // Gradients may be where the inputs are: the last kernel that reads keys and values is the one for their gradients.
 // There they are read by those alone who overwrite them, after their last use. Gradients of queries reach their place
 // behind it. The kernels for fp32 read copies.
 Launch<BwdParams> launch_of_bwd(const BwdParams& params) {
+  const std::shared_ptr<const Plan> plan = plan_of(params);
+  Launch<BwdParams> launch{.layout = layout_bwd(params, plan->plan)};
   if (params.dtype == DType::kFloat32) {
-    return {.workspace_size = fp32_bwd_workspace(params).size, .can_overwrite_inputs = true, .run = launch_fp32_bwd};
+    launch.workspace_size = fp32_bwd_workspace(params, plan->runs).size;
+    launch.can_overwrite_inputs = true;
+    launch.run = [plan](const BwdParams& params) { launch_fp32_bwd(params, plan->runs); };
+    return launch;
   }
-  struct Plan {
-    std::vector<QueryRun> runs;
-    BwdPlan plan;
+  launch.workspace_size = bwd_workspace(params, plan->runs, plan->plan).size;
+  launch.can_overwrite_inputs = can_move_dq(params) || plan->plan.dq_form != DqForm::kSeparate;
+  launch.run = [plan](const BwdParams& params) {
+    with_bwd_head_dim(params.head_dim, [&]<int kHeadDim>() {
+      params.dtype == DType::kBFloat16 ? launch_bwd<__nv_bfloat16, kHeadDim>(params, plan->runs, plan->plan)
+                                       : launch_bwd<__half, kHeadDim>(params, plan->runs, plan->plan);
+    });
   };
-  const auto made = std::make_shared<Plan>();
-  made->runs = make_query_runs(*params.schedule);
-  made->plan = plan_bwd(params, made->runs);
-  return {.workspace_size = bwd_workspace(params, made->runs, made->plan).size,
-          .can_overwrite_inputs = can_move_dq(params) || made->plan.dq_form != DqForm::kSeparate,
-          .run = [made](const BwdParams& params) {
-            with_bwd_head_dim(params.head_dim, [&]<int kHeadDim>() {
-              params.dtype == DType::kBFloat16 ? launch_bwd<__nv_bfloat16, kHeadDim>(params, made->runs, made->plan)
-                                               : launch_bwd<__half, kHeadDim>(params, made->runs, made->plan);
-            });
-          }};
+  return launch;
 }
 
 }  // namespace mixed_attention::cuda::hopper

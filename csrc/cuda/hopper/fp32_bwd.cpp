@@ -2,11 +2,10 @@
 #include "cuda/hopper/bwd/launch.h"
 #include "cuda/hopper/bwd_fp32/launch.h"
 #include "cuda/hopper/plan/key_table.h"
-#include "cuda/hopper/plan/query_table.h"
 
 namespace mixed_attention::cuda::hopper {
 
-Fp32BwdWorkspace fp32_bwd_workspace(const BwdParams& params) {
+Fp32BwdWorkspace fp32_bwd_workspace(const BwdParams& params, const std::vector<QueryRun>& runs) {
   const BwdTensors tensors = bwd_tensors(params);
   Scratch scratch(params.workspace);
   Fp32BwdWorkspace workspace{};
@@ -16,7 +15,7 @@ Fp32BwdWorkspace fp32_bwd_workspace(const BwdParams& params) {
   workspace.v = take_half_limbs(tensors.v, num_limbs, scratch);
   workspace.dout = take_half_limbs(tensors.dout, num_limbs, scratch);
   const int64_t num_batch_heads = params.batch_size * params.num_heads;
-  const int64_t num_tiles = num_batch_heads * num_query_tiles(make_query_runs(*params.schedule));
+  const int64_t num_tiles = num_batch_heads * num_query_tiles(runs);
   workspace.q_numbers = scratch.take<QueryNumbers>(num_tiles);
   workspace.dout_numbers = scratch.take<DoutNumbers>(num_tiles);
   workspace.delta = scratch.take<float>(num_batch_heads * params.seqlen_q);
@@ -25,17 +24,14 @@ Fp32BwdWorkspace fp32_bwd_workspace(const BwdParams& params) {
   return workspace;
 }
 
-bool can_fp32_bwd(const BwdParams& params) {
+bool is_fp32_bwd_aligned(const BwdParams& params) {
   const BwdTensors tensors = bwd_tensors(params);
-  // Keys past a range's end get the score -inf, whose p is zero only under a positive scale.
-  return static_cast<float>(params.softmax_scale) > 0 && params.dropout_p == 0 && params.key_padding_mask == nullptr &&
-         can_map_limbs(tensors.q) && can_map_limbs(tensors.k) && can_map_limbs(tensors.v) &&
+  return can_map_limbs(tensors.q) && can_map_limbs(tensors.k) && can_map_limbs(tensors.v) &&
          can_map_limbs(tensors.dout) && can_store(params.out, params.out_strides, sizeof(float)) &&
          can_store(params.dout, params.dout_strides, sizeof(float)) &&
          can_store(params.dq, params.dq_strides, sizeof(float)) &&
          can_store(params.dk, params.dk_strides, sizeof(float)) &&
-         can_store(params.dv, params.dv_strides, sizeof(float)) && fits_work_table(params) &&
-         fits_key_work_table(params);
+         can_store(params.dv, params.dv_strides, sizeof(float));
 }
 
 }  // namespace mixed_attention::cuda::hopper

@@ -5,7 +5,10 @@
 #include "cuda/hopper/config.h"
 #include "cuda/hopper/fwd/launch.h"
 #include "cuda/hopper/launch.h"
+#include "cuda/hopper/layout.h"
 #include "cuda/hopper/plan/query_table.h"
+#include "cuda/hopper/refusals.h"
+#include "schedule.h"
 
 namespace mixed_attention::cuda::hopper {
 namespace {
@@ -16,6 +19,18 @@ constexpr int64_t kHeadDimStep = 8;
 // True if TMA can read a tensor, or its limbs.
 bool can_load(const TensorView& tensor) {
   return tensor.dtype == DType::kFloat32 ? can_map_limbs(tensor) : can_map(tensor);
+}
+
+Layout layout_fwd(const FwdParams& params, const FwdPlan& plan) {
+  Layout layout = with_fwd_kernel(params, [&]<typename Element, int kHeadDim, int kParts>() {
+    using Tuning = FwdTuningOf<Element, kHeadDim, kParts>;
+    return layout_of(params, params.schedule->query_segments, Tuning::kConsumers * kWarpgroupRows, Tuning::kBlockN);
+  });
+  const ItemSplits& splits = plan.table.splits;
+  layout.num_splits = splits.num_parts;
+  layout.num_tiles += splits.num_items() - splits.num_whole;
+  layout.num_split_tiles = splits.num_whole;
+  return layout;
 }
 
 }  // namespace
@@ -34,18 +49,25 @@ std::string refusal_fwd(const Problem& problem) {
   return "";
 }
 
-bool can_fwd(const FwdParams& params) {
+const char* refusal_of_fwd(const FwdParams& params) {
   const FwdTensors tensors = fwd_tensors(params);
   const bool is_fp32 = params.dtype == DType::kFloat32;
   // The maximum of the scores is the maximum of the exponents only under a positive scale.
-  return static_cast<float>(params.softmax_scale) > 0 && params.dropout_p == 0 &&
-         (!is_fp32 || params.key_padding_mask == nullptr) && can_load(tensors.q) && can_load(tensors.k) &&
-         can_load(tensors.v) && can_store(params.out, params.out_strides, is_fp32 ? 4 : 2) && fits_work_table(params);
+  if (!(static_cast<float>(params.softmax_scale) > 0)) return kScaleIsNotPositive;
+  if (params.dropout_p != 0) return kDropsOut;
+  if (is_fp32 && params.key_padding_mask != nullptr) return kMasksFp32;
+  if (!can_load(tensors.q) || !can_load(tensors.k) || !can_load(tensors.v) ||
+      !can_store(params.out, params.out_strides, is_fp32 ? 4 : 2)) {
+    return kIsNotAligned;
+  }
+  return fits_work_table(params) ? nullptr : kPlanIsTooLarge;
 }
 
 Launch<FwdParams> launch_of_fwd(const FwdParams& params) {
   auto plan = std::make_shared<FwdPlan>(plan_fwd(params));
-  return {.workspace_size = plan->workspace_size, .run = [plan](const FwdParams& params) {
+  return {.layout = layout_fwd(params, *plan),
+          .workspace_size = plan->workspace_size,
+          .run = [plan](const FwdParams& params) {
             take_workspace(params, *plan);
             with_fwd_kernel(params, [&]<typename Element, int kHeadDim, int kLimbs>() {
               launch_fwd<Element, kHeadDim, kLimbs>(params, *plan);

@@ -12,12 +12,9 @@ namespace mixed_attention::cuda::hopper {
 std::string refusal_fwd(const Problem& problem);
 std::string refusal_bwd(const Problem& problem);
 
-// Whether it can serve this call of such a problem: its tensors' alignment, its plan's size.
-bool can_fwd(const FwdParams& params);
-bool can_bwd(const BwdParams& params);
-
-Layout layout_fwd(const FwdParams& params);
-Layout layout_bwd(const BwdParams& params);
+// Why it cannot serve this call of such a problem: its tensors' alignment, its plan's size; null where it can.
+const char* refusal_of_fwd(const FwdParams& params);
+const char* refusal_of_bwd(const BwdParams& params);
 
 // How a call that these can serve is served.
 Launch<FwdParams> launch_of_fwd(const FwdParams& params);

@@ -44,7 +44,7 @@ void launch_by_key(const BwdArguments& args, const InlineWork& in_parameters, co
   } else {
     launch_dk_dv<kArithmetic, kHeadDim, Grads::kKeyAndValue>(args, in_parameters, grid);
   }
-  const int splits = plan.by_key.table.num_splits;
+  const int splits = plan.by_key.pass->num_splits;
   sum_parts<Element>(params, plan.partial_dk, splits, params.seqlen_k, params.head_dim, params.dk, params.dk_strides);
   sum_parts<Element>(params, plan.partial_dv, splits, params.seqlen_k, params.head_dim_v, params.dv, params.dv_strides);
 }
@@ -56,12 +56,12 @@ void launch_by_query(BwdArguments& args, const BwdPlan& plan, unsigned grid) {
   static_assert(kSharedBytes <= kMaxSharedBytes, "a block takes more shared memory than the smaller chips give");
   const BwdParams& params = args.params;
   allow_shared_memory<kKernel>(kSharedBytes, params.device, "cudaFuncSetAttribute(portable_dq_kernel)");
-  args.work = plan.by_query->table;
-  const InlineWork in_parameters = bring(*plan.by_query, params.stream);
+  const Brought brought = bring(plan.by_query, params);
+  args.work = brought.table;
   kKernel<<<grid, dq_tile(kArithmetic, kHeadDim).num_threads(), kSharedBytes,
-            static_cast<cudaStream_t>(params.stream)>>>(args, in_parameters);
+            static_cast<cudaStream_t>(params.stream)>>>(args, brought.in_parameters);
   check(cudaGetLastError(), "portable_dq_kernel");
-  sum_parts<typename ProductsOf<kArithmetic>::Element>(params, plan.partial_dq, plan.by_query->table.num_splits,
+  sum_parts<typename ProductsOf<kArithmetic>::Element>(params, plan.partial_dq, brought.table.num_splits,
                                                        params.seqlen_q, params.head_dim, params.dq, params.dq_strides);
 }
 
@@ -73,9 +73,10 @@ void launch_bwd(const BwdParams& params, const BwdPlan& plan) {
   const auto aligned = [](const void* data, const Strides& strides) {
     return is_aligned(data, strides, sizeof(Element));
   };
+  const Brought brought = bring(plan.by_key, params);
   BwdArguments args{
       .params = params,
-      .work = plan.by_key.table,
+      .work = brought.table,
       .dropout = dropout_params(params),
       .softmax_scale = static_cast<float>(params.softmax_scale),
       .scale_log2 = static_cast<float>(params.softmax_scale * 1.44269504088896340736),
@@ -95,23 +96,22 @@ void launch_bwd(const BwdParams& params, const BwdPlan& plan) {
       .partial_dv = plan.partial_dv,
       .dq_sum = {plan.dq_sum, plan.dq_sum_cols},
   };
-  const InlineWork in_parameters = bring(plan.by_key, params.stream);
   const auto* first_zero = reinterpret_cast<const char*>(plan.has_references);
   const auto* last_zero = reinterpret_cast<const char*>(plan.adds_dq ? plan.dq_sum + plan.dq_sum_size : nullptr);
   const size_t num_zeros = plan.adds_dq ? static_cast<size_t>(last_zero - first_zero) : sizeof(int);
   check(cudaMemsetAsync(plan.has_references, 0, num_zeros, stream), "cudaMemsetAsync");
   if (rows > 0) {
-    portable_bwd_stats_kernel<Element><<<blocks_for(32 * rows, 256), 256, 0, stream>>>(args, in_parameters);
+    portable_bwd_stats_kernel<Element><<<blocks_for(32 * rows, 256), 256, 0, stream>>>(args, brought.in_parameters);
     check(cudaGetLastError(), "portable_bwd_stats_kernel");
   }
-  if (const unsigned grid = plan.by_key.grid(num_batch_heads)) {
-    launch_by_key<kArithmetic, kHeadDim>(args, in_parameters, plan, grid);
+  if (const unsigned grid = plan.by_key.pass->grid(num_batch_heads)) {
+    launch_by_key<kArithmetic, kHeadDim>(args, brought.in_parameters, plan, grid);
   }
   if (plan.adds_dq) {
     if (rows == 0) return;
     portable_dq_sum_kernel<Element><<<blocks_for(32 * rows, 256), 256, 0, stream>>>(args);
     check(cudaGetLastError(), "portable_dq_sum_kernel");
-  } else if (const unsigned grid = plan.by_query->grid(num_batch_heads)) {
+  } else if (const unsigned grid = plan.by_query.pass->grid(num_batch_heads)) {
     launch_by_query<kArithmetic, kHeadDim>(args, plan, grid);
   }
 }

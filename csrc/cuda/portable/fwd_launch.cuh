@@ -26,13 +26,14 @@ void launch_fwd(const FwdParams& params, const FwdPlan& plan) {
   constexpr int kSharedBytes = sizeof(FwdShared<kArithmetic, kHeadDim>), kSize = sizeof(Element);
   static_assert(kSharedBytes <= kMaxSharedBytes, "a block takes more shared memory than the smaller chips give");
   const int64_t num_batch_heads = params.batch_size * params.num_heads;
-  const unsigned grid = plan.pass.grid(num_batch_heads);
+  const unsigned grid = plan.by_query.pass->grid(num_batch_heads);
   if (grid == 0) return;
   const auto stream = static_cast<cudaStream_t>(params.stream);
   const double scale_log2 = params.softmax_scale * 1.44269504088896340736;
+  const Brought brought = bring(plan.by_query, params);
   const FwdArguments args{
       params,
-      plan.pass.table,
+      brought.table,
       dropout_params(params),
       static_cast<float>(std::abs(params.softmax_scale)),
       // Not 0, by which the -inf of blocked keys would become NaN, but next to it even times the largest score.
@@ -44,13 +45,12 @@ void launch_fwd(const FwdParams& params, const FwdPlan& plan) {
       plan.row_parts,
   };
   allow_shared_memory<kKernel>(kSharedBytes, params.device, "cudaFuncSetAttribute(portable_fwd_kernel)");
-  const InlineWork in_parameters = bring(plan.pass, params.stream);
-  kKernel<<<grid, fwd_tile(kArithmetic, kHeadDim).num_threads(), kSharedBytes, stream>>>(args, in_parameters);
+  kKernel<<<grid, fwd_tile(kArithmetic, kHeadDim).num_threads(), kSharedBytes, stream>>>(args, brought.in_parameters);
   check(cudaGetLastError(), "portable_fwd_kernel");
   if (plan.partial_out == nullptr) return;
   const int64_t rows = num_batch_heads * params.seqlen_q;
   attention_combine_kernel<Element><<<blocks_for(32 * rows, 256), 256, 0, stream>>>(
-      params, plan.partial_out, plan.row_parts, plan.pass.table.num_splits,
+      params, plan.partial_out, plan.row_parts, brought.table.num_splits,
       AllRows{params.num_heads, params.seqlen_q, rows, args.scale, args.scale_log2});
   check(cudaGetLastError(), "attention_combine_kernel");
 }

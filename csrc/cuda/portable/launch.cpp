@@ -1,8 +1,10 @@
 // Arithmetic and head_dim at run time -> kernel.
 #include "cuda/portable/launch.h"
 
+#include <memory>
 #include <utility>
 
+#include "cuda/portable/config.h"
 #include "cuda/portable/plan.h"
 
 namespace mixed_attention::cuda::portable {
@@ -28,21 +30,28 @@ void with_kernel(Arithmetic arithmetic, int head_dim, Function&& function) {
 
 }  // namespace
 
-// NOTE: the plan is made a second time once there is a workspace, as it holds the places of what lies there.
 Launch<FwdParams> launch_of_fwd(const FwdParams& params) {
-  return {.workspace_size = plan_fwd(params).workspace_size, .run = [](const FwdParams& params) {
-            const FwdPlan plan = plan_fwd(params);
-            with_kernel(plan.arithmetic, plan.head_dim, [&]<Arithmetic kArithmetic, int kHeadDim>() {
-              launch_fwd<kArithmetic, kHeadDim>(params, plan);
+  auto plan = std::make_shared<FwdPlan>(plan_fwd(params));
+  const Tile tile = fwd_tile(plan->arithmetic, plan->head_dim);
+  return {.layout = plan->by_query.pass->layout(tile, params.batch_size * params.num_heads, params.device),
+          .workspace_size = plan->workspace_size,
+          .run = [plan](const FwdParams& params) {
+            take_workspace(params, *plan);
+            with_kernel(plan->arithmetic, plan->head_dim, [&]<Arithmetic kArithmetic, int kHeadDim>() {
+              launch_fwd<kArithmetic, kHeadDim>(params, *plan);
             });
           }};
 }
 
 Launch<BwdParams> launch_of_bwd(const BwdParams& params) {
-  return {.workspace_size = plan_bwd(params).workspace_size, .run = [](const BwdParams& params) {
-            const BwdPlan plan = plan_bwd(params);
-            with_kernel(plan.arithmetic, plan.head_dim, [&]<Arithmetic kArithmetic, int kHeadDim>() {
-              launch_bwd<kArithmetic, kHeadDim>(params, plan);
+  auto plan = std::make_shared<BwdPlan>(plan_bwd(params));
+  const Tile tile = dk_dv_tile(plan->arithmetic, plan->head_dim);
+  return {.layout = plan->by_key.pass->layout(tile, params.batch_size * params.num_heads, params.device),
+          .workspace_size = plan->workspace_size,
+          .run = [plan](const BwdParams& params) {
+            take_workspace(params, *plan);
+            with_kernel(plan->arithmetic, plan->head_dim, [&]<Arithmetic kArithmetic, int kHeadDim>() {
+              launch_bwd<kArithmetic, kHeadDim>(params, *plan);
             });
           }};
 }

@@ -19,9 +19,6 @@ constexpr int kHeadDims[] = {MIXED_ATTENTION_HEAD_DIMS};
 // Why these kernels do not serve a problem; empty where they do.
 std::string refusal(const Problem& problem);
 
-Layout layout_fwd(const FwdParams& params);
-Layout layout_bwd(const BwdParams& params);
-
 // How a call that these can serve is served.
 Launch<FwdParams> launch_of_fwd(const FwdParams& params);
 Launch<BwdParams> launch_of_bwd(const BwdParams& params);

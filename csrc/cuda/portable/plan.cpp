@@ -1,8 +1,11 @@
 #include "cuda/portable/plan.h"
 
 #include <algorithm>
+#include <atomic>
+#include <tuple>
 
 #include "cuda/common/device.h"
+#include "cuda/common/kept.h"
 #include "cuda/portable/config.h"
 
 namespace mixed_attention::cuda::portable {
@@ -18,6 +21,30 @@ Arithmetic arithmetic_of(const AttentionParams& params) {
 
 int padded_head_dim(const AttentionParams& params) {
   return *std::lower_bound(std::begin(kHeadDims), std::end(kHeadDims), std::max(params.head_dim, params.head_dim_v));
+}
+
+enum class Side { kQueries, kKeys };
+
+Pass make_pass(Side side, const AttentionParams& params, const Tile& tile) {
+  static std::atomic<uint64_t> last_id = 0;
+  const auto work = side == Side::kQueries ? work_by_query : work_by_key;
+  Pass pass{work(*params.schedule, tile.rows, tile.block_rows), 1, ++last_id};
+  // A part of fewer than 8 blocks or 256 rows, whichever is less, does not pay for its epilogue and the combining of
+  // parts.
+  const int min_blocks = std::min(8, 256 / tile.block_rows);
+  const int64_t slots = int64_t{tile.blocks} * num_multiprocessors(params.device);
+  pass.num_splits = choose_splits(pass.host, params.batch_size * params.num_heads, slots, min_blocks);
+  return pass;
+}
+
+// The pass of a call: made once, as to go through the segments of thousands of groups takes the host longer than all
+// else in a call.
+std::shared_ptr<const Pass> pass_of(Side side, const AttentionParams& params, const Tile& tile) {
+  using Key = std::tuple<uint64_t, Side, int, int, int, int64_t, int>;
+  static auto* kept = new Kept<Key, Pass>(128);  // never freed: threads may outlive static objects
+  const int64_t copies = params.batch_size * params.num_heads;
+  const Key key{params.schedule->id, side, tile.rows, tile.block_rows, tile.blocks, copies, params.device};
+  return kept->of(key, [&] { return make_pass(side, params, tile); });
 }
 
 }  // namespace
@@ -37,97 +64,72 @@ std::string refusal(const Problem& problem) {
   return "";
 }
 
-Pass::Pass(HostWork work, const Tile& tile, int64_t copies, int device, Scratch& scratch)
-    : host(std::move(work)), table{} {
-  table.num_segments = static_cast<int32_t>(host.segments.size());
-  table.num_tiles = static_cast<int32_t>(host.num_tiles);
-  // A part of fewer than 8 blocks or 256 rows, whichever is less, does not pay for its epilogue and the combining of
-  // parts.
-  const int min_blocks = std::min(8, 256 / tile.block_rows);
-  table.num_splits = choose_splits(host, copies, int64_t{tile.blocks} * num_multiprocessors(device), min_blocks);
-  if (!host.fits_inline()) {
-    table.segments = scratch.take<WorkSegment>(static_cast<int64_t>(host.segments.size()));
-    table.ranges = scratch.take<WorkRange>(static_cast<int64_t>(host.ranges.size()));
-  }
-}
-
-unsigned Pass::grid(int64_t copies) const { return static_cast<unsigned>(copies * table.num_tiles * table.num_splits); }
+unsigned Pass::grid(int64_t copies) const { return static_cast<unsigned>(copies * host.num_tiles * num_splits); }
 
 Layout Pass::layout(const Tile& tile, int64_t copies, int device) const {
-  const int64_t num_tiles = copies * table.num_tiles;
   return {tile.rows,
           tile.block_rows,
-          table.num_splits,
+          num_splits,
           grid(copies),
           tile.blocks * num_multiprocessors(device),
-          table.num_splits > 1 ? num_tiles : 0};
+          num_splits > 1 ? copies * host.num_tiles : 0};
+}
+
+void PassOfCall::take(Scratch& scratch) {
+  if (pass == nullptr || pass->host.fits_inline()) return;
+  table = scratch.take<char>(static_cast<int64_t>(pass->host.device_bytes()));
 }
 
 FwdPlan plan_fwd(const FwdParams& params) {
+  FwdPlan plan{.arithmetic = arithmetic_of(params), .head_dim = padded_head_dim(params)};
+  plan.by_query.pass = pass_of(Side::kQueries, params, fwd_tile(plan.arithmetic, plan.head_dim));
+  take_workspace(params, plan);
+  return plan;
+}
+
+void take_workspace(const FwdParams& params, FwdPlan& plan) {
   const int64_t copies = params.batch_size * params.num_heads;
-  const Arithmetic arithmetic = arithmetic_of(params);
-  const int head_dim = padded_head_dim(params);
-  const Tile tile = fwd_tile(arithmetic, head_dim);
   Scratch scratch(params.workspace);
-  FwdPlan plan{
-      .arithmetic = arithmetic,
-      .head_dim = head_dim,
-      .pass = Pass(work_by_query(*params.schedule, tile.rows, tile.block_rows), tile, copies, params.device, scratch),
-  };
-  if (const int64_t splits = plan.pass.table.num_splits; splits > 1) {
+  plan.by_query.take(scratch);
+  if (const int64_t splits = plan.by_query.pass->num_splits; splits > 1) {
     plan.partial_out = scratch.take<float>(splits * copies * params.seqlen_q * params.head_dim_v);
     plan.row_parts = scratch.take<RowPart>(splits * copies * params.seqlen_q);
   }
   plan.workspace_size = scratch.bytes();
-  return plan;
 }
 
 BwdPlan plan_bwd(const BwdParams& params) {
+  BwdPlan plan{.arithmetic = arithmetic_of(params), .head_dim = padded_head_dim(params)};
+  plan.adds_dq = fuses_dk_dv(plan.head_dim) && !params.deterministic;
+  plan.by_key.pass = pass_of(Side::kKeys, params, dk_dv_tile(plan.arithmetic, plan.head_dim));
+  if (!plan.adds_dq) plan.by_query.pass = pass_of(Side::kQueries, params, dq_tile(plan.arithmetic, plan.head_dim));
+  take_workspace(params, plan);
+  return plan;
+}
+
+void take_workspace(const BwdParams& params, BwdPlan& plan) {
   const int64_t copies = params.batch_size * params.num_heads;
-  const Arithmetic arithmetic = arithmetic_of(params);
-  const int head_dim = padded_head_dim(params);
-  const Tile tile = dk_dv_tile(arithmetic, head_dim);
   Scratch scratch(params.workspace);
-  BwdPlan plan{
-      .arithmetic = arithmetic,
-      .head_dim = head_dim,
-      .adds_dq = fuses_dk_dv(head_dim) && !params.deterministic,
-      .by_key = Pass(work_by_key(*params.schedule, tile.rows, tile.block_rows), tile, copies, params.device, scratch),
-      .lse_log2 = scratch.take<float>(copies * params.seqlen_q),
-      .delta = scratch.take<float>(copies * params.seqlen_q),
-      .references = scratch.take<RowReference>(copies * params.seqlen_q),
-      .has_references = scratch.take<int>(1),
-  };
+  plan.by_key.take(scratch);
+  plan.lse_log2 = scratch.take<float>(copies * params.seqlen_q);
+  plan.delta = scratch.take<float>(copies * params.seqlen_q);
+  plan.references = scratch.take<RowReference>(copies * params.seqlen_q);
+  plan.has_references = scratch.take<int>(1);
   if (plan.adds_dq) {
     plan.dq_sum_cols = static_cast<int>((params.head_dim + 7) / 8 * 8);
     plan.dq_sum_size = (copies * params.seqlen_q + 7) / 8 * 8 * plan.dq_sum_cols;
     plan.dq_sum = scratch.take<float>(plan.dq_sum_size);
   } else {
-    const Tile by_query = dq_tile(arithmetic, head_dim);
-    plan.by_query.emplace(work_by_query(*params.schedule, by_query.rows, by_query.block_rows), by_query, copies,
-                          params.device, scratch);
-    if (const int64_t splits = plan.by_query->table.num_splits; splits > 1) {
+    plan.by_query.take(scratch);
+    if (const int64_t splits = plan.by_query.pass->num_splits; splits > 1) {
       plan.partial_dq = scratch.take<float>(splits * copies * params.seqlen_q * params.head_dim);
     }
   }
-  if (const int64_t splits = plan.by_key.table.num_splits; splits > 1) {
+  if (const int64_t splits = plan.by_key.pass->num_splits; splits > 1) {
     plan.partial_dk = scratch.take<float>(splits * copies * params.seqlen_k * params.head_dim);
     plan.partial_dv = scratch.take<float>(splits * copies * params.seqlen_k * params.head_dim_v);
   }
   plan.workspace_size = scratch.bytes();
-  return plan;
-}
-
-Layout layout_fwd(const FwdParams& params) {
-  const FwdPlan plan = plan_fwd(params);
-  return plan.pass.layout(fwd_tile(plan.arithmetic, plan.head_dim), params.batch_size * params.num_heads,
-                          params.device);
-}
-
-Layout layout_bwd(const BwdParams& params) {
-  const BwdPlan plan = plan_bwd(params);
-  return plan.by_key.layout(dk_dv_tile(plan.arithmetic, plan.head_dim), params.batch_size * params.num_heads,
-                            params.device);
 }
 
 }  // namespace mixed_attention::cuda::portable

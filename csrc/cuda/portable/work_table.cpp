@@ -24,9 +24,9 @@ void number_tiles(HostWork& work, int tile_rows) {
 
 }  // namespace
 
-size_t HostWork::device_bytes() const {
-  return fits_inline() ? 0 : segments.size() * sizeof(WorkSegment) + ranges.size() * sizeof(WorkRange);
-}
+size_t HostWork::segment_bytes() const { return (segments.size() * sizeof(WorkSegment) + 255) / 256 * 256; }
+
+size_t HostWork::device_bytes() const { return segment_bytes() + ranges.size() * sizeof(WorkRange); }
 
 HostWork work_by_query(const Schedule& schedule, int tile_rows, int block_rows) {
   HostWork work;

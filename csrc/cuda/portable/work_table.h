@@ -54,7 +54,8 @@ struct HostWork {
   bool fits_inline() const {
     return segments.size() <= InlineWork::kMaxSegments && ranges.size() <= InlineWork::kMaxRanges;
   }
-  // Bytes of device memory for a table that does not travel in the parameters.
+  // Bytes of device memory for a table that does not travel in the parameters: segments, and ranges behind them.
+  size_t segment_bytes() const;  // a multiple of 256
   size_t device_bytes() const;
 };
 

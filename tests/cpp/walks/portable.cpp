@@ -26,8 +26,11 @@ struct Table {
   ma::cuda::WorkTable table;
 
   Table(const portable::Pass& pass, int num_splits)
-      : segments(pass.host.segments), ranges(pass.host.ranges), in_parameters{}, table(pass.table) {
-    table.num_splits = num_splits;
+      : segments(pass.host.segments),
+        ranges(pass.host.ranges),
+        in_parameters{},
+        table{nullptr, nullptr, static_cast<int32_t>(segments.size()), static_cast<int32_t>(pass.host.num_tiles),
+              num_splits} {
     segments.push_back({-1000, -1000, 0, 1, table.num_tiles, 1});
     ranges.push_back({-1000, -900, 0, 0});
     if (!pass.host.fits_inline()) {
@@ -35,7 +38,6 @@ struct Table {
       table.ranges = ranges.data();
       return;
     }
-    expect(table.segments == nullptr, "a table that fits the parameters takes memory");
     const auto put = [](const auto& from, auto& to) {
       std::fill(std::begin(to), std::end(to), from.back());
       std::copy_n(from.begin(), std::min(from.size(), std::size(to)), to);
@@ -95,9 +97,13 @@ void check_launch(const Problem& problem, const Visits& listed, const portable::
                     "results of the portable kernels");
 }
 
-void check_pass(const Problem& problem, const Visits& listed, const portable::Pass& pass, const Tile& tile, Side side) {
+void check_pass(const Problem& problem, const Visits& listed, const portable::PassOfCall& call, const Tile& tile,
+                Side side) {
+  const portable::Pass& pass = *call.pass;
+  expect(pass.host.fits_inline() == (call.table == nullptr),
+         "a table takes memory that fits the parameters, or takes none and does not");
   const int forced = static_cast<int>(1 + problem.choose(12, problem.choose(13, {4, 40})));
-  for (const int num_splits : {pass.table.num_splits, forced}) {
+  for (const int num_splits : {pass.num_splits, forced}) {
     switch (tile.block_rows) {
       case 16: check_launch<16>(problem, listed, pass, tile.rows, num_splits, side); break;
       case 32: check_launch<32>(problem, listed, pass, tile.rows, num_splits, side); break;
@@ -119,11 +125,11 @@ void check_portable(const Problem& problem) {
   const Visits listed = listed_visits(problem);
 
   const portable::FwdPlan fwd = portable::plan_fwd({static_cast<const ma::AttentionParams&>(params)});
-  check_pass(problem, listed, fwd.pass, portable::fwd_tile(fwd.arithmetic, fwd.head_dim), Side::kQueries);
+  check_pass(problem, listed, fwd.by_query, portable::fwd_tile(fwd.arithmetic, fwd.head_dim), Side::kQueries);
   const portable::BwdPlan bwd = portable::plan_bwd(params);
   check_pass(problem, listed, bwd.by_key, portable::dk_dv_tile(bwd.arithmetic, bwd.head_dim), Side::kKeys);
-  if (bwd.by_query) {
-    check_pass(problem, listed, *bwd.by_query, portable::dq_tile(bwd.arithmetic, bwd.head_dim), Side::kQueries);
+  if (!bwd.adds_dq) {
+    check_pass(problem, listed, bwd.by_query, portable::dq_tile(bwd.arithmetic, bwd.head_dim), Side::kQueries);
   }
 }
 

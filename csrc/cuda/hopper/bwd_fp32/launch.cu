@@ -90,10 +90,9 @@ void launch_dq(const BwdParams& params, const BwdTensors& tensors, const Fp32Bwd
 
 }  // namespace
 
-void launch_fp32_bwd(const BwdParams& params) {
-  const std::vector<QueryRun> runs = make_query_runs(*params.schedule);
+void launch_fp32_bwd(const BwdParams& params, const std::vector<QueryRun>& runs) {
   const BwdTensors tensors = bwd_tensors(params);
-  const Fp32BwdWorkspace workspace = fp32_bwd_workspace(params);
+  const Fp32BwdWorkspace workspace = fp32_bwd_workspace(params, runs);
   launch_limbs(params, tensors, workspace);
   const Fp32QueryStats stats{workspace.q_numbers, workspace.dout_numbers, num_query_tiles(runs)};
   launch_stats(params, workspace, stats, runs);

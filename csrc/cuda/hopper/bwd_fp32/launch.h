@@ -2,8 +2,10 @@
 #pragma once
 
 #include <cstddef>
+#include <vector>
 
 #include "cuda/hopper/bwd_fp32/config.h"
+#include "cuda/hopper/plan/key_table.h"
 #include "cuda/hopper/split_fp16/half_limbs.h"
 #include "params.h"
 
@@ -19,12 +21,12 @@ struct Fp32BwdWorkspace {
   size_t size;
 };
 
-// params.workspace is the only pointer that it reads; it is null to learn the size.
-Fp32BwdWorkspace fp32_bwd_workspace(const BwdParams& params);
+// params.workspace is the only pointer that it reads; it is null to learn the size. runs: make_query_runs.
+Fp32BwdWorkspace fp32_bwd_workspace(const BwdParams& params, const std::vector<QueryRun>& runs);
 
-// True if a call can be served whose problem can.
-bool can_fp32_bwd(const BwdParams& params);
+// Whether rows of all tensors lie where the kernels can read and write them.
+bool is_fp32_bwd_aligned(const BwdParams& params);
 
-void launch_fp32_bwd(const BwdParams& params);
+void launch_fp32_bwd(const BwdParams& params, const std::vector<QueryRun>& runs);
 
 }  // namespace mixed_attention::cuda::hopper

@@ -1,9 +1,14 @@
+#include <memory>
+#include <tuple>
+
 #include "cuda/common/device.h"
+#include "cuda/common/kept.h"
 #include "cuda/common/scratch.h"
 #include "cuda/hopper/config.h"
 #include "cuda/hopper/fwd/launch.h"
 #include "cuda/hopper/fwd/split_items.h"
 #include "cuda/hopper/plan/query_table.h"
+#include "schedule.h"
 
 namespace mixed_attention::cuda::hopper {
 
@@ -15,12 +20,28 @@ FwdTensors fwd_tensors(const FwdParams& params) {
           view(params.v, params.seqlen_k, params.v_strides)};
 }
 
-FwdPlan plan_fwd(const FwdParams& params) {
-  FwdPlan plan = with_fwd_kernel(params, [&]<typename Element, int kHeadDim, int kLimbs>() {
-    constexpr FwdTuning kTuning = kFwdTuning<Element, kHeadDim, kLimbs>;
-    return FwdPlan{make_work_table(params, kTuning.block_m(), kTuning.block_n)};
+namespace {
+
+// The table of a call, made once for all that are alike: to weigh ways to cut many items takes the host a while.
+std::shared_ptr<const WorkTable> table_of(const FwdParams& params) {
+  using Key = std::tuple<uint64_t, DType, bool, int64_t, int64_t, int64_t, int>;
+  static auto* kept = new Kept<Key, WorkTable>(256);  // never freed: threads may outlive static objects
+  const Key key{params.schedule->id, params.dtype,     params.allow_tf32, params.head_dim,
+                params.batch_size,   params.num_heads, params.device};
+  return kept->of(key, [&] {
+    WorkTable table = with_fwd_kernel(params, [&]<typename Element, int kHeadDim, int kLimbs>() {
+      constexpr FwdTuning kTuning = kFwdTuning<Element, kHeadDim, kLimbs>;
+      return make_work_table(params, kTuning.block_m(), kTuning.block_n);
+    });
+    split_items(table, num_multiprocessors(params.device));
+    return table;
   });
-  split_items(plan.table, num_multiprocessors(params.device));
+}
+
+}  // namespace
+
+FwdPlan plan_fwd(const FwdParams& params) {
+  FwdPlan plan{*table_of(params)};
   take_workspace(params, plan);
   return plan;
 }

@@ -1,0 +1,12 @@
+// Why Hopper's kernels leave a call to others, in words of the one who calls. Each is about something else.
+#pragma once
+
+namespace mixed_attention::cuda::hopper {
+
+constexpr const char* kScaleIsNotPositive = "softmax_scale is not positive";
+constexpr const char* kDropsOut = "there is dropout";
+constexpr const char* kMasksFp32 = "there is a key_padding_mask, and the dtype is fp32";
+constexpr const char* kIsNotAligned = "rows of a tensor do not lie at multiples of 16 bytes, or stand for several";
+constexpr const char* kPlanIsTooLarge = "the plan has more segments and ranges than fit the parameters of a kernel";
+
+}  // namespace mixed_attention::cuda::hopper

@@ -1,0 +1,96 @@
+#include "cuda/portable/device_tables.h"
+
+#include <cuda_runtime_api.h>
+
+#include <iterator>
+#include <map>
+#include <unordered_map>
+#include <utility>
+
+namespace mixed_attention::cuda {
+namespace {
+
+// Room for fifty tables of 4096 segments. A table may take a half of it.
+constexpr size_t kStoreBytes = size_t{8} << 20;
+constexpr int kMostStores = 4;  // on a device
+
+// Memory of a stream. Tables lie one behind the other; when it is full, all are forgotten.
+class Store {
+ public:
+  explicit Store(char* memory) : memory_(memory) {}
+
+  HeldTable hold(uint64_t id, size_t bytes, const std::function<void(char* memory)>& upload) {
+    HeldTable table{nullptr, std::unique_lock(mutex_)};
+    if (const auto found = places_.find(id); found != places_.end()) {
+      table.memory = memory_ + found->second;
+      return table;
+    }
+    if (end_ + bytes > kStoreBytes) {
+      places_.clear();
+      end_ = 0;
+    }
+    table.memory = memory_ + end_;
+    upload(table.memory);
+    places_.emplace(id, end_);  // behind the upload, which may throw
+    end_ += (bytes + 255) / 256 * 256;
+    return table;
+  }
+
+ private:
+  char* const memory_;
+  std::recursive_mutex mutex_;
+  std::unordered_map<uint64_t, size_t> places_;
+  size_t end_ = 0;
+};
+
+// Device memory of our own, and none of a caller's pool; null where there is none left.
+char* allocate() {
+  // Others may be capturing graphs meanwhile, which an allocation has nothing to do with.
+  cudaStreamCaptureMode mode = cudaStreamCaptureModeRelaxed;
+  if (cudaThreadExchangeStreamCaptureMode(&mode) != cudaSuccess) return nullptr;
+  void* memory = nullptr;
+  if (cudaMalloc(&memory, kStoreBytes) != cudaSuccess) {
+    cudaGetLastError();  // it is no error of the call, which goes on without
+    memory = nullptr;
+  }
+  cudaThreadExchangeStreamCaptureMode(&mode);
+  return static_cast<char*>(memory);
+}
+
+// Whether what is enqueued becomes part of a graph, or cannot be enqueued at all because of one.
+bool is_capturing(cudaStream_t stream) {
+  cudaStreamCaptureStatus status = cudaStreamCaptureStatusNone;
+  if (cudaStreamIsCapturing(stream, &status) == cudaSuccess) return status != cudaStreamCaptureStatusNone;
+  cudaGetLastError();
+  return true;
+}
+
+// The store of a stream; null where there is none.
+Store* store_of(int device, cudaStream_t stream) {
+  unsigned long long id = 0;  // unlike the handle, no other stream ever gets it
+  if (cudaStreamGetId(stream, &id) != cudaSuccess) {
+    cudaGetLastError();
+    return nullptr;
+  }
+  // NOTE: never freed, as threads may outlive static objects.
+  static auto* mutex = new std::mutex;
+  static auto* stores = new std::map<std::pair<int, unsigned long long>, Store>;
+  const std::lock_guard lock(*mutex);
+  if (const auto found = stores->find({device, id}); found != stores->end()) return &found->second;
+  const auto first = stores->lower_bound({device, 0}), end = stores->lower_bound({device + 1, 0});
+  if (std::distance(first, end) >= kMostStores) return nullptr;
+  char* memory = allocate();
+  return memory == nullptr ? nullptr : &stores->try_emplace({device, id}, memory).first->second;
+}
+
+}  // namespace
+
+HeldTable hold_table(uint64_t id, size_t bytes, int device, void* stream,
+                     const std::function<void(char* memory)>& upload) {
+  const auto of_call = static_cast<cudaStream_t>(stream);
+  if (bytes > kStoreBytes / 2 || is_capturing(of_call)) return {};
+  Store* store = store_of(device, of_call);
+  return store == nullptr ? HeldTable{} : store->hold(id, bytes, upload);
+}
+
+}  // namespace mixed_attention::cuda
