@@ -72,6 +72,9 @@ def project(
     x: Tensor, weight: Tensor, bias: Tensor | None, parts: Sequence[ProjectedPart], dtype: dtype
 ) -> list[Tensor]: ...
 
+class FlatPlan:
+    def __init__(self, numbers: Sequence[int]) -> None: ...
+
 class AttentionCall:
     @property
     def segments(self) -> list[int]: ...
@@ -84,7 +87,7 @@ def attend(
     q: Tensor,
     k: Tensor,
     v: Tensor,
-    segments: Sequence[int],
+    plan: FlatPlan | list[int],
     softmax_scale: float,
     key_padding_mask: Tensor | None,
     dropout_p: float,
@@ -98,7 +101,7 @@ class PackedCall(AttentionCall):
         shapes: Sequence[Sequence[int]],
         rotated: Sequence[int],
         tokens: Sequence[Sequence[tuple[int, int]] | None],
-        segments: Sequence[int],
+        plan: FlatPlan | list[int],
         softmax_scale: float,
         dropout_p: float,
         normalised: Sequence[int] | None = None,

@@ -281,21 +281,33 @@ def attention(
         from mixed_attention.distributed import dtensor  # which says how the operators act on them
 
         seed = None if seed is None else dtensor.as_seed(seed, q)
-    arguments = plan.flat(), scale, key_padding_mask, dropout_p, seed
-    out, lse = (_dispatched if by_dispatcher else _attend)(q, k, v, *arguments)
+    out, lse = (_dispatched if by_dispatcher else _attend)(q, k, v, plan, scale, key_padding_mask, dropout_p, seed)
     if v.size(-1) != width_v > 0:
         out = out[..., :width_v]
     return (out, lse) if return_lse else out
 
 
-def _attend(q: Tensor, k: Tensor, v: Tensor, *arguments: Any) -> tuple[Tensor, Tensor]:
+def _attend(q: Tensor, k: Tensor, v: Tensor, plan: AttentionPlan, *arguments: Any) -> tuple[Tensor, Tensor]:
     """In eager mode, of torch's own tensors."""
     if _lacks_kernels(q) or is_legacy_batched(q, k, v):
-        return _composite(q, k, v, *arguments)
+        return _composite(q, k, v, plan.flat(), *arguments)
     if not needs_composite(q, k, v):
-        return _C.attend(q, k, v, *arguments)
-    _C.check_forward(q, k, v, *arguments)
-    return derivatives.attend(q, k, v, *arguments)
+        return _C.attend(q, k, v, _flat_plan(plan), *arguments)
+    segments = plan.flat()
+    _C.check_forward(q, k, v, segments, *arguments)
+    return derivatives.attend(q, k, v, segments, *arguments)
+
+
+def _flat_plan(plan: AttentionPlan) -> Any:
+    """The plan's integers as C++ keeps them: brought over once, as those of thousands of groups take their time."""
+    found = plan.kept.get(_FLAT)
+    if found is None:
+        found = plan.kept[_FLAT] = _C.FlatPlan(plan.flat())
+    return found
+
+
+_FLAT = "flat"
+"""Under which a plan keeps them."""
 
 
 def _lacks_kernels(q: Tensor) -> bool:
@@ -303,8 +315,9 @@ def _lacks_kernels(q: Tensor) -> bool:
     return q.dtype == torch.float64 and not has_kernels(q.device.type, q.dtype)
 
 
-def _dispatched(q: Tensor, k: Tensor, v: Tensor, *arguments: Any) -> tuple[Tensor, Tensor]:
+def _dispatched(q: Tensor, k: Tensor, v: Tensor, plan: AttentionPlan, *numbers: Any) -> tuple[Tensor, Tensor]:
     """By registered operators, which compilers, modes and subclasses see. Tangents are handed over beside primals."""
+    arguments = plan.flat(), *numbers
     if torch.compiler.is_compiling():
         primals, tangents = derivatives.unpack(q, k, v)
         if any(tangent is not None for tangent in tangents):
@@ -473,13 +486,27 @@ def project(
     return _C.project(x, weight, bias, [_C.ProjectedPart(*part) for part in parts], dtype)
 
 
-def packed_call(*arguments):
+def packed_call(
+    shapes: Sequence[tuple[int, int, int, int, int]],
+    rotated: Sequence[int],
+    tokens: Sequence[Sequence[tuple[int, int]] | None],
+    plan: AttentionPlan,
+    softmax_scale: float,
+    dropout_p: float,
+    normalised: Sequence[int] | None = None,
+) -> Any:
     """What :func:`attend_in_place` computes.
 
-    Shapes of the buffers, how many slots of each are rotated, the ranges of tokens that they have, None for all;
-    segments, scale, dropout; how many slots of each are normalised before.
+    Args:
+        shapes: Of the buffers, ``(B, N, slots, H, D)``.
+        rotated: How many of the first slots of each are rotated.
+        tokens: Half-open ranges of those that a buffer has, None for all.
+        plan: The compiled patterns.
+        softmax_scale: Factor on the products.
+        dropout_p: Of attention weights.
+        normalised: How many of the first slots of each are divided by their root mean square before; none if None.
     """
-    return _C.PackedCall(*arguments)
+    return _C.PackedCall(shapes, rotated, tokens, _flat_plan(plan), softmax_scale, dropout_p, normalised)
 
 
 def attend_in_place(

@@ -26,7 +26,7 @@ std::tuple<Tensor, Tensor> run_forward(const Tensor& q, const Tensor& k, const T
                              .findSchemaOrThrow("mixed_attention::forward", "")
                              .typed<decltype(mixed_attention::forward)>();
   const at::AutoDispatchBelowADInplaceOrView guard;
-  return op.call(q, k, v, call.segments, call.softmax_scale, key_padding_mask, call.dropout_p, dropout_seed);
+  return op.call(q, k, v, call.segments(), call.softmax_scale, key_padding_mask, call.dropout_p, dropout_seed);
 }
 
 struct Attend : torch::autograd::Function<Attend> {
@@ -58,8 +58,9 @@ struct Attend : torch::autograd::Function<Attend> {
                                .typed<decltype(mixed_attention::backward)>();
     const at::AutoDispatchBelowADInplaceOrView guard;
     const Tensor dout = grads[0].defined() ? grads[0] : at::zeros_like(out);
-    std::tie(result[0], result[1], result[2]) = op.call(dout, optional_tensor(grads[1]), q, k, v, out, lse,
-                                                        call.segments, call.softmax_scale, mask, call.dropout_p, seed);
+    std::tie(result[0], result[1], result[2]) =
+        op.call(dout, optional_tensor(grads[1]), q, k, v, out, lse, call.segments(), call.softmax_scale, mask,
+                call.dropout_p, seed);
     return result;
   }
 };

@@ -4,17 +4,21 @@
 #include <ATen/core/Tensor.h>
 
 #include <functional>
+#include <memory>
 #include <tuple>
 #include <vector>
 
 #include "torch/autograd.h"
+#include "torch/schedules.h"
 
 namespace mixed_attention {
 
 // What an attention computes, but for its tensors; as the operator takes it.
 struct AttentionCall {
-  std::vector<int64_t> segments;
+  std::shared_ptr<const FlatPlan> plan;
   double softmax_scale, dropout_p;
+
+  const std::vector<int64_t>& segments() const { return plan->numbers(); }
 };
 
 // The forward operator, differentiable in q, k and v any number of times. Returns out and log-sum-exp.

@@ -150,7 +150,7 @@ Attended run_attend(at::TensorList given, const OptionalTensors& freqs, const st
     result.rotated.push_back(buffer);
   }
   const std::vector<Tensor> qkv = slots(result.buffers, call.shapes, result.normalised);
-  const auto [heads, lse] = op.call(qkv[0], qkv[1], qkv[2], call.segments, call.softmax_scale, key_padding_mask,
+  const auto [heads, lse] = op.call(qkv[0], qkv[1], qkv[2], call.segments(), call.softmax_scale, key_padding_mask,
                                     call.dropout_p, dropout_seed);
   result.out = heads.flatten(2);
   result.lse = lse;
@@ -226,7 +226,7 @@ struct AttendInPlace : torch::autograd::Function<AttendInPlace> {
     variable_list dbuffers;
     if (may_overwrite_buffers) state.memory.give();
     if (may_overwrite_buffers &&
-        backward_in_place(dheads, std::nullopt, qkv[0], qkv[1], qkv[2], heads, saved[1], call.segments,
+        backward_in_place(dheads, std::nullopt, qkv[0], qkv[1], qkv[2], heads, saved[1], call.segments(),
                           call.softmax_scale, mask, call.dropout_p, seed, may_overwrite_out)) {
       for (const Tensor& buffer : buffers) dbuffers.push_back(buffer.detach());
     } else {
@@ -236,7 +236,7 @@ struct AttendInPlace : torch::autograd::Function<AttendInPlace> {
                                  .findSchemaOrThrow("mixed_attention::backward_out", "")
                                  .typed<decltype(backward_out)>();
       const std::vector<Tensor> dqkv = slots(dbuffers, call.shapes);
-      op.call(dheads, std::nullopt, qkv[0], qkv[1], qkv[2], heads, saved[1], call.segments, call.softmax_scale, mask,
+      op.call(dheads, std::nullopt, qkv[0], qkv[1], qkv[2], heads, saved[1], call.segments(), call.softmax_scale, mask,
               call.dropout_p, seed, dqkv[0], dqkv[1], dqkv[2]);
     }
     for (size_t part = 0; part < num_parts; ++part) {

@@ -10,6 +10,7 @@
 #include <torch/version.h>
 
 #include <array>
+#include <memory>
 #include <string>
 
 #include "cpu/launch.h"
@@ -22,6 +23,7 @@
 #include "torch/layer.h"
 #include "torch/ops.h"
 #include "torch/project.h"
+#include "torch/schedules.h"
 
 namespace {
 
@@ -264,19 +266,22 @@ void define_nodes(py::module_& m) {
   m.def("project", &mixed_attention::project, py::arg("x"), py::arg("weight"), py::arg("bias"), py::arg("parts"),
         py::arg("dtype"), py::call_guard<py::gil_scoped_release>(),
         "Products of tokens with parts of a weight, as one step of the graph.");
+  using FlatPlan = mixed_attention::FlatPlan;
+  py::class_<FlatPlan, std::shared_ptr<FlatPlan>>(m, "FlatPlan", "A plan's integers, for as many calls as it serves.")
+      .def(py::init<std::vector<int64_t>>(), py::arg("numbers"));
+  py::implicitly_convertible<py::list, FlatPlan>();
   py::class_<mixed_attention::AttentionCall>(m, "AttentionCall", "What an attention computes.")
-      .def_readonly("segments", &mixed_attention::AttentionCall::segments)
+      .def_property_readonly("segments", &mixed_attention::AttentionCall::segments)
       .def_readonly("softmax_scale", &mixed_attention::AttentionCall::softmax_scale)
       .def_readonly("dropout_p", &mixed_attention::AttentionCall::dropout_p);
   m.def(
       "attend",
-      [](const at::Tensor& q, const at::Tensor& k, const at::Tensor& v, std::vector<int64_t> segments,
+      [](const at::Tensor& q, const at::Tensor& k, const at::Tensor& v, const std::shared_ptr<FlatPlan>& plan,
          double softmax_scale, const std::optional<at::Tensor>& key_padding_mask, double dropout_p,
          const std::optional<at::Tensor>& dropout_seed) {
-        return mixed_attention::attend(q, k, v, key_padding_mask, dropout_seed,
-                                       {std::move(segments), softmax_scale, dropout_p});
+        return mixed_attention::attend(q, k, v, key_padding_mask, dropout_seed, {plan, softmax_scale, dropout_p});
       },
-      py::arg("q"), py::arg("k"), py::arg("v"), py::arg("segments"), py::arg("softmax_scale"),
+      py::arg("q"), py::arg("k"), py::arg("v"), py::arg("plan").none(false), py::arg("softmax_scale"),
       py::arg("key_padding_mask"), py::arg("dropout_p"), py::arg("dropout_seed"),
       py::call_guard<py::gil_scoped_release>(), "The forward operator, as one step of the graph.");
   m.def(
@@ -288,17 +293,18 @@ void define_nodes(py::module_& m) {
   py::class_<mixed_attention::PackedCall, mixed_attention::AttentionCall>(
       m, "PackedCall", "What an attention over packed buffers computes.")
       .def(py::init([](std::vector<std::vector<int64_t>> shapes, std::vector<int64_t> rotated,
-                       std::vector<std::optional<mixed_attention::Ranges>> tokens, std::vector<int64_t> segments,
-                       double softmax_scale, double dropout_p, std::optional<std::vector<int64_t>> normalised) {
+                       std::vector<std::optional<mixed_attention::Ranges>> tokens,
+                       const std::shared_ptr<FlatPlan>& plan, double softmax_scale, double dropout_p,
+                       std::optional<std::vector<int64_t>> normalised) {
              if (!normalised) normalised.emplace(shapes.size(), 0);
-             return mixed_attention::PackedCall{{std::move(segments), softmax_scale, dropout_p},
+             return mixed_attention::PackedCall{{plan, softmax_scale, dropout_p},
                                                 std::move(shapes),
                                                 std::move(*normalised),
                                                 std::move(rotated),
                                                 std::move(tokens)};
            }),
-           py::arg("shapes"), py::arg("rotated"), py::arg("tokens"), py::arg("segments"), py::arg("softmax_scale"),
-           py::arg("dropout_p"), py::arg("normalised") = py::none())
+           py::arg("shapes"), py::arg("rotated"), py::arg("tokens"), py::arg("plan").none(false),
+           py::arg("softmax_scale"), py::arg("dropout_p"), py::arg("normalised") = py::none())
       .def_readonly("shapes", &mixed_attention::PackedCall::shapes)
       .def_readonly("normalised", &mixed_attention::PackedCall::normalised)
       .def_readonly("rotated", &mixed_attention::PackedCall::rotated)

@@ -1,8 +1,8 @@
 #include "torch/schedules.h"
 
-#include <algorithm>
 #include <mutex>
 #include <unordered_map>
+#include <utility>
 #include <vector>
 
 namespace mixed_attention {
@@ -13,8 +13,8 @@ struct Kept {
   Schedule schedule;
   std::once_flag has_inverse;
 
-  bool is_of(c10::IntArrayRef given, int64_t seqlen_q, int64_t seqlen_k) const {
-    return schedule.seqlen_q == seqlen_q && schedule.seqlen_k == seqlen_k && given.equals(segments);
+  bool is_of(int64_t seqlen_q, int64_t seqlen_k) const {
+    return schedule.seqlen_q == seqlen_q && schedule.seqlen_k == seqlen_k;
   }
 };
 
@@ -24,12 +24,47 @@ constexpr size_t kMostNumbers = 1 << 20;
 class Memory {
  public:
   std::shared_ptr<Kept> of(c10::IntArrayRef segments, int64_t seqlen_q, int64_t seqlen_k) {
+    if (std::shared_ptr<Kept> found = by_place(segments, seqlen_q, seqlen_k)) return found;
+    std::shared_ptr<Kept> found = by_value(segments, seqlen_q, seqlen_k);
+    const std::lock_guard lock(mutex_);
+    if (const auto place = places_.find(segments.data()); place != places_.end())
+      place->second = {segments.size(), found};
+    return found;
+  }
+
+  // A place of integers that neither move nor change before it is left.
+  void enter(const int64_t* place) {
+    const std::lock_guard lock(mutex_);
+    places_.emplace(place, Placed{});
+  }
+
+  void leave(const int64_t* place) {
+    const std::lock_guard lock(mutex_);
+    places_.erase(place);
+  }
+
+ private:
+  // What was last found for integers at a place, and for how many of them.
+  struct Placed {
+    size_t length = 0;
+    std::shared_ptr<Kept> kept;
+  };
+
+  std::shared_ptr<Kept> by_place(c10::IntArrayRef segments, int64_t seqlen_q, int64_t seqlen_k) {
+    const std::lock_guard lock(mutex_);
+    const auto place = places_.find(segments.data());
+    if (place == places_.end()) return nullptr;
+    const auto& [length, kept] = place->second;
+    return kept != nullptr && length == segments.size() && kept->is_of(seqlen_q, seqlen_k) ? kept : nullptr;
+  }
+
+  std::shared_ptr<Kept> by_value(c10::IntArrayRef segments, int64_t seqlen_q, int64_t seqlen_k) {
     const size_t hash = hash_of(segments);
     {
       const std::lock_guard lock(mutex_);
       const auto [begin, end] = kept_.equal_range(hash);
       for (auto each = begin; each != end; ++each) {
-        if (each->second->is_of(segments, seqlen_q, seqlen_k)) return each->second;
+        if (each->second->is_of(seqlen_q, seqlen_k) && segments.equals(each->second->segments)) return each->second;
       }
     }
     auto made = std::make_shared<Kept>();
@@ -45,7 +80,6 @@ class Memory {
     return made;
   }
 
- private:
   static size_t hash_of(c10::IntArrayRef numbers) {
     uint64_t hash = numbers.size();
     for (const int64_t number : numbers) hash = (hash ^ static_cast<uint64_t>(number)) * 0x9E3779B97F4A7C15u;
@@ -55,16 +89,29 @@ class Memory {
   std::mutex mutex_;
   std::unordered_multimap<size_t, std::shared_ptr<Kept>> kept_;
   size_t num_numbers_ = 0;
+  std::unordered_map<const int64_t*, Placed> places_;
 };
+
+Memory& memory() {
+  static auto* memory = new Memory;  // never freed: threads may outlive static objects
+  return *memory;
+}
 
 }  // namespace
 
 std::shared_ptr<const Schedule> schedule_of(c10::IntArrayRef segments, int64_t seqlen_q, int64_t seqlen_k, Pass pass) {
-  static auto* memory = new Memory;  // never freed: threads may outlive static objects
-  const std::shared_ptr<Kept> kept = memory->of(segments, seqlen_q, seqlen_k);
+  const std::shared_ptr<Kept> kept = memory().of(segments, seqlen_q, seqlen_k);
   // NOTE: whoever reads the schedule of a forward meanwhile does not look at the inverse.
   if (pass == Pass::kBackward) std::call_once(kept->has_inverse, [&] { add_inverse(kept->schedule); });
   return {kept, &kept->schedule};
+}
+
+FlatPlan::FlatPlan(std::vector<int64_t> numbers) : numbers_(std::move(numbers)) {
+  if (!numbers_.empty()) memory().enter(numbers_.data());
+}
+
+FlatPlan::~FlatPlan() {
+  if (!numbers_.empty()) memory().leave(numbers_.data());
 }
 
 }  // namespace mixed_attention

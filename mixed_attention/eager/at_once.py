@@ -157,5 +157,5 @@ def _call(
         heads = [1, 1]
     normalised, rotated = (heads if each else [0] * len(parts) for each in (normalises, is_rotated))
     tokens = [ranges for _, _, ranges in parts]
-    attention = ops.packed_call(shapes, rotated, tokens, plan.flat(), head_dim**-0.5, dropout_p, normalised)
+    attention = ops.packed_call(shapes, rotated, tokens, plan, head_dim**-0.5, dropout_p, normalised)
     return ops.layer_call(parts, attention), shapes

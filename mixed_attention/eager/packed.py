@@ -145,7 +145,7 @@ def _attend_in_place(
     tokens = [None if p.runs is None else taken_ranges(p.runs) for p in parts]
     rotated_slots = [p.rotated for p in parts]
     counts = [len(p.norms) for p in parts]
-    call = ops.packed_call(shapes, rotated_slots, tokens, plan.flat(), shapes[0][-1] ** -0.5, dropout_p, counts)
+    call = ops.packed_call(shapes, rotated_slots, tokens, plan, shapes[0][-1] ** -0.5, dropout_p, counts)
     out, *rotated = ops.attend_in_place([p.buffer for p in parts], pairs, key_padding_mask, seed, call)
     remaining = iter(rotated)
     made = [None if pair is None and not part.norms else next(remaining) for part, pair in zip(parts, pairs)]

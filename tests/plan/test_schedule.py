@@ -2,12 +2,16 @@
 
 from __future__ import annotations
 
+from concurrent.futures import ThreadPoolExecutor
+
 import pytest
 import torch
 from cases import Case, make_inputs
 from compare import judge, run
 from hypothesis import given
 from hypothesis import strategies as st
+
+import mixed_attention as ma
 
 SEQLEN_Q, SEQLEN_K = 6, 8
 
@@ -81,3 +85,60 @@ def test_overlapping_ranges_count_twice(device: torch.device):
     results = run(inputs)
     results.out, results.lse, results.dq, results.dk, results.dv = out.detach(), lse.detach(), dq, dk, dv
     judge(results, inputs)
+
+
+# Plain eager calls hand over an object that the plan keeps, whose integers C++ knows by where they lie.
+
+
+def plan_of(starts: list[int]) -> ma.AttentionPlan:
+    """As many segments as there are starts, each attends to the keys from its start on."""
+    return ma.AttentionPlan.from_segments([(i, i + 1, [(start, SEQLEN_K)]) for i, start in enumerate(starts)], SEQLEN_K)
+
+
+@given(plans=st.lists(st.lists(st.integers(0, SEQLEN_K), min_size=1, max_size=4), min_size=2, max_size=12))
+def test_plans_come_and_go_at_the_same_place(plans: list[list[int]], device: torch.device):
+    """The integers of a plan may lie where those of one lay that is gone, and be as many."""
+    k, v = (torch.randn(1, SEQLEN_K, 1, 4, device=device) for _ in range(2))
+    for starts in plans:
+        q = torch.randn(1, len(starts), 1, 4, device=device)
+        plan = plan_of(starts)
+        for _ in range(2):
+            got = ma.attention(q, k, v, plan, return_lse=True)
+            wanted = torch.ops.mixed_attention.forward(q, k, v, plan.flat(), 0.5)
+            assert all(torch.equal(*pair) for pair in zip(got, wanted))
+
+
+def test_a_kept_plan_is_checked_against_every_call(device: torch.device):
+    plan = plan_of([0, 2, 5])
+    q, k = torch.randn(1, 3, 1, 4, device=device), torch.randn(1, SEQLEN_K + 2, 1, 4, device=device)
+    for _ in range(2):
+        short, exact, longer = k[:, : SEQLEN_K - 1], k[:, :SEQLEN_K], k
+        with pytest.raises(ValueError, match=r"key range \[0, 8\) is not within the 7 rows of k"):
+            ma.attention(q, short, short, plan)
+        with pytest.raises(ValueError, match="plan: covers 3 queries, q has 2"):
+            ma.attention(q[:, :2], exact, exact, plan)
+        assert torch.equal(ma.attention(q, exact, exact, plan), ma.attention(q, longer, longer, plan))
+
+
+def test_a_backward_outlives_its_plan(device: torch.device):
+    q, k = (torch.randn(1, n, 1, 4, device=device, requires_grad=True) for n in (3, SEQLEN_K))
+    wanted = torch.autograd.grad(ma.attention(q, k, k, plan_of([1, 3, 6])).sum(), (q, k))
+    out = ma.attention(q, k, k, plan_of([1, 3, 6]))  # whose plan is gone behind this line
+    for starts in ([2, 2, 2], [0, 7, 8], [5, 1, 0]):
+        ma.attention(q, k, k, plan_of(starts))
+    for got, expected in zip(torch.autograd.grad(out.sum(), (q, k)), wanted):
+        assert torch.equal(got, expected)
+
+
+def test_threads_share_a_kept_plan(device: torch.device):
+    plans = [plan_of([i % SEQLEN_K, (3 * i) % SEQLEN_K]) for i in range(8)]
+    q, k = (torch.randn(1, n, 1, 4, device=device, requires_grad=True) for n in (2, SEQLEN_K))
+
+    def step(plan: ma.AttentionPlan) -> tuple[torch.Tensor, ...]:
+        out = ma.attention(q, k, k, plan)
+        return out, *torch.autograd.grad(out.sum(), (q, k))
+
+    with ThreadPoolExecutor(4) as threads:
+        results = list(threads.map(step, plans * 8))
+    for plan, result in zip(plans * 8, results):
+        assert all(torch.equal(*pair) for pair in zip(result, step(plan)))

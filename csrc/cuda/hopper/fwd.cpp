@@ -22,9 +22,9 @@ bool can_load(const TensorView& tensor) {
 }
 
 Layout layout_fwd(const FwdParams& params, const FwdPlan& plan) {
-  Layout layout = with_fwd_kernel(params, [&]<typename Element, int kHeadDim, int kParts>() {
-    using Tuning = FwdTuningOf<Element, kHeadDim, kParts>;
-    return layout_of(params, params.schedule->query_segments, Tuning::kConsumers * kWarpgroupRows, Tuning::kBlockN);
+  Layout layout = with_fwd_kernel(params, [&]<typename Element, int kHeadDim, int kLimbs>() {
+    constexpr FwdTuning kTuning = kFwdTuning<Element, kHeadDim, kLimbs>;
+    return layout_of(params, params.schedule->query_segments, kTuning.block_m(), kTuning.block_n);
   });
   const ItemSplits& splits = plan.table.splits;
   layout.num_splits = splits.num_parts;
