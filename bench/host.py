@@ -27,8 +27,35 @@ CASES = (
 )
 
 
+def _groups(count: int) -> Case:
+    """So many groups that attend to themselves."""
+    names = [f"g{i}" for i in range(count)]
+    patterns = tuple(((name,), (name,)) for name in names)
+    return Case(f"{count} groups of 2", 1, 1, 64, dict.fromkeys(names, 2), patterns)
+
+
+NUMBERS_OF_GROUPS = (1, 16, 256, 1024, 4096)
+
+
 def measure(device: torch.device, rounds: int) -> Iterator[Row]:
-    """Forward, and forward with backward; the layers in fp32, and under autocast to bf16."""
+    """Forward, and forward with backward: of layers and the operator, and of the operator with many groups."""
+    yield from _measure_few(device, rounds)
+    yield from _measure_many(device, rounds)
+
+
+def _measure_many(device: torch.device, rounds: int) -> Iterator[Row]:
+    """The operator alone, whose host time is to be the same whatever the number of groups."""
+    cases = [_groups(count) for count in NUMBERS_OF_GROUPS]
+    alone = {case.name: AttentionAlone(make_inputs(case, device, torch.bfloat16), case.plan) for case in cases}
+    for passed in (FORWARD, TRAINING):
+        calls = {name: each.inference if passed == FORWARD else each.training for name, each in alone.items()}
+        samples = {name: Calls(partial(_repeat, call), CALLS) for name, call in calls.items()}
+        for name, timing in host_turns(samples, device, rounds * 10).items():
+            yield timing_row("host", name, "operator, ours", timing, **{"pass": passed, "dtype": "bfloat16"})
+
+
+def _measure_few(device: torch.device, rounds: int) -> Iterator[Row]:
+    """The layers in fp32, and under autocast to bf16."""
     for case in CASES:
         for precision in ("float32", "bfloat16"):
             dtype = getattr(torch, precision)
