@@ -8,9 +8,11 @@ from contextlib import nullcontext
 
 import pytest
 import torch
+import torch.nn.functional as F
 from cases import Case
 from compare import check, deterministic, judge, make_inputs, run
 
+import mixed_attention as ma
 from mixed_attention import ops
 
 pytestmark = [
@@ -61,6 +63,22 @@ def test_both_devices_at_once(case):
     with ThreadPoolExecutor(2) as threads:
         for done in [threads.submit(check, case.with_(dtype=BF16), torch.device("cuda", i)) for i in (1, 0)]:
             done.result()
+
+
+def test_tables_of_many_groups():
+    """Each device has its own, of the same plan."""
+    segments = [(2 * i, 2 * i + 2, [(2 * i, 2 * i + 2)]) for i in range(500)]
+    plan = ma.AttentionPlan.from_segments(segments)
+
+    def act(device: torch.device) -> None:
+        q = torch.randn(1, 1000, 2, 16, device=device)
+        out = ma.attention(q, q, q, plan)
+        groups = q.double().view(500, 2, 2, 16).transpose(1, 2)
+        expected = F.scaled_dot_product_attention(groups, groups, groups).transpose(1, 2).view(1, 1000, 2, 16)
+        torch.testing.assert_close(out.double(), expected, rtol=1e-4, atol=1e-4)
+
+    for _ in range(2):
+        on_each_device(act)
 
 
 def test_tf32():
