@@ -292,19 +292,19 @@ void define_nodes(py::module_& m) {
       py::arg("composite"), "Registers the backward of attend that has derivatives itself.");
   py::class_<mixed_attention::PackedCall, mixed_attention::AttentionCall>(
       m, "PackedCall", "What an attention over packed buffers computes.")
-      .def(py::init([](std::vector<std::vector<int64_t>> shapes, std::vector<int64_t> rotated,
-                       std::vector<std::optional<mixed_attention::Ranges>> tokens,
-                       const std::shared_ptr<FlatPlan>& plan, double softmax_scale, double dropout_p,
-                       std::optional<std::vector<int64_t>> normalised) {
-             if (!normalised) normalised.emplace(shapes.size(), 0);
-             return mixed_attention::PackedCall{{plan, softmax_scale, dropout_p},
-                                                std::move(shapes),
-                                                std::move(*normalised),
-                                                std::move(rotated),
-                                                std::move(tokens)};
-           }),
-           py::arg("shapes"), py::arg("rotated"), py::arg("tokens"), py::arg("plan").none(false),
-           py::arg("softmax_scale"), py::arg("dropout_p"), py::arg("normalised") = py::none())
+      .def(
+          py::init([](std::vector<std::vector<int64_t>> shapes, std::vector<int64_t> rotated,
+                      std::vector<std::optional<mixed_attention::Ranges>> tokens, const std::shared_ptr<FlatPlan>& plan,
+                      double softmax_scale, double dropout_p, std::optional<std::vector<int64_t>> normalised) {
+            if (!normalised) normalised.emplace(shapes.size(), 0);
+            return mixed_attention::PackedCall{{plan, softmax_scale, dropout_p},
+                                               std::move(shapes),
+                                               std::move(*normalised),
+                                               std::move(rotated),
+                                               std::move(tokens)};
+          }),
+          py::arg("shapes"), py::arg("rotated"), py::arg("tokens"), py::arg("plan").none(false),
+          py::arg("softmax_scale"), py::arg("dropout_p"), py::arg("normalised") = py::none())
       .def_readonly("shapes", &mixed_attention::PackedCall::shapes)
       .def_readonly("normalised", &mixed_attention::PackedCall::normalised)
       .def_readonly("rotated", &mixed_attention::PackedCall::rotated)

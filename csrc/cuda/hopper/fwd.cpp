@@ -27,7 +27,7 @@ Layout layout_fwd(const FwdParams& params, const FwdPlan& plan) {
     return layout_of(params, params.schedule->query_segments, kTuning.block_m(), kTuning.block_n);
   });
   const ItemSplits& splits = plan.table.splits;
-  layout.num_splits = splits.num_parts;
+  layout.num_splits = splits.num_splits;
   layout.num_tiles += splits.num_items() - splits.num_whole;
   layout.num_split_tiles = splits.num_whole;
   return layout;
