@@ -11,6 +11,7 @@ Environment variables:
     MAX_JOBS: How many files are compiled at a time.
 """
 
+import hashlib
 import os
 import re
 import shlex
@@ -26,21 +27,19 @@ from setuptools import Command, Extension, setup
 try:
     import torch
     from torch.utils import cpp_extension
-except ImportError:
-    sys.exit("building mixed_attention needs torch in the environment that builds: `pip install torch pybind11 ninja`")
+except ImportError:  # which the kernels do without: kernels/setup.py
+    torch = cpp_extension = None
 
 ROOT = Path(__file__).resolve().parent
 CUDA_OBJECTS = Path("build", "cuda")  # the same for every torch and Python: no kernel knows of them
+# What the kernels and the C++ part must agree on, where they are built apart.
+INTERFACE = ["csrc/params.h", "csrc/cuda/problem.h", "csrc/cuda/interface.h"]
 WARNINGS = ["-Wall", "-Wextra", "-Wno-unused-parameter", "-Wno-missing-field-initializers"]
 # Python's own flags may ask for debug information, which makes the binary ten times as large.
 COMPILE_FLAGS = ["-O3", "-g0", "-std=c++20", *WARNINGS, "-fvisibility=hidden"]
 # ptxas tells of registers and spills, which tools/check_ptxas.py reads. Compression makes a fifth of the binary's size.
 NVCC_FLAGS = ["-O3", "-std=c++20", "-lineinfo", "--expt-relaxed-constexpr", "-Xptxas=-v", "--compress-mode=size"]
 NVCC_HOST_FLAGS = ["-fPIC", "-fvisibility=hidden", *WARNINGS]
-
-# NOTE: at::parallel_for is inline code of torch's headers: without OpenMP here it runs serially, without a word. The
-# runtime is the one that torch has loaded by then, as both go by the same name.
-THREAD_FLAGS = ["-fopenmp"] if torch.backends.openmp.is_available() else []
 
 
 def fail(sentence: str) -> NoReturn:
@@ -51,12 +50,26 @@ def sources(*patterns: str) -> list[str]:
     return sorted(str(path.relative_to(ROOT)) for pattern in patterns for path in (ROOT / "csrc").glob(pattern))
 
 
+def interface_flag() -> str:
+    """By this both sides of the kernels' interface know that they were compiled from the same headers."""
+    digest = hashlib.sha256(b"".join((ROOT / header).read_bytes() for header in INTERFACE)).hexdigest()
+    return f"-DMIXED_ATTENTION_INTERFACE=0x{digest[:16]}"
+
+
+def thread_flags() -> list[str]:
+    # NOTE: at::parallel_for is inline code of torch's headers: without OpenMP here it runs serially, without a word.
+    # The runtime is the one that torch has loaded by then, as both go by the same name.
+    return ["-fopenmp"] if torch.backends.openmp.is_available() else []
+
+
 def sanitizer_flags() -> list[str]:
     sanitizers = os.environ.get("MIXED_ATTENTION_SANITIZE")
     return [f"-fsanitize={sanitizers}", "-fno-sanitize-recover=all", "-g", "-O1"] if sanitizers else []
 
 
 def check_torch() -> None:
+    if torch is None:
+        fail("building needs torch in the environment that builds: `pip install torch pybind11 ninja`")
     if tuple(int(part) for part in torch.__version__.split(".")[:2]) < (2, 11):
         fail(f"torch 2.11 or later is needed, found {torch.__version__}")
 
@@ -92,6 +105,7 @@ def cuda_to_build_with() -> Path | None:
         print(f"mixed_attention: built without CUDA kernels, for {sentence}")
         return None
     check_cuda_version(nvcc_version(cuda))
+    check_cuda_of_torch(nvcc_version(cuda))
     if shutil.which("ninja") is None:
         fail("the CUDA kernels are compiled by ninja, which is not found: `pip install ninja`")
     return cuda
@@ -101,6 +115,10 @@ def check_cuda_version(version: tuple[int, int]) -> None:
     found = "{}.{}".format(*version)
     if version < (12, 8):
         fail(f"the CUDA kernels need CUDA 12.8 or later, nvcc is of {found}; or build without: MIXED_ATTENTION_CUDA=0")
+
+
+def check_cuda_of_torch(version: tuple[int, int]) -> None:
+    found = "{}.{}".format(*version)
     if torch.version.cuda is not None and int(torch.version.cuda.split(".")[0]) != version[0]:
         fail(
             f"torch is built for CUDA {torch.version.cuda}, nvcc is of {found}: set CUDA_HOME to a toolkit of torch's "
@@ -138,6 +156,10 @@ def arch_flags(source: str) -> list[str]:
 def wanted_head_dims() -> list[str]:
     """Head_dims of a development build; empty for all."""
     return re.findall(r"\d+", os.environ.get("MIXED_ATTENTION_HEAD_DIMS", ""))
+
+
+def head_dims_flag() -> list[str]:
+    return [f"-DMIXED_ATTENTION_HEAD_DIMS={','.join(wanted_head_dims())}"] if wanted_head_dims() else []
 
 
 class Kernels(NamedTuple):
@@ -208,22 +230,26 @@ def ninja_file(cuda: Path, kernels: Sequence[Kernels]) -> str:
     return "\n".join([*lines, ""])
 
 
+def run_ninja(folder: Path, quiet: bool) -> None:
+    jobs = ["-j", os.environ["MAX_JOBS"]] if "MAX_JOBS" in os.environ else []
+    if subprocess.run(["ninja", "-C", str(folder), *jobs, *(["--quiet"] if quiet else [])]).returncode:
+        fail("a CUDA kernel did not compile, see above")
+
+
 def compile_kernels(cuda: Path, quiet: bool) -> list[str]:
     """Compiles what changed, and returns all the objects."""
     kernels = all_kernels()
     folder = ROOT / CUDA_OBJECTS
     folder.mkdir(parents=True, exist_ok=True)
     (folder / "build.ninja").write_text(ninja_file(cuda, kernels))
-    jobs = ["-j", os.environ["MAX_JOBS"]] if "MAX_JOBS" in os.environ else []
-    if subprocess.run(["ninja", "-C", str(folder), *jobs, *(["--quiet"] if quiet else [])]).returncode:
-        fail("a CUDA kernel did not compile, see above")
+    run_ninja(folder, quiet)
     return [str(folder / each.object) for each in kernels]
 
 
 def extension(cuda: Path | None) -> Extension:
-    files = sources("*.cpp", "torch/*.cpp", "cpu/*.cpp")
-    compile_flags = COMPILE_FLAGS + THREAD_FLAGS + sanitizer_flags()
-    link_flags = THREAD_FLAGS + sanitizer_flags()
+    files = sources("*.cpp", "torch/all.cpp", "cpu/*.cpp")
+    compile_flags = [*COMPILE_FLAGS, interface_flag(), *thread_flags(), *sanitizer_flags()]
+    link_flags = [*thread_flags(), *sanitizer_flags(), "-ldl"]
     # The flags are the same with and without CUDA kernels, so that either build finds what the other has compiled.
     if toolkit := cuda or find_cuda():
         compile_flags.append(f"-isystem{toolkit / 'include'}")
@@ -231,11 +257,10 @@ def extension(cuda: Path | None) -> Extension:
         files += sources("cpu_only/*.cpp")
     else:
         files += sources("cuda/**/*.cpp")
-        if wanted_head_dims():
-            compile_flags.append(f"-DMIXED_ATTENTION_HEAD_DIMS={','.join(wanted_head_dims())}")
+        compile_flags += head_dims_flag()
         link_flags += [f"-L{cuda / folder}" for folder in ("lib64", "lib") if (cuda / folder).exists()]
         # The symbols of the static runtime stay inside: torch may have another version of it in the same process.
-        link_flags += ["-lcudart_static", "-ldl", "-lrt", "-lpthread", "-Wl,--exclude-libs,ALL"]
+        link_flags += ["-lcudart_static", "-lrt", "-lpthread", "-Wl,--exclude-libs,ALL"]
     return cpp_extension.CppExtension(
         "mixed_attention._C",
         files,
@@ -264,7 +289,7 @@ class BuildKernels(Command):
         compile_kernels(cuda, quiet=self.verbose < 1)
 
 
-class BuildExtension(cpp_extension.BuildExtension):
+class BuildExtension(cpp_extension.BuildExtension if cpp_extension else Command):
     """Compiles the kernels by nvcc without torch's headers and flags, and leaves the C++ part to torch."""
 
     cuda: Path | None

@@ -35,6 +35,7 @@ def _versions() -> Iterator[str]:
         pairs = ", ".join(f"{python} with torch {of_torch}" for of_torch, python in TESTED)
         yield f"  untested       the tests were not run with these releases, but with Python {pairs}"
     yield f"compiled part    {ops.describe_build()}"
+    yield f"CUDA kernels     {ops.where_cuda_kernels_are() or f'none: {ops.why_no_cuda_kernels()}'}"
 
 
 def _cpu() -> Iterator[str]:
@@ -55,7 +56,7 @@ def _cuda() -> Iterator[str]:
     elif not torch.cuda.is_available():
         yield "CUDA             not used: torch finds no GPU"
     elif not ops.has_kernels("cuda", torch.float32):
-        yield "CUDA             not used: built without CUDA kernels; rebuild with MIXED_ATTENTION_CUDA=1"
+        yield f"CUDA             not used: {ops.why_no_cuda_kernels()}"
     else:
         for index in range(torch.cuda.device_count()):
             major, minor = torch.cuda.get_device_capability(index)

@@ -21,7 +21,7 @@ import torch
 from torch import Tensor, nn
 from torch.autograd import forward_ad
 
-from mixed_attention import derivatives, reference, torch_internals
+from mixed_attention import cuda_library, derivatives, reference, torch_internals
 from mixed_attention.autocast import autocast_dtype
 from mixed_attention.derivatives import is_legacy_batched
 from mixed_attention.norms import exact_norms
@@ -35,6 +35,22 @@ try:
 except ImportError as error:
     _C = None  # type: ignore[assignment]
     _import_error = error
+
+
+def _open_kernels() -> str | None:
+    """Opens the library of CUDA kernels if none are linked into the compiled part; returns its path."""
+    if _C is None or _C.has_cuda_kernels():
+        return None
+    try:
+        path = cuda_library.path()
+        _C.open_kernels(path)
+    except (ImportError, RuntimeError) as error:
+        _C.set_why_no_kernels(str(error))
+        return None
+    return path
+
+
+_opened_kernels = _open_kernels()
 
 
 def is_compiled() -> bool:
@@ -54,6 +70,16 @@ def _require_compiled() -> None:
 def describe_build() -> str:
     """What the compiled part was built with, or why it is missing; for people to read."""
     return f"missing: {_import_error}" if _C is None else f"{_C.build_flags}, {_C.__file__}"
+
+
+def where_cuda_kernels_are() -> str | None:
+    """Path of the binary that has the CUDA kernels, if there are any."""
+    return _opened_kernels or (_C.__file__ if _C is not None and _C.has_cuda_kernels() else None)
+
+
+def why_no_cuda_kernels() -> str:
+    """What is missing where there are no CUDA kernels; for people to read."""
+    return "the compiled part is missing" if _C is None else _C.why_no_kernels()
 
 
 def cpu_instruction_set() -> str:

@@ -47,8 +47,6 @@ Launch<Params> plan(Choice choice, const Params& params, const char* (*hopper_re
 
 }  // namespace
 
-bool is_built() { return true; }
-
 Choice choose_fwd(const Problem& problem) { return choose(problem, hopper::refusal_fwd(problem)); }
 
 Choice choose_bwd(const Problem& problem) { return choose(problem, hopper::refusal_bwd(problem)); }

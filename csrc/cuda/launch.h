@@ -1,24 +1,14 @@
-// The CUDA kernels' entry points, and what they serve.
+// The CUDA kernels' entry points, and what they serve. Others than the kernels come in by interface.h.
 #pragma once
 
 #include <cstddef>
 #include <functional>
 #include <string>
 
+#include "cuda/problem.h"
 #include "params.h"
 
 namespace mixed_attention::cuda {
-
-// Whether the kernels are in this build. Without them csrc/cpu_only stands for all that is declared here.
-bool is_built();
-
-// What decides which family of kernels serves a call. Whether fp32 may be rounded to TF32 does not: every family that
-// serves fp32 has kernels for either, and chooses by AttentionParams::allow_tf32.
-struct Problem {
-  DType dtype;
-  int64_t head_dim, head_dim_v;
-  int device;
-};
 
 // The kernel family that serves a problem. The dispatch and the words for people come from this one place.
 struct Choice {
@@ -36,15 +26,6 @@ Choice choose_bwd(const Problem& problem);
 // that of a forward by queries, as a backward may be adding its inverse meanwhile.
 std::string refusal_of_sizes(const FwdParams& params);
 std::string refusal_of_sizes(const BwdParams& params);
-
-// How the device goes about a pass, for people to read.
-struct Layout {
-  int tile_rows, block_rows;  // that a thread block owns, and that it takes up at a time of the other side
-  int num_splits;             // parts that the walk of a tile is cut into
-  int64_t num_tiles;          // of all heads and sequences, those of parts counted singly
-  int num_slots;              // tiles that the device works on at a time
-  int64_t num_split_tiles;    // whose walk is cut, all or some
-};
 
 // How a call is served, decided once and before there is memory for it.
 template <class Params>
@@ -64,23 +45,6 @@ struct Launch {
 // what there is not.
 Launch<FwdParams> plan_fwd(const FwdParams& params);
 Launch<BwdParams> plan_bwd(const BwdParams& params);
-
-// Rounds fp32 tensors to 16 bits.
-struct CastParams {
-  static constexpr int kMostTensors = 8;
-
-  // Elements in a row.
-  struct Part {
-    const void* from;  // fp32
-    void* to;
-    int64_t count;
-  };
-
-  Part tensors[kMostTensors];
-  int num_tensors;
-  DType dtype;  // of the results, bf16 or fp16
-  void* stream;
-};
 
 // These enqueue on params.stream and return; they never synchronise and never allocate.
 void run_rope(const RopeParams& params);

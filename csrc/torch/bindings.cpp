@@ -14,8 +14,8 @@
 #include <string>
 
 #include "cpu/launch.h"
-#include "cuda/launch.h"
 #include "environment.h"
+#include "kernels.h"
 #include "torch/attend.h"
 #include "torch/attend_in_place.h"
 #include "torch/checks.h"
@@ -62,7 +62,9 @@ void bump_versions(const c10::OperatorHandle& op, c10::DispatchKeySet keys, torc
 
 // Stands wherever there are no kernels, and says which argument has led there.
 void refuse_place(const c10::OperatorHandle& op, torch::jit::Stack* stack) {
-  const char* places = mixed_attention::cuda::is_built() ? "the CPU or a GPU" : "the CPU (built without CUDA kernels)";
+  const std::string places = mixed_attention::kernels::are_there()
+                                 ? "the CPU or a GPU"
+                                 : "the CPU (" + mixed_attention::kernels::why_none() + ")";
   const auto& arguments = op.schema().arguments();
   const auto values = torch::jit::last(*stack, arguments.size());
   const auto for_each_tensor = [&](const auto& check) {
@@ -177,8 +179,19 @@ TORCH_LIBRARY_IMPL(mixed_attention, CPU, m) {
 
 // Those of tangents have no kernels yet: mixed_attention/derivatives.py composes them of framework operators.
 TORCH_LIBRARY_IMPL(mixed_attention, CUDA, m) {
-  if (mixed_attention::cuda::is_built()) implement(m);
+  if (mixed_attention::kernels::are_there()) implement(m);
 }
+
+namespace {
+
+void open_kernels(const std::string& path) {
+  if (mixed_attention::kernels::are_there()) return;
+  mixed_attention::kernels::open(path);
+  static auto* registered = new auto(MAKE_TORCH_LIBRARY_IMPL(mixed_attention, CUDA));  // for as long as the process is
+  implement(*registered);
+}
+
+}  // namespace
 
 TORCH_LIBRARY_IMPL(mixed_attention, CompositeExplicitAutograd, m) { refuse(m); }
 TORCH_LIBRARY_IMPL(mixed_attention, NestedTensorCPU, m) { refuse(m); }
@@ -200,8 +213,13 @@ namespace {
 
 // What this build is and what it would do.
 void define_questions(py::module_& m) {
-  m.attr("build_flags") = std::string("torch " TORCH_VERSION ", compiler " __VERSION__) +
-                          (mixed_attention::cuda::is_built() ? ", with" : ", without") + " CUDA kernels";
+  m.attr("build_flags") = "torch " TORCH_VERSION ", compiler " __VERSION__;
+  m.def("has_cuda_kernels", &mixed_attention::kernels::are_there, "Whether there are CUDA kernels, linked or opened.");
+  m.def("open_kernels", &open_kernels, py::arg("path"),
+        "Opens a library of CUDA kernels, unless there are some; raises RuntimeError where that cannot be.");
+  m.def("why_no_kernels", &mixed_attention::kernels::why_none, "Why there are no CUDA kernels.");
+  m.def("set_why_no_kernels", &mixed_attention::kernels::set_why_none, py::arg("why"),
+        "What errors are to say where there are no CUDA kernels.");
   m.def("cpu_instruction_set", &mixed_attention::cpu::instruction_set, "Instruction set of the CPU kernels here.");
   m.def(
       "check_environment",

@@ -7,7 +7,6 @@
 #include <optional>
 
 #include "params.h"
-#include "schedule.h"
 #include "torch/schedules.h"
 
 namespace mixed_attention {

@@ -8,7 +8,7 @@
 #include <limits>
 #include <utility>
 
-#include "cuda/launch.h"
+#include "kernels.h"
 
 namespace mixed_attention {
 namespace {
@@ -27,7 +27,7 @@ bool is_ordinary(const Tensor& tensor) {
 
 // The dtype that a layer over tokens computes in: autocast's or its own; none where no kernel serves it.
 std::optional<at::ScalarType> dtype_of(const Tensor& x) {
-  if (!x.is_cpu() && !(x.is_cuda() && cuda::is_built())) return {};
+  if (!x.is_cpu() && !(x.is_cuda() && kernels::are_there())) return {};
   const at::DeviceType device = x.device().type();
   const at::ScalarType dtype =
       at::autocast::is_autocast_enabled(device) ? at::autocast::get_autocast_dtype(device) : x.scalar_type();

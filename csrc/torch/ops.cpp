@@ -14,10 +14,10 @@
 #include <type_traits>
 
 #include "cpu/launch.h"
-#include "cuda/launch.h"
+#include "cuda/problem.h"
 #include "environment.h"
+#include "kernels.h"
 #include "params.h"
-#include "schedule.h"
 #include "torch/call.h"
 #include "torch/checks.h"
 #include "torch/schedules.h"
@@ -109,7 +109,7 @@ Tensor allocate_workspace(size_t bytes, const Tensor& like) {
 }
 
 template <class Params>
-void run(const cuda::Launch<Params>& launch, Params& params, const Tensor& q) {
+void run(const kernels::Launch<Params>& launch, Params& params, const Tensor& q) {
   const Tensor workspace = allocate_workspace(launch.workspace_size, q);
   if (workspace.defined()) params.workspace = workspace.mutable_data_ptr();
   launch.run(params);
@@ -117,7 +117,7 @@ void run(const cuda::Launch<Params>& launch, Params& params, const Tensor& q) {
 
 void run_fwd(FwdParams& params, const Tensor& q) {
   if (q.is_cpu()) return cpu::run_fwd(params);
-  const cuda::Launch<FwdParams> launch = cuda::plan_fwd(params);
+  const kernels::Launch launch = kernels::plan(params);
   check_served(launch.choice.why_none());
   run(launch, params, q);
 }
@@ -128,7 +128,7 @@ bool run_bwd(BwdParams& params, const Tensor& q, bool is_in_place) {
     if (!is_in_place) cpu::run_bwd(params);
     return !is_in_place;
   }
-  const cuda::Launch<BwdParams> launch = cuda::plan_bwd(params);
+  const kernels::Launch launch = kernels::plan(params);
   check_served(launch.choice.why_none());
   if (is_in_place && !launch.can_overwrite_inputs) return false;
   run(launch, params, q);
@@ -136,11 +136,11 @@ bool run_bwd(BwdParams& params, const Tensor& q, bool is_in_place) {
 }
 
 void run_rope(const RopeParams& params, const Tensor& x) {
-  x.is_cpu() ? cpu::run_rope(params) : cuda::run_rope(params);
+  x.is_cpu() ? cpu::run_rope(params) : kernels::run_rope(params);
 }
 
 void run_rms_rope(const RmsRopeParams& params, const Tensor& x) {
-  x.is_cpu() ? cpu::run_rms_rope(params) : cuda::run_rms_rope(params);
+  x.is_cpu() ? cpu::run_rms_rope(params) : kernels::run_rms_rope(params);
 }
 
 void check_inputs(const Tensor& q, const Tensor& k, const Tensor& v, double softmax_scale,
@@ -187,7 +187,8 @@ void check_inputs(const Tensor& q, const Tensor& k, const Tensor& v, double soft
 std::shared_ptr<const Schedule> checked_schedule(at::IntArrayRef segments, const Tensor& q, const Tensor& k,
                                                  Pass pass) {
   try {
-    return schedule_of(segments, q.size(1), k.size(1), pass);
+    const Walker walker = q.is_cuda() && kernels::are_there() ? Walker::kCuda : Walker::kCpu;
+    return schedule_of(segments, q.size(1), k.size(1), pass, walker);
   } catch (const std::invalid_argument& error) {
     TORCH_CHECK_VALUE(false, error.what());
   }
@@ -510,7 +511,7 @@ bool cast_by_one_launch(at::TensorList from, at::TensorList to) {
   params.num_tensors = static_cast<int>(from.size());
   params.dtype = to_dtype("to", dtype);
   params.stream = c10::impl::VirtualGuardImpl(at::kCUDA).getStream(from[0].device()).native_handle();
-  cuda::run_cast(params);
+  kernels::run_cast(params);
   return true;
 }
 
@@ -532,25 +533,11 @@ void check_backward(const Tensor& dout, const OptionalTensor& dlse, const Tensor
 
 namespace {
 
-const char* name_of(cuda::Choice::Family family) {
-  switch (family) {
-    case cuda::Choice::Family::kPortable: return "portable";
-    case cuda::Choice::Family::kHopper: return "hopper";
-    default: return "none";
-  }
-}
-
 template <class Params>
-CudaLaunch described(const cuda::Launch<Params>& launch) {
+CudaLaunch described(const kernels::Launch<Params>& launch) {
   const cuda::Layout& layout = launch.layout;
-  return {name_of(launch.choice.family),
-          launch.choice.why,
-          layout.tile_rows,
-          layout.block_rows,
-          layout.num_splits,
-          layout.num_tiles,
-          layout.num_slots,
-          layout.num_split_tiles};
+  return {launch.choice.family, launch.choice.why, layout.tile_rows, layout.block_rows,
+          layout.num_splits,    layout.num_tiles,  layout.num_slots, layout.num_split_tiles};
 }
 
 }  // namespace
@@ -558,15 +545,17 @@ CudaLaunch described(const cuda::Launch<Params>& launch) {
 std::pair<std::string, std::string> cuda_kernel(at::ScalarType dtype, int64_t head_dim, int64_t head_dim_v, int device,
                                                 bool backward) {
   const cuda::Problem problem{to_dtype("dtype", dtype), head_dim, head_dim_v, device};
-  const cuda::Choice choice = backward ? cuda::choose_bwd(problem) : cuda::choose_fwd(problem);
-  return {name_of(choice.family), choice.why};
+  if (!kernels::are_there()) return {"none", kernels::why_none()};
+  const kernels::Choice choice = backward ? kernels::choose<BwdParams>(problem) : kernels::choose<FwdParams>(problem);
+  return {choice.family, choice.why};
 }
 
 CudaLaunch cuda_launch(at::ScalarType dtype, std::array<int64_t, 6> shape, at::IntArrayRef segments, int device,
                        bool backward) {
-  TORCH_CHECK_NOT_IMPLEMENTED(cuda::is_built(), "built without CUDA kernels; rebuild with MIXED_ATTENTION_CUDA=1");
+  TORCH_CHECK_NOT_IMPLEMENTED(kernels::are_there(), kernels::why_none());
   const auto [batch_size, num_heads, seqlen_q, seqlen_k, head_dim, head_dim_v] = shape;
-  const Schedule schedule = make_schedule(segments.data(), segments.size(), seqlen_q, seqlen_k);
+  const auto schedule = kernels::make_schedule(segments.data(), segments.size(), seqlen_q, seqlen_k);
+  kernels::add_inverse(*schedule);
   const auto contiguous = [heads = num_heads](int64_t seqlen, int64_t columns) {
     return Strides{seqlen * heads * columns, heads * columns, columns};
   };
@@ -583,14 +572,14 @@ CudaLaunch cuda_launch(at::ScalarType dtype, std::array<int64_t, 6> shape, at::I
   params.v_strides = params.dv_strides = contiguous(seqlen_k, head_dim_v);
   params.out_strides = params.dout_strides = contiguous(seqlen_q, head_dim_v);
   params.softmax_scale = 1;
-  params.schedule = &schedule;
+  params.schedule = schedule.get();
   params.device = device;
   params.allow_tf32 = allows_tf32();
   params.deterministic = at::globalContext().deterministicAlgorithms();
-  if (backward) return described(cuda::plan_bwd(params));
+  if (backward) return described(kernels::plan(params));
   FwdParams fwd{static_cast<const AttentionParams&>(params)};
   fwd.out_strides = params.out_strides;
-  return described(cuda::plan_fwd(fwd));
+  return described(kernels::plan(fwd));
 }
 
 }  // namespace mixed_attention

@@ -5,17 +5,40 @@
 #include <utility>
 #include <vector>
 
+#include "kernels.h"
+#include "schedule.h"
+
 namespace mixed_attention {
 namespace {
 
-struct Kept {
-  std::vector<int64_t> segments;
-  Schedule schedule;
-  std::once_flag has_inverse;
+std::shared_ptr<Schedule> make(c10::IntArrayRef segments, int64_t seqlen_q, int64_t seqlen_k, Walker walker) {
+  if (walker == Walker::kCuda) return kernels::make_schedule(segments.data(), segments.size(), seqlen_q, seqlen_k);
+  return std::make_shared<Schedule>(parse_schedule(segments.data(), segments.size(), seqlen_q, seqlen_k));
+}
 
-  bool is_of(int64_t seqlen_q, int64_t seqlen_k) const {
-    return schedule.seqlen_q == seqlen_q && schedule.seqlen_k == seqlen_k;
+struct KeptSchedule {
+  KeptSchedule(c10::IntArrayRef segments, int64_t seqlen_q, int64_t seqlen_k, Walker walker)
+      : segments(segments.vec()),
+        seqlen_q(seqlen_q),
+        seqlen_k(seqlen_k),
+        walker(walker),
+        schedule(make(segments, seqlen_q, seqlen_k, walker)) {}
+
+  bool is_of(int64_t given_q, int64_t given_k, Walker given_walker) const {
+    return seqlen_q == given_q && seqlen_k == given_k && walker == given_walker;
   }
+
+  void add_inverse() {
+    std::call_once(has_inverse, [&] {
+      walker == Walker::kCuda ? kernels::add_inverse(*schedule) : mixed_attention::add_inverse(*schedule);
+    });
+  }
+
+  const std::vector<int64_t> segments;
+  const int64_t seqlen_q, seqlen_k;
+  const Walker walker;
+  const std::shared_ptr<Schedule> schedule;
+  std::once_flag has_inverse;
 };
 
 // Enough for all sizes that a training run meets; what is forgotten is made again.
@@ -23,9 +46,9 @@ constexpr size_t kMostNumbers = 1 << 20;
 
 class Memory {
  public:
-  std::shared_ptr<Kept> of(c10::IntArrayRef segments, int64_t seqlen_q, int64_t seqlen_k) {
-    if (std::shared_ptr<Kept> found = by_place(segments, seqlen_q, seqlen_k)) return found;
-    std::shared_ptr<Kept> found = by_value(segments, seqlen_q, seqlen_k);
+  std::shared_ptr<KeptSchedule> of(c10::IntArrayRef segments, int64_t seqlen_q, int64_t seqlen_k, Walker walker) {
+    if (std::shared_ptr<KeptSchedule> found = by_place(segments, seqlen_q, seqlen_k, walker)) return found;
+    std::shared_ptr<KeptSchedule> found = by_value(segments, seqlen_q, seqlen_k, walker);
     const std::lock_guard lock(mutex_);
     if (const auto place = places_.find(segments.data()); place != places_.end())
       place->second = {segments.size(), found};
@@ -47,29 +70,28 @@ class Memory {
   // What was last found for integers at a place, and for how many of them.
   struct Placed {
     size_t length = 0;
-    std::shared_ptr<Kept> kept;
+    std::shared_ptr<KeptSchedule> kept;
   };
 
-  std::shared_ptr<Kept> by_place(c10::IntArrayRef segments, int64_t seqlen_q, int64_t seqlen_k) {
+  std::shared_ptr<KeptSchedule> by_place(c10::IntArrayRef segments, int64_t seqlen_q, int64_t seqlen_k, Walker walker) {
     const std::lock_guard lock(mutex_);
     const auto place = places_.find(segments.data());
     if (place == places_.end()) return nullptr;
     const auto& [length, kept] = place->second;
-    return kept != nullptr && length == segments.size() && kept->is_of(seqlen_q, seqlen_k) ? kept : nullptr;
+    return kept != nullptr && length == segments.size() && kept->is_of(seqlen_q, seqlen_k, walker) ? kept : nullptr;
   }
 
-  std::shared_ptr<Kept> by_value(c10::IntArrayRef segments, int64_t seqlen_q, int64_t seqlen_k) {
+  std::shared_ptr<KeptSchedule> by_value(c10::IntArrayRef segments, int64_t seqlen_q, int64_t seqlen_k, Walker walker) {
     const size_t hash = hash_of(segments);
     {
       const std::lock_guard lock(mutex_);
       const auto [begin, end] = kept_.equal_range(hash);
       for (auto each = begin; each != end; ++each) {
-        if (each->second->is_of(seqlen_q, seqlen_k) && segments.equals(each->second->segments)) return each->second;
+        if (each->second->is_of(seqlen_q, seqlen_k, walker) && segments.equals(each->second->segments))
+          return each->second;
       }
     }
-    auto made = std::make_shared<Kept>();
-    made->schedule = parse_schedule(segments.data(), segments.size(), seqlen_q, seqlen_k);
-    made->segments = segments.vec();
+    auto made = std::make_shared<KeptSchedule>(segments, seqlen_q, seqlen_k, walker);
     const std::lock_guard lock(mutex_);
     if (num_numbers_ + segments.size() > kMostNumbers) {
       kept_.clear();
@@ -87,7 +109,7 @@ class Memory {
   }
 
   std::mutex mutex_;
-  std::unordered_multimap<size_t, std::shared_ptr<Kept>> kept_;
+  std::unordered_multimap<size_t, std::shared_ptr<KeptSchedule>> kept_;
   size_t num_numbers_ = 0;
   std::unordered_map<const int64_t*, Placed> places_;
 };
@@ -99,11 +121,12 @@ Memory& memory() {
 
 }  // namespace
 
-std::shared_ptr<const Schedule> schedule_of(c10::IntArrayRef segments, int64_t seqlen_q, int64_t seqlen_k, Pass pass) {
-  const std::shared_ptr<Kept> kept = memory().of(segments, seqlen_q, seqlen_k);
+std::shared_ptr<const Schedule> schedule_of(c10::IntArrayRef segments, int64_t seqlen_q, int64_t seqlen_k, Pass pass,
+                                            Walker walker) {
+  const std::shared_ptr<KeptSchedule> kept = memory().of(segments, seqlen_q, seqlen_k, walker);
   // NOTE: whoever reads the schedule of a forward meanwhile does not look at the inverse.
-  if (pass == Pass::kBackward) std::call_once(kept->has_inverse, [&] { add_inverse(kept->schedule); });
-  return {kept, &kept->schedule};
+  if (pass == Pass::kBackward) kept->add_inverse();
+  return {kept, kept->schedule.get()};
 }
 
 FlatPlan::FlatPlan(std::vector<int64_t> numbers) : numbers_(std::move(numbers)) {

@@ -7,11 +7,14 @@
 #include <memory>
 #include <vector>
 
-#include "schedule.h"
+#include "params.h"
 
 namespace mixed_attention {
 
 enum class Pass { kForward, kBackward };
+
+// Who walks a schedule, and alone knows what it looks like: the CPU's kernels, or CUDA's (kernels.h).
+enum class Walker { kCpu, kCuda };
 
 // The schedule of a plan's integers, as make_schedule has it; without the inverse for a forward, which does not read
 // it. It is kept for later calls, the backward of the same step among them. Any thread may call this.
@@ -20,7 +23,8 @@ enum class Pass { kForward, kBackward };
 // that lives are known by where they lie.
 //
 // Throws std::invalid_argument where the plan does not fit.
-std::shared_ptr<const Schedule> schedule_of(c10::IntArrayRef segments, int64_t seqlen_q, int64_t seqlen_k, Pass pass);
+std::shared_ptr<const Schedule> schedule_of(c10::IntArrayRef segments, int64_t seqlen_q, int64_t seqlen_k, Pass pass,
+                                            Walker walker);
 
 // A plan's integers, for as many calls as it serves.
 class FlatPlan {

@@ -1,0 +1,10 @@
+// All of this folder as one unit to compile: reading torch's headers takes most of the time, and is done once so.
+#include "torch/attend.cpp"
+#include "torch/attend_in_place.cpp"
+#include "torch/bindings.cpp"
+#include "torch/derivatives.cpp"
+#include "torch/layer.cpp"
+#include "torch/memory.cpp"
+#include "torch/ops.cpp"
+#include "torch/project.cpp"
+#include "torch/schedules.cpp"
