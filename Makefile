@@ -14,7 +14,7 @@ PYTEST := $(BIN)/python -m pytest -q
 SIDE_BY_SIDE := -n $(shell n=$$(nproc); echo $$((n < 8 ? n : 8))) --dist worksteal
 RELEASE := build/release
 
-.PHONY: demo demo-curl build kernels same-code smoke test test-long test-gpu fuzz fuzz-gpu bench lint sanitize sanitize-gpu release-check clean
+.PHONY: demo demo-curl build kernels same-code smoke test test-long test-gpu fuzz fuzz-gpu bench lint sanitize sanitize-gpu wheels clean
 
 demo: build ## train the airfoil surrogate, evaluate and draw it
 	$(BIN)/python -m examples.airfoil
@@ -69,6 +69,7 @@ lint: $(VENV)/ready
 	$(BIN)/ruff format --check .
 	$(BIN)/mypy
 	$(BIN)/clang-format --dry-run -Werror $$(git ls-files 'csrc/*.h' 'csrc/*.cpp' 'csrc/*.cu' 'csrc/*.cuh' 'tests/cpp/*')
+	$(BIN)/yamllint --strict .github
 	$(BIN)/shellcheck .ci/run $$(git ls-files '*.sh')
 
 sanitize: build ## the tests under AddressSanitizer and UBSan, with the kernels of every instruction set
@@ -80,8 +81,8 @@ sanitize: build ## the tests under AddressSanitizer and UBSan, with the kernels 
 sanitize-gpu: build ## small GPU tests under compute-sanitizer
 	tools/sanitize_gpu.sh $(BIN)/python
 
-release-check: $(VENV)/ready ## builds sdist and wheel, installs each in a fresh environment, tries both; takes minutes
-	$(RUN) tools/release_check.sh $(BIN)/python $(RELEASE)
+wheels: $(VENV)/ready ## builds sdist and both wheels and tries them in fresh environments; KERNELS=... is a wheel that is there
+	$(RUN) tools/wheels.sh $(BIN)/python $(RELEASE) $(KERNELS)
 
 clean:
 	rm -rf build dist *.egg-info mixed_attention/*.so $(VENV)

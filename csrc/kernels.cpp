@@ -51,12 +51,14 @@ void set_why_none(std::string why) { reason() = std::move(why); }
 
 void open(const std::string& path) {
   void* library = dlopen(path.c_str(), RTLD_NOW | RTLD_LOCAL);
-  if (library == nullptr) throw std::runtime_error(std::string("cannot be opened: ") + dlerror());
+  const std::string subject = "the library of mixed-attention-kernels ";
+  if (library == nullptr) throw std::runtime_error(subject + "cannot be opened: " + dlerror());
   const auto get = reinterpret_cast<decltype(&mixed_attention_kernels)>(dlsym(library, "mixed_attention_kernels"));
   const Interface* found = get == nullptr ? nullptr : get();
-  if (found == nullptr) throw std::runtime_error("has no kernels: " + path);
+  if (found == nullptr) throw std::runtime_error(subject + "has no kernels: " + path);
   if (found->id != cuda::kInterfaceId) {
-    throw std::runtime_error("has another interface than this package, both must come from one build: " + path);
+    throw std::runtime_error(subject +
+                             "has another interface than this package, both must come from one build: " + path);
   }
   kernels() = found;
 }

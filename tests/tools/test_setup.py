@@ -157,7 +157,7 @@ def test_a_build_finds_what_the_other_has_compiled(setup, toolkit):
     assert without.extra_compile_args == with_cuda.extra_compile_args
     assert without.include_dirs == with_cuda.include_dirs
     (stand_in,) = set(without.sources) - set(with_cuda.sources)
-    assert stand_in == "csrc/cpu_only/launch.cpp"
+    assert stand_in == "csrc/cpu_only/interface.cpp"
     assert all("cuda" in source for source in set(with_cuda.sources) - set(without.sources))
     assert not any("#if" in path.read_text() for path in (ROOT / "csrc" / "torch").glob("*.cpp"))
 
