@@ -14,7 +14,7 @@ PYTEST := $(BIN)/python -m pytest -q
 SIDE_BY_SIDE := -n $(shell n=$$(nproc); echo $$((n < 8 ? n : 8))) --dist worksteal
 RELEASE := build/release
 
-.PHONY: demo demo-curl build kernels same-code smoke test test-long test-gpu fuzz fuzz-gpu bench lint sanitize sanitize-gpu wheels clean
+.PHONY: demo demo-curl build kernels same-code smoke test test-long test-gpu fuzz fuzz-gpu bench lint sanitize sanitize-gpu wheels release-check clean
 
 demo: build ## train the airfoil surrogate, evaluate and draw it
 	$(BIN)/python -m examples.airfoil
@@ -83,6 +83,8 @@ sanitize-gpu: build ## small GPU tests under compute-sanitizer
 
 wheels: $(VENV)/ready ## builds sdist and both wheels and tries them in fresh environments; KERNELS=... is a wheel that is there
 	$(RUN) tools/wheels.sh $(BIN)/python $(RELEASE) $(KERNELS)
+
+release-check: wheels ## the same, by the name that it had
 
 clean:
 	rm -rf build dist *.egg-info mixed_attention/*.so $(VENV)
