@@ -52,7 +52,8 @@ def test_kernels_are_as_exact_as_the_modules(scene, dtype, use_rope, head_dim, d
     exact_freqs = None if freqs is None else freqs.to(torch.complex128)
     exact = results(copy.deepcopy(by_modules).double(), scene, exact_x, exact_freqs)
     theirs = results(by_modules, scene, x, freqs)
-    monkeypatch.setattr("mixed_attention.layers.norm.rms_norm", None)
+    if dtype != torch.float64:  # which the reference computes on GPUs
+        monkeypatch.setattr("mixed_attention.layers.norm.rms_norm", None)
     for ours, yardstick, truth in zip(results(layer, scene, x, freqs), theirs, exact):
         errors = [(t.double() - truth).norm() / truth.norm() for t in (ours, yardstick)]
         # In fp64 the truth is no better than what it judges.

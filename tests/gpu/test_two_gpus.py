@@ -74,7 +74,7 @@ def test_tables_of_many_groups():
         q = torch.randn(1, 1000, 2, 16, device=device)
         out = ma.attention(q, q, q, plan)
         groups = q.double().view(500, 2, 2, 16).transpose(1, 2)
-        expected = F.scaled_dot_product_attention(groups, groups, groups).transpose(1, 2).view(1, 1000, 2, 16)
+        expected = F.scaled_dot_product_attention(groups, groups, groups).transpose(1, 2).reshape(1, 1000, 2, 16)
         torch.testing.assert_close(out.double(), expected, rtol=1e-4, atol=1e-4)
 
     for _ in range(2):

@@ -39,7 +39,7 @@ def exact(q, k, v, coords, beta, scale=None, mask=None):
     q, k, v, coords = (t.double() for t in (q, k, v, coords))
     scale = q.shape[-1] ** -0.5 if scale is None else scale
     scores = scale * torch.einsum("bihc,bjhc->bhij", q, k)
-    beta = torch.as_tensor(beta, dtype=torch.float64).reshape(-1, 1, 1)
+    beta = torch.as_tensor(beta, dtype=torch.float64, device=q.device).reshape(-1, 1, 1)
     scores = scores - beta * distances(coords, coords)[:, None]
     seen = PLAN.mask().to(scores.device) if mask is None else PLAN.mask() & mask
     scores = scores.masked_fill(~seen, -math.inf)
