@@ -28,7 +28,7 @@ class Training:
     Attributes:
         model: The surrogate, with seeded initial weights.
         epoch: How many epochs are done.
-        losses: Of every step that is done.
+        losses: Of every step that is done; of older checkpoints, which have none, of those since.
     """
 
     def __init__(self, settings: Settings, device: torch.device, ranks: Ranks | None = None) -> None:
@@ -50,8 +50,9 @@ class Training:
         done = self.epoch * steps_per_epoch
         with tqdm(total=steps, initial=done, unit="step", desc="training", disable=hidden) as bar:
             while self.epoch < self.settings.epochs:
-                for batch in epoch_of_batches(flows, self.settings, self.generator):
-                    loss = self.step(batch, len(self.losses) / steps)
+                done = self.epoch * steps_per_epoch
+                for index, batch in enumerate(epoch_of_batches(flows, self.settings, self.generator)):
+                    loss = self.step(batch, (done + index) / steps)
                     self.losses.append(loss)
                     bar.set_postfix(loss=f"{loss:.4f}", refresh=False)
                     bar.update()
@@ -112,7 +113,7 @@ class Training:
         for optimizer, its_state in zip(self.optimizers, state["optimizers"]):
             optimizer.load_state_dict(its_state)
         self.generator.set_state(state["generator"])
-        self.epoch, self.losses = state["epoch"], state["losses"]
+        self.epoch, self.losses = state["epoch"], state.get("losses", [])
 
 
 def make_optimizers(model: AirfoilSurrogate) -> tuple[torch.optim.Optimizer, ...]:

@@ -184,6 +184,24 @@ class TestRun:
         for ours, theirs in zip(resumed["optimizers"], whole["optimizers"]):
             torch.testing.assert_close(ours["state"], theirs["state"], rtol=0, atol=0)
 
+    def test_a_checkpoint_without_losses_resumes_in_the_schedule(self, tmp_path, monkeypatch) -> None:
+        """Those of before losses were kept: the learning rate goes on where it was."""
+        path, progress = tmp_path / "checkpoint.pt", []
+        settings = Settings(epochs=2, sections=12)
+        training = Training(settings, torch.device("cpu"))
+        training.epoch = 1
+        training.save(path)
+        state = torch.load(path)
+        del state["losses"]
+        torch.save(state, path)
+        monkeypatch.setattr(Training, "step", lambda self, batch, at: progress.append(at) or 0.0)
+        monkeypatch.setattr("examples.airfoil.train.epoch_of_batches", lambda *_: [None, None])
+        resumed = Training(settings, torch.device("cpu"))
+        resumed.load(path)
+        resumed.run(range(12), path)
+        assert progress == [0.5, 0.75]
+        assert resumed.losses == [0.0, 0.0]
+
     def test_a_checkpoint_of_other_settings_is_refused(self, tmp_path) -> None:
         Training(Settings(epochs=3), torch.device("cpu")).save(tmp_path / "checkpoint.pt")
         with pytest.raises(SystemExit, match=r"trained with \{'epochs': 3\}.*--restart"):
