@@ -29,7 +29,7 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 import mixed_attention as ma
 from bench import facts, files
 from bench.cases import GPU_SUITE, Case, _case
-from bench.timing import Calls, Clock, host_microseconds
+from bench.timing import Calls, Clock, host_turns
 
 Row = dict[str, Any]
 Call = Callable[[], object]
@@ -234,7 +234,10 @@ def one_rank(ranks: Ranks, options: argparse.Namespace) -> Iterator[Row]:
             "marked": _layer_step(marked, case, case.specs, ranks.device),
         }
         found = ranks.milliseconds(calls, options.rounds, count=4)
-        host = {key: ranks.slowest(host_microseconds(call, ranks.device)) for key, call in calls.items()}
+        turns = host_turns(
+            {key: Calls(partial(_repeat, call, 8), 8) for key, call in calls.items()}, ranks.device, options.rounds
+        )
+        host = {key: ranks.slowest(1e3 * timing.median) for key, timing in turns.items()}
         title = "one marked / plain" + ("" if name == "abupt-self" else f" {name}")
         yield {
             "case": title,
