@@ -56,7 +56,7 @@ print(ops.where_cuda_kernels_are())
 print(*_C.cuda_kernel(torch.float16, 64, 64, 0, False), sep=": ")
 for call in (
     lambda: _C.cuda_kernel(torch.float16, 64, 64, 8, True),
-    lambda: _C.cuda_layout(torch.float16, (1, 1, 4, 4, 64, 64), [0, 4, 1, 0, 4], 0, False),
+    lambda: _C.cuda_launch(torch.float16, (1, 1, 4, 4, 64, 64), [0, 4, 1, 0, 4], 0, False),
 ):
     try:
         print(call())
