@@ -84,7 +84,7 @@ sanitize-gpu: build ## small GPU tests under compute-sanitizer
 wheels: $(VENV)/ready ## builds sdist and both wheels and tries them in fresh environments; KERNELS=... is a wheel that is there
 	$(RUN) tools/wheels.sh $(BIN)/python $(RELEASE) $(KERNELS)
 
-release-check: wheels ## the same, by the name that it had
+release-check: wheels ## what a release must pass: make wheels
 
 clean:
 	rm -rf build dist *.egg-info mixed_attention/*.so $(VENV)
