@@ -46,8 +46,11 @@ class Ranks:
         self._pipes: list[Connection] = []
         self._folder: tempfile.TemporaryDirectory[str] | None = None
 
-    def run(self, size: int, function: Callable[..., Any], *arguments: Any) -> list[Any]:
+    def run(self, size: int, function: Callable[..., Any], *arguments: Any, alone: bool = False) -> list[Any]:
         """Calls ``function(mesh, *arguments)`` on the ranks of a mesh of some of them, a power of two.
+
+        With ``alone`` other meshes of that size wait. The function may use the groups of its mesh only then, not that
+        of the world.
 
         Returns:
             What each rank of the mesh returned.
@@ -57,10 +60,11 @@ class Ranks:
         """
         if not self._processes:
             self._start()
-        for pipe in self._pipes:
+        asked = self._pipes[:size] if alone else self._pipes
+        for pipe in asked:
             pipe.send((size, function.__module__, function.__qualname__, arguments))
         answers: dict[int, Any] = {}
-        pending = dict(zip(self._pipes, range(self.size)))
+        pending = dict(zip(asked, range(self.size)))
         while pending:
             ready = wait(list(pending), SECONDS)
             if not ready:

@@ -914,7 +914,7 @@ def uneven(count: int, size: int, seed: int) -> tuple[int, ...]:
 @pytest.mark.parametrize(("size", "even"), [(2, True), (2, False)])
 def test_compiled_layers_take_new_sizes_without_a_new_compilation(ranks, size, even):
     """One graph serves all sizes. In the first call it may be traced twice, the second time for constants of floats."""
-    for counts in ranks.run(size, compiled_layers, even):
+    for counts in ranks.run(size, compiled_layers, even, alone=True):
         assert len(set(counts)) == 1 and counts[0] in (1, 2), counts
 
 
@@ -928,7 +928,7 @@ def unsized_compiled_layer(mesh) -> tuple[str, str]:
 
 
 def test_compiled_layers_say_which_sizes_they_want(ranks):
-    for kind, text in ranks.run(2, unsized_compiled_layer):
+    for kind, text in ranks.run(2, unsized_compiled_layer, alone=True):
         assert "exchange_specs" in text and "even=True" in text, (kind, text)
 
 
