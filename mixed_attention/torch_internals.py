@@ -95,11 +95,6 @@ def is_call_torchs(module_class: type[nn.Module]) -> bool:
     return module_class.__call__ is _CALL and module_class._call_impl is _CALL_IMPL
 
 
-def has_dispatch_modes() -> bool:
-    """Whether Python sees every operation: tracers, modes of fake tensors, policies of checkpoints."""
-    return torch._C._len_torch_dispatch_stack() > 0
-
-
 def has_nothing_beside(module: nn.Module) -> bool:
     """Whether a module runs what its class says: no hooks, no forward set on the object, not compiled."""
     # NOTE: dicts instead of attributes, which take several times as long of a module.

@@ -9,6 +9,8 @@
 #include <torch/csrc/autograd/custom_function.h>
 
 #include <algorithm>
+#include <limits>
+#include <utility>
 
 #include "torch/checks.h"
 #include "torch/ops.h"
@@ -66,10 +68,31 @@ void rotate_in_place(const Tensor& buffer, const std::vector<int64_t>& shape, in
   });
 }
 
-// The first slots (batch_size, seqlen, slots, num_heads, head_dim), normalised and rotated.
+// Rows in the dtype of the arithmetic over their root mean square, and what they were multiplied by for that.
+std::pair<Tensor, Tensor> normed_rows(const Tensor& heads) {
+  const Tensor wide = heads.to(heads.scalar_type() == at::kDouble ? at::kDouble : at::kFloat);
+  const double eps = wide.scalar_type() == at::kDouble ? std::numeric_limits<double>::epsilon()
+                                                       : std::numeric_limits<float>::epsilon();
+  const Tensor rstd = (wide.square().sum(-1, /*keepdim=*/true) / heads.size(-1) + eps).rsqrt();
+  return {wide * rstd, rstd};
+}
+
+Tensor rotated(const Tensor& heads, const std::optional<Tensor>& freqs, const std::optional<Ranges>& tokens,
+               bool conjugate) {
+  static const auto op =
+      c10::Dispatcher::singleton().findSchemaOrThrow("mixed_attention::rope", "").typed<decltype(rope)>();
+  return freqs ? op.call(heads, take(*freqs, tokens), conjugate) : heads;
+}
+
+// The first slots (batch_size, seqlen, slots, num_heads, head_dim), normalised and rotated. By operations that others
+// see where somebody watches, as the kernel is no operator.
 Tensor normalise(const Tensor& buffer, const std::vector<int64_t>& shape, int64_t count,
                  const std::optional<Tensor>& freqs, const std::optional<Ranges>& tokens) {
   const Tensor heads = first_heads(buffer, shape, count);
+  if (is_watched()) {
+    const Tensor normed = normed_rows(heads).first.to(heads.scalar_type());
+    return rotated(normed, freqs, tokens, false).reshape({shape[0], shape[1], count, shape[3], shape[4]});
+  }
   const Tensor made = at::empty({shape[0], shape[1], count, shape[3], shape[4]}, buffer.options());
   const Tensor made_heads = made.flatten(2, 3);
   for_each_run(freqs, tokens, shape[1], [&](int64_t begin, int64_t end, const std::optional<Tensor>& of_rows) {
@@ -82,19 +105,24 @@ Tensor normalise(const Tensor& buffer, const std::vector<int64_t>& shape, int64_
 void normalise_back(const Tensor& buffer, const Tensor& dbuffer, const std::vector<int64_t>& shape, int64_t count,
                     const std::optional<Tensor>& freqs, const std::optional<Ranges>& tokens) {
   const Tensor heads = first_heads(buffer, shape, count), dheads = first_heads(dbuffer, shape, count);
+  if (is_watched()) {
+    const auto [normed, rstd] = normed_rows(heads);
+    const Tensor dnormed = rotated(dheads, freqs, tokens, true).to(normed.scalar_type());
+    const Tensor along = (dnormed * normed).sum(-1, /*keepdim=*/true) / heads.size(-1);
+    dheads.copy_(rstd * (dnormed - normed * along));
+    return;
+  }
   for_each_run(freqs, tokens, shape[1], [&](int64_t begin, int64_t end, const std::optional<Tensor>& of_rows) {
     rms_rope_backward(heads.slice(1, begin, end), of_rows, dheads.slice(1, begin, end));
   });
 }
 
 // The same into new memory, by operations that return what they make.
-Tensor rotate_copy(const Tensor& buffer, const std::vector<int64_t>& shape, int64_t rotated, const Tensor& freqs,
+Tensor rotate_copy(const Tensor& buffer, const std::vector<int64_t>& shape, int64_t count, const Tensor& freqs,
                    const std::optional<Ranges>& tokens) {
-  static const auto op =
-      c10::Dispatcher::singleton().findSchemaOrThrow("mixed_attention::rope", "").typed<decltype(rope)>();
-  const int64_t num_heads = shape[3], num_rotated = rotated * num_heads;
+  const int64_t num_heads = shape[3], num_rotated = count * num_heads;
   const Tensor heads = buffer.view({shape[0], shape[1], shape[2] * num_heads, shape[4]});
-  const Tensor turned = op.call(heads.slice(2, 0, num_rotated), take(freqs, tokens), false);
+  const Tensor turned = rotated(heads.slice(2, 0, num_rotated), freqs, tokens, false);
   return at::cat({turned, heads.slice(2, num_rotated)}, 2).view(buffer.sizes());
 }
 

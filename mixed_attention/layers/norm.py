@@ -10,7 +10,7 @@ from torch import Tensor, nn
 
 from mixed_attention.eager.projection import calls_are_torchs
 from mixed_attention.rms_norm import rms_norm
-from mixed_attention.torch_internals import has_dispatch_modes, has_nothing_beside, is_call_torchs
+from mixed_attention.torch_internals import has_nothing_beside, is_call_torchs
 
 
 class RMSNorm(nn.RMSNorm):
@@ -33,12 +33,13 @@ _FORWARD = RMSNorm.forward
 
 
 def are_plain(norms: Iterable[Any]) -> bool:
-    """Whether calling the norms does nothing but divide rows by their root mean square, and nobody watches it.
+    """Whether calling the norms does nothing but divide rows by their root mean square.
 
     Whatever else can change what a call computes makes the answer no, see
-    :func:`mixed_attention.eager.projection.is_plain`; and so do weights, and modes that see every operation.
+    :func:`mixed_attention.eager.projection.is_plain`; and so do weights. Modes that see every operation do not: a
+    checkpoint may be recomputed under one, and must save what it saved.
     """
-    if torch.compiler.is_compiling() or has_dispatch_modes():
+    if torch.compiler.is_compiling():
         return False
     if RMSNorm.forward is not _FORWARD or not is_call_torchs(RMSNorm) or not calls_are_torchs():
         return False

@@ -1,6 +1,7 @@
 """Queries and keys over their root mean square, in every layer, against the framework's own functions."""
 
 import copy
+from contextlib import nullcontext
 from functools import partial
 
 import pytest
@@ -23,6 +24,8 @@ from layers import (
     tensor_of,
 )
 from torch import nn
+from torch.fx.experimental.proxy_tensor import make_fx
+from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils.checkpoint import checkpoint
 
 import mixed_attention as ma
@@ -257,6 +260,42 @@ def test_gradients_of_recorded_keys_and_of_a_kept_graph(fused):
         )
         found.append((*first, *again, *second, *batched))
     torch.testing.assert_close(*found, rtol=1e-9, atol=1e-9)
+
+
+class Passing(TorchDispatchMode):
+    """Sees every operation, and calls it as it is."""
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        return func(*args, **(kwargs or {}))
+
+
+@pytest.mark.parametrize("checkpointed", [False, True], ids=["plain", "checkpointed"])
+@pytest.mark.parametrize("watched", [(True, False), (False, True), (True, True)], ids=["forward", "backward", "both"])
+def test_modes_that_see_every_operation(fused, watched, checkpointed):
+    """Around a part of a step or all of it; what a checkpoint recomputes under one is what it has saved."""
+    layer, by_modules, scene = fused()
+    x = make_x(scene)
+    expected = results_of(by_modules, scene, x, FREQS)
+    run = partial(call, layer, scene, freqs=FREQS)
+    with Passing() if watched[0] else nullcontext():
+        out = checkpoint(run, x, use_reentrant=False) if checkpointed else run(x)
+    with Passing() if watched[1] else nullcontext():
+        grads = gradients(out, [x, *layer.parameters()])
+    assert_equal_in_fp64((out, *grads), expected)
+
+
+def test_a_trace_by_modes_serves_other_tokens(fused):
+    layer, _, scene = fused()
+
+    def step(x):
+        out = call(layer, scene, x, freqs=FREQS)
+        return out, *torch.autograd.grad(out.square().sum(), x)
+
+    traced = make_fx(step)(make_x(scene))
+    other = make_x(scene, seed=7)
+    with torch.no_grad():
+        results = traced(other.detach())
+    assert_equal_in_fp64(results, step(other))
 
 
 def test_head_dims_that_are_odd():
