@@ -9,8 +9,9 @@ constexpr Arithmetic bf16 = Arithmetic::kBFloat16, fp16 = Arithmetic::kFloat16, 
 
 }  // namespace arithmetic
 
-#define INSTANTIATE(DTYPE) \
-  template void launch_bwd<arithmetic::DTYPE, HEAD_DIM>(const BwdParams& params, const BwdPlan& plan);
+#define INSTANTIATE(DTYPE)                                                                                            \
+  template void launch_bwd_by_key<arithmetic::DTYPE, HEAD_DIM>(const BwdParams&, const BwdBuffers&, const GridWork&); \
+  template void launch_bwd_by_query<arithmetic::DTYPE, HEAD_DIM>(const BwdParams&, const BwdBuffers&, const GridWork&);
 DTYPES
 
 }  // namespace mixed_attention::cuda::portable

@@ -10,7 +10,7 @@ constexpr Arithmetic bf16 = Arithmetic::kBFloat16, fp16 = Arithmetic::kFloat16, 
 }  // namespace arithmetic
 
 #define INSTANTIATE(DTYPE) \
-  template void launch_fwd<arithmetic::DTYPE, HEAD_DIM>(const FwdParams& params, const FwdPlan& plan);
+  template void launch_fwd<arithmetic::DTYPE, HEAD_DIM>(const FwdParams&, const FwdBuffers&, const GridWork&);
 DTYPES
 
 }  // namespace mixed_attention::cuda::portable

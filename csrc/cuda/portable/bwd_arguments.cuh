@@ -12,7 +12,6 @@
 #include "cuda/common/row_reference.h"
 #include "cuda/portable/dq_sum.cuh"
 #include "cuda/portable/dropout.cuh"
-#include "cuda/portable/launch.h"
 #include "cuda/portable/tile_iterator.cuh"
 
 namespace mixed_attention::cuda::portable {
@@ -26,7 +25,7 @@ struct BwdArguments {
   float softmax_scale, scale_log2;
   bool aligned;     // rows of all tensors start at multiples of 16 bytes
   float unit;       // by how much tensor cores may be off, relative to the sum of the products' sizes
-  float* lse_log2;  // BwdPlan
+  float* lse_log2;  // BwdBuffers
   float* delta;
   RowReference* references;
   int* has_references;

@@ -11,13 +11,14 @@
 namespace mixed_attention::cuda::portable {
 
 template <Arithmetic kArithmetic, int kHeadDim, Grads kGrads>
-void launch_dk_dv(const BwdArguments& args, const InlineWork& in_parameters, unsigned grid) {
+void launch_dk_dv(const BwdArguments& args, const GridWork& by_key) {
   constexpr auto kKernel = portable_dk_dv_kernel<kArithmetic, kHeadDim, kGrads>;
   constexpr int kSharedBytes = sizeof(DkDvShared<kArithmetic, kHeadDim, kGrads>);
   static_assert(kSharedBytes <= kMaxSharedBytes, "a block takes more shared memory than the smaller chips give");
   allow_shared_memory<kKernel>(kSharedBytes, args.params.device, "cudaFuncSetAttribute(portable_dk_dv_kernel)");
   const auto stream = static_cast<cudaStream_t>(args.params.stream);
-  kKernel<<<grid, dk_dv_tile(kArithmetic, kHeadDim).num_threads(), kSharedBytes, stream>>>(args, in_parameters);
+  kKernel<<<by_key.grid, dk_dv_tile(kArithmetic, kHeadDim).num_threads(), kSharedBytes, stream>>>(args,
+                                                                                                  by_key.in_parameters);
   check(cudaGetLastError(), "portable_dk_dv_kernel");
 }
 
@@ -32,51 +33,14 @@ void sum_parts(const BwdParams& params, const float* partial, int num_splits, in
   check(cudaGetLastError(), "portable_sum_kernel");
 }
 
-template <Arithmetic kArithmetic, int kHeadDim>
-void launch_by_key(const BwdArguments& args, const InlineWork& in_parameters, const BwdPlan& plan, unsigned grid) {
-  using Element = typename ProductsOf<kArithmetic>::Element;
-  const BwdParams& params = args.params;
-  if constexpr (!fuses_dk_dv(kHeadDim)) {
-    launch_dk_dv<kArithmetic, kHeadDim, Grads::kKey>(args, in_parameters, grid);
-    launch_dk_dv<kArithmetic, kHeadDim, Grads::kValue>(args, in_parameters, grid);
-  } else if (plan.adds_dq) {
-    launch_dk_dv<kArithmetic, kHeadDim, Grads::kAll>(args, in_parameters, grid);
-  } else {
-    launch_dk_dv<kArithmetic, kHeadDim, Grads::kKeyAndValue>(args, in_parameters, grid);
-  }
-  const int splits = plan.by_key.pass->num_splits;
-  sum_parts<Element>(params, plan.partial_dk, splits, params.seqlen_k, params.head_dim, params.dk, params.dk_strides);
-  sum_parts<Element>(params, plan.partial_dv, splits, params.seqlen_k, params.head_dim_v, params.dv, params.dv_strides);
-}
-
-template <Arithmetic kArithmetic, int kHeadDim>
-void launch_by_query(BwdArguments& args, const BwdPlan& plan, unsigned grid) {
-  constexpr auto kKernel = portable_dq_kernel<kArithmetic, kHeadDim>;
-  constexpr int kSharedBytes = sizeof(DqShared<kArithmetic, kHeadDim>);
-  static_assert(kSharedBytes <= kMaxSharedBytes, "a block takes more shared memory than the smaller chips give");
-  const BwdParams& params = args.params;
-  allow_shared_memory<kKernel>(kSharedBytes, params.device, "cudaFuncSetAttribute(portable_dq_kernel)");
-  const Brought brought = bring(plan.by_query, params);
-  args.work = brought.table;
-  kKernel<<<grid, dq_tile(kArithmetic, kHeadDim).num_threads(), kSharedBytes,
-            static_cast<cudaStream_t>(params.stream)>>>(args, brought.in_parameters);
-  check(cudaGetLastError(), "portable_dq_kernel");
-  sum_parts<typename ProductsOf<kArithmetic>::Element>(params, plan.partial_dq, brought.table.num_splits,
-                                                       params.seqlen_q, params.head_dim, params.dq, params.dq_strides);
-}
-
-template <Arithmetic kArithmetic, int kHeadDim>
-void launch_bwd(const BwdParams& params, const BwdPlan& plan) {
-  using Element = typename ProductsOf<kArithmetic>::Element;
-  const int64_t num_batch_heads = params.batch_size * params.num_heads, rows = num_batch_heads * params.seqlen_q;
-  const auto stream = static_cast<cudaStream_t>(params.stream);
+template <Arithmetic kArithmetic>
+BwdArguments bwd_arguments(const BwdParams& params, const BwdBuffers& buffers, const WorkTable& work) {
   const auto aligned = [](const void* data, const Strides& strides) {
-    return is_aligned(data, strides, sizeof(Element));
+    return is_aligned(data, strides, sizeof(typename ProductsOf<kArithmetic>::Element));
   };
-  const Brought brought = bring(plan.by_key, params);
-  BwdArguments args{
+  return {
       .params = params,
-      .work = brought.table,
+      .work = work,
       .dropout = dropout_params(params),
       .softmax_scale = static_cast<float>(params.softmax_scale),
       .scale_log2 = static_cast<float>(params.softmax_scale * 1.44269504088896340736),
@@ -87,33 +51,65 @@ void launch_bwd(const BwdParams& params, const BwdPlan& plan) {
       .unit = is_16_bit(kArithmetic)             ? 0x1p-21f
               : kArithmetic == Arithmetic::kTf32 ? 0x1p-10f
                                                  : 0x1p-20f,
-      .lse_log2 = plan.lse_log2,
-      .delta = plan.delta,
-      .references = plan.references,
-      .has_references = plan.has_references,
-      .partial_dq = plan.partial_dq,
-      .partial_dk = plan.partial_dk,
-      .partial_dv = plan.partial_dv,
-      .dq_sum = {plan.dq_sum, plan.dq_sum_cols},
+      .lse_log2 = buffers.lse_log2,
+      .delta = buffers.delta,
+      .references = buffers.references,
+      .has_references = buffers.has_references,
+      .partial_dq = buffers.partial_dq,
+      .partial_dk = buffers.partial_dk,
+      .partial_dv = buffers.partial_dv,
+      .dq_sum = {buffers.dq_sum, buffers.dq_sum_cols},
   };
-  const auto* first_zero = reinterpret_cast<const char*>(plan.has_references);
-  const auto* last_zero = reinterpret_cast<const char*>(plan.adds_dq ? plan.dq_sum + plan.dq_sum_size : nullptr);
-  const size_t num_zeros = plan.adds_dq ? static_cast<size_t>(last_zero - first_zero) : sizeof(int);
-  check(cudaMemsetAsync(plan.has_references, 0, num_zeros, stream), "cudaMemsetAsync");
+}
+
+template <Arithmetic kArithmetic, int kHeadDim>
+void launch_bwd_by_key(const BwdParams& params, const BwdBuffers& buffers, const GridWork& by_key) {
+  using Element = typename ProductsOf<kArithmetic>::Element;
+  const int64_t rows = params.batch_size * params.num_heads * params.seqlen_q;
+  const auto stream = static_cast<cudaStream_t>(params.stream);
+  const BwdArguments args = bwd_arguments<kArithmetic>(params, buffers, by_key.table);
+  const bool adds_dq = buffers.dq_sum != nullptr;
+  const auto* first_zero = reinterpret_cast<const char*>(buffers.has_references);
+  const auto* last_zero = reinterpret_cast<const char*>(adds_dq ? buffers.dq_sum + buffers.dq_sum_size : nullptr);
+  const size_t num_zeros = adds_dq ? static_cast<size_t>(last_zero - first_zero) : sizeof(int);
+  check(cudaMemsetAsync(buffers.has_references, 0, num_zeros, stream), "cudaMemsetAsync");
   if (rows > 0) {
-    portable_bwd_stats_kernel<Element><<<blocks_for(32 * rows, 256), 256, 0, stream>>>(args, brought.in_parameters);
+    portable_bwd_stats_kernel<Element><<<blocks_for(32 * rows, 256), 256, 0, stream>>>(args, by_key.in_parameters);
     check(cudaGetLastError(), "portable_bwd_stats_kernel");
   }
-  if (const unsigned grid = plan.by_key.pass->grid(num_batch_heads)) {
-    launch_by_key<kArithmetic, kHeadDim>(args, brought.in_parameters, plan, grid);
+  if (by_key.grid > 0) {
+    if constexpr (!fuses_dk_dv(kHeadDim)) {
+      launch_dk_dv<kArithmetic, kHeadDim, Grads::kKey>(args, by_key);
+      launch_dk_dv<kArithmetic, kHeadDim, Grads::kValue>(args, by_key);
+    } else if (adds_dq) {
+      launch_dk_dv<kArithmetic, kHeadDim, Grads::kAll>(args, by_key);
+    } else {
+      launch_dk_dv<kArithmetic, kHeadDim, Grads::kKeyAndValue>(args, by_key);
+    }
+    const int splits = by_key.table.num_splits;
+    sum_parts<Element>(params, args.partial_dk, splits, params.seqlen_k, params.head_dim, params.dk, params.dk_strides);
+    sum_parts<Element>(params, args.partial_dv, splits, params.seqlen_k, params.head_dim_v, params.dv,
+                       params.dv_strides);
   }
-  if (plan.adds_dq) {
-    if (rows == 0) return;
+  if (adds_dq && rows > 0) {
     portable_dq_sum_kernel<Element><<<blocks_for(32 * rows, 256), 256, 0, stream>>>(args);
     check(cudaGetLastError(), "portable_dq_sum_kernel");
-  } else if (const unsigned grid = plan.by_query.pass->grid(num_batch_heads)) {
-    launch_by_query<kArithmetic, kHeadDim>(args, plan, grid);
   }
+}
+
+template <Arithmetic kArithmetic, int kHeadDim>
+void launch_bwd_by_query(const BwdParams& params, const BwdBuffers& buffers, const GridWork& by_query) {
+  constexpr auto kKernel = portable_dq_kernel<kArithmetic, kHeadDim>;
+  constexpr int kSharedBytes = sizeof(DqShared<kArithmetic, kHeadDim>);
+  static_assert(kSharedBytes <= kMaxSharedBytes, "a block takes more shared memory than the smaller chips give");
+  if (by_query.grid == 0) return;
+  allow_shared_memory<kKernel>(kSharedBytes, params.device, "cudaFuncSetAttribute(portable_dq_kernel)");
+  const BwdArguments args = bwd_arguments<kArithmetic>(params, buffers, by_query.table);
+  kKernel<<<by_query.grid, dq_tile(kArithmetic, kHeadDim).num_threads(), kSharedBytes,
+            static_cast<cudaStream_t>(params.stream)>>>(args, by_query.in_parameters);
+  check(cudaGetLastError(), "portable_dq_kernel");
+  sum_parts<typename ProductsOf<kArithmetic>::Element>(params, args.partial_dq, by_query.table.num_splits,
+                                                       params.seqlen_q, params.head_dim, params.dq, params.dq_strides);
 }
 
 }  // namespace mixed_attention::cuda::portable

@@ -1,7 +1,7 @@
 // Tile sizes of the portable kernels, one row for each padded head_dim, and why.
 #pragma once
 
-#include "cuda/portable/launch.h"
+#include "cuda/portable/arithmetic.h"
 
 namespace mixed_attention::cuda::portable {
 
@@ -19,10 +19,6 @@ struct Tile {
   // How many of a block's rows a warp of the kernel for dk and dv has the scores of at a time.
   constexpr int score_rows() const { return block_rows / sharing < 32 ? block_rows / sharing : 32; }
 };
-
-constexpr bool is_16_bit(Arithmetic arithmetic) {
-  return arithmetic == Arithmetic::kFloat16 || arithmetic == Arithmetic::kBFloat16;
-}
 
 // Bounds on all tiles: accumulators of a thread within 255 registers with room for operands, and shared memory within
 // what the smaller chips of compute capability 8.6, 8.9 and 12.0 give to a block.

@@ -20,20 +20,18 @@ struct AllRows {
 };
 
 template <Arithmetic kArithmetic, int kHeadDim>
-void launch_fwd(const FwdParams& params, const FwdPlan& plan) {
+void launch_fwd(const FwdParams& params, const FwdBuffers& buffers, const GridWork& by_query) {
   using Element = typename ProductsOf<kArithmetic>::Element;
   constexpr auto kKernel = portable_fwd_kernel<kArithmetic, kHeadDim>;
   constexpr int kSharedBytes = sizeof(FwdShared<kArithmetic, kHeadDim>), kSize = sizeof(Element);
   static_assert(kSharedBytes <= kMaxSharedBytes, "a block takes more shared memory than the smaller chips give");
   const int64_t num_batch_heads = params.batch_size * params.num_heads;
-  const unsigned grid = plan.by_query.pass->grid(num_batch_heads);
-  if (grid == 0) return;
+  if (by_query.grid == 0) return;
   const auto stream = static_cast<cudaStream_t>(params.stream);
   const double scale_log2 = params.softmax_scale * 1.44269504088896340736;
-  const Brought brought = bring(plan.by_query, params);
   const FwdArguments args{
       params,
-      brought.table,
+      by_query.table,
       dropout_params(params),
       static_cast<float>(std::abs(params.softmax_scale)),
       // Not 0, by which the -inf of blocked keys would become NaN, but next to it even times the largest score.
@@ -41,16 +39,17 @@ void launch_fwd(const FwdParams& params, const FwdPlan& plan) {
       scale_log2 < 0,
       is_aligned(params.q, params.q_strides, kSize) && is_aligned(params.k, params.k_strides, kSize) &&
           is_aligned(params.v, params.v_strides, kSize) && is_aligned(params.out, params.out_strides, kSize),
-      plan.partial_out,
-      plan.row_parts,
+      buffers.partial_out,
+      buffers.row_parts,
   };
   allow_shared_memory<kKernel>(kSharedBytes, params.device, "cudaFuncSetAttribute(portable_fwd_kernel)");
-  kKernel<<<grid, fwd_tile(kArithmetic, kHeadDim).num_threads(), kSharedBytes, stream>>>(args, brought.in_parameters);
+  kKernel<<<by_query.grid, fwd_tile(kArithmetic, kHeadDim).num_threads(), kSharedBytes, stream>>>(
+      args, by_query.in_parameters);
   check(cudaGetLastError(), "portable_fwd_kernel");
-  if (plan.partial_out == nullptr) return;
+  if (buffers.partial_out == nullptr) return;
   const int64_t rows = num_batch_heads * params.seqlen_q;
   attention_combine_kernel<Element><<<blocks_for(32 * rows, 256), 256, 0, stream>>>(
-      params, plan.partial_out, plan.row_parts, brought.table.num_splits,
+      params, buffers.partial_out, buffers.row_parts, by_query.table.num_splits,
       AllRows{params.num_heads, params.seqlen_q, rows, args.scale, args.scale_log2});
   check(cudaGetLastError(), "attention_combine_kernel");
 }

@@ -4,7 +4,9 @@
 #include <memory>
 #include <utility>
 
+#include "cuda/portable/bring.h"
 #include "cuda/portable/config.h"
+#include "cuda/portable/kernels.h"
 #include "cuda/portable/plan.h"
 
 namespace mixed_attention::cuda::portable {
@@ -37,8 +39,9 @@ Launch<FwdParams> launch_of_fwd(const FwdParams& params) {
           .workspace_size = plan->workspace_size,
           .run = [plan](const FwdParams& params) {
             take_workspace(params, *plan);
+            const Brought by_query = bring(plan->by_query, params);
             with_kernel(plan->arithmetic, plan->head_dim, [&]<Arithmetic kArithmetic, int kHeadDim>() {
-              launch_fwd<kArithmetic, kHeadDim>(params, *plan);
+              launch_fwd<kArithmetic, kHeadDim>(params, plan->buffers, by_query.work);
             });
           }};
 }
@@ -51,7 +54,11 @@ Launch<BwdParams> launch_of_bwd(const BwdParams& params) {
           .run = [plan](const BwdParams& params) {
             take_workspace(params, *plan);
             with_kernel(plan->arithmetic, plan->head_dim, [&]<Arithmetic kArithmetic, int kHeadDim>() {
-              launch_bwd<kArithmetic, kHeadDim>(params, *plan);
+              const Brought by_key = bring(plan->by_key, params);
+              launch_bwd_by_key<kArithmetic, kHeadDim>(params, plan->buffers, by_key.work);
+              if (plan->adds_dq) return;
+              const Brought by_query = bring(plan->by_query, params);
+              launch_bwd_by_query<kArithmetic, kHeadDim>(params, plan->buffers, by_query.work);
             });
           }};
 }

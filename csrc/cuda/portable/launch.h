@@ -23,16 +23,4 @@ std::string refusal(const Problem& problem);
 Launch<FwdParams> launch_of_fwd(const FwdParams& params);
 Launch<BwdParams> launch_of_bwd(const BwdParams& params);
 
-// How the tensor cores multiply. kTf32x3 sums three products of the parts of each operand: as accurate as fp32.
-enum class Arithmetic { kFloat16, kBFloat16, kTf32, kTf32x3 };
-
-struct FwdPlan;  // plan.h
-struct BwdPlan;
-
-// One arithmetic and padded head_dim; instantiated by cuda/instantiate_portable_{fwd,bwd}.cu.
-template <Arithmetic kArithmetic, int kHeadDim>
-void launch_fwd(const FwdParams& params, const FwdPlan& plan);
-template <Arithmetic kArithmetic, int kHeadDim>
-void launch_bwd(const BwdParams& params, const BwdPlan& plan);
-
 }  // namespace mixed_attention::cuda::portable

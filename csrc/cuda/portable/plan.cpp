@@ -7,6 +7,7 @@
 #include "cuda/common/device.h"
 #include "cuda/common/kept.h"
 #include "cuda/portable/config.h"
+#include "cuda/portable/launch.h"
 
 namespace mixed_attention::cuda::portable {
 namespace {
@@ -92,8 +93,8 @@ void take_workspace(const FwdParams& params, FwdPlan& plan) {
   Scratch scratch(params.workspace);
   plan.by_query.take(scratch);
   if (const int64_t splits = plan.by_query.pass->num_splits; splits > 1) {
-    plan.partial_out = scratch.take<float>(splits * copies * params.seqlen_q * params.head_dim_v);
-    plan.row_parts = scratch.take<RowPart>(splits * copies * params.seqlen_q);
+    plan.buffers.partial_out = scratch.take<float>(splits * copies * params.seqlen_q * params.head_dim_v);
+    plan.buffers.row_parts = scratch.take<RowPart>(splits * copies * params.seqlen_q);
   }
   plan.workspace_size = scratch.bytes();
 }
@@ -111,23 +112,23 @@ void take_workspace(const BwdParams& params, BwdPlan& plan) {
   const int64_t copies = params.batch_size * params.num_heads;
   Scratch scratch(params.workspace);
   plan.by_key.take(scratch);
-  plan.lse_log2 = scratch.take<float>(copies * params.seqlen_q);
-  plan.delta = scratch.take<float>(copies * params.seqlen_q);
-  plan.references = scratch.take<RowReference>(copies * params.seqlen_q);
-  plan.has_references = scratch.take<int>(1);
+  plan.buffers.lse_log2 = scratch.take<float>(copies * params.seqlen_q);
+  plan.buffers.delta = scratch.take<float>(copies * params.seqlen_q);
+  plan.buffers.references = scratch.take<RowReference>(copies * params.seqlen_q);
+  plan.buffers.has_references = scratch.take<int>(1);
   if (plan.adds_dq) {
-    plan.dq_sum_cols = static_cast<int>((params.head_dim + 7) / 8 * 8);
-    plan.dq_sum_size = (copies * params.seqlen_q + 7) / 8 * 8 * plan.dq_sum_cols;
-    plan.dq_sum = scratch.take<float>(plan.dq_sum_size);
+    plan.buffers.dq_sum_cols = static_cast<int>((params.head_dim + 7) / 8 * 8);
+    plan.buffers.dq_sum_size = (copies * params.seqlen_q + 7) / 8 * 8 * plan.buffers.dq_sum_cols;
+    plan.buffers.dq_sum = scratch.take<float>(plan.buffers.dq_sum_size);
   } else {
     plan.by_query.take(scratch);
     if (const int64_t splits = plan.by_query.pass->num_splits; splits > 1) {
-      plan.partial_dq = scratch.take<float>(splits * copies * params.seqlen_q * params.head_dim);
+      plan.buffers.partial_dq = scratch.take<float>(splits * copies * params.seqlen_q * params.head_dim);
     }
   }
   if (const int64_t splits = plan.by_key.pass->num_splits; splits > 1) {
-    plan.partial_dk = scratch.take<float>(splits * copies * params.seqlen_k * params.head_dim);
-    plan.partial_dv = scratch.take<float>(splits * copies * params.seqlen_k * params.head_dim_v);
+    plan.buffers.partial_dk = scratch.take<float>(splits * copies * params.seqlen_k * params.head_dim);
+    plan.buffers.partial_dv = scratch.take<float>(splits * copies * params.seqlen_k * params.head_dim_v);
   }
   plan.workspace_size = scratch.bytes();
 }

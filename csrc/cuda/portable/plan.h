@@ -4,12 +4,11 @@
 #include <cstdint>
 #include <memory>
 
-#include "cuda/common/row_part.h"
-#include "cuda/common/row_reference.h"
 #include "cuda/common/scratch.h"
 #include "cuda/portable/config.h"
-#include "cuda/portable/launch.h"
+#include "cuda/portable/kernels.h"
 #include "cuda/portable/work_table.h"
+#include "cuda/problem.h"
 
 namespace mixed_attention::cuda::portable {
 
@@ -34,13 +33,12 @@ struct PassOfCall {
   void take(Scratch& scratch);
 };
 
-// What is decided once a call, and, below, where its parts of the workspace lie.
+// What is decided once a call, and, in buffers, where its parts of the workspace lie.
 struct FwdPlan {
   Arithmetic arithmetic;
   int head_dim;  // padded
   PassOfCall by_query;
-  float* partial_out;  // (num_splits, batch_size, num_heads, seqlen_q, head_dim_v); null without splits
-  RowPart* row_parts;  // (num_splits, batch_size, num_heads, seqlen_q)
+  FwdBuffers buffers;
   size_t workspace_size;
 };
 
@@ -50,15 +48,7 @@ struct BwdPlan {
   bool adds_dq;         // the kernel over keys adds dq up as well; else a kernel over queries computes it
   PassOfCall by_query;  // none where adds_dq
   PassOfCall by_key;
-  float* lse_log2;                 // (batch_size, num_heads, seqlen_q); +inf for rows without keys
-  float* delta;                    // likewise
-  RowReference* references;        // likewise
-  int* has_references;             // one word, 0 where no row has one; zeros from here on to the end of dq_sum
-  float* dq_sum;                   // DqSum; null unless adds_dq
-  int dq_sum_cols;                 // head_dim of the problem, rounded up to a multiple of 8
-  int64_t dq_sum_size;             // in numbers
-  float* partial_dq;               // (num_splits, batch_size, num_heads, seqlen_q, head_dim); null without splits
-  float *partial_dk, *partial_dv;  // (num_splits, batch_size, num_heads, seqlen_k, head_dim or head_dim_v)
+  BwdBuffers buffers;
   size_t workspace_size;
 };
 

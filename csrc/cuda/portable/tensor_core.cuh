@@ -12,7 +12,7 @@
 // With g = lane / 4 and t = lane % 4, a thread's accumulators stand at rows g and g + 8, columns 2t and 2t + 1.
 #pragma once
 
-#include "cuda/portable/launch.h"
+#include "cuda/portable/arithmetic.h"
 #include "cuda/portable/tile.cuh"
 #include "cuda/ptx/convert.cuh"
 #include "cuda/ptx/ldmatrix.cuh"
