@@ -368,7 +368,7 @@ def check_tensors(**arguments: Any) -> None:
             _C.check_dense(name, value)
 
 
-@torch.compiler.assume_constant_result  # the compiler cannot trace into C++
+@torch_internals.assume_constant_result  # the compiler cannot trace into C++
 def _fills_up(dtype: torch.dtype, head_dim: int, head_dim_v: int, device: torch.device) -> bool:
     """Whether faster kernels serve values as wide as queries and keys, which zeros make of narrower ones.
 

@@ -12,6 +12,7 @@ from torch import Tensor, nn
 from mixed_attention.autocast import without_autocast
 from mixed_attention.config import RopeFrequencyConfig
 from mixed_attention.ops import check_tensors, rotate
+from mixed_attention.torch_internals import assume_constant_result
 
 
 def apply_rope(x: Tensor, freqs: Tensor | tuple[Tensor, ...]) -> Tensor:
@@ -98,7 +99,7 @@ def _warn_of_16_bits(what: str, tensors: Sequence[Any], stacklevel: int) -> None
         _warn(message, stacklevel + 1)
 
 
-@torch.compiler.assume_constant_result  # the compiler, which cannot trace warnings, gives it once while it traces
+@assume_constant_result  # the compiler, which cannot trace warnings, gives it once while it traces
 def _warn(message: str, stacklevel: int) -> None:
     warnings.warn(message, stacklevel=stacklevel)
 

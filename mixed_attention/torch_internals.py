@@ -6,8 +6,9 @@ Most are torch's own functions by other names, so that asking costs nothing and 
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from types import ModuleType
-from typing import Any
+from typing import Any, ParamSpec, TypeVar
 
 import torch
 import torch.nn.functional as F
@@ -16,6 +17,9 @@ from torch._subclasses.fake_tensor import FakeTensor
 from torch._subclasses.functional_tensor import FunctionalTensor
 from torch.autograd import forward_ad
 from torch.utils._device import DeviceContext as DeviceContext
+
+P = ParamSpec("P")
+R = TypeVar("R")
 
 private_backend_name = torch._C._get_privateuse1_backend_name
 """What the type of device is called that torch leaves to others."""
@@ -53,6 +57,16 @@ forward_mode = forward_ad._set_fwd_grad_enabled
 
 without_function_modes = torch._C.DisableTorchFunction
 """A context in which no mode intercepts torch's functions."""
+
+
+def assume_constant_result(function: Callable[P, R]) -> Callable[P, R]:
+    """Marks a function that the compiler calls while it traces, and whose result it then takes for a constant.
+
+    :func:`torch.compiler.assume_constant_result` does the same, and imports the compiler for it: two seconds, for every
+    program that imports this package.
+    """
+    function._dynamo_marked_constant = True  # type: ignore[attr-defined]
+    return function
 
 
 def is_forward_mode() -> bool:

@@ -170,6 +170,12 @@ def test_without_the_compiled_part_everything_imports_and_the_reference_runs():
         assert "`make build`" in message
 
 
+def test_import_brings_no_compiler():
+    # torch imports it on first use, which takes longer than all of this package.
+    code = "import sys, mixed_attention; print([n for n in ('torch._dynamo', 'torch._inductor') if n in sys.modules])"
+    assert run(code).stdout == "[]\n"
+
+
 def test_every_public_name_exists_and_is_documented():
     for name in ma.__all__:
         assert getattr(ma, name).__doc__, name

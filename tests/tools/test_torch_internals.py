@@ -35,6 +35,18 @@ def test_the_private_backend_is_a_type_of_device():
     assert torch.device(internals.private_backend_name()).type == internals.private_backend_name()
 
 
+def test_functions_of_a_constant_result_are_marked_as_torch_marks_them():
+    def ours():
+        return 1
+
+    def theirs():
+        return 1
+
+    assert internals.assume_constant_result(ours) is ours
+    torch.compiler.assume_constant_result(theirs)
+    assert vars(ours) == vars(theirs) != {}
+
+
 def test_operators_below_autograd_have_no_graph():
     x = torch.ones(2, requires_grad=True)
     with internals.below_autograd():

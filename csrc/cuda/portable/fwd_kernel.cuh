@@ -21,7 +21,7 @@ struct FwdArguments {
   float scale_log2;    // the same times log2(e), above 0
   bool negate;         // softmax_scale is negative: the scores change their sign
   bool aligned;        // rows of q, k, v and out start at multiples of 16 bytes
-  float* partial_out;  // FwdPlan
+  float* partial_out;  // FwdBuffers
   RowPart* row_parts;
 };
 
