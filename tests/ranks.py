@@ -1,8 +1,8 @@
 """Processes that tests run functions in: four ranks over gloo, or one for each GPU over NCCL, started once.
 
-A test hands over a function of its module. Every rank calls it with the mesh of the size that the test asks for, of one
-dimension; where several such meshes fit, all of them do so at once. What the ranks return comes back; an exception on
-any of them fails the test with its text; ranks that hang are shown with their stacks.
+A test hands over a function of its module. The last ranks call it with the mesh of the size that the test asks for, of
+one dimension, so that places in a mesh of some ranks are others than those in the world. What the ranks return comes
+back; an exception on any of them fails the test with its text; ranks that hang are shown with their stacks.
 """
 
 from __future__ import annotations
@@ -46,11 +46,11 @@ class Ranks:
         self._pipes: list[Connection] = []
         self._folder: tempfile.TemporaryDirectory[str] | None = None
 
-    def run(self, size: int, function: Callable[..., Any], *arguments: Any, alone: bool = False) -> list[Any]:
+    def run(self, size: int, function: Callable[..., Any], *arguments: Any, everywhere: bool = False) -> list[Any]:
         """Calls ``function(mesh, *arguments)`` on the ranks of a mesh of some of them, a power of two.
 
-        With ``alone`` other meshes of that size wait. The function may use the groups of its mesh only then, not that
-        of the world.
+        Of the groups the function uses those of its mesh, as other ranks wait. With ``everywhere`` all meshes of that
+        size call it at once, each rank its own.
 
         Returns:
             What each rank of the mesh returned.
@@ -60,11 +60,12 @@ class Ranks:
         """
         if not self._processes:
             self._start()
-        asked = self._pipes[:size] if alone else self._pipes
+        first = 0 if everywhere else self.size - size
+        asked = self._pipes[first:]
         for pipe in asked:
             pipe.send((size, function.__module__, function.__qualname__, arguments))
         answers: dict[int, Any] = {}
-        pending = dict(zip(asked, range(self.size)))
+        pending = dict(zip(asked, range(first, self.size)))
         while pending:
             ready = wait(list(pending), SECONDS)
             if not ready:
@@ -79,7 +80,7 @@ class Ranks:
         if failed:
             self.stop()  # their collectives may be out of step
             raise RankError("\n".join(failed))
-        return [answers[rank][1] for rank in range(size)]
+        return [answers[rank][1] for rank in range(self.size - size, self.size)]
 
     def _start(self) -> None:
         self._folder = tempfile.TemporaryDirectory()

@@ -14,6 +14,11 @@ import mixed_attention as ma
 CUTS = ("chunks", "random", "one rank", "few rows")
 
 
+def cuts(size: int, among: Sequence[str] = CUTS) -> Sequence[str]:
+    """Ways to cut for so many ranks; for one rank they are all the same."""
+    return among if size > 1 else among[:1]
+
+
 @dataclass(frozen=True)
 class Share:
     """What a rank holds of a scene.

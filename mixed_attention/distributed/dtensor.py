@@ -10,6 +10,7 @@ from __future__ import annotations
 from typing import Any
 
 import torch
+import torch.distributed as dist
 from torch import Tensor
 from torch.distributed.tensor import DTensor, Partial, Replicate, Shard
 from torch.distributed.tensor.experimental import register_sharding
@@ -165,4 +166,8 @@ def as_seed(seed: Tensor, q: Tensor) -> Tensor:
     """The seed of the first rank on all ranks of q's mesh."""
     if not isinstance(q, DTensor):
         return seed
-    return DTensor.from_local(seed, q.device_mesh, [_WHOLE] * q.device_mesh.ndim, run_check=True)
+    mesh = q.device_mesh
+    # NOTE: not by from_local(run_check=True), which waits for all processes, also those that are not in the mesh.
+    for dim in range(mesh.ndim):
+        dist.broadcast(seed, group=mesh.get_group(dim), group_src=0)
+    return DTensor.from_local(seed, mesh, [_WHOLE] * mesh.ndim, run_check=False)
