@@ -578,6 +578,85 @@ def run_layer(
     return None if _C is None else _C.run_layer(x, maps, freqs, key_padding_mask, call)
 
 
+def shards(group: str, rank: int, share_a_host: bool, sizes: Sequence[Sequence[int]]) -> Any:
+    """Where the rows of some groups lie that are spread over ranks; of every group its rows on each rank."""
+    _require_compiled()
+    return _C.Shards(group, rank, share_a_host, sizes)
+
+
+def start_gather(rows: Tensor, where: Any) -> Callable[[], Tensor]:
+    """Starts to bring the rows of all ranks together, ``(n, ...)`` of this one; without derivatives.
+
+    Returns:
+        What waits, and returns the whole ``(N, ...)``.
+    """
+    _require_compiled()
+    gather = _C.start_gather(rows, where)
+    return lambda: _C.finish_gather(gather, where)
+
+
+def start_sums(rows: Tensor, where: Any) -> Callable[[], Tensor]:
+    """Starts to add up rows of the whole ``(N, ...)`` over all ranks, in fp32 at least, each rank its own.
+
+    Returns:
+        What waits, and returns the sums ``(n, ...)`` of the rows of this rank.
+    """
+    _require_compiled()
+    sums = _C.start_sums(rows, where)
+    return lambda: _C.finish_sums(sums, where)
+
+
+def gather_tokens(parts: Sequence[Tensor], tokens: Sequence[tuple[int, int]] | None, where: Any) -> list[Tensor]:
+    """Brings tokens of all ranks together, in plain eager mode: one step of the graph.
+
+    Args:
+        parts: Tokens of this rank ``(B, N, ...)``, of one dtype.
+        tokens: Half-open ranges of those that are brought together, None for all.
+        where: What :func:`shards` makes of these.
+
+    Returns:
+        For each part those of all ranks ``(B, n, ...)``, groups behind groups, in each ranks behind ranks.
+    """
+    return _C.gather_tokens(parts, tokens, where)
+
+
+def spread_layer_call(
+    parts: Sequence[tuple[int, int, Any]], key_shape: Sequence[int], attention: Any, where: Any
+) -> Any:
+    """What :func:`run_layer_over_ranks` computes.
+
+    The parts of keys and values, and of queries, as :func:`layer_call` takes them; the shape of the former ``(B, n, 2,
+    H, D)``; what :func:`packed_call` makes of queries and of the keys and values of all ranks; where these lie.
+    """
+    keys, queries = (_C.ProjectedPart(*part) for part in parts)
+    return _C.SpreadLayerCall(keys, queries, key_shape, attention, where)
+
+
+def run_layer_over_ranks(
+    x: Tensor, maps: Sequence[tuple[Tensor, Tensor | None]], freqs: Tensor | None, call: Any
+) -> list[Tensor] | None:
+    """:func:`run_layer` where keys and values come from all ranks.
+
+    Returns:
+        The tokens ``(B, N, dim)`` of this rank, and its keys and values, rotated, as a part of the graph. None, and
+        nothing done, as there.
+    """
+    return _C.run_layer_over_ranks(x, maps, freqs, call)
+
+
+def fits_layer(
+    x: Tensor, maps: Sequence[tuple[Tensor, Tensor | None]], freqs: Tensor | None, heads: tuple[int, int]
+) -> bool:
+    """Whether :func:`run_layer_over_ranks` would run, given the number of heads and their width."""
+    return _C.fits_layer(x, maps, freqs, *heads)
+
+
+def set_gather_composites(sums: Callable[..., list[Tensor]], rotate_back: Callable[..., Tensor]) -> None:
+    """Says what gathers call where their derivatives are to be differentiated themselves."""
+    if _C is not None:
+        _C.set_gather_composites(sums, rotate_back)
+
+
 def set_backward_composite(composite: Callable[..., list[Tensor | None]]) -> None:
     """Says what :func:`attend_in_place` calls where its derivative is to be differentiated itself."""
     if _C is not None:

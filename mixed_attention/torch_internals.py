@@ -69,6 +69,11 @@ def assume_constant_result(function: Callable[P, R]) -> Callable[P, R]:
     return function
 
 
+def process_group(name: Any) -> Any:
+    """The process group of a name."""
+    return torch._C._distributed_c10d._resolve_process_group(name)
+
+
 def is_forward_mode() -> bool:
     """Whether tensors may have tangents here."""
     return forward_ad._current_level >= 0

@@ -14,6 +14,7 @@
 
 #include "torch/checks.h"
 #include "torch/ops.h"
+#include "torch/rotate.h"
 
 namespace mixed_attention {
 namespace {
@@ -37,37 +38,6 @@ std::vector<Tensor> slots(at::TensorList buffers, const std::vector<std::vector<
   return found;
 }
 
-// The first slots of a buffer as so many heads more.
-Tensor first_heads(const Tensor& buffer, const std::vector<int64_t>& shape, int64_t count) {
-  const int64_t num_heads = shape[3], head_dim = shape[4], row = shape[2] * num_heads * head_dim;
-  return buffer.as_strided({shape[0], shape[1], count * num_heads, head_dim}, {shape[1] * row, row, head_dim, 1});
-}
-
-// Calls for neighbouring rows and their frequencies, of those for more tokens than there are.
-template <class Step>
-void for_each_run(const std::optional<Tensor>& freqs, const std::optional<Ranges>& tokens, int64_t seqlen, Step step) {
-  if (!freqs || !tokens) {
-    step(0, seqlen, freqs);
-    return;
-  }
-  int64_t place = 0;
-  for (const auto& [start, end] : *tokens) {
-    step(place, place + end - start, std::optional(freqs->slice(1, start, end)));
-    place += end - start;
-  }
-}
-
-void rotate_in_place(const Tensor& buffer, const std::vector<int64_t>& shape, int64_t rotated, const Tensor& freqs,
-                     const std::optional<Ranges>& tokens, bool conjugate) {
-  static const auto op =
-      c10::Dispatcher::singleton().findSchemaOrThrow("mixed_attention::rope_out", "").typed<decltype(rope_out)>();
-  const Tensor heads = first_heads(buffer, shape, rotated);
-  for_each_run(freqs, tokens, shape[1], [&](int64_t begin, int64_t end, const std::optional<Tensor>& of_rows) {
-    const Tensor run = heads.slice(1, begin, end);
-    op.call(run, *of_rows, conjugate, run);
-  });
-}
-
 // Rows in the dtype of the arithmetic over their root mean square, and what they were multiplied by for that.
 std::pair<Tensor, Tensor> normed_rows(const Tensor& heads) {
   const Tensor wide = heads.to(heads.scalar_type() == at::kDouble ? at::kDouble : at::kFloat);
@@ -75,13 +45,6 @@ std::pair<Tensor, Tensor> normed_rows(const Tensor& heads) {
                                                        : std::numeric_limits<float>::epsilon();
   const Tensor rstd = (wide.square().sum(-1, /*keepdim=*/true) / heads.size(-1) + eps).rsqrt();
   return {wide * rstd, rstd};
-}
-
-Tensor rotated(const Tensor& heads, const std::optional<Tensor>& freqs, const std::optional<Ranges>& tokens,
-               bool conjugate) {
-  static const auto op =
-      c10::Dispatcher::singleton().findSchemaOrThrow("mixed_attention::rope", "").typed<decltype(rope)>();
-  return freqs ? op.call(heads, take(*freqs, tokens), conjugate) : heads;
 }
 
 // The first slots (batch_size, seqlen, slots, num_heads, head_dim), normalised and rotated. By operations that others
@@ -117,15 +80,6 @@ void normalise_back(const Tensor& buffer, const Tensor& dbuffer, const std::vect
   });
 }
 
-// The same into new memory, by operations that return what they make.
-Tensor rotate_copy(const Tensor& buffer, const std::vector<int64_t>& shape, int64_t count, const Tensor& freqs,
-                   const std::optional<Ranges>& tokens) {
-  const int64_t num_heads = shape[3], num_rotated = count * num_heads;
-  const Tensor heads = buffer.view({shape[0], shape[1], shape[2] * num_heads, shape[4]});
-  const Tensor turned = rotated(heads.slice(2, 0, num_rotated), freqs, tokens, false);
-  return at::cat({turned, heads.slice(2, num_rotated)}, 2).view(buffer.sizes());
-}
-
 OptionalTensors optional_tensors(variable_list::const_iterator begin, size_t count) {
   OptionalTensors result;
   for (auto each = begin; each != begin + count; ++each) {
@@ -138,10 +92,6 @@ BackwardComposite& backward_composite() {
   static BackwardComposite composite;
   return composite;
 }
-
-// Whether somebody may see a product beside the one who hands it over: another tensor over its memory, or whoever
-// watches.
-bool is_seen(const Tensor& buffer) { return is_watched() || buffer.storage().use_count() != 1; }
 
 struct Attended {
   Tensor out, lse;

@@ -20,6 +20,7 @@
 #include "torch/attend_in_place.h"
 #include "torch/checks.h"
 #include "torch/derivatives.h"
+#include "torch/gather.h"
 #include "torch/layer.h"
 #include "torch/ops.h"
 #include "torch/project.h"
@@ -89,23 +90,46 @@ std::optional<at::Tensor> plain_tensor(py::handle object) {
   return THPVariable_Unpack(object.ptr());
 }
 
-// mixed_attention::run_layer for what comes from Python. maps: weight and bias each, of the output projection at last.
-std::optional<std::vector<at::Tensor>> run_layer(const py::handle& x, const py::list& maps, const py::handle& freqs,
-                                                 const py::handle& key_padding_mask,
-                                                 const mixed_attention::LayerCall& call) {
-  const OptionalTensor tokens = plain_tensor(x), complex = plain_tensor(freqs), mask = plain_tensor(key_padding_mask);
-  if (!tokens || !(complex || freqs.is_none()) || !(mask || key_padding_mask.is_none())) return {};
+// The tensors of a layer as they come from Python. maps: weight and bias each, of the output projection at last.
+struct LayerTensors {
+  OptionalTensor x, freqs, key_padding_mask;
   mixed_attention::LinearMaps in, out;
+};
+
+// None where one is not of torch's own class.
+std::optional<LayerTensors> layer_tensors(const py::handle& x, const py::list& maps, const py::handle& freqs,
+                                          const py::handle& key_padding_mask) {
+  LayerTensors found{plain_tensor(x), plain_tensor(freqs), plain_tensor(key_padding_mask), {}, {}};
+  if (!found.x || !(found.freqs || freqs.is_none()) || !(found.key_padding_mask || key_padding_mask.is_none())) {
+    return {};
+  }
   for (size_t i = 0; i < maps.size(); ++i) {
     const py::tuple map = maps[i];
     const OptionalTensor weight = plain_tensor(map[0]), bias = plain_tensor(map[1]);
     if (!weight || !(bias || map[1].is_none())) return {};
-    mixed_attention::LinearMaps& into = i + 1 < maps.size() ? in : out;
+    mixed_attention::LinearMaps& into = i + 1 < maps.size() ? found.in : found.out;
     into.weights.push_back(*weight);
     into.biases.push_back(bias);
   }
+  return found;
+}
+
+std::optional<std::vector<at::Tensor>> run_layer(const py::handle& x, const py::list& maps, const py::handle& freqs,
+                                                 const py::handle& key_padding_mask,
+                                                 const mixed_attention::LayerCall& call) {
+  const auto given = layer_tensors(x, maps, freqs, key_padding_mask);
+  if (!given) return {};
   const py::gil_scoped_release no_gil;
-  return mixed_attention::run_layer(*tokens, in, out, complex, mask, call);
+  return mixed_attention::run_layer(*given->x, given->in, given->out, given->freqs, given->key_padding_mask, call);
+}
+
+std::optional<std::vector<at::Tensor>> run_layer_over_ranks(const py::handle& x, const py::list& maps,
+                                                            const py::handle& freqs,
+                                                            const mixed_attention::SpreadLayerCall& call) {
+  const auto given = layer_tensors(x, maps, freqs, py::none());
+  if (!given) return {};
+  const py::gil_scoped_release no_gil;
+  return mixed_attention::run_layer_over_ranks(*given->x, given->in, given->out, given->freqs, call);
 }
 
 // A function of Python's that C++ calls. NOTE: never freed, because static objects outlive the interpreter.
@@ -337,6 +361,76 @@ void define_nodes(py::module_& m) {
         py::arg("call"),
         "A whole layer: the tokens and the buffers of q, k and v, or None, and nothing done, where this is no plain "
         "eager mode or something does not fit.");
+  py::class_<mixed_attention::Shards, std::shared_ptr<mixed_attention::Shards>>(
+      m, "Shards", "Where the rows of some groups lie that are spread over ranks.")
+      .def(py::init<std::string, int64_t, bool, std::vector<std::vector<int64_t>>>(), py::arg("group"), py::arg("rank"),
+           py::arg("share_a_host"), py::arg("sizes"))
+      .def_readonly("group", &mixed_attention::Shards::group)
+      .def_readonly("sizes", &mixed_attention::Shards::sizes);
+  py::class_<mixed_attention::InFlight>(m, "InFlight", "A collective that runs.");
+  m.def(
+      "start_gather",
+      [](const at::Tensor& rows, const std::shared_ptr<mixed_attention::Shards>& shards) {
+        return mixed_attention::start_gather({{rows}}, *shards);
+      },
+      py::arg("rows"), py::arg("shards"), py::call_guard<py::gil_scoped_release>(),
+      "Starts to bring the rows of all ranks together.");
+  m.def(
+      "finish_gather",
+      [](const mixed_attention::InFlight& gather, const std::shared_ptr<mixed_attention::Shards>& shards) {
+        return mixed_attention::finish_gather(gather, *shards)[0];
+      },
+      py::arg("gather"), py::arg("shards"), py::call_guard<py::gil_scoped_release>(), "Waits for it: the whole.");
+  m.def(
+      "start_sums",
+      [](const at::Tensor& rows, const std::shared_ptr<mixed_attention::Shards>& shards) {
+        return mixed_attention::start_sums({rows}, *shards);
+      },
+      py::arg("rows"), py::arg("shards"), py::call_guard<py::gil_scoped_release>(),
+      "Starts to add up rows of the whole over all ranks.");
+  m.def(
+      "finish_sums",
+      [](const mixed_attention::InFlight& sums, const std::shared_ptr<mixed_attention::Shards>& shards) {
+        return mixed_attention::finish_sums(sums, *shards)[0];
+      },
+      py::arg("sums"), py::arg("shards"), py::call_guard<py::gil_scoped_release>(),
+      "Waits for it: the sums of the rows of this rank.");
+  m.def(
+      "gather_tokens",
+      [](const std::vector<at::Tensor>& parts, const std::optional<mixed_attention::Ranges>& tokens,
+         const std::shared_ptr<mixed_attention::Shards>& shards) {
+        return mixed_attention::gather_tokens(parts, tokens, shards);
+      },
+      py::arg("parts"), py::arg("tokens"), py::arg("shards"), py::call_guard<py::gil_scoped_release>(),
+      "Brings tokens of all ranks together, as one step of the graph.");
+  py::class_<mixed_attention::SpreadLayerCall>(m, "SpreadLayerCall", "What a layer over ranks computes.")
+      .def(py::init([](const mixed_attention::ProjectedPart& key_part, const mixed_attention::ProjectedPart& query_part,
+                       std::vector<int64_t> key_shape, mixed_attention::PackedCall attention,
+                       const std::shared_ptr<mixed_attention::Shards>& shards) {
+             return mixed_attention::SpreadLayerCall{
+                 key_part, query_part, {std::move(key_shape), key_part.tokens}, std::move(attention), shards};
+           }),
+           py::arg("key_part"), py::arg("query_part"), py::arg("key_shape"), py::arg("attention"), py::arg("shards"));
+  m.def(
+      "fits_layer",
+      [](const py::handle& x, const py::list& maps, const py::handle& freqs, int64_t num_heads, int64_t head_dim) {
+        const auto given = layer_tensors(x, maps, freqs, py::none());
+        return given &&
+               mixed_attention::fits_layer(*given->x, given->in, given->out, given->freqs, num_heads, head_dim);
+      },
+      py::arg("x"), py::arg("maps"), py::arg("freqs"), py::arg("num_heads"), py::arg("head_dim"),
+      "Whether run_layer would run.");
+  m.def("run_layer_over_ranks", &run_layer_over_ranks, py::arg("x"), py::arg("maps"), py::arg("freqs"), py::arg("call"),
+        "A whole layer over ranks: the tokens, and keys and values of this rank, or None as run_layer.");
+  m.def(
+      "set_gather_composites",
+      [](const py::function& sums, const py::function& rotate_back) {
+        mixed_attention::set_gather_composites({
+            from_python<std::vector<at::Tensor>>(sums),
+            from_python<at::Tensor>(rotate_back),
+        });
+      },
+      py::arg("sums"), py::arg("rotate_back"), "Registers derivatives of gathers that have derivatives themselves.");
   m.def(
       "set_backward_composite",
       [](const py::function& composite) {

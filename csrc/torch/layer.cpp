@@ -58,10 +58,10 @@ bool fits(const LinearMaps& maps, const Tensor& x, at::ScalarType dtype, int64_t
   return true;
 }
 
-bool can_rotate(const Tensor& x, const Tensor& freqs, at::IntArrayRef shape) {
+bool can_rotate(const Tensor& x, const Tensor& freqs, int64_t head_dim) {
   return is_ordinary(freqs) && freqs.is_complex() && !freqs.requires_grad() && freqs.device() == x.device() &&
          freqs.dim() == 3 && (freqs.size(0) == 1 || freqs.size(0) == x.size(0)) && freqs.size(1) == x.size(1) &&
-         shape[4] % 2 == 0 && freqs.size(2) == shape[4] / 2;
+         head_dim % 2 == 0 && freqs.size(2) == head_dim / 2;
 }
 
 // Complex frequencies as kernels take them: (..., 2) in fp32, or in fp64 beside fp64.
@@ -100,41 +100,86 @@ Tensor draw_seed(const Tensor& x) {
 
 }  // namespace
 
-std::optional<variable_list> run_layer(const Tensor& x, const LinearMaps& in, const LinearMaps& out,
-                                       const std::optional<Tensor>& freqs,
-                                       const std::optional<Tensor>& key_padding_mask, const LayerCall& call) {
-  const PackedCall& attention = call.attention;
-  const at::IntArrayRef shape = attention.shapes[0];
-  const int64_t channels = shape[3] * shape[4];
+bool fits_layer(const Tensor& x, const LinearMaps& in, const LinearMaps& out, const std::optional<Tensor>& freqs,
+                int64_t num_heads, int64_t head_dim) {
+  const int64_t channels = num_heads * head_dim;
   const std::optional<at::ScalarType> dtype = dtype_of(x);
-  if (!dtype || is_mapped() || !goes_with(x, *dtype, x) || x.dim() != 3 || x.size(0) != shape[0] ||
-      !fits(in, x, *dtype, x.size(2), 3 * channels) || !fits(out, x, *dtype, channels, out.weights[0].size(0)) ||
-      (freqs && !can_rotate(x, *freqs, shape))) {
-    return {};
+  return dtype && !is_mapped() && goes_with(x, *dtype, x) && x.dim() == 3 &&
+         fits(in, x, *dtype, x.size(2), 3 * channels) && fits(out, x, *dtype, channels, out.weights[0].size(0)) &&
+         (!freqs || can_rotate(x, *freqs, head_dim));
+}
+
+namespace {
+
+// Tokens, weights and biases of a layer, cast together.
+struct CastLayer {
+  LinearMap into, out_of;
+  std::optional<Tensor> pairs;      // frequencies as kernels take them
+  variable_list cast_in, cast_out;  // tokens, weight, and bias if there is one, in the dtype of the layer
+
+  Tensor project_out(const Tensor& attended) {
+    cast_out[0] = attended;
+    const ProjectedPart all{0, out_of.weight.size(0), std::nullopt};
+    return project_cast(attended, out_of.weight, out_of.bias, {all}, cast_out)[0];
   }
-  const LinearMap into = joined(in), out_of = joined(out);
-  variable_list given{x, into.weight, out_of.weight};
-  for (const LinearMap* map : {&into, &out_of}) {
+};
+
+// None, and nothing done, where this is no plain eager mode or something does not fit. shape: of the queries.
+std::optional<CastLayer> cast_layer(const Tensor& x, const LinearMaps& in, const LinearMaps& out,
+                                    const std::optional<Tensor>& freqs, at::IntArrayRef shape) {
+  if (x.dim() != 3 || x.size(0) != shape[0] || !fits_layer(x, in, out, freqs, shape[3], shape[4])) return {};
+  const std::optional<at::ScalarType> dtype = dtype_of(x);
+  CastLayer layer{joined(in), joined(out), freqs ? std::optional(as_pairs(*freqs, *dtype)) : std::nullopt, {}, {}};
+  variable_list given{x, layer.into.weight, layer.out_of.weight};
+  for (const LinearMap* map : {&layer.into, &layer.out_of}) {
     if (map->bias) given.push_back(*map->bias);
   }
   variable_list cast = cast_all(given, *dtype);
-  variable_list cast_in{std::move(cast[0]), std::move(cast[1])}, cast_out{Tensor(), std::move(cast[2])};
-  if (into.bias) cast_in.push_back(std::move(cast[3]));
-  if (out_of.bias) cast_out.push_back(std::move(cast.back()));
-  variable_list buffers = project_cast(x, into.weight, into.bias, call.parts, cast_in);
-  cast_in.clear();  // cast tokens take as much memory as the output
-  const std::optional<Tensor> pairs = freqs ? std::optional(as_pairs(*freqs, *dtype)) : std::nullopt;
-  const std::optional<Tensor> seed = attention.dropout_p > 0 ? std::optional(draw_seed(x)) : std::nullopt;
-  variable_list attended =
-      attend_in_place(buffers, OptionalTensors(buffers.size(), pairs), key_padding_mask, seed, attention);
-  cast_out[0] = attended[0];
-  const ProjectedPart all{0, out_of.weight.size(0), std::nullopt};
-  variable_list result = project_cast(attended[0], out_of.weight, out_of.bias, {all}, cast_out);
+  layer.cast_in = {std::move(cast[0]), std::move(cast[1])};
+  layer.cast_out = {Tensor(), std::move(cast[2])};
+  if (layer.into.bias) layer.cast_in.push_back(std::move(cast[3]));
+  if (layer.out_of.bias) layer.cast_out.push_back(std::move(cast.back()));
+  return layer;
+}
+
+std::optional<Tensor> seed_of(const Tensor& x, const PackedCall& call) {
+  return call.dropout_p > 0 ? std::optional(draw_seed(x)) : std::nullopt;
+}
+
+}  // namespace
+
+std::optional<variable_list> run_layer(const Tensor& x, const LinearMaps& in, const LinearMaps& out,
+                                       const std::optional<Tensor>& freqs,
+                                       const std::optional<Tensor>& key_padding_mask, const LayerCall& call) {
+  std::optional<CastLayer> layer = cast_layer(x, in, out, freqs, call.attention.shapes[0]);
+  if (!layer) return {};
+  variable_list buffers = project_cast(x, layer->into.weight, layer->into.bias, call.parts, layer->cast_in);
+  layer->cast_in.clear();  // cast tokens take as much memory as the output
+  variable_list attended = attend_in_place(buffers, OptionalTensors(buffers.size(), layer->pairs), key_padding_mask,
+                                           seed_of(x, call.attention), call.attention);
+  variable_list result{layer->project_out(attended[0])};
   // Each buffer was rotated or normalised, and what came of it is the part of the graph. Values were not normalised.
-  const bool is_normalised = attention.normalised[0] > 0;
+  const bool is_normalised = call.attention.normalised[0] > 0;
   if (freqs || is_normalised) result.insert(result.end(), attended.begin() + 1, attended.end());
   if (!freqs || is_normalised) result.insert(result.end(), buffers.begin(), buffers.end());
   return result;
+}
+
+std::optional<variable_list> run_layer_over_ranks(const Tensor& x, const LinearMaps& in, const LinearMaps& out,
+                                                  const std::optional<Tensor>& freqs, const SpreadLayerCall& call) {
+  std::optional<CastLayer> layer = cast_layer(x, in, out, freqs, call.attention.shapes[0]);
+  if (!layer) return {};
+  const Tensor &weight = layer->into.weight, cast_tokens = layer->cast_in[0];
+  // Cast tokens become an output of the first projection, so that the second needs another tensor of the same numbers.
+  if (!cast_tokens.is_same(x)) layer->cast_in[0] = cast_tokens.detach();
+  TravellingKeys keys(project_cast(x, weight, layer->into.bias, {call.key_part}, layer->cast_in)[0], layer->pairs,
+                      call.keys, call.shards);
+  layer->cast_in[0] = cast_tokens;
+  const Tensor queries = project_cast(x, weight, layer->into.bias, {call.query_part}, layer->cast_in)[0];
+  layer->cast_in.clear();
+  const variable_list attended = attend_in_place({queries, keys.wait()}, {layer->pairs, std::nullopt}, std::nullopt,
+                                                 seed_of(x, call.attention), call.attention);
+  return variable_list{layer->project_out(attended[0]), keys.here()};
 }
 
 }  // namespace mixed_attention

@@ -3,10 +3,12 @@
 
 #include <ATen/core/Tensor.h>
 
+#include <memory>
 #include <optional>
 #include <vector>
 
 #include "torch/attend_in_place.h"
+#include "torch/gather.h"
 #include "torch/project.h"
 
 namespace mixed_attention {
@@ -18,11 +20,23 @@ struct LayerCall {
   PackedCall attention;
 };
 
+// The same of a layer whose tokens are spread over ranks: the queries of this rank attend to the keys of all.
+struct SpreadLayerCall {
+  ProjectedPart key_part, query_part;
+  LocalKeys keys;
+  PackedCall attention;  // of the queries, and keys and values of all ranks
+  std::shared_ptr<Shards> shards;
+};
+
 // Linear maps that are read as one: weights (rows, channels), one under the other, and their biases.
 struct LinearMaps {
   std::vector<at::Tensor> weights;
   OptionalTensors biases;
 };
+
+// Whether this is plain eager mode on a device with kernels, and tensors fit each other.
+bool fits_layer(const at::Tensor& x, const LinearMaps& in, const LinearMaps& out,
+                const std::optional<at::Tensor>& freqs, int64_t num_heads, int64_t head_dim);
 
 // Projects tokens (batch_size, seqlen, channels) to q, k and v, rotates them by complex freqs (batch_size or 1, seqlen,
 // head_dim / 2), attends, and projects the output. Tensors are of torch's own class.
@@ -35,5 +49,15 @@ std::optional<std::vector<at::Tensor>> run_layer(const at::Tensor& x, const Line
                                                  const std::optional<at::Tensor>& freqs,
                                                  const std::optional<at::Tensor>& key_padding_mask,
                                                  const LayerCall& call);
+
+// The same over ranks. Keys and values travel while queries are made, and the sums of their gradients while those of
+// queries are.
+//
+// Returns the tokens (batch_size, seqlen, channels) of this rank and its keys and values, rotated, as parts of the
+// graph.
+std::optional<std::vector<at::Tensor>> run_layer_over_ranks(const at::Tensor& x, const LinearMaps& in,
+                                                            const LinearMaps& out,
+                                                            const std::optional<at::Tensor>& freqs,
+                                                            const SpreadLayerCall& call);
 
 }  // namespace mixed_attention

@@ -20,23 +20,6 @@ using at::Tensor;
 using torch::autograd::AutogradContext;
 using torch::autograd::variable_list;
 
-// The inverse of take: rows of the tokens that were taken, with zeros between them.
-Tensor put_back(const Tensor& rows, const Ranges& ranges, int64_t num_tokens) {
-  std::vector<Tensor> pieces;
-  const auto skip = [&](int64_t from, int64_t to) {
-    if (from < to) pieces.push_back(at::zeros({rows.size(0), to - from, rows.size(2)}, rows.options()));
-  };
-  int64_t place = 0, taken = 0;
-  for (const auto& [start, end] : ranges) {
-    skip(place, start);
-    pieces.push_back(rows.slice(1, taken, taken + end - start));
-    taken += end - start;
-    place = end;
-  }
-  skip(place, num_tokens);
-  return at::cat(pieces, 1);
-}
-
 Tensor two_dims(const Tensor& x) { return x.reshape({x.size(0) * x.size(1), x.size(2)}); }
 
 Tensor three_dims(const Tensor& rows, const Tensor& like) {

@@ -12,12 +12,15 @@ from collections.abc import Callable, Mapping, Sequence
 from typing import Any, NoReturn, TypeVar
 
 import torch
+import torch.distributed as dist
 
 from mixed_attention import torch_internals
-from mixed_attention.distributed.collectives import all_gather_single
 from mixed_attention.distributed.ranks import Ranks
 
 T = TypeVar("T")
+
+# Newer releases of torch warn of the old name.
+_all_gather_single: Any = getattr(dist, "all_gather_single", None) or dist.all_gather_into_tensor
 
 SIZES_A_WORD = 62  # so that the first exchange has 64 integers, whatever the number of groups
 FAILURES = (TypeError, ValueError, AssertionError, RuntimeError, LookupError)
@@ -26,6 +29,16 @@ FAILURES = (TypeError, ValueError, AssertionError, RuntimeError, LookupError)
 
 class Facts(dict[str, Any]):
     """What must be the same on all ranks, by words for people; values of plain kinds."""
+
+
+def facts_of_keys(dtype: torch.dtype, batch_size: int, heads: tuple[int, int], are_recorded: bool) -> dict[str, Any]:
+    """What must be the same of the keys of all ranks: ``heads`` are number and width, ``are_recorded`` gradients."""
+    return {
+        "dtype of keys": str(dtype),
+        "batch size": batch_size,
+        "heads": heads,
+        "gradients recorded": are_recorded,
+    }
 
 
 def agree(who: str, ranks: Ranks, facts: Facts, sizes: Sequence[int]) -> tuple[tuple[int, ...], ...]:
@@ -80,7 +93,7 @@ def _exchange(ranks: Ranks, word: list[int]) -> list[list[int]]:
     with torch_internals.without_transforms():  # these numbers are nobody's to transform
         sent = torch.tensor(word, dtype=torch.int64, device=ranks.device_of_words())
         received = sent.new_empty((ranks.size * len(word),))
-        all_gather_single(received, sent, group=ranks.group)
+        _all_gather_single(received, sent, group=ranks.group)
         return received.view(ranks.size, len(word)).tolist()
 
 

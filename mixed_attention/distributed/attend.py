@@ -6,9 +6,8 @@ waited for; attention. What a layer cannot do is found out before the first coll
 
 from __future__ import annotations
 
-from collections.abc import Callable, Collection, Mapping, Sequence
-from dataclasses import dataclass
-from typing import Any, NamedTuple, Protocol, TypeVar
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any, NamedTuple, TypeVar
 
 import torch
 from torch import Tensor
@@ -16,17 +15,16 @@ from torch import Tensor
 from mixed_attention import cache
 from mixed_attention.autocast import cat
 from mixed_attention.cache import KVCache, KVEntry
-from mixed_attention.distributed import agreement, rows
+from mixed_attention.distributed import agreement, at_once, rows
 from mixed_attention.distributed.agreement import Facts
-from mixed_attention.distributed.ranks import Ranks
+from mixed_attention.distributed.groups import Groups, Sharding, read_groups
 from mixed_attention.distributed.shards import Shards
-from mixed_attention.distributed.specs import check_sizes
 from mixed_attention.eager import packed
 from mixed_attention.eager.packed import Freqs, Packed
 from mixed_attention.eager.projection import Runs, linear
 from mixed_attention.layers.checks import check_batch, check_rank, check_tokens
-from mixed_attention.plan import AttentionPlan, read_patterns, read_specs
-from mixed_attention.spec import AttentionPattern, ShardedTokenSpec, TokenSpec
+from mixed_attention.plan import AttentionPlan
+from mixed_attention.spec import ShardedTokenSpec, TokenSpec
 
 _WHO = "ContextParallel"
 Made = TypeVar("Made", Tensor, "Tensor | None")
@@ -34,61 +32,6 @@ Project = Callable[[str, "Runs | None"], Packed]
 """Makes slots out of "qkv" of the tokens that some runs take."""
 Projections = Callable[[Tensor, Sequence[TokenSpec], "Freqs | None"], tuple[Project, Callable[[Tensor], Tensor]]]
 """Makes that for tokens of some groups, and what the output goes through."""
-
-
-class Sharding(Protocol):
-    """What attention has to know of how the tokens of a layer are spread; see ``TokenSharding``."""
-
-    @property
-    def ranks(self) -> Ranks:
-        """The ranks that the tokens are spread over."""
-        ...
-
-    @property
-    def replicated(self) -> frozenset[str]:
-        """Names of the groups that every rank holds whole."""
-        ...
-
-    @property
-    def even(self) -> bool:
-        """Whether every rank is promised to hold as many tokens of every group."""
-        ...
-
-
-@dataclass(frozen=True)
-class _Groups:
-    """The groups of a call, by what becomes of them.
-
-    Attributes:
-        specs: All groups.
-        patterns: Who attends to whom.
-        gathered: Names of those whose keys come from all ranks.
-        read: Names of those here that somebody attends to, the gathered ones and those that every rank holds whole.
-        recorded: Names of those that go into a cache.
-    """
-
-    specs: list[TokenSpec]
-    patterns: list[AttentionPattern]
-    gathered: list[str]
-    read: list[str]
-    recorded: list[str]
-
-    @property
-    def cached(self) -> list[str]:
-        return [spec.name for spec in self.specs if spec.size is None]
-
-    @property
-    def present(self) -> list[TokenSpec]:
-        return [spec for spec in self.specs if spec.size is not None]
-
-    @property
-    def counted(self) -> list[ShardedTokenSpec | TokenSpec]:
-        """Those whose sizes on all ranks matter."""
-        return [spec for spec in self.present if spec.name in self.gathered or spec.name in self.recorded]
-
-    def runs(self, names: Collection[str]) -> Runs:
-        """The tokens here, by whether they are of these groups."""
-        return tuple((spec.size, spec.name in names) for spec in self.specs if spec.size is not None)
 
 
 def attend_groups(
@@ -111,6 +54,10 @@ def attend_groups(
             same for all groups.
     """
     groups = _read(sharding, layer, token_specs, attention_patterns, kv_cache, record)
+    if projections is None and not torch.compiler.is_compiling():
+        found = _at_once(sharding, layer, x, groups, key_padding_mask, freqs, kv_cache)
+        if found is not None:
+            return found if record else (found[0], None)
     kept = {*groups.read, *groups.recorded}
 
     def make_projections() -> tuple[Project, Callable[[Tensor], Tensor]]:
@@ -128,12 +75,12 @@ def attend_groups(
 
     fresh, sizes = _agree_on_groups(sharding, layer, groups, prepare, key_padding_mask)
     plan = AttentionPlan.compile(
-        [_as_read(spec, groups, sizes) for spec in groups.specs],
+        groups.as_read(sizes),
         groups.patterns,
         cached=[TokenSpec(name, cache.cached_length(kv_cache, name)) for name in groups.cached],
         skip_unread_keys=True,
     )
-    shards = Shards(sharding.ranks, tuple(sizes[name] for name in groups.gathered), sharding.even)
+    shards = Shards(sharding.ranks, tuple(sizes[name] for name in groups.gathered))
     pieces = {} if fresh is None else _pieces(fresh, [spec for spec in groups.present if spec.name in kept])
     finish = _start(pieces, groups, shards)
     mask = _gather_mask(key_padding_mask, groups, shards)
@@ -153,6 +100,29 @@ def attend_groups(
         masks = {} if key_padding_mask is None else _mask_pieces(key_padding_mask, groups)
         recorded = {name: _record(layer, pieces[name], masks.get(name), sizes.get(name)) for name in groups.recorded}
     return project_out(out), recorded
+
+
+def _at_once(
+    sharding: Sharding,
+    layer: Any,
+    x: Tensor,
+    groups: Groups,
+    mask: Tensor | None,
+    freqs: Freqs | None,
+    kv_cache: Any,
+) -> tuple[Tensor, KVCache] | None:
+    """The layer by one call of C++, in plain eager mode; None elsewhere, and where there is an error to raise."""
+    maps = at_once.maps_of(layer, x, groups, mask, freqs, kv_cache)
+    if maps is None:
+        return None
+    sizes = _told_sizes(sharding, groups)
+    if sizes is None:
+        if not agreement.can_exchange() or not at_once.fits(layer, x, maps, freqs, groups):
+            return None
+        here: dict[str, Any] = {spec.name: spec.size for spec in groups.counted}
+        facts = _facts(groups, None, at_once.facts_of(layer, x, maps))
+        sizes = dict(zip(here, agreement.agree(_WHO, sharding.ranks, facts, list(here.values()))))
+    return at_once.run(sharding, layer, x, maps, freqs, groups, tuple([sizes[name] for name in groups.gathered]))
 
 
 def attend_to_all(
@@ -258,7 +228,7 @@ def _start_dense(
         here = {name: tokens.shape[1] if tokens.ndim == 3 else 0}
         fresh, found = _agree(sharding, prepare, facts, here)
         sizes = found[name]
-    finish = rows.start_gather(fresh.transpose(0, 1), Shards(sharding.ranks, (sizes,), sharding.even))
+    finish = rows.start_gather(fresh.transpose(0, 1), Shards(sharding.ranks, (sizes,)))
 
     def wait() -> Packed:
         return _packed(finish().transpose(0, 1))
@@ -268,33 +238,10 @@ def _start_dense(
 
 def _read(
     sharding: Sharding, layer: Any, token_specs: Any, attention_patterns: Any, kv_cache: Any, record: bool
-) -> _Groups:
+) -> Groups:
     """What becomes of the groups: the same on all ranks if they have the same names."""
-
-    def read() -> _Groups:
-        specs, patterns = read_specs(token_specs), read_patterns(attention_patterns)
-        names = {name for pattern in patterns for name in pattern.key_value_tokens}
-        present = [spec for spec in specs if spec.size is not None]
-        for spec in present:
-            if isinstance(spec, ShardedTokenSpec) and spec.name in sharding.replicated:
-                raise ValueError(
-                    f"token group {spec.name!r} is replicated, but has sizes of every rank, {spec.sizes}; pass a "
-                    "TokenSpec of all its tokens"
-                )
-        read = [spec.name for spec in present if spec.name in names]
-        is_recorded = record and len(present) == len(specs)
-        return _Groups(
-            specs,
-            patterns,
-            gathered=[name for name in read if name not in sharding.replicated],
-            read=read,
-            recorded=[
-                spec.name for spec in present if is_recorded and cache.is_recorded(spec.name, layer.cached_groups)
-            ],
-        )
-
     try:
-        return read()
+        return read_groups(sharding, token_specs, attention_patterns, record=record, cached_groups=layer.cached_groups)
     except agreement.FAILURES as error:
         # Calls that read a cache need not ask other ranks, and who knows its sizes never does.
         if sharding.even or kv_cache is not None or _know_sizes(token_specs) or not agreement.can_exchange():
@@ -312,47 +259,54 @@ def _know_sizes(token_specs: Any) -> bool:
 def _agree_on_groups(
     sharding: Sharding,
     layer: Any,
-    groups: _Groups,
+    groups: Groups,
     prepare: Callable[[], Tensor | None],
     mask: Tensor | None,
 ) -> tuple[Tensor | None, dict[str, tuple[int, ...]]]:
     """What ``prepare`` makes, and the sizes of the counted groups on every rank that are not replicated."""
-    counted = [spec for spec in groups.counted if spec.name not in sharding.replicated]
-    here = {spec.name: spec.size for spec in counted}
-    known = {spec.name: spec.sizes for spec in counted if isinstance(spec, ShardedTokenSpec)}
-    if len(known) == len(counted):
+    told = _told_sizes(sharding, groups)
+    if told is not None:
         fresh = prepare()
         if not torch.compiler.is_compiling():
-            for spec in counted:
-                assert isinstance(spec, ShardedTokenSpec)
-                check_sizes(spec, sharding.ranks)
-        return fresh, known
+            groups.check_sizes(sharding)
+        return fresh, told
 
     def facts(fresh: Tensor | None) -> Facts:
-        return Facts(
-            {
-                "token groups": [spec.name for spec in groups.specs],
-                "groups of a cache": groups.cached,
-                "attention patterns": [(p.query_tokens, p.key_value_tokens) for p in groups.patterns],
-                "key_padding_mask": None if mask is None else f"{mask.shape[0]} sequences",
-                "caches recorded": groups.recorded,
-                **_facts_of(fresh),
-            }
-        )
+        return _facts(groups, mask, _facts_of(fresh))
 
+    here = {spec.name: spec.size for spec in groups.counted if spec.name not in sharding.replicated}
     return _agree(sharding, prepare, facts, here)
+
+
+def _facts(groups: Groups, mask: Tensor | None, of_keys: Mapping[str, Any]) -> Facts:
+    return Facts(
+        {
+            "token groups": [spec.name for spec in groups.specs],
+            "groups of a cache": groups.cached,
+            "attention patterns": [(p.query_tokens, p.key_value_tokens) for p in groups.patterns],
+            "key_padding_mask": None if mask is None else f"{mask.shape[0]} sequences",
+            "caches recorded": groups.recorded,
+            **of_keys,
+        }
+    )
+
+
+def _told_sizes(sharding: Sharding, groups: Groups) -> dict[str, tuple[int, ...]] | None:
+    """Sizes on every rank that the specs know or that are promised; None if the ranks have to be asked."""
+    counted: list[Any] = [spec for spec in groups.counted if spec.name not in sharding.replicated]
+    known = {spec.name: spec.sizes for spec in counted if isinstance(spec, ShardedTokenSpec)}
+    if len(known) == len(counted):
+        return known
+    if sharding.even:
+        return {spec.name: (spec.size,) * sharding.ranks.size for spec in counted}
+    return None
 
 
 def _facts_of(fresh: Tensor | None) -> dict[str, Any]:
     if fresh is None:
         return {}
     batch_size, _, _, num_heads, head_dim = fresh.shape
-    return {
-        "dtype of keys": str(fresh.dtype),
-        "batch size": batch_size,
-        "heads": (num_heads, head_dim),
-        "gradients recorded": fresh.requires_grad,
-    }
+    return agreement.facts_of_keys(fresh.dtype, batch_size, (num_heads, head_dim), fresh.requires_grad)
 
 
 def _agree(
@@ -375,13 +329,6 @@ def _agree(
     return fresh, dict(zip(here, sizes))
 
 
-def _as_read(spec: TokenSpec, groups: _Groups, sizes: Mapping[str, tuple[int, ...]]) -> TokenSpec:
-    """A group with as many keys as there are of it in this call."""
-    if spec.name in groups.gathered:
-        return ShardedTokenSpec(spec.name, spec.size, sizes[spec.name])
-    return TokenSpec(spec.name, spec.size)
-
-
 def _together(part: Packed, layer: Any) -> Tensor:
     """Slots ``(B, N, slots, H, D)`` normalised and rotated, as one tensor."""
     if part.freqs is None and not part.norms:
@@ -400,7 +347,7 @@ def _pieces(tokens: Tensor, specs: Sequence[TokenSpec]) -> dict[str, Tensor]:
     return dict(zip([spec.name for spec in specs], tokens.split([spec.size for spec in specs], 1)))
 
 
-def _start(pieces: Mapping[str, Tensor], groups: _Groups, shards: Shards) -> Callable[[], Tensor | None]:
+def _start(pieces: Mapping[str, Tensor], groups: Groups, shards: Shards) -> Callable[[], Tensor | None]:
     """Starts to bring the keys and values of gathered groups together, ``(B, all rows, 2, H, D)``."""
     if not groups.gathered:
         return lambda: None
@@ -410,7 +357,7 @@ def _start(pieces: Mapping[str, Tensor], groups: _Groups, shards: Shards) -> Cal
     return lambda: finish().transpose(0, 1)
 
 
-def _join(pieces: Mapping[str, Tensor], groups: _Groups, gathered: Tensor | None, shards: Shards) -> Tensor | None:
+def _join(pieces: Mapping[str, Tensor], groups: Groups, gathered: Tensor | None, shards: Shards) -> Tensor | None:
     """Rows ``(B, n, ...)`` of all groups that are read and no cache's, in their order."""
     if gathered is not None and groups.read == groups.gathered:
         return gathered
@@ -419,7 +366,7 @@ def _join(pieces: Mapping[str, Tensor], groups: _Groups, gathered: Tensor | None
     return cat(held, 1) if held else None
 
 
-def _gather_mask(mask: Tensor | None, groups: _Groups, shards: Shards) -> Tensor | None:
+def _gather_mask(mask: Tensor | None, groups: Groups, shards: Shards) -> Tensor | None:
     """The padding mask of these keys."""
     if mask is None:
         return None
@@ -431,7 +378,7 @@ def _gather_mask(mask: Tensor | None, groups: _Groups, shards: Shards) -> Tensor
     return _join(pieces, groups, gathered, shards)
 
 
-def _mask_pieces(mask: Tensor, groups: _Groups) -> dict[str, Tensor]:
+def _mask_pieces(mask: Tensor, groups: Groups) -> dict[str, Tensor]:
     return _pieces(mask, groups.present)
 
 

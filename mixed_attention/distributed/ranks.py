@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import socket
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 from weakref import WeakKeyDictionary
@@ -11,7 +12,7 @@ import torch
 import torch.distributed as dist
 from torch.distributed.device_mesh import DeviceMesh
 
-from mixed_attention import torch_internals
+from mixed_attention import ops, torch_internals
 
 
 @dataclass(frozen=True, eq=False)
@@ -65,6 +66,18 @@ class Ranks:
         return every
 
     @property
+    def kept(self) -> dict[Any, Any]:
+        """What was derived from the arguments of calls over these ranks, to look it up again."""
+        found = _KEPT.get(self.group)
+        if found is None:
+            found = _KEPT[self.group] = {}
+        return found
+
+    def native(self, sizes: Sequence[Sequence[int]]) -> Any:
+        """Where the rows of some groups lie, as C++ takes it; of every group its rows on each rank."""
+        return ops.shards(self.name, self.rank, self.share_a_host, sizes)
+
+    @property
     def share_a_host(self) -> bool:
         """Whether all ranks run on one host. The first to ask for a group asks all its ranks, so all must ask."""
         known = _SHARE_A_HOST.get(self.group)
@@ -82,4 +95,5 @@ class Ranks:
         return torch.device(device_type, torch.get_device_module(device_type).current_device())
 
 
+_KEPT: WeakKeyDictionary[Any, dict[Any, Any]] = WeakKeyDictionary()
 _SHARE_A_HOST: WeakKeyDictionary[Any, bool] = WeakKeyDictionary()

@@ -2,7 +2,8 @@
 
 Bringing rows together and adding them up are linear and each other's derivative. In plain eager mode a gather is two
 nodes of the graph, one that starts the collective and one that waits for it; in the backward their roles are exchanged,
-so that what was made between them is differentiated while the sums are under way.
+so that what was made between them is differentiated while the sums are under way. Layers that go at once have such
+nodes in C++, csrc/torch/gather.cpp.
 """
 
 from __future__ import annotations
@@ -20,11 +21,15 @@ from mixed_attention.distributed.shards import Shards
 
 
 def gather(rows: Tensor, shards: Shards) -> Tensor:
-    """The rows of all ranks ``(shards.whole, ...)``, of those of this rank ``(shards.here, ...)``."""
+    """The rows of all ranks ``(N, ...)``, of those of this rank ``(shards.here, ...)``."""
     if torch.compiler.is_compiling():
         return _traced_gather(rows, shards)
-    _ask_for_hosts(rows, shards)
     return _Move.apply(rows, shards, True)
+
+
+def sums(whole: Tensor, shards: Shards) -> Tensor:
+    """The derivative of :func:`gather`: sums over the ranks, each its own rows. Differentiable itself."""
+    return _Move.apply(whole, shards, False)
 
 
 def start_gather(rows: Tensor, shards: Shards) -> Finish:
@@ -32,16 +37,9 @@ def start_gather(rows: Tensor, shards: Shards) -> Finish:
     if torch.compiler.is_compiling() or not ops.is_plain(rows) or ops.needs_composite(rows):
         whole = gather(rows, shards)
         return lambda: whole
-    _ask_for_hosts(rows, shards)
     transfer = _Transfer(shards)
     token = _Start.apply(rows, transfer)
     return lambda: _Wait.apply(token, transfer)
-
-
-def _ask_for_hosts(rows: Tensor, shards: Shards) -> None:
-    """Asks in the forward, where all ranks are, and not in the threads of the backward."""
-    if rows.is_floating_point() or rows.is_complex():
-        shards.ranks.share_a_host  # noqa: B018
 
 
 class _Move(torch.autograd.Function):
@@ -110,8 +108,9 @@ class _Wait(torch.autograd.Function):
     @staticmethod
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, None]:
         transfer = ctx.transfer
+        transfer.finish = None  # of a backward that failed half way
         if torch.is_grad_enabled() or ops.needs_composite(grad):
-            return _Move.apply(grad, transfer.shards, False), None
+            return sums(grad, transfer.shards), None
         transfer.finish = collectives.start_sums(grad, transfer.shards)
         # The sums are not there yet: this has their shape and no memory.
         return grad.new_zeros(()).expand(transfer.shards.here, *grad.shape[1:]), None

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any
 
 import torch
@@ -27,19 +27,22 @@ class TokenSharding:
         ranks: Its ranks.
         replicated: Names of the groups that every rank holds whole.
         even: Whether every rank is promised to hold as many tokens of every group.
+        kept: What was derived from the arguments of calls, to look it up again.
     """
 
     mesh: DeviceMesh
     ranks: Ranks
     replicated: frozenset[str]
     even: bool
+    kept: dict[Any, Any] = field(default_factory=dict, repr=False)
 
     def __deepcopy__(self, memo: Any) -> TokenSharding:
         return self
 
     def applies_to(self, x: Any) -> bool:
         """Whether a layer called with these tokens has to ask other ranks, or to unwrap them."""
-        return self.ranks.size > 1 or isinstance(x, DTensor)
+        # NOTE: whether it is torch's own class is asked first, because to ask for another takes longer.
+        return self.ranks.size > 1 or (type(x) is not Tensor and isinstance(x, DTensor))
 
     def attend_groups(
         self, layer: Any, x: Tensor, token_specs: Any, attention_patterns: Any, *others: Any, **how: Any

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
+from typing import Any
 
 from mixed_attention.distributed.ranks import Ranks
 
@@ -18,12 +19,10 @@ class Shards:
     Attributes:
         ranks: The ranks.
         sizes: Of every group, its rows on each rank. Symbolic under the compiler, so they are never compared there.
-        even: Whether every rank is promised to hold as many rows of every group.
     """
 
     ranks: Ranks
     sizes: tuple[tuple[int, ...], ...]
-    even: bool = False
 
     @property
     def totals(self) -> list[int]:
@@ -35,35 +34,20 @@ class Shards:
         """Rows on this rank."""
         return self.totals[self.ranks.rank]
 
-    @property
-    def whole(self) -> int:
-        """Rows on all ranks."""
-        return sum(self.totals)
-
-    @property
-    def most(self) -> int:
-        """The rows of a rank that has most of them."""
-        return self.totals[0] if self.even else max(self.totals)
-
-    @property
-    def are_equal(self) -> bool:
-        """Whether every rank has as many rows."""
-        return self.even or len(set(self.totals)) == 1
+    def native(self) -> Any:
+        """The same as C++ takes it."""
+        return self.ranks.native(self.sizes)
 
     @property
     def is_in_order(self) -> bool:
         """Whether the rows of the ranks behind one another are the whole."""
         return len(self.sizes) <= 1
 
-    def by_group(self, stride: int | None = None) -> Iterator[tuple[int, int]]:
-        """In the order of the whole, start and size of each piece where the ranks' rows lie behind one another.
-
-        Args:
-            stride: From the start of one rank's rows to that of the next; by default as many as the rank has.
-        """
+    def by_group(self) -> Iterator[tuple[int, int]]:
+        """In the order of the whole, start and size of each piece where the ranks' rows lie behind one another."""
         starts = [0] * self.ranks.size
         for rank in range(1, self.ranks.size):
-            starts[rank] = starts[rank - 1] + (self.totals[rank - 1] if stride is None else stride)
+            starts[rank] = starts[rank - 1] + self.totals[rank - 1]
         for sizes in self.sizes:
             for rank, size in enumerate(sizes):
                 yield starts[rank], size

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
@@ -14,6 +14,8 @@ from mixed_attention.distributed import rows
 from mixed_attention.distributed.ranks import Ranks
 from mixed_attention.distributed.shards import Shards
 from mixed_attention.distributed.specs import shards_of
+from mixed_attention.eager.at_once import keep
+from mixed_attention.eager.projection import taken_ranges
 from mixed_attention.plan import AttentionPlan, TokenSpecLike, read_specs
 from mixed_attention.spec import ShardedTokenSpec, TokenSpec
 
@@ -114,7 +116,12 @@ def gather_keys(
         (50, 50)
     """
     ranks = Ranks.of(mesh)
-    specs = _present(token_specs)
+    given = read_specs(token_specs)
+    if not torch.compiler.is_compiling():
+        found = _keys_at_once(k, v, given, ranks, plan)
+        if found is not None:
+            return found
+    specs = _present(given)
     ops.check_tensors(k=k, v=v)
     for name, tensor in (("k", k), ("v", v)):
         if tensor.ndim != 4:
@@ -131,6 +138,56 @@ def gather_keys(
     else:
         k, v = gather_groups(k, specs, ranks), gather_groups(v, specs, ranks)
     return k.transpose(0, 1), v.transpose(0, 1)
+
+
+def _keys_at_once(
+    k: Tensor, v: Tensor, specs: list[TokenSpec], ranks: Ranks, plan: AttentionPlan | None
+) -> tuple[Tensor, Tensor] | None:
+    """:func:`gather_keys` by one call of C++, in plain eager mode; None elsewhere, and where something is wrong.
+
+    NOTE: what is kept follows from the arguments alone, so that ranks which find it make the same collectives as those
+    that do not.
+    """
+    if not ops.is_compiled() or not isinstance(k, Tensor) or not isinstance(v, Tensor):
+        return None
+    if not ops.is_plain(k, v) or ops.needs_composite(k, v) or k.dtype != v.dtype or not k.ndim == v.ndim == 4:
+        return None
+    try:
+        key = *specs, plan
+        found = ranks.kept.get(key)
+        if found is None:
+            found = _layout(_present(specs), ranks, plan)
+            keep(ranks.kept, key, found)
+    except (TypeError, ValueError, RuntimeError):  # which is raised in its turn
+        return None
+    if found.where is None or not k.shape[1] == v.shape[1] == found.num_tokens or k.shape[0] != v.shape[0]:
+        return None
+    whole = ops.gather_tokens([k, v], found.tokens, found.where)
+    return whole[0], whole[1]
+
+
+class _Layout(NamedTuple):
+    """Tokens here, those that are brought together, None for all, and where these lie, None if C++ has no say."""
+
+    num_tokens: int
+    tokens: list[tuple[int, int]] | None
+    where: Any
+
+
+def _layout(specs: list[Any], ranks: Ranks, plan: AttentionPlan | None) -> _Layout:
+    is_read = [True] * len(specs)
+    if plan is not None:
+        if [group.name for group in plan.groups] != [spec.name for spec in specs]:
+            return _Layout(0, None, None)
+        is_read = [group.key_start is not None for group in plan.groups]
+    num_tokens = sum(spec.size for spec in specs)
+    read = [spec for spec, used in zip(specs, is_read) if used]
+    if not read or not all(type(spec) is ShardedTokenSpec for spec in read):
+        return _Layout(num_tokens, None, None)
+    shards_of(read, ranks)  # checks
+    runs = tuple((spec.size, used) for spec, used in zip(specs, is_read))
+    where = ranks.native([spec.sizes for spec in read])
+    return _Layout(num_tokens, None if all(is_read) else taken_ranges(runs), where)
 
 
 def _read_by(

@@ -16,7 +16,7 @@ from mixed_attention.cache import is_recorded
 from mixed_attention.eager.packed import slots
 from mixed_attention.eager.projection import Runs, taken_ranges
 from mixed_attention.plan import MANY, AttentionPlan, ends
-from mixed_attention.spec import AttentionPattern, TokenSpec
+from mixed_attention.spec import AttentionPattern, ShardedTokenSpec, TokenSpec
 
 
 class Request:
@@ -52,10 +52,10 @@ class Request:
         found = _requests.get(key)
         if found is not None and (not are_many or found._given == (tuple(specs), tuple(patterns))):
             return found
-        if not {TokenSpec}.issuperset(map(type, specs)) or not {AttentionPattern}.issuperset(map(type, patterns)):
+        if not all(map(_is_whole, specs)) or not {AttentionPattern}.issuperset(map(type, patterns)):
             return None
         found = Request(tuple(specs), tuple(patterns))
-        _keep(_requests, key, found)
+        keep(_requests, key, found)
         return found
 
     def plan(self, skip_unread_keys: bool) -> AttentionPlan:
@@ -73,8 +73,13 @@ class Request:
         if found is None:
             names = [spec.name for spec in self._given[0]]
             found = frozenset([name for name in names if is_recorded(name, named)])
-            _keep(self._recorded, named, found)
+            keep(self._recorded, named, found)
         return found
+
+
+def _is_whole(spec: Any) -> bool:
+    """Whether it is a group of ours all of whose tokens are here: also one that is spread over a single rank."""
+    return type(spec) is TokenSpec or (type(spec) is ShardedTokenSpec and spec.num_keys == spec.size)
 
 
 _SEQUENCES = (list, tuple)
@@ -82,7 +87,8 @@ _MOST_KEPT = 256
 _requests: dict[tuple[int, ...], Request] = {}
 
 
-def _keep(kept: dict[Any, Any], key: Any, value: Any) -> None:
+def keep(kept: dict[Any, Any], key: Any, value: Any) -> None:
+    """Keeps a value to look it up again, of which there may be many in a long run."""
     if len(kept) >= _MOST_KEPT:
         kept.clear()
     kept[key] = value
@@ -120,7 +126,7 @@ def run(
         if not ops.is_compiled():
             return None
         found = _call(plan, x.shape[0], num_heads, head_dim, freqs is not None, dropout_p, normalises)
-        _keep(kept, key, found)
+        keep(kept, key, found)
     call, shapes = found
     result = ops.run_layer(x, maps, freqs, key_padding_mask, call)
     if result is None:

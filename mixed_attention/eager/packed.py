@@ -182,10 +182,11 @@ def _backward_composite(buffers, pairs, key_padding_mask, seed, call, out, lse, 
         stacked = [torch.stack([next(remaining) for _ in range(shape[2])], 2) for shape in call.shapes]
         grads = [grad.reshape(buffer.shape) for grad, buffer in zip(stacked, buffers)]
         of_parts = (grads, drotated, pairs, buffers, call.tokens, call.shapes, call.rotated, call.normalised)
-        return [_gradient_of_buffer(*part) for part in zip(*of_parts)]
+        return [gradient_of_buffer(*part) for part in zip(*of_parts)]
 
 
-def _gradient_of_buffer(grad, more, pairs, buffer, tokens, shape, rotated, normalised):
+def gradient_of_buffer(grad, more, pairs, buffer, tokens, shape, rotated, normalised):
+    """The gradient of a buffer, given those of its slots as they were read and as they left the node."""
     count = normalised or (0 if pairs is None else rotated)
     if count == 0:  # what was not rotated is no output of this node, and nothing more comes in
         return grad

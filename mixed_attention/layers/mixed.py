@@ -133,19 +133,13 @@ class MixedAttention(DotProductAttention):
         record: bool,
     ) -> tuple[Tensor, KVCache | None] | None:
         """The layer by one call of C++, in plain eager mode; None elsewhere, and where there is an error to raise."""
-        if type(x) is not Tensor or not self.parallel or self.use_rope != (freqs is not None):
-            return None
         if self.qk_norm and (self.head_dim % 2 or not are_plain((self.q_norm, self.k_norm))):
+            return None
+        maps = self._plain_maps(x, freqs)
+        if maps is None:
             return None
         request, shape = at_once.Request.of(token_specs, attention_patterns), x.shape
         if request is None or request.has_cached or len(shape) != 3 or shape[1] != request.num_tokens:
-            return None
-        is_packed = len(self.projections) == 1
-        if "".join(self.projections) != "qkv" or (is_packed and self.num_heads * self.head_dim != self._dim):
-            return None
-        layers = [getattr(self, name) for name in (*self.projections, "proj")]
-        maps = [each for each in map(plain_parameters, layers) if each is not None]
-        if len(maps) < len(layers) or not calls_are_torchs():
             return None
         if key_padding_mask is not None:
             check_tokens(x, token_specs, key_padding_mask)
@@ -169,6 +163,20 @@ class MixedAttention(DotProductAttention):
             return None
         out, rotated = made
         return out, self._recorded(plan, to_record, rotated, mask) if record else None
+
+    def _plain_maps(self, x: Tensor, freqs: Freqs | None) -> list[tuple[Tensor, Tensor | None]] | None:
+        """Weights and biases, of the output projection at last, if the layer is these, norms, rotation and attention.
+
+        None for tensors of other classes, the reference, and projections that are more.
+        """
+        if type(x) is not Tensor or not self.parallel or self.use_rope != (freqs is not None):
+            return None
+        is_packed = len(self.projections) == 1
+        if "".join(self.projections) != "qkv" or (is_packed and self.num_heads * self.head_dim != self._dim):
+            return None
+        layers = [getattr(self, name) for name in (*self.projections, "proj")]
+        maps = [each for each in map(plain_parameters, layers) if each is not None]
+        return None if len(maps) < len(layers) or not calls_are_torchs() else maps
 
     def _in_steps(
         self,

@@ -1,0 +1,194 @@
+#include "torch/ranks.h"
+
+#include <ATen/Functions.h>
+#include <ATen/core/dispatch/Dispatcher.h>
+#include <ATen/core/ivalue.h>
+#include <c10/core/ScalarType.h>
+#include <c10/core/impl/LocalDispatchKeySet.h>
+#include <c10/util/accumulate.h>
+
+#include <algorithm>
+#include <utility>
+
+namespace mixed_attention {
+namespace {
+
+using at::Tensor;
+
+// NOTE: boxed, because releases of torch differ in the type of the group's name.
+template <class... Arguments>
+Tensor collective(const c10::OperatorHandle& op, Arguments&&... arguments) {
+  torch::jit::Stack stack{c10::IValue(std::forward<Arguments>(arguments))...};
+  op.callBoxed(stack);
+  return stack.at(0).toTensor();
+}
+
+c10::OperatorHandle find(const char* name) { return c10::Dispatcher::singleton().findSchemaOrThrow(name, ""); }
+
+Tensor wait_for(const Tensor& received) {
+  static const auto op = find("_c10d_functional::wait_tensor");
+  return collective(op, received);
+}
+
+int64_t numbers(const std::vector<int64_t>& row) { return c10::multiply_integers(row); }
+
+int64_t numbers(const std::vector<std::vector<int64_t>>& rows) {
+  int64_t sum = 0;
+  for (const std::vector<int64_t>& row : rows) sum += numbers(row);
+  return sum;
+}
+
+std::vector<int64_t> row_of(const Tensor& rows) {
+  const at::IntArrayRef sizes = rows.sizes();
+  return {sizes.begin() + 1, sizes.end()};
+}
+
+Tensor flat(const Tensor& part) { return part.contiguous().view(-1); }
+
+Tensor joined(const std::vector<Tensor>& pieces) { return pieces.size() == 1 ? pieces[0] : at::cat(pieces); }
+
+// Parts that lie behind one another, as tensors of so many rows.
+std::vector<Tensor> split_parts(const Tensor& together, const std::vector<std::vector<int64_t>>& rows, int64_t count) {
+  std::vector<Tensor> parts;
+  int64_t place = 0;
+  for (const std::vector<int64_t>& row : rows) {
+    std::vector<int64_t> shape{count};
+    shape.insert(shape.end(), row.begin(), row.end());
+    parts.push_back(together.narrow(0, place, count * numbers(row)).view(shape));
+    place += count * numbers(row);
+  }
+  return parts;
+}
+
+// Where the rows of every rank begin in those of each group of the whole, [group][rank].
+std::vector<std::vector<int64_t>> places_in_whole(const Shards& shards) {
+  std::vector<std::vector<int64_t>> places;
+  int64_t place = 0;
+  for (const std::vector<int64_t>& sizes : shards.sizes) {
+    places.emplace_back();
+    for (const int64_t size : sizes) {
+      places.back().push_back(place);
+      place += size;
+    }
+  }
+  return places;
+}
+
+// The rows of the whole rank by rank, of each all parts, filled up to so many rows where there are fewer.
+std::vector<Tensor> by_rank(const std::vector<Tensor>& parts, const std::vector<std::vector<int64_t>>& rows,
+                            const Shards& shards, int64_t at_least) {
+  const bool is_full = at_least == 0 || at_least * shards.num_ranks() == shards.whole;
+  if (parts.size() == 1 && shards.sizes.size() == 1 && is_full) return parts;
+  const auto places = places_in_whole(shards);
+  std::vector<Tensor> pieces;
+  for (int64_t rank = 0; rank < shards.num_ranks(); ++rank) {
+    for (size_t part = 0; part < parts.size(); ++part) {
+      const int64_t width = numbers(rows[part]);
+      for (size_t group = 0; group < shards.sizes.size(); ++group) {
+        const int64_t size = shards.sizes[group][rank];
+        if (size > 0) pieces.push_back(parts[part].narrow(0, places[group][rank] * width, size * width));
+      }
+    }
+    const int64_t missing = at_least - shards.totals[rank];
+    if (missing > 0) pieces.push_back(at::zeros({missing * numbers(rows)}, parts[0].options()));
+  }
+  return pieces;
+}
+
+}  // namespace
+
+Shards::Shards(std::string group, int64_t rank, bool share_a_host, std::vector<std::vector<int64_t>> sizes)
+    : group(std::move(group)), rank(rank), share_a_host(share_a_host), sizes(std::move(sizes)), most(0), whole(0) {
+  TORCH_CHECK_VALUE(!this->sizes.empty(), "sizes: expected those of a group at least");
+  totals.resize(this->sizes[0].size());
+  for (const std::vector<int64_t>& of_group : this->sizes) {
+    TORCH_CHECK_VALUE(of_group.size() == totals.size(), "sizes: expected one of every rank");
+    for (size_t i = 0; i < totals.size(); ++i) totals[i] += of_group[i];
+  }
+  TORCH_CHECK_VALUE(0 <= rank && rank < num_ranks(), "rank: expected one of ", num_ranks(), ", got ", rank);
+  for (const int64_t total : totals) {
+    most = std::max(most, total);
+    whole += total;
+  }
+}
+
+InFlight start_gather(const std::vector<std::vector<Tensor>>& parts, const Shards& shards) {
+  const c10::impl::ExcludeDispatchKeyGuard no_autocast(c10::autocast_dispatch_keyset);
+  static const auto op = find("_c10d_functional::all_gather_into_tensor");
+  InFlight result{{}, {}, parts[0][0].options()};
+  const int64_t missing = shards.most - shards.here();
+  std::vector<Tensor> pieces;
+  for (const std::vector<Tensor>& part : parts) {
+    result.rows.push_back(row_of(part[0]));
+    for (const Tensor& piece : part) pieces.push_back(flat(piece));
+    if (missing > 0) pieces.push_back(at::empty({missing * numbers(result.rows.back())}, result.options));
+  }
+  if (shards.whole * numbers(result.rows) == 0) return result;
+  result.received = collective(op, joined(pieces), shards.num_ranks(), shards.group);
+  return result;
+}
+
+std::vector<Tensor> finish_gather(const InFlight& gather, const Shards& shards) {
+  const c10::impl::ExcludeDispatchKeyGuard no_autocast(c10::autocast_dispatch_keyset);
+  if (!gather.received.defined()) return split_parts(at::empty({0}, gather.options), gather.rows, shards.whole);
+  const Tensor received = wait_for(gather.received);
+  const bool is_whole = gather.rows.size() == 1 && shards.sizes.size() == 1 &&
+                        shards.most * shards.num_ranks() == shards.whole;  // as many on every rank
+  if (is_whole) return split_parts(received, gather.rows, shards.whole);
+  const int64_t of_rank = shards.most * numbers(gather.rows);
+  std::vector<Tensor> pieces;
+  int64_t before = 0;  // of the parts
+  for (const std::vector<int64_t>& row : gather.rows) {
+    const int64_t width = numbers(row);
+    std::vector<int64_t> taken(shards.num_ranks());
+    for (const std::vector<int64_t>& sizes : shards.sizes) {
+      for (int64_t rank = 0; rank < shards.num_ranks(); ++rank) {
+        const int64_t start = rank * of_rank + before + taken[rank] * width;
+        if (sizes[rank] > 0) pieces.push_back(received.narrow(0, start, sizes[rank] * width));
+        taken[rank] += sizes[rank];
+      }
+    }
+    before += shards.most * width;
+  }
+  return split_parts(joined(pieces), gather.rows, shards.whole);
+}
+
+// NOTE: on one host the parts travel in their own dtype, to be added in the order of the ranks: half the bytes of fp32,
+// and bits that depend on no algorithm. Between hosts an all-to-all would not use all network cards.
+InFlight start_sums(at::TensorList parts, const Shards& shards) {
+  const c10::impl::ExcludeDispatchKeyGuard no_autocast(c10::autocast_dispatch_keyset);
+  static const auto exchange = find("_c10d_functional::all_to_all_single");
+  static const auto reduce = find("_c10d_functional::reduce_scatter_tensor");
+  InFlight result{{}, {}, parts[0].options()};
+  for (const Tensor& part : parts) result.rows.push_back(row_of(part));
+  const int64_t width = numbers(result.rows);
+  if (shards.whole * width == 0) return result;
+  const at::ScalarType wide = c10::promoteTypes(parts[0].scalar_type(), at::kFloat);
+  std::vector<Tensor> wholes;
+  for (const Tensor& part : parts) wholes.push_back(flat(shards.share_a_host ? part : part.to(wide)));
+  if (shards.share_a_host) {
+    std::vector<int64_t> sent, received(shards.num_ranks(), shards.here() * width);
+    for (const int64_t total : shards.totals) sent.push_back(total * width);
+    const Tensor together = joined(by_rank(wholes, result.rows, shards, 0));
+    result.received = collective(exchange, together, std::move(received), std::move(sent), shards.group);
+  } else {
+    const Tensor together = joined(by_rank(wholes, result.rows, shards, shards.most));
+    result.received = collective(reduce, together, std::string("sum"), shards.num_ranks(), shards.group);
+  }
+  return result;
+}
+
+std::vector<Tensor> finish_sums(const InFlight& sums, const Shards& shards) {
+  const c10::impl::ExcludeDispatchKeyGuard no_autocast(c10::autocast_dispatch_keyset);
+  if (!sums.received.defined()) return split_parts(at::empty({0}, sums.options), sums.rows, shards.here());
+  const Tensor received = wait_for(sums.received);
+  const at::ScalarType dtype = c10::typeMetaToScalarType(sums.options.dtype());
+  const int64_t count = shards.here() * numbers(sums.rows);
+  const Tensor sum =
+      shards.share_a_host
+          ? received.view({shards.num_ranks(), count}).sum(0, false, c10::promoteTypes(dtype, at::kFloat))
+          : received.narrow(0, 0, count);
+  return split_parts(sum.to(dtype), sums.rows, shards.here());
+}
+
+}  // namespace mixed_attention
