@@ -74,6 +74,11 @@ def process_group(name: Any) -> Any:
     return torch._C._distributed_c10d._resolve_process_group(name)
 
 
+def store_of(group: Any) -> Any:
+    """The store that the ranks of a process group share."""
+    return torch.distributed.distributed_c10d._get_process_group_store(group)
+
+
 def is_forward_mode() -> bool:
     """Whether tensors may have tangents here."""
     return forward_ad._current_level >= 0

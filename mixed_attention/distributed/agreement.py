@@ -27,6 +27,9 @@ FAILURES = (TypeError, ValueError, AssertionError, RuntimeError, LookupError)
 """What may be wrong with a call on one rank alone. (Checkpoints end recomputations by another exception.)"""
 
 
+_MARK = "_is_known_to_all_ranks"
+
+
 class Facts(dict[str, Any]):
     """What must be the same on all ranks, by words for people; values of plain kinds."""
 
@@ -102,10 +105,11 @@ def _raise_failure(who: str, ranks: Ranks, error: BaseException | None) -> NoRet
     text = None if error is None else f"{type(error).__name__}: {error}"
     every = ranks.all_gather_objects((text, isinstance(error, ValueError)))
     if error is not None:
-        raise error
+        raise _known(error)
     failed = [(rank, *entry) for rank, entry in enumerate(every) if entry[0] is not None]
     message = "; ".join(f"rank {rank} raised {text}" for rank, text, _ in failed)
-    raise (ValueError if all(is_value for *_, is_value in failed) else RuntimeError)(f"{who}: {message}")
+    kind = ValueError if all(is_value for *_, is_value in failed) else RuntimeError
+    raise _known(kind(f"{who}: {message}"))
 
 
 def _raise_difference(who: str, ranks: Ranks, facts: Mapping[str, Any]) -> NoReturn:
@@ -117,7 +121,17 @@ def _raise_difference(who: str, ranks: Ranks, facts: Mapping[str, Any]) -> NoRet
         if any(value != values[0] for value in values):
             of_ranks = ", ".join(f"{value!r} on rank {rank}" for rank, value in enumerate(values))
             differing.append(f"{name}: {of_ranks}")
-    raise ValueError(f"{who}: the ranks were called with different {'; '.join(differing)}")
+    raise _known(ValueError(f"{who}: the ranks were called with different {'; '.join(differing)}"))
+
+
+def _known(error: BaseException) -> BaseException:
+    setattr(error, _MARK, True)
+    return error
+
+
+def is_known(error: BaseException) -> bool:
+    """Whether all ranks raise for the same reason as this error of :func:`agree`, :func:`fail` or :func:`attempt`."""
+    return hasattr(error, _MARK)
 
 
 def can_exchange() -> bool:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -11,7 +11,7 @@ from torch import Tensor
 from torch.distributed.device_mesh import DeviceMesh
 from torch.distributed.tensor import DTensor, Shard
 
-from mixed_attention.distributed import attend
+from mixed_attention.distributed import attend, failures
 from mixed_attention.distributed.ranks import Ranks
 from mixed_attention.distributed.specs import bounds_of, shares_of
 from mixed_attention.plan import read_specs
@@ -49,19 +49,19 @@ class TokenSharding:
     ) -> tuple[Tensor, Any]:
         """:meth:`mixed_attention.MixedAttention._attend` over ranks."""
         if not isinstance(x, DTensor):
-            return attend.attend_groups(self, layer, x, token_specs, attention_patterns, *others, **how)
+            return self._named(attend.attend_groups, layer, x, token_specs, attention_patterns, *others, **how)
         mask, freqs, kv_cache = others
         specs = self._cut(read_specs(token_specs), x)
         local, mask, freqs = self._local("x", x), self._local("key_padding_mask", mask), self._local("freqs", freqs)
-        out, recorded = attend.attend_groups(
-            self, layer, local, specs, attention_patterns, mask, freqs, kv_cache, **how
+        out, recorded = self._named(
+            attend.attend_groups, layer, local, specs, attention_patterns, mask, freqs, kv_cache, **how
         )
         return self._wrapped(out, x), recorded
 
     def attend_to_all(self, layer: Any, x: Tensor, attn_mask: Any, freqs: Any) -> Tensor:
         """:meth:`mixed_attention.DotProductAttention.forward` over ranks, but for what follows the attention."""
         local, sizes = self._local("x", x), self._sizes(x)
-        out = attend.attend_to_all(self, layer, local, attn_mask, self._local("freqs", freqs), sizes)
+        out = self._named(attend.attend_to_all, layer, local, attn_mask, self._local("freqs", freqs), sizes)
         return self._wrapped(out, x)
 
     def attend_across(
@@ -70,10 +70,13 @@ class TokenSharding:
         """:meth:`mixed_attention.PerceiverAttention._attend` over ranks, but for its checks."""
         locals_ = (self._local("q", q), self._local("kv", kv), attn_mask)
         freqs = self._local("q_freqs", q_freqs), self._local("k_freqs", k_freqs)
-        out, recorded = attend.attend_across(
-            self, layer, *locals_, *freqs, kv_cache, sizes=self._sizes(kv), record=record
+        out, recorded = self._named(
+            attend.attend_across, layer, *locals_, *freqs, kv_cache, sizes=self._sizes(kv), record=record
         )
         return self._wrapped(out, q), recorded
+
+    def _named(self, attend_with: Callable[..., Any], *arguments: Any, **how: Any) -> Any:
+        return failures.named("ContextParallel", self.ranks, attend_with, self, *arguments, **how)
 
     def _local(self, name: str, tensor: Any) -> Any:
         """The rows of this rank out of what is a DTensor; all else is theirs already."""

@@ -134,7 +134,9 @@ def group_of_a_name(mesh) -> bool:
     from mixed_attention import torch_internals
 
     group = mesh.get_group()
-    return torch_internals.process_group(group.group_name).rank() == group.rank()
+    torch_internals.store_of(group).set(f"here/{group.rank()}", "yes")
+    found = [torch_internals.store_of(group).get(f"here/{rank}") for rank in range(group.size())]  # waits for it
+    return torch_internals.process_group(group.group_name).rank() == group.rank() and found == [b"yes"] * group.size()
 
 
 def test_groups_are_found_by_name(ranks):

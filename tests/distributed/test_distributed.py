@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import datetime
 import itertools
 from collections import namedtuple
 from dataclasses import replace
@@ -14,6 +15,7 @@ import torch.distributed as dist
 from layers import CROSS, DENSE, DIM, JOINT, NUM_HEADS, SELF, Scene, make_freqs, make_layer, make_x, tensor_of
 from shares import CUTS, cut, cuts
 from torch import nn
+from torch.distributed.device_mesh import DeviceMesh
 from torch.distributed.tensor import DTensor
 from torch.distributed.tensor.parallel import parallelize_module
 from torch.utils.checkpoint import checkpoint
@@ -535,6 +537,31 @@ def known_sizes_that_are_wrong(mesh) -> list[tuple[str, str]]:
 def test_known_sizes_that_are_wrong(ranks):
     for raised in ranks.run(2, known_sizes_that_are_wrong):
         assert [kind for kind, _ in raised] == ["ValueError"] * len(raised), raised
+
+
+def failure_where_nobody_asks(mesh) -> tuple[tuple[str, str], bool, tuple[str, str]]:
+    from mixed_attention import torch_internals
+
+    group = dist.new_group(timeout=datetime.timedelta(seconds=8))  # instead of the end of the process that has failed
+    mesh = DeviceMesh.from_group(group, "cpu")
+    share = cut(SCENES["anchors"], mesh, "chunks")
+    layer = marked(make_layer(ma.MixedAttention), mesh)
+    (x,) = share.of(make_x(share.scene))
+    everywhere = message_of(layer, x[:, 1:], share.sharded, share.scene.patterns)
+    layer(x, share.sharded, share.scene.patterns).sum().backward()
+    is_last = mesh.get_local_rank() == mesh.size() - 1
+    keys = [f"mixed_attention/failed/{rank}" for rank in ranks_of(mesh)]
+    dist.barrier(group=group)
+    remains = any(torch_internals.store_of(group).check([key]) for key in keys)
+    return everywhere, remains, message_of(layer, x[:, 1:] if is_last else x, share.sharded, share.scene.patterns)
+
+
+def test_a_rank_that_fails_is_named_where_sizes_are_known(ranks):
+    """And an error that all ranks have survived is not taken for the cause of another."""
+    *others, (everywhere, remains, raised) = ranks.run(4, failure_where_nobody_asks)
+    assert everywhere[0] == "ValueError" and not remains and raised == everywhere
+    for *_, (kind, text) in others:
+        assert kind == "RuntimeError" and text == f"ContextParallel: rank 3 raised {raised[0]}: {raised[1]}", text
 
 
 @pytest.mark.parametrize("sizes", [(), (3, -1), (3, None), (3, 1.5), "33", 6])
