@@ -1,7 +1,7 @@
 // Backward, in two forms. Both recompute the probabilities out of the log-sum-exps, behind a small kernel that prepares
 // two numbers for each query.
 //
-// The faster form is one kernel over tiles of keys: it owns dk and dv and adds its part of dq to a sum in fp32, in
+// The faster form is one kernel over tiles of keys: it owns dk and dv and adds what it knows of dq to dq_accum, in
 // whatever order the thread blocks come. The deterministic form computes dq in a second kernel, over tiles of queries,
 // at the price of two of then seven products: nothing is added atomically, and repeats are bitwise equal.
 //
@@ -10,7 +10,7 @@
 #pragma once
 
 #include "cuda/common/row_reference.h"
-#include "cuda/portable/dq_sum.cuh"
+#include "cuda/portable/dq_accum.cuh"
 #include "cuda/portable/dropout.cuh"
 #include "cuda/portable/tile_iterator.cuh"
 
@@ -30,7 +30,7 @@ struct BwdArguments {
   RowReference* references;
   int* has_references;
   float *partial_dq, *partial_dk, *partial_dv;
-  DqSum dq_sum;
+  DqAccum dq_accum;
 };
 
 // A row of queries among all (batch, head, query).

@@ -3,8 +3,8 @@
 
 #include "cuda/portable/bwd_stats_kernel.cuh"
 #include "cuda/portable/dk_dv_kernel.cuh"
+#include "cuda/portable/dq_accum_kernel.cuh"
 #include "cuda/portable/dq_kernel.cuh"
-#include "cuda/portable/dq_sum_kernel.cuh"
 #include "cuda/portable/launch_common.cuh"
 #include "cuda/portable/sum_kernel.cuh"
 
@@ -58,7 +58,7 @@ BwdArguments bwd_arguments(const BwdParams& params, const BwdBuffers& buffers, c
       .partial_dq = buffers.partial_dq,
       .partial_dk = buffers.partial_dk,
       .partial_dv = buffers.partial_dv,
-      .dq_sum = {buffers.dq_sum, buffers.dq_sum_cols},
+      .dq_accum = {buffers.dq_accum, buffers.dq_accum_cols},
   };
 }
 
@@ -68,9 +68,9 @@ void launch_bwd_by_key(const BwdParams& params, const BwdBuffers& buffers, const
   const int64_t rows = params.batch_size * params.num_heads * params.seqlen_q;
   const auto stream = static_cast<cudaStream_t>(params.stream);
   const BwdArguments args = bwd_arguments<kArithmetic>(params, buffers, by_key.table);
-  const bool adds_dq = buffers.dq_sum != nullptr;
+  const bool adds_dq = buffers.dq_accum != nullptr;
   const auto* first_zero = reinterpret_cast<const char*>(buffers.has_references);
-  const auto* last_zero = reinterpret_cast<const char*>(adds_dq ? buffers.dq_sum + buffers.dq_sum_size : nullptr);
+  const auto* last_zero = reinterpret_cast<const char*>(adds_dq ? buffers.dq_accum + buffers.dq_accum_size : nullptr);
   const size_t num_zeros = adds_dq ? static_cast<size_t>(last_zero - first_zero) : sizeof(int);
   check(cudaMemsetAsync(buffers.has_references, 0, num_zeros, stream), "cudaMemsetAsync");
   if (rows > 0) {
@@ -92,8 +92,8 @@ void launch_bwd_by_key(const BwdParams& params, const BwdBuffers& buffers, const
                        params.dv_strides);
   }
   if (adds_dq && rows > 0) {
-    portable_dq_sum_kernel<Element><<<blocks_for(32 * rows, 256), 256, 0, stream>>>(args);
-    check(cudaGetLastError(), "portable_dq_sum_kernel");
+    portable_dq_accum_kernel<Element><<<blocks_for(32 * rows, 256), 256, 0, stream>>>(args);
+    check(cudaGetLastError(), "portable_dq_accum_kernel");
   }
 }
 

@@ -2,7 +2,7 @@
 // of the keys to itself, or shares them (Tile::sharing): then each sharer sums some columns of dk and dv over all
 // queries of a block, but computes the scores of some queries only, and takes the others' from shared memory.
 //
-// Beside that it may add its part of dq, dsᵀ k, to a sum.
+// Beside that it may add dsᵀ k, its keys' share of dq, to dq_accum.
 #pragma once
 
 #include "cuda/portable/bwd_arguments.cuh"
@@ -76,10 +76,10 @@ struct DkDvShared {
                                            SharedTile<Element, kTile.rows, kTile.block_rows>, Nothing> scores;
 };
 
-// Adds the block's part of dq, dsᵀ k, to the sum: num_rows rows from row_begin on. Each warp takes 16 or 32 queries and
-// an equal share of the columns.
+// Adds dsᵀ k, the share of the block's keys, to dq: num_rows rows from row_begin on. Each warp takes 16 or 32 queries
+// and an equal share of the columns.
 template <class Products, int kThreads, class SharedDs, class Keys>
-__device__ void add_dq(const DqSum& sum, int64_t row_begin, int num_rows, const SharedDs& ds, const Keys& k) {
+__device__ void add_dq(const DqAccum& accum, int64_t row_begin, int num_rows, const SharedDs& ds, const Keys& k) {
   constexpr int kCols = Keys::kCols, kTilesM = SharedDs::kCols >= 64 ? 2 : 1;
   constexpr int kRowGroups = SharedDs::kCols / 16 / kTilesM, kWarpsPerGroup = kThreads / 32 / kRowGroups;
   // Columns are loaded 16 at a time; where they do not go round, half of the warps stands by.
@@ -97,21 +97,21 @@ __device__ void add_dq(const DqSum& sum, int64_t row_begin, int num_rows, const 
     float dq[kTilesM][kTilesAtOnce][4] = {};
     const auto load_ds = [&](int m, int step) { return Products::load_a_by_depth(ds, row + 16 * m, step); };
     multiply_columns<Products>(dq, load_ds, k, first);
-    float* const place = sum.place(row_begin + row + lane / 4, first, lane % 4);
+    float* const place = accum.place(row_begin + row + lane / 4, first, lane % 4);
     const auto add = [&]<bool kAll>() {
 #pragma unroll
       for (int i = 0; i < 2 * kTilesM; ++i) {
         if (!kAll && row + lane / 4 + 8 * i >= num_rows) continue;
-        float* const row_place = ptx::keep(place + 8 * i * sum.num_cols);
+        float* const row_place = ptx::keep(place + 8 * i * accum.num_cols);
 #pragma unroll
         for (int n = 0; n < kTilesAtOnce; ++n) {
-          if (!kAll && first + 8 * n >= sum.num_cols) continue;
-          DqSum::add(row_place + n * DqSum::kBlock, &dq[i / 2][n][i % 2 * 2]);
+          if (!kAll && first + 8 * n >= accum.num_cols) continue;
+          DqAccum::add(row_place + n * DqAccum::kBlock, &dq[i / 2][n][i % 2 * 2]);
         }
       }
     };
     // A check for each tile costs more than its addition.
-    if (num_rows == SharedDs::kCols && first + 8 * kTilesAtOnce <= sum.num_cols) {
+    if (num_rows == SharedDs::kCols && first + 8 * kTilesAtOnce <= accum.num_cols) {
       add.template operator()<true>();
     } else {
       add.template operator()<false>();
@@ -146,7 +146,7 @@ __global__ void __launch_bounds__(dk_dv_tile(kArithmetic, kHeadDim).num_threads(
   const bool* mask = params.key_padding_mask;
   if (mask != nullptr) mask += item.batch * params.key_padding_mask_batch_stride;
   const int64_t copy = static_cast<int64_t>(item.batch) * params.num_heads + item.head;
-  const int64_t first_query = copy * params.seqlen_q;  // of lse_log2, delta and dq_sum
+  const int64_t first_query = copy * params.seqlen_q;  // of lse_log2, delta and dq_accum
   // A warp's keys; among the warps that share them, its part of the gradients' columns and of a block's queries
   const int warp = threadIdx.x / 32, sharer = warp % kTile.sharing;
   const int warp_row = warp / kTile.sharing * kTile.warp_rows, warp_col = ptx::keep(sharer * kWarpCols);
@@ -254,7 +254,7 @@ __global__ void __launch_bounds__(dk_dv_tile(kArithmetic, kHeadDim).num_threads(
     if (kAddsDq || kTile.stages == 1) __syncthreads();
     if (kTile.stages == 1 && !walk.done()) load_next(0);
     if constexpr (kAddsDq) {
-      add_dq<Products, kThreads>(args.dq_sum, first_query + block.row_begin, block.num_rows, shared.scores, lane_k);
+      add_dq<Products, kThreads>(args.dq_accum, first_query + block.row_begin, block.num_rows, shared.scores, lane_k);
     }
   }
 

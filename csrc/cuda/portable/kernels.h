@@ -32,10 +32,10 @@ struct BwdBuffers {
   float* lse_log2;                 // (batch_size, num_heads, seqlen_q); +inf for rows without keys
   float* delta;                    // likewise
   RowReference* references;        // likewise
-  int* has_references;             // one word, 0 where no row has one; zeros from here on to the end of dq_sum
-  float* dq_sum;                   // DqSum; null where a kernel over queries computes dq
-  int dq_sum_cols;                 // head_dim of the problem, rounded up to a multiple of 8
-  int64_t dq_sum_size;             // in numbers
+  int* has_references;             // one word, 0 where no row has one; zeros from here on to the end of dq_accum
+  float* dq_accum;                 // DqAccum; null where a kernel over queries computes dq
+  int dq_accum_cols;               // head_dim of the problem, rounded up to a multiple of 8
+  int64_t dq_accum_size;           // in numbers
   float* partial_dq;               // (num_splits, batch_size, num_heads, seqlen_q, head_dim); null without splits
   float *partial_dk, *partial_dv;  // (num_splits, batch_size, num_heads, seqlen_k, head_dim or head_dim_v)
 };
@@ -44,7 +44,7 @@ struct BwdBuffers {
 template <Arithmetic kArithmetic, int kHeadDim>
 void launch_fwd(const FwdParams& params, const FwdBuffers& buffers, const GridWork& by_query);
 
-// All gradients where buffers.dq_sum is there, which takes what other blocks add to dq; else dk and dv.
+// All gradients where buffers.dq_accum is there, which takes what other blocks add to dq; else dk and dv.
 template <Arithmetic kArithmetic, int kHeadDim>
 void launch_bwd_by_key(const BwdParams& params, const BwdBuffers& buffers, const GridWork& by_key);
 

@@ -117,9 +117,9 @@ void take_workspace(const BwdParams& params, BwdPlan& plan) {
   plan.buffers.references = scratch.take<RowReference>(copies * params.seqlen_q);
   plan.buffers.has_references = scratch.take<int>(1);
   if (plan.adds_dq) {
-    plan.buffers.dq_sum_cols = static_cast<int>((params.head_dim + 7) / 8 * 8);
-    plan.buffers.dq_sum_size = (copies * params.seqlen_q + 7) / 8 * 8 * plan.buffers.dq_sum_cols;
-    plan.buffers.dq_sum = scratch.take<float>(plan.buffers.dq_sum_size);
+    plan.buffers.dq_accum_cols = static_cast<int>((params.head_dim + 7) / 8 * 8);
+    plan.buffers.dq_accum_size = (copies * params.seqlen_q + 7) / 8 * 8 * plan.buffers.dq_accum_cols;
+    plan.buffers.dq_accum = scratch.take<float>(plan.buffers.dq_accum_size);
   } else {
     plan.by_query.take(scratch);
     if (const int64_t splits = plan.by_query.pass->num_splits; splits > 1) {

@@ -1,4 +1,4 @@
-// The sum in fp32 that all thread blocks of the backward add their parts of dq to.
+// The accumulator of dq: fp32 memory to which all thread blocks of the backward add what they know of dq.
 //
 // It lies in blocks of 8 rows and 8 columns, each in the order in which a warp's lanes have it in their accumulators:
 // what a warp adds to a block is then 256 bytes in a row instead of 32 in each of 8 rows. Caches work by lines of 128.
@@ -10,7 +10,7 @@
 
 namespace mixed_attention::cuda::portable {
 
-struct DqSum {
+struct DqAccum {
   static constexpr int kBlock = 8 * 8;
 
   float* data;   // all rows (batch, head, query), up to a multiple of 8
