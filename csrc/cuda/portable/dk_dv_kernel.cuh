@@ -145,8 +145,8 @@ __global__ void __launch_bounds__(dk_dv_tile(kArithmetic, kHeadDim).num_threads(
   const auto dout = rows(params.dout, params.dout_strides, params.head_dim_v);
   const bool* mask = params.key_padding_mask;
   if (mask != nullptr) mask += item.batch * params.key_padding_mask_batch_stride;
-  const int64_t copy = static_cast<int64_t>(item.batch) * params.num_heads + item.head;
-  const int64_t first_query = copy * params.seqlen_q;  // of lse_log2, delta and dq_accum
+  const int64_t batch_head = static_cast<int64_t>(item.batch) * params.num_heads + item.head;
+  const int64_t first_query = batch_head * params.seqlen_q;  // of lse_log2, delta and dq_accum
   // A warp's keys; among the warps that share them, its part of the gradients' columns and of a block's queries
   const int warp = threadIdx.x / 32, sharer = warp % kTile.sharing;
   const int warp_row = warp / kTile.sharing * kTile.warp_rows, warp_col = ptx::keep(sharer * kWarpCols);
@@ -227,8 +227,8 @@ __global__ void __launch_bounds__(dk_dv_tile(kArithmetic, kHeadDim).num_threads(
         if (drops) {
           const WorkRange& range = walk.range_of(block);
           const int key = item.row_begin + thread_row - work.segments[item.segment].row_begin + range.range_offset;
-          mark_dropped(p, Dropout(args.dropout, static_cast<int>(copy)), block.row_begin + query, range.range_index,
-                       key);
+          mark_dropped(p, Dropout(args.dropout, static_cast<int>(batch_head)), block.row_begin + query,
+                       range.range_index, key);
           if constexpr (kWantsDk) drop_marked(ds, p, args.dropout.inverse_keep_probability);
         }
         if constexpr (kWantsDk) to_score_gradients(ds, p, shared.delta[stage] + query);
@@ -265,9 +265,9 @@ __global__ void __launch_bounds__(dk_dv_tile(kArithmetic, kHeadDim).num_threads(
   }
   ptx::cp_async_wait_all();  // of the keys, where there was no query
   __syncthreads();
-  const int64_t split_copy = copy + static_cast<int64_t>(item.split) * params.batch_size * params.num_heads;
+  const int64_t split_batch_head = batch_head + static_cast<int64_t>(item.split) * params.batch_size * params.num_heads;
   const auto partial_of = [&](float* partial, int64_t num_cols) {
-    return partial == nullptr ? nullptr : partial + split_copy * params.seqlen_k * num_cols;
+    return partial == nullptr ? nullptr : partial + split_batch_head * params.seqlen_k * num_cols;
   };
   if constexpr (kWantsDk) {
     store_grad<kTile.warp_rows>(dk, args.softmax_scale, partial_of(args.partial_dk, params.head_dim), shared.k,

@@ -39,7 +39,7 @@ __global__ void __launch_bounds__(dq_tile(kArithmetic, kHeadDim).num_threads(), 
   const auto v = rows(params.v, params.v_strides, params.head_dim_v);
   const bool* mask = params.key_padding_mask;
   if (mask != nullptr) mask += item.batch * params.key_padding_mask_batch_stride;
-  const int64_t copy = static_cast<int64_t>(item.batch) * params.num_heads + item.head;
+  const int64_t batch_head = static_cast<int64_t>(item.batch) * params.num_heads + item.head;
   const int warp_row = threadIdx.x / 32 * kTile.warp_rows;
   const int thread_row = warp_row + threadIdx.x % 32 / 4;
 
@@ -56,7 +56,7 @@ __global__ void __launch_bounds__(dq_tile(kArithmetic, kHeadDim).num_threads(), 
                       item.num_rows);
   if (!walk.done()) load_next(0);
 
-  const int64_t first_row = copy * params.seqlen_q + item.row_begin + thread_row;
+  const int64_t first_row = batch_head * params.seqlen_q + item.row_begin + thread_row;
   float lse_log2[2 * kTilesM], delta[2 * kTilesM];
   bool has_reference = false;
 #pragma unroll
@@ -88,7 +88,7 @@ __global__ void __launch_bounds__(dq_tile(kArithmetic, kHeadDim).num_threads(), 
     // Behind the products, whose last results take a while.
     if (kTile.stages == 2 && !walk.done()) load_next(stage ^ 1);
     if (args.dropout.seed != nullptr) {
-      const Dropout dropout(args.dropout, static_cast<int>(copy));
+      const Dropout dropout(args.dropout, static_cast<int>(batch_head));
       const WorkRange& range = walk.range_of(block);
       drop_columns(dp, dropout, item.row_begin + thread_row, range.range_index, block.row_begin - range.begin);
     }
@@ -119,8 +119,8 @@ __global__ void __launch_bounds__(dq_tile(kArithmetic, kHeadDim).num_threads(), 
   __syncthreads();
   float* partial = args.partial_dq;
   if (partial != nullptr) {
-    partial += (copy + static_cast<int64_t>(item.split) * params.batch_size * params.num_heads) * params.seqlen_q *
-               params.head_dim;
+    partial += (batch_head + static_cast<int64_t>(item.split) * params.batch_size * params.num_heads) *
+               params.seqlen_q * params.head_dim;
   }
   store_grad<kTile.warp_rows>(dq, args.softmax_scale, partial, shared.q,
                               rows(params.dq, params.dq_strides, params.head_dim), warp_row, 0, item);

@@ -43,8 +43,8 @@ Pass make_pass(Side side, const AttentionParams& params, const Tile& tile) {
 std::shared_ptr<const Pass> pass_of(Side side, const AttentionParams& params, const Tile& tile) {
   using Key = std::tuple<uint64_t, Side, int, int, int, int64_t, int>;
   static auto* kept = new Kept<Key, Pass>(128);  // never freed: threads may outlive static objects
-  const int64_t copies = params.batch_size * params.num_heads;
-  const Key key{params.schedule->id, side, tile.rows, tile.block_rows, tile.blocks, copies, params.device};
+  const int64_t num_batch_heads = params.batch_size * params.num_heads;
+  const Key key{params.schedule->id, side, tile.rows, tile.block_rows, tile.blocks, num_batch_heads, params.device};
   return kept->of(key, [&] { return make_pass(side, params, tile); });
 }
 
@@ -65,15 +65,17 @@ std::string refusal(const Problem& problem) {
   return "";
 }
 
-unsigned Pass::grid(int64_t copies) const { return static_cast<unsigned>(copies * host.num_tiles * num_splits); }
+unsigned Pass::grid(int64_t num_batch_heads) const {
+  return static_cast<unsigned>(num_batch_heads * host.num_tiles * num_splits);
+}
 
-Layout Pass::layout(const Tile& tile, int64_t copies, int device) const {
+Layout Pass::layout(const Tile& tile, int64_t num_batch_heads, int device) const {
   return {tile.rows,
           tile.block_rows,
           num_splits,
-          grid(copies),
+          grid(num_batch_heads),
           tile.blocks * num_multiprocessors(device),
-          num_splits > 1 ? copies * host.num_tiles : 0};
+          num_splits > 1 ? num_batch_heads * host.num_tiles : 0};
 }
 
 void PassOfCall::take(Scratch& scratch) {
@@ -89,12 +91,12 @@ FwdPlan plan_fwd(const FwdParams& params) {
 }
 
 void take_workspace(const FwdParams& params, FwdPlan& plan) {
-  const int64_t copies = params.batch_size * params.num_heads;
+  const int64_t num_batch_heads = params.batch_size * params.num_heads;
   Scratch scratch(params.workspace);
   plan.by_query.take(scratch);
   if (const int64_t splits = plan.by_query.pass->num_splits; splits > 1) {
-    plan.buffers.partial_out = scratch.take<float>(splits * copies * params.seqlen_q * params.head_dim_v);
-    plan.buffers.row_parts = scratch.take<RowPart>(splits * copies * params.seqlen_q);
+    plan.buffers.partial_out = scratch.take<float>(splits * num_batch_heads * params.seqlen_q * params.head_dim_v);
+    plan.buffers.row_parts = scratch.take<RowPart>(splits * num_batch_heads * params.seqlen_q);
   }
   plan.workspace_size = scratch.bytes();
 }
@@ -109,26 +111,26 @@ BwdPlan plan_bwd(const BwdParams& params) {
 }
 
 void take_workspace(const BwdParams& params, BwdPlan& plan) {
-  const int64_t copies = params.batch_size * params.num_heads;
+  const int64_t num_batch_heads = params.batch_size * params.num_heads;
   Scratch scratch(params.workspace);
   plan.by_key.take(scratch);
-  plan.buffers.lse_log2 = scratch.take<float>(copies * params.seqlen_q);
-  plan.buffers.delta = scratch.take<float>(copies * params.seqlen_q);
-  plan.buffers.references = scratch.take<RowReference>(copies * params.seqlen_q);
+  plan.buffers.lse_log2 = scratch.take<float>(num_batch_heads * params.seqlen_q);
+  plan.buffers.delta = scratch.take<float>(num_batch_heads * params.seqlen_q);
+  plan.buffers.references = scratch.take<RowReference>(num_batch_heads * params.seqlen_q);
   plan.buffers.has_references = scratch.take<int>(1);
   if (plan.adds_dq) {
     plan.buffers.dq_accum_cols = static_cast<int>((params.head_dim + 7) / 8 * 8);
-    plan.buffers.dq_accum_size = (copies * params.seqlen_q + 7) / 8 * 8 * plan.buffers.dq_accum_cols;
+    plan.buffers.dq_accum_size = (num_batch_heads * params.seqlen_q + 7) / 8 * 8 * plan.buffers.dq_accum_cols;
     plan.buffers.dq_accum = scratch.take<float>(plan.buffers.dq_accum_size);
   } else {
     plan.by_query.take(scratch);
     if (const int64_t splits = plan.by_query.pass->num_splits; splits > 1) {
-      plan.buffers.partial_dq = scratch.take<float>(splits * copies * params.seqlen_q * params.head_dim);
+      plan.buffers.partial_dq = scratch.take<float>(splits * num_batch_heads * params.seqlen_q * params.head_dim);
     }
   }
   if (const int64_t splits = plan.by_key.pass->num_splits; splits > 1) {
-    plan.buffers.partial_dk = scratch.take<float>(splits * copies * params.seqlen_k * params.head_dim);
-    plan.buffers.partial_dv = scratch.take<float>(splits * copies * params.seqlen_k * params.head_dim_v);
+    plan.buffers.partial_dk = scratch.take<float>(splits * num_batch_heads * params.seqlen_k * params.head_dim);
+    plan.buffers.partial_dv = scratch.take<float>(splits * num_batch_heads * params.seqlen_k * params.head_dim_v);
   }
   plan.workspace_size = scratch.bytes();
 }

@@ -18,8 +18,8 @@ struct Pass {
   int num_splits;  // WorkTable
   uint64_t id;     // no other pass of this process has it
 
-  unsigned grid(int64_t copies) const;
-  Layout layout(const Tile& tile, int64_t copies, int device) const;
+  unsigned grid(int64_t num_batch_heads) const;
+  Layout layout(const Tile& tile, int64_t num_batch_heads, int device) const;
 };
 
 // A pass as a call gets it: kept from an earlier one, or new.

@@ -65,19 +65,19 @@ HostWork work_by_key(const Schedule& schedule, int tile_rows, int block_rows) {
   return work;
 }
 
-int choose_splits(const HostWork& work, int64_t copies, int64_t slots, int64_t min_blocks) {
-  if (work.num_blocks * copies == 0) return 1;
+int choose_splits(const HostWork& work, int64_t num_batch_heads, int64_t slots, int64_t min_blocks) {
+  if (work.num_blocks * num_batch_heads == 0) return 1;
   constexpr int64_t kMaxSplits = 32;
   const int64_t longest = work.segments.front().num_blocks;
   const int64_t limit = std::min(kMaxSplits, std::max<int64_t>(1, longest / min_blocks));
   // Keys that nobody reads are tiles without any work, behind all others.
   const auto idle = std::find_if(work.segments.begin(), work.segments.end(),
                                  [](const WorkSegment& segment) { return segment.num_blocks == 0; });
-  const int64_t num_tiles = (idle == work.segments.end() ? work.num_tiles : idle->first_tile) * copies;
+  const int64_t num_tiles = (idle == work.segments.end() ? work.num_tiles : idle->first_tile) * num_batch_heads;
   const int64_t shortest = std::prev(idle)->num_blocks;
   // The share of its time for which the device is full, about: parts come in waves that take as long as the longest
   // part, however few the last has; or they fill gaps, until the shortest, which come last, begin at the end.
-  const double full_time = static_cast<double>(work.num_blocks * copies) / static_cast<double>(slots);
+  const double full_time = static_cast<double>(work.num_blocks * num_batch_heads) / static_cast<double>(slots);
   const auto efficiency = [&](int64_t splits) {
     const auto of_part = [&](int64_t num_blocks) {
       return static_cast<double>(num_blocks) / static_cast<double>(splits);

@@ -66,8 +66,8 @@ HostWork work_by_query(const Schedule& schedule, int tile_rows, int block_rows);
 HostWork work_by_key(const Schedule& schedule, int tile_rows, int block_rows);
 
 // Into how many parts to cut the walks, so that the device is filled: 1 where the tiles do that by themselves.
-// slots = how many tiles run at a time on the device; copies = batch_size * num_heads; min_blocks = the fewest to a
-// part.
-int choose_splits(const HostWork& work, int64_t copies, int64_t slots, int64_t min_blocks);
+// slots = how many tiles run at a time on the device; num_batch_heads = batch_size * num_heads; min_blocks = the fewest
+// to a part.
+int choose_splits(const HostWork& work, int64_t num_batch_heads, int64_t slots, int64_t min_blocks);
 
 }  // namespace mixed_attention::cuda
