@@ -18,8 +18,8 @@ struct Problem {
 // How the device goes about a pass, for people to read.
 struct Layout {
   int tile_rows, block_rows;  // that a thread block owns, and that it takes up at a time of the other side
-  int num_splits;             // parts that the walk of a tile is cut into
-  int64_t num_tiles;          // of all heads and sequences, those of parts counted singly
+  int num_splits;             // of the walk of a tile
+  int64_t num_tiles;          // of all heads and sequences, splits counted singly
   int num_slots;              // tiles that the device works on at a time
   int64_t num_split_tiles;    // whose walk is cut, all or some
 };

@@ -1,40 +1,40 @@
-// Combines the parts of the output of a forward whose walks over the keys were split, by their log-sum-exps.
+// Combines the splits of the output of a forward whose walks over the keys were split, by their log-sum-exps.
 #pragma once
 
 #include <cstdint>
 
 #include "cuda/common/log_sum_exp.cuh"
-#include "cuda/common/row_part.h"
+#include "cuda/common/row_lse.h"
 #include "cuda/common/split_row.h"
 #include "cuda/ptx/dependent_grids.cuh"
 #include "params.h"
 
 namespace mixed_attention::cuda {
 
-// One warp to a row. Rows::find gives the row of an index, if it exists; partial_out: (rows of all parts, head_dim_v),
-// normalised; row_parts: (rows of all parts).
+// One warp to a row. Rows::find gives the row of an index, if it exists; partial_out: (rows of all splits, head_dim_v),
+// normalised; row_lses: (rows of all splits).
 template <class Element, class Rows>
-__global__ void attention_combine_kernel(const FwdParams params, const float* partial_out, const RowPart* row_parts,
+__global__ void attention_combine_kernel(const FwdParams params, const float* partial_out, const RowLse* row_lses,
                                          int num_splits, const __grid_constant__ Rows rows) {
   ptx::allow_next_grid();
   ptx::wait_for_grids_before();
   const SplitRow row = rows.find((static_cast<int64_t>(blockIdx.x) * blockDim.x + threadIdx.x) / 32);
   if (!row.exists) return;
-  const auto place = [&](int i) { return row.first_part + i * row.part_step; };
+  const auto place = [&](int i) { return row.first_split + i * row.split_step; };
   const int lane = threadIdx.x % 32;
 
-  // The logarithm of a part's sum relative to another's.
-  const auto log2_ratio = [&](const RowPart& a, const RowPart& b) {
+  // The logarithm of a split's sum relative to another's.
+  const auto log2_ratio = [&](const RowLse& a, const RowLse& b) {
     return fmaf(a.base - b.base, row.scale_log2, (a.offset - b.offset) + (a.sum_log2 - b.sum_log2));
   };
-  RowPart largest{0, 0, -INFINITY};
+  RowLse largest{0, 0, -INFINITY};
   for (int i = 0; i < num_splits; ++i) {
-    const RowPart part = row_parts[place(i)];
-    if (part.has_sum() && !(largest.has_sum() && log2_ratio(part, largest) <= 0)) largest = part;
+    const RowLse split = row_lses[place(i)];
+    if (split.has_sum() && !(largest.has_sum() && log2_ratio(split, largest) <= 0)) largest = split;
   }
   const auto weight = [&](int i) {
-    const RowPart part = row_parts[place(i)];
-    return part.has_sum() ? exp2f(log2_ratio(part, largest)) : 0.0f;
+    const RowLse split = row_lses[place(i)];
+    return split.has_sum() ? exp2f(log2_ratio(split, largest)) : 0.0f;
   };
   float sum = 0;
   for (int i = 0; i < num_splits; ++i) sum += weight(i);

@@ -80,7 +80,7 @@ class RowProducts {
     return static_cast<int>(bits >> 23 & 0xFF) - 150 + __ffs(static_cast<int>((bits & 0x7FFFFF) | 0x800000)) - 1;
   }
 
-  // Notes the lowest bit of a product. It is below all others where a factor has more than the 11 bits of a part.
+  // Notes the lowest bit of a product. It is below all others where a factor has more than the 11 bits of a limb.
   __device__ void note_bits(float a, float b) {
     const bool counts = a != 0 && b != 0 && isfinite(a) && isfinite(b);
     const bool is_narrow = !std::is_same_v<Element, float> || ((__float_as_uint(a) | __float_as_uint(b)) & 0x1FFF) == 0;

@@ -22,10 +22,10 @@ void launch_dk_dv(const BwdArguments& args, const GridWork& by_key) {
   check(cudaGetLastError(), "portable_dk_dv_kernel");
 }
 
-// Sums parts of a gradient and rounds them to its place, if there are parts.
+// Sums the splits of a gradient and rounds them to its place, if there are splits.
 template <class Element>
-void sum_parts(const BwdParams& params, const float* partial, int num_splits, int64_t seqlen, int64_t num_cols,
-               void* grad, const Strides& strides) {
+void sum_splits(const BwdParams& params, const float* partial, int num_splits, int64_t seqlen, int64_t num_cols,
+                void* grad, const Strides& strides) {
   if (partial == nullptr) return;
   const SumArguments args{partial, num_splits, params.batch_size, params.num_heads, seqlen, num_cols, grad, strides};
   const int64_t rows = params.batch_size * params.num_heads * seqlen;
@@ -87,9 +87,10 @@ void launch_bwd_by_key(const BwdParams& params, const BwdBuffers& buffers, const
       launch_dk_dv<kArithmetic, kHeadDim, Grads::kKeyAndValue>(args, by_key);
     }
     const int splits = by_key.table.num_splits;
-    sum_parts<Element>(params, args.partial_dk, splits, params.seqlen_k, params.head_dim, params.dk, params.dk_strides);
-    sum_parts<Element>(params, args.partial_dv, splits, params.seqlen_k, params.head_dim_v, params.dv,
-                       params.dv_strides);
+    sum_splits<Element>(params, args.partial_dk, splits, params.seqlen_k, params.head_dim, params.dk,
+                        params.dk_strides);
+    sum_splits<Element>(params, args.partial_dv, splits, params.seqlen_k, params.head_dim_v, params.dv,
+                        params.dv_strides);
   }
   if (adds_dq && rows > 0) {
     portable_dq_accum_kernel<Element><<<blocks_for(32 * rows, 256), 256, 0, stream>>>(args);
@@ -108,8 +109,8 @@ void launch_bwd_by_query(const BwdParams& params, const BwdBuffers& buffers, con
   kKernel<<<by_query.grid, dq_tile(kArithmetic, kHeadDim).num_threads(), kSharedBytes,
             static_cast<cudaStream_t>(params.stream)>>>(args, by_query.in_parameters);
   check(cudaGetLastError(), "portable_dq_kernel");
-  sum_parts<typename ProductsOf<kArithmetic>::Element>(params, args.partial_dq, by_query.table.num_splits,
-                                                       params.seqlen_q, params.head_dim, params.dq, params.dq_strides);
+  sum_splits<typename ProductsOf<kArithmetic>::Element>(params, args.partial_dq, by_query.table.num_splits,
+                                                        params.seqlen_q, params.head_dim, params.dq, params.dq_strides);
 }
 
 }  // namespace mixed_attention::cuda::portable

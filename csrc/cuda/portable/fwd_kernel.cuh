@@ -1,5 +1,5 @@
-// Forward. One thread block computes the output of one tile of queries of one head, or a part of it where the walk over
-// the keys is split; a warp has 16 or 32 of the rows to itself. Keys and values stream through shared memory by
+// Forward. One thread block computes the output of one tile of queries of one head, or a split of it where the walk
+// over the keys is split; a warp has 16 or 32 of the rows to itself. Keys and values stream through shared memory by
 // asynchronous copies, a block, or with one buffer each a product, ahead.
 #pragma once
 
@@ -22,13 +22,13 @@ struct FwdArguments {
   bool negate;         // softmax_scale is negative: the scores change their sign
   bool aligned;        // rows of q, k, v and out start at multiples of 16 bytes
   float* partial_out;  // FwdBuffers
-  RowPart* row_parts;
+  RowLse* row_lses;
 };
 
 // Those of a warp's rows that exist and have an output that is not finite: bit i stands for row i. Rows without a sum
 // are as they should be.
 template <int kTilesM, int kTilesN>
-__device__ unsigned rows_to_repair(const float (&out)[kTilesM][kTilesN][4], const RowPart (&row_parts)[2 * kTilesM],
+__device__ unsigned rows_to_repair(const float (&out)[kTilesM][kTilesN][4], const RowLse (&row_lses)[2 * kTilesM],
                                    int num_rows) {
   unsigned rows = 0;
 #pragma unroll
@@ -39,7 +39,7 @@ __device__ unsigned rows_to_repair(const float (&out)[kTilesM][kTilesN][4], cons
       zero = fmaf(out[i / 2][n][i % 2 * 2], 0.0f, fmaf(out[i / 2][n][i % 2 * 2 + 1], 0.0f, zero));
     }
     const int row = threadIdx.x % 32 / 4 + 8 * i;
-    if (zero != 0 && row_parts[i].has_sum() && row < num_rows) rows |= 1u << row;
+    if (zero != 0 && row_lses[i].has_sum() && row < num_rows) rows |= 1u << row;
   }
   return __reduce_or_sync(0xFFFFFFFF, rows);
 }
@@ -142,8 +142,8 @@ __global__ void __launch_bounds__(fwd_tile(kArithmetic, kHeadDim).num_threads(),
     }
   }
 
-  RowPart row_parts[2 * kTilesM];
-  softmax.finish(out, row_parts, drops ? args.dropout.inverse_keep_probability : 1.0f);
+  RowLse row_lses[2 * kTilesM];
+  softmax.finish(out, row_lses, drops ? args.dropout.inverse_keep_probability : 1.0f);
 
   // Log-sum-exps, by the first of the four lanes that share a row
   const bool is_split = args.work.num_splits > 1;
@@ -154,21 +154,21 @@ __global__ void __launch_bounds__(fwd_tile(kArithmetic, kHeadDim).num_threads(),
     const int row = thread_row + 8 * i;
     if (threadIdx.x % 4 != 0 || row >= item.num_rows) continue;
     if (is_split) {
-      args.row_parts[split_batch_head * params.seqlen_q + item.row_begin + row] = row_parts[i];
+      args.row_lses[split_batch_head * params.seqlen_q + item.row_begin + row] = row_lses[i];
     } else {
       static_cast<float*>(params.lse)[batch_head * params.seqlen_q + item.row_begin + row] =
-          log_sum_exp(row_parts[i], args.scale);
+          log_sum_exp(row_lses[i], args.scale);
     }
   }
 
   // The output: through shared memory, for whole rows to be written at a time. A warp meets only its own rows there.
   const int num_rows = min(kTile.warp_rows, item.num_rows - warp_row), first_row = item.row_begin + warp_row;
   // Weighted sums of fp16 do not overflow, and its infinities are not lost.
-  unsigned repairs = kArithmetic == Arithmetic::kFloat16 ? 0 : rows_to_repair(out, row_parts, num_rows);
+  unsigned repairs = kArithmetic == Arithmetic::kFloat16 ? 0 : rows_to_repair(out, row_lses, num_rows);
   const auto o =
       rows_of<Element>(params.out, params.out_strides, item.batch, item.head, params.head_dim_v, args.aligned);
-  const int64_t part = split_batch_head * params.seqlen_q + first_row;
-  float* const partial_out = args.partial_out + part * params.head_dim_v;
+  const int64_t split_row = split_batch_head * params.seqlen_q + first_row;
+  float* const partial_out = args.partial_out + split_row * params.head_dim_v;
   if (is_split) {
     store_fp32(partial_out, params.head_dim_v, num_rows, 0, out);
   } else {
@@ -201,17 +201,17 @@ __global__ void __launch_bounds__(fwd_tile(kArithmetic, kHeadDim).num_threads(),
     };
     PlainRow<Element, kHeadDim> plain(q.row(first_row + row), q.num_cols, v.num_cols, args.scale_log2,
                                       args.negate ? -1.0f : 1.0f);
-    const RowPart row_part = plain.compute(for_each_key);
-    if (isnan(row_part.sum_log2)) continue;
+    const RowLse row_lse = plain.compute(for_each_key);
+    if (isnan(row_lse.sum_log2)) continue;
     const float factor = drops ? args.dropout.inverse_keep_probability : 1.0f;
     __syncwarp();  // what is replaced has been written
     if (is_split) {
       plain.store(partial_out + static_cast<int64_t>(row) * params.head_dim_v, factor);
-      if (threadIdx.x % 32 == 0) args.row_parts[part + row] = row_part;
+      if (threadIdx.x % 32 == 0) args.row_lses[split_row + row] = row_lse;
     } else {
       plain.store(o.row(first_row + row), factor);
       float* const lse = static_cast<float*>(params.lse) + batch_head * params.seqlen_q;
-      if (threadIdx.x % 32 == 0) lse[first_row + row] = log_sum_exp(row_part, args.scale);
+      if (threadIdx.x % 32 == 0) lse[first_row + row] = log_sum_exp(row_lse, args.scale);
     }
   }
 }

@@ -7,7 +7,7 @@
 
 namespace mixed_attention::cuda::portable {
 
-// All rows of the output; their parts (num_splits, batch_size, num_heads, seqlen_q).
+// All rows of the output; their splits (num_splits, batch_size, num_heads, seqlen_q).
 struct AllRows {
   int64_t num_heads, seqlen_q, num_rows;
   float scale, scale_log2;
@@ -40,7 +40,7 @@ void launch_fwd(const FwdParams& params, const FwdBuffers& buffers, const GridWo
       is_aligned(params.q, params.q_strides, kSize) && is_aligned(params.k, params.k_strides, kSize) &&
           is_aligned(params.v, params.v_strides, kSize) && is_aligned(params.out, params.out_strides, kSize),
       buffers.partial_out,
-      buffers.row_parts,
+      buffers.row_lses,
   };
   allow_shared_memory<kKernel>(kSharedBytes, params.device, "cudaFuncSetAttribute(portable_fwd_kernel)");
   kKernel<<<by_query.grid, fwd_tile(kArithmetic, kHeadDim).num_threads(), kSharedBytes, stream>>>(
@@ -49,7 +49,7 @@ void launch_fwd(const FwdParams& params, const FwdBuffers& buffers, const GridWo
   if (buffers.partial_out == nullptr) return;
   const int64_t rows = num_batch_heads * params.seqlen_q;
   attention_combine_kernel<Element><<<blocks_for(32 * rows, 256), 256, 0, stream>>>(
-      params, buffers.partial_out, buffers.row_parts, by_query.table.num_splits,
+      params, buffers.partial_out, buffers.row_lses, by_query.table.num_splits,
       AllRows{params.num_heads, params.seqlen_q, rows, args.scale, args.scale_log2});
   check(cudaGetLastError(), "attention_combine_kernel");
 }

@@ -6,7 +6,7 @@
 
 #include <cstdint>
 
-#include "cuda/common/row_part.h"
+#include "cuda/common/row_lse.h"
 #include "cuda/common/row_reference.h"
 #include "cuda/portable/arithmetic.h"
 #include "cuda/portable/work_table.h"
@@ -21,10 +21,10 @@ struct GridWork {
   unsigned grid;  // blocks
 };
 
-// Where the parts of a forward's workspace lie.
+// Where a forward's workspace holds what.
 struct FwdBuffers {
   float* partial_out;  // (num_splits, batch_size, num_heads, seqlen_q, head_dim_v); null without splits
-  RowPart* row_parts;  // (num_splits, batch_size, num_heads, seqlen_q)
+  RowLse* row_lses;    // (num_splits, batch_size, num_heads, seqlen_q)
 };
 
 // And a backward's.

@@ -1,10 +1,10 @@
 // A row of the output once more, by plain arithmetic: where tensor cores left no finite numbers although there may be
-// some. Sums of weighted values may overflow on their way to a mean that does not, and of products of parts infinities
+// some. Sums of weighted values may overflow on their way to a mean that does not, and of products of limbs infinities
 // come out as NaN, also those that are no more than a score without a weight. Such rows are seldom; they are computed
 // by a warp each, behind the kernel's own way out, which costs all others a look at their outputs.
 #pragma once
 
-#include "cuda/common/row_part.h"
+#include "cuda/common/row_lse.h"
 #include "cuda/ptx/math.cuh"
 
 namespace mixed_attention::cuda::portable {
@@ -23,7 +23,7 @@ class PlainRow {
   // as it is listed, in all lanes, until one returns false. Returns what the row comes to; NaN in it where a score is
   // NaN or the infinity above all others: the row then is no number either.
   template <class ForEachKey>
-  __device__ RowPart compute(const ForEachKey& for_each_key) {
+  __device__ RowLse compute(const ForEachKey& for_each_key) {
     float largest = -INFINITY;
     for_each_key([&](const Element* k, const Element*, const auto&) {
       const float s = score(k);

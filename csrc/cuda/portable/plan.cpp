@@ -30,8 +30,7 @@ Pass make_pass(Side side, const AttentionParams& params, const Tile& tile) {
   static std::atomic<uint64_t> last_id = 0;
   const auto work = side == Side::kQueries ? work_by_query : work_by_key;
   Pass pass{work(*params.schedule, tile.rows, tile.block_rows), 1, ++last_id};
-  // A part of fewer than 8 blocks or 256 rows, whichever is less, does not pay for its epilogue and the combining of
-  // parts.
+  // A split of fewer than 8 blocks or 256 rows, whichever is less, does not pay for its epilogue and for combining.
   const int min_blocks = std::min(8, 256 / tile.block_rows);
   const int64_t slots = int64_t{tile.blocks} * num_multiprocessors(params.device);
   pass.num_splits = choose_splits(pass.host, params.batch_size * params.num_heads, slots, min_blocks);
@@ -96,7 +95,7 @@ void take_workspace(const FwdParams& params, FwdPlan& plan) {
   plan.by_query.take(scratch);
   if (const int64_t splits = plan.by_query.pass->num_splits; splits > 1) {
     plan.buffers.partial_out = scratch.take<float>(splits * num_batch_heads * params.seqlen_q * params.head_dim_v);
-    plan.buffers.row_parts = scratch.take<RowPart>(splits * num_batch_heads * params.seqlen_q);
+    plan.buffers.row_lses = scratch.take<RowLse>(splits * num_batch_heads * params.seqlen_q);
   }
   plan.workspace_size = scratch.bytes();
 }

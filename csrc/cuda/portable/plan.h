@@ -33,7 +33,7 @@ struct PassOfCall {
   void take(Scratch& scratch);
 };
 
-// What is decided once a call, and, in buffers, where its parts of the workspace lie.
+// What is decided once a call, and, in buffers, where it lies in the workspace.
 struct FwdPlan {
   Arithmetic arithmetic;
   int head_dim;  // padded
@@ -56,7 +56,7 @@ struct BwdPlan {
 FwdPlan plan_fwd(const FwdParams& params);
 BwdPlan plan_bwd(const BwdParams& params);
 
-// Say where in params.workspace the parts of a plan lie, once that is there.
+// Say where in params.workspace all of a plan lies, once that is there.
 void take_workspace(const FwdParams& params, FwdPlan& plan);
 void take_workspace(const BwdParams& params, BwdPlan& plan);
 

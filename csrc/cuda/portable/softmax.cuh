@@ -8,7 +8,7 @@
 
 #include <limits>
 
-#include "cuda/common/row_part.h"
+#include "cuda/common/row_lse.h"
 #include "cuda/ptx/math.cuh"
 
 namespace mixed_attention::cuda {
@@ -76,7 +76,7 @@ class OnlineSoftmax {
   // Divides by the sums, if there are any, and multiplies by factor. Returns what the rows come to, without a sum as if
   // there were no key.
   template <int kTilesOut>
-  __device__ void finish(float (&out)[kTilesM][kTilesOut][4], RowPart (&rows)[2 * kTilesM], float factor) {
+  __device__ void finish(float (&out)[kTilesM][kTilesOut][4], RowLse (&rows)[2 * kTilesM], float factor) {
 #pragma unroll
     for (int row = 0; row < kRows; ++row) {
       const int m = row / 2, e = row % 2 * 2;
@@ -86,7 +86,7 @@ class OnlineSoftmax {
       // Not "sum > 0": a NaN that a query may see must show.
       const float inverse = sum == 0 ? 0.0f : factor / sum;
       const float score = score_of(row);
-      rows[row] = sum == 0 ? RowPart{0, 0, -INFINITY} : RowPart{score, base_[row], log2f(sum)};
+      rows[row] = sum == 0 ? RowLse{0, 0, -INFINITY} : RowLse{score, base_[row], log2f(sum)};
 #pragma unroll
       for (int n = 0; n < kTilesOut; ++n) {
         out[m][n][e] *= inverse;

@@ -7,8 +7,8 @@
 
 namespace mixed_attention::cuda::portable {
 
-// The accumulators' way out: to a part's place in scratch, or times factor to the gradient, through shared memory. They
-// begin at row warp_row and column warp_col of the tile.
+// The accumulators' way out: to a split's place in scratch, or times factor to the gradient, through shared memory.
+// They begin at row warp_row and column warp_col of the tile.
 template <int kWarpRows, class Element, int kRows, int kCols, int kTilesM, int kTilesN>
 __device__ void store_grad(float (&grad)[kTilesM][kTilesN][4], float factor, float* partial,
                            SharedTile<Element, kRows, kCols>& staging, const GlobalRows<Element>& rows, int warp_row,

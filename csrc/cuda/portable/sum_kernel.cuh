@@ -1,4 +1,4 @@
-// What is left of a backward whose walks were split: parts of a gradient, to be added.
+// What is left of a backward whose walks were split: the splits of a gradient, to be added.
 #pragma once
 
 #include <cstdint>
@@ -7,7 +7,7 @@
 
 namespace mixed_attention::cuda::portable {
 
-// A gradient (batch, row, head, col) and its parts (num_splits, batch, head, row, col).
+// A gradient (batch, row, head, col) and its splits (num_splits, batch, head, row, col).
 struct SumArguments {
   const float* partial;
   int num_splits;

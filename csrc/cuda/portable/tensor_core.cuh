@@ -4,7 +4,7 @@
 // thousands loses 1e-5 of its size. Products as exact as fp32 (kCutsOffTooMuch) therefore begin a new sum every few
 // steps and are added up outside, where additions round.
 //
-// Infinity has no parts (kLosesInfinities): what it is multiplied into comes out as NaN, in the products of three
+// Infinity has no limbs (kLosesInfinities): what it is multiplied into comes out as NaN, in the products of three
 // terms, and so does what is multiplied by a number that rounds up to infinity, less than 2^-12 of it from the largest
 // there is.
 //

@@ -1,11 +1,11 @@
-// Which rows a tile owns and which blocks it visits: the only device code that knows the form of the work table.
+// Which rows a work item owns and which blocks it visits: the only device code that knows the form of the work table.
 #pragma once
 
 #include "cuda/portable/work_table.h"
 
 namespace mixed_attention::cuda {
 
-// What one thread block computes.
+// What one thread block computes: a tile of rows of one batch_head, or a split of its walk.
 struct WorkItem {
   int row_begin, num_rows;  // of the tile; num_rows at most the tile's size
   int segment;
@@ -24,14 +24,15 @@ __device__ inline WorkView view(const WorkTable& table, const InlineWork& in_par
                         : WorkView{in_parameters.segments, in_parameters.ranges};
 }
 
-// Tiles in order of falling length, all parts of a tile together, then head by head: neighbours share keys in cache.
+// Work items in order of falling length, all splits of a tile together, then head by head: neighbours share keys in
+// cache.
 __device__ inline WorkItem locate(const WorkTable& table, const WorkView& view, unsigned index, int tile_rows,
                                   int num_heads) {
   WorkItem item;
-  const unsigned parts = static_cast<unsigned>(table.num_tiles) * static_cast<unsigned>(table.num_splits);
-  const unsigned batch_head = index / parts, part = index % parts;
-  const int tile = static_cast<int>(part / table.num_splits);
-  item.split = static_cast<int>(part % table.num_splits);
+  const unsigned num_items = static_cast<unsigned>(table.num_tiles) * static_cast<unsigned>(table.num_splits);
+  const unsigned batch_head = index / num_items, item_of_head = index % num_items;
+  const int tile = static_cast<int>(item_of_head / table.num_splits);
+  item.split = static_cast<int>(item_of_head % table.num_splits);
   item.head = static_cast<int>(batch_head % num_heads);
   item.batch = static_cast<int>(batch_head / num_heads);
   int low = 0, high = table.num_segments;  // the last segment whose first tile is not after this one
@@ -52,7 +53,7 @@ struct Block {
   int range;  // its number in the table
 };
 
-// Walks the blocks of one part of a segment's ranges. A range is read when the walk comes to it: loads are slow.
+// Walks the blocks of one split of a segment's ranges. A range is read when the walk comes to it: loads are slow.
 template <int kBlockRows>
 class BlockWalk {
  public:

@@ -75,15 +75,15 @@ int choose_splits(const HostWork& work, int64_t num_batch_heads, int64_t slots, 
                                  [](const WorkSegment& segment) { return segment.num_blocks == 0; });
   const int64_t num_tiles = (idle == work.segments.end() ? work.num_tiles : idle->first_tile) * num_batch_heads;
   const int64_t shortest = std::prev(idle)->num_blocks;
-  // The share of its time for which the device is full, about: parts come in waves that take as long as the longest
-  // part, however few the last has; or they fill gaps, until the shortest, which come last, begin at the end.
+  // The share of its time for which the device is full, about: splits come in waves that take as long as the longest
+  // one, however few the last wave has; or they fill gaps, until the shortest, which come last, begin at the end.
   const double full_time = static_cast<double>(work.num_blocks * num_batch_heads) / static_cast<double>(slots);
   const auto efficiency = [&](int64_t splits) {
-    const auto of_part = [&](int64_t num_blocks) {
+    const auto of_split = [&](int64_t num_blocks) {
       return static_cast<double>(num_blocks) / static_cast<double>(splits);
     };
-    const double waves = static_cast<double>(ceil_div(num_tiles * splits, slots)) * of_part(longest);
-    return full_time / std::min(waves, full_time + of_part(shortest));
+    const double waves = static_cast<double>(ceil_div(num_tiles * splits, slots)) * of_split(longest);
+    return full_time / std::min(waves, full_time + of_split(shortest));
   };
   // Combining costs a pass over the outputs: only where the tiles leave much of the device idle.
   if (limit == 1 || efficiency(1) >= 0.75) return 1;

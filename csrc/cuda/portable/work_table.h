@@ -34,7 +34,7 @@ struct WorkTable {
   const WorkRange* ranges;
   int32_t num_segments;
   int32_t num_tiles;
-  int32_t num_splits;  // into so many parts is the walk of every tile cut
+  int32_t num_splits;  // of the walk of every tile
 };
 
 // Room for a plan in the parameters of a kernel, which are 4 KiB in all.
@@ -65,9 +65,9 @@ constexpr int64_t kMaxRows = (int64_t{1} << 31) - 1025;
 HostWork work_by_query(const Schedule& schedule, int tile_rows, int block_rows);
 HostWork work_by_key(const Schedule& schedule, int tile_rows, int block_rows);
 
-// Into how many parts to cut the walks, so that the device is filled: 1 where the tiles do that by themselves.
+// How many splits of the walks fill the device: 1 where the tiles do that by themselves.
 // slots = how many tiles run at a time on the device; num_batch_heads = batch_size * num_heads; min_blocks = the fewest
-// to a part.
+// to a split.
 int choose_splits(const HostWork& work, int64_t num_batch_heads, int64_t slots, int64_t min_blocks);
 
 }  // namespace mixed_attention::cuda

@@ -42,7 +42,7 @@ __device__ inline uint32_t round_tf32(float x) {
   return __float_as_uint(fmaf(power, 0x1p-11f, x));
 }
 
-// x in two parts: `high` rounded as above, with zeros below, and the exact rest. At least one part of a NaN is NaN.
+// x in two limbs: `high` rounded as above, with zeros below, and the exact rest. At least one limb of a NaN is NaN.
 __device__ inline void split_tf32(float x, uint32_t& high, uint32_t& rest) {
   high = (__float_as_uint(x) + 0x1000) & 0xFFFFE000;
   rest = __float_as_uint(x - __uint_as_float(high));

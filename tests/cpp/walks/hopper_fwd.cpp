@@ -78,13 +78,13 @@ void check_launch(const Problem& problem, const Visits& listed, const hopper::Wo
     const int64_t sequence = first.batch * problem.num_heads + first.head;
     stored.add(sequence, {first.row, first.row + num_rows});
     for (int i = 0; i < splits.num_splits; ++i) {
-      const int64_t row = first.first_part + i * first.part_step;
+      const int64_t row = first.first_split + i * first.split_step;
       expect(row % kBlockM == 0, "a split is read from its middle on");
       const SplitRows& split = results.at(row / kBlockM);
       expect(split.is_written && split.sequence == sequence && split.row_begin == first.row,
              "a split is read as another item's, or was never written");
       const ma::cuda::SplitRow last = find(num_rows - 1);
-      expect(last.first_part - first.first_part == last.row - first.row, "rows of a split are exchanged");
+      expect(last.first_split - first.first_split == last.row - first.row, "rows of a split are exchanged");
     }
   }
 
@@ -98,8 +98,8 @@ void check_workspace(const hopper::FwdPlan& plan, const ma::FwdParams& params) {
   const int64_t num_rows = int64_t{plan.table.splits.num_items()} * kBlockM;
   if (num_rows == 0) return;
   const int64_t out_end = bytes_between(params.workspace, plan.partial_out + num_rows * params.head_dim);
-  const int64_t splits_begin = bytes_between(params.workspace, plan.row_parts);
-  const int64_t splits_end = bytes_between(params.workspace, plan.row_parts + num_rows);
+  const int64_t splits_begin = bytes_between(params.workspace, plan.row_lses);
+  const int64_t splits_end = bytes_between(params.workspace, plan.row_lses + num_rows);
   expect(out_end <= splits_begin && splits_end <= static_cast<int64_t>(plan.workspace_size),
          "splits leave the workspace");
 }

@@ -1,4 +1,4 @@
-// The portable kernels: tiles of both passes, their blocks, and the parts that walks are cut into.
+// The portable kernels: tiles of both passes, their blocks, and the splits that walks are cut into.
 #include <algorithm>
 #include <vector>
 
@@ -67,7 +67,7 @@ void check_launch(const Problem& problem, const Visits& listed, const portable::
   const ma::cuda::WorkTable& table = host.table;
   const ma::cuda::WorkView view = ma::cuda::view(table, host.in_parameters);
   Visits visits;
-  Rows stored;  // of all parts
+  Rows stored;  // of all splits
   const int64_t grid = problem.num_sequences() * table.num_tiles * num_splits;
   for (int64_t block_index = 0; block_index < grid; ++block_index) {
     const ma::cuda::WorkItem item = ma::cuda::locate(table, view, static_cast<unsigned>(block_index), tile_rows,

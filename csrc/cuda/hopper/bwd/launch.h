@@ -25,7 +25,7 @@ struct DqTensor {
   Strides strides;
 };
 
-// The parts of params.workspace, and of params.spare_out.
+// What lies where in params.workspace, and in params.spare_out.
 struct BwdWorkspace {
   BwdPlan plan;
   float* lse_log2;  // QueryStats

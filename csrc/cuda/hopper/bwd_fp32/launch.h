@@ -11,7 +11,7 @@
 
 namespace mixed_attention::cuda::hopper {
 
-// The partS of params.workspace.
+// What lies where in params.workspace.
 struct Fp32BwdWorkspace {
   HalfLimbs q, k, v, dout;
   QueryNumbers* q_numbers;    // (batch_size, num_heads, num_tiles)

@@ -54,8 +54,8 @@ __device__ inline void store_result(const FwdKernelParams& params, FwdSharedStor
     store_row(out + 8 * i * params.out_strides.row, params.head_dim, o, i, inverse_of<Config>(softmax.row_sum[i]),
               exists[i]);
     if (exists[i] && lane % 4 == 0) {
-      const RowPart part = softmax.template part<Element>(i, bases);
-      lse[8 * i] = log_sum_exp(part, part.base != 0 ? scale_of<Config>(params, tile, row_begin + 8 * i) : 0);
+      const RowLse row_lse = softmax.template lse<Element>(i, bases);
+      lse[8 * i] = log_sum_exp(row_lse, row_lse.base != 0 ? scale_of<Config>(params, tile, row_begin + 8 * i) : 0);
     }
   }
 }
@@ -80,7 +80,7 @@ __device__ inline void store_split(const FwdKernelParams& params, FwdSharedStora
         *reinterpret_cast<float2*>(out + column) = make_float2(pair[0] * inverse, pair[1] * inverse);
       }
     }
-    if (lane % 4 == 0) params.row_parts[row + 8 * i] = softmax.template part<typename Config::Element>(i, bases);
+    if (lane % 4 == 0) params.row_lses[row + 8 * i] = softmax.template lse<typename Config::Element>(i, bases);
   }
 }
 

@@ -36,7 +36,7 @@ FwdKernelParams make_fwd_kernel_params(const FwdParams& params, const FwdPlan& p
       .seqlen_q = params.seqlen_q,
       .head_dim = static_cast<int>(params.head_dim),
       .partial_out = plan.partial_out,
-      .row_parts = plan.row_parts,
+      .row_lses = plan.row_lses,
       .key_mask_bits = plan.masked_keys.key_mask_bits,
       .key_mask_step = plan.masked_keys.key_mask_step(),
       .softmax_scale = static_cast<float>(params.softmax_scale),
@@ -89,7 +89,7 @@ void launch_combine(const FwdParams& params, const FwdPlan& plan) {
                                          params.seqlen_q};
   const LaunchShape shape{plan.table.splits.num_whole * (kBlockM / kRowsOfBlock), 32 * kRowsOfBlock};
   launch_kernel<attention_combine_kernel<Element, ScaledRowsOfSplits<kBlockM>>>(
-      "launch of attention_combine_kernel", shape, params.stream, params, plan.partial_out, plan.row_parts,
+      "launch of attention_combine_kernel", shape, params.stream, params, plan.partial_out, plan.row_lses,
       plan.table.splits.num_splits, rows);
 }
 

@@ -1,7 +1,7 @@
 // The forward launcher, as its instantiations and its dispatch see it.
 #pragma once
 
-#include "cuda/common/row_part.h"
+#include "cuda/common/row_lse.h"
 #include "cuda/hopper/mask/mask.h"
 #include "cuda/hopper/plan/query_table.h"
 #include "cuda/hopper/plan/tensor_map.h"
@@ -22,7 +22,7 @@ struct FwdPlan {
   WorkTable table;
   // Results of splits: (splits, kBlockM, head_dim), normalised, and (splits, kBlockM); null where there are none.
   float* partial_out = nullptr;
-  RowPart* row_parts = nullptr;
+  RowLse* row_lses = nullptr;
   MaskedKeys masked_keys{};                   // none without a mask
   HalfLimbs q_limbs{}, k_limbs{}, v_limbs{};  // of fp32 inputs, none of others
   size_t workspace_size = 0;
@@ -31,7 +31,7 @@ struct FwdPlan {
 // params.workspace is null for a plan of the same sizes. Other pointers count only by whether there is a mask.
 FwdPlan plan_fwd(const FwdParams& params);
 
-// Says where in params.workspace the parts of a plan lie, once that is there.
+// Says where in params.workspace all of a plan lies, once that is there.
 void take_workspace(const FwdParams& params, FwdPlan& plan);
 
 // Instantiated by cuda/instantiate_hopper_fwd.cu, one object per element type, head_dim and number of limbs.

@@ -5,7 +5,7 @@
 
 #include <cstdint>
 
-#include "cuda/common/row_part.h"
+#include "cuda/common/row_lse.h"
 #include "cuda/hopper/plan/query_table.h"
 #include "params.h"
 
@@ -30,7 +30,7 @@ struct FwdKernelParams {
   int64_t seqlen_q;
   int head_dim;                   // at most the kernel's
   float* partial_out;             // (splits, kBlockM, head_dim): FwdPlan; null without splits
-  RowPart* row_parts;             // (splits, kBlockM), likewise
+  RowLse* row_lses;               // (splits, kBlockM), likewise
   const uint32_t* key_mask_bits;  // (num_sequences, num_words): mask.h; null without a mask
   int key_mask_step;              // words from one sequence to the next
   float softmax_scale, softmax_scale_log2;

@@ -52,7 +52,7 @@ void take_workspace(const FwdParams& params, FwdPlan& plan) {
     Scratch scratch(params.workspace);
     if (const int64_t num_splits = plan.table.splits.num_items(); num_splits > 0) {
       plan.partial_out = scratch.take<float>(num_splits * kBlockM * params.head_dim);
-      plan.row_parts = scratch.take<RowPart>(num_splits * kBlockM);
+      plan.row_lses = scratch.take<RowLse>(num_splits * kBlockM);
     }
     if (params.key_padding_mask != nullptr) plan.masked_keys = plan_masked_keys(params, scratch, false);
     if (kHasRowScales<Element>) {

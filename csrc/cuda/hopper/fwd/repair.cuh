@@ -64,8 +64,8 @@ __device__ inline void replace_item(const FwdKernelParams& params, const ItemWal
     const int row = row_of_tile + 8 * i;
     const float inverse = inverse_of<Config>(softmax.row_sum[i]);
     if (splits.has(item.item)) {
-      const int64_t part_row = int64_t{splits.place(item.item)} * Config::kBlockM + row;
-      replace_row(params.partial_out + part_row * params.head_dim, params.head_dim, o, i, inverse);
+      const int64_t split_row = int64_t{splits.place(item.item)} * Config::kBlockM + row;
+      replace_row(params.partial_out + split_row * params.head_dim, params.head_dim, o, i, inverse);
     } else if (rows.row_begin + row < rows.row_end) {
       const Strides& strides = params.out_strides;
       Element* out = static_cast<Element*>(params.out) + rows.batch * strides.batch + rows.head * strides.head +

@@ -17,7 +17,7 @@
 
 #include <limits>
 
-#include "cuda/common/row_part.h"
+#include "cuda/common/row_lse.h"
 #include "cuda/hopper/fwd/polynomial_exp2.cuh"
 #include "cuda/ptx/math.cuh"
 
@@ -187,9 +187,9 @@ struct OnlineSoftmax {
     }
   }
 
-  // The finished row as a part for the combination.
+  // The log-sum-exp of the finished row.
   template <typename Element>
-  __device__ RowPart part(int row, const RowBases& bases) const {
+  __device__ RowLse lse(int row, const RowBases& bases) const {
     if (row_sum[row] == 0) return {0, 0, -INFINITY};
     // The logarithm of a number near 1 is exact to more digits than that of a power of two beside.
     if (offset[row] == kHasBase)
