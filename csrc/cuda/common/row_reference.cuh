@@ -10,7 +10,7 @@
 
 namespace mixed_attention::cuda {
 
-// lse_log2 is a log-sum-exp in base 2, -inf without keys, NaN where a weight is NaN.
+// lse_log2 is a log-sum-exp in base 2, -inf without keys, NaN where a p is NaN.
 __device__ inline bool needs_reference(float lse_log2) { return fabsf(lse_log2) > 0x1p12f && lse_log2 != -INFINITY; }
 
 // A score relative to its row's reference; sign: that of the scale.
@@ -107,8 +107,8 @@ __device__ inline RowReference find_reference(const Element* q, int num_columns,
   float sum = 0;  // this lane has every eighth key
   int key = 0;
   for_each_key([&](const Element* k) {
-    const float weight = ptx::exp2(relative_score(products.score(k), reference, sign) * scale_log2);
-    if (key++ % products.kLanes == products.lane()) sum += weight;
+    const float p = ptx::exp2(relative_score(products.score(k), reference, sign) * scale_log2);
+    if (key++ % products.kLanes == products.lane()) sum += p;
   });
   reference.sum_log2 = log2f(products.sum_of_lanes(sum));
   return reference;

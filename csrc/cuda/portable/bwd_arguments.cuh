@@ -1,11 +1,11 @@
-// Backward, in two forms. Both recompute the probabilities out of the log-sum-exps, behind a small kernel that prepares
+// Backward, in two forms. Both recompute p out of the log-sum-exps, behind a small kernel that prepares
 // two numbers for each query.
 //
 // The faster form is one kernel over tiles of keys: it owns dk and dv and adds what it knows of dq to dq_accum, in
 // whatever order the thread blocks come. The deterministic form computes dq in a second kernel, over tiles of queries,
 // at the price of two of then seven products: nothing is added atomically, and repeats are bitwise equal.
 //
-// With p the probabilities, m dropout's factors and dp = dout · vᵀ:  ds = p (m dp - delta), delta = Σ out dout - dlse,
+// With m dropout's factors and dp = dout · vᵀ:  ds = p (m dp - delta), delta = Σ out dout - dlse,
 // dv = (m p)ᵀ dout, dk = scale dsᵀ q, dq = scale ds k.
 #pragma once
 

@@ -50,7 +50,7 @@ __global__ void portable_bwd_stats_kernel(const __grid_constant__ BwdArguments a
   for (int lanes = 16; lanes > 0; lanes /= 2) delta += __shfl_xor_sync(0xFFFFFFFF, delta, lanes);
   const float* lse = static_cast<const float*>(params.lse);
   if (threadIdx.x % 32 == 0) {
-    // +inf makes the probabilities of a row without keys zero.
+    // +inf makes p of a row without keys zero.
     args.lse_log2[index] = lse[index] == -INFINITY ? INFINITY : lse[index] * kLog2E;
     args.delta[index] = params.dlse == nullptr ? delta : delta - static_cast<const float*>(params.dlse)[index];
     args.references[index] = {0, -INFINITY, 0};

@@ -17,25 +17,24 @@ namespace mixed_attention::cuda::portable {
 
 enum class Grads { kAll, kKeyAndValue, kKey, kValue };
 
-// Transposed scores of a warp become probabilities. lse_log2: of the scores' queries, in shared memory.
+// Transposed scores of a warp become p. lse_log2: of the scores' queries, in shared memory.
 template <class Products, int kTilesM, int kTilesN>
-__device__ void to_probabilities(float (&s)[kTilesM][kTilesN][4], const float* lse_log2, float scale_log2) {
+__device__ void exponentiate(float (&s)[kTilesM][kTilesN][4], const float* lse_log2, float scale_log2) {
 #pragma unroll
   for (int n = 0; n < kTilesN; ++n) {
     const float2 lse = *reinterpret_cast<const float2*>(&lse_log2[8 * n + threadIdx.x % 4 * 2]);
 #pragma unroll
     for (int i = 0; i < 2 * kTilesM; ++i) {
       float* pair = &s[i / 2][n][i % 2 * 2];
-      pair[0] = weight_of<Products>(pair[0], scale_log2, lse.x);
-      pair[1] = weight_of<Products>(pair[1], scale_log2, lse.y);
+      pair[0] = p_of<Products>(pair[0], scale_log2, lse.x);
+      pair[1] = p_of<Products>(pair[1], scale_log2, lse.y);
     }
   }
 }
 
 // dp becomes ds. delta: of the scores' queries, in shared memory.
 template <int kTilesM, int kTilesN>
-__device__ void to_score_gradients(float (&dp)[kTilesM][kTilesN][4], const float (&p)[kTilesM][kTilesN][4],
-                                   const float* delta) {
+__device__ void to_ds(float (&dp)[kTilesM][kTilesN][4], const float (&p)[kTilesM][kTilesN][4], const float* delta) {
 #pragma unroll
   for (int n = 0; n < kTilesN; ++n) {
     const float2 means = *reinterpret_cast<const float2*>(&delta[8 * n + threadIdx.x % 4 * 2]);
@@ -153,7 +152,7 @@ __global__ void __launch_bounds__(dk_dv_tile(kArithmetic, kHeadDim).num_threads(
   const int thread_row = warp_row + threadIdx.x % 32 / 4;
   const auto sync_sharers = [&] { ptx::named_barrier_sync(1 + warp / kTile.sharing, 32 * kTile.sharing); };
 
-  // Rows behind the block's end are zero throughout: their probabilities come out as 1, their gradients as 0.
+  // Rows behind the block's end are zero throughout: their p comes out as 1, their gradients as 0.
   BlockWalk<kTile.block_rows> walk(work, item, args.work.num_splits);
   using Streamed = SharedTile<Element, kTile.block_rows, kHeadDim>;
   const TileLoader<kThreads, Streamed> queries(shared.q, q), douts(shared.dout, dout);
@@ -222,7 +221,7 @@ __global__ void __launch_bounds__(dk_dv_tile(kArithmetic, kHeadDim).num_threads(
       }
       if constexpr (kWantsDk) multiply_rows<Products>(ds, lane_k.at(shared.v), warp_row, lane_dout, query);
       // The exponentials run under the second product: nothing may stand between them.
-      to_probabilities<Products>(p, shared.lse_log2[stage] + query, args.scale_log2);
+      exponentiate<Products>(p, shared.lse_log2[stage] + query, args.scale_log2);
       if (drops || some_hidden) {
         if (drops) {
           const WorkRange& range = walk.range_of(block);
@@ -231,11 +230,11 @@ __global__ void __launch_bounds__(dk_dv_tile(kArithmetic, kHeadDim).num_threads(
                        range.range_index, key);
           if constexpr (kWantsDk) drop_marked(ds, p, args.dropout.inverse_keep_probability);
         }
-        if constexpr (kWantsDk) to_score_gradients(ds, p, shared.delta[stage] + query);
+        if constexpr (kWantsDk) to_ds(ds, p, shared.delta[stage] + query);
         if (drops) zero_dropped(p);
         if (kAddsDq && some_hidden) zero_rows(ds, hidden);
       } else if constexpr (kWantsDk) {
-        to_score_gradients(ds, p, shared.delta[stage] + query);
+        to_ds(ds, p, shared.delta[stage] + query);
       }
       const auto add_to_dv = [&] {
         if constexpr (kShares) put_accumulators(shared.scores, warp_row, query, p);

@@ -66,7 +66,7 @@ __global__ void __launch_bounds__(dq_tile(kArithmetic, kHeadDim).num_threads(), 
     delta[i] = is_row ? args.delta[first_row + 8 * i] : 0;
     has_reference |= is_row && args.references[first_row + 8 * i].score != 0;
   }
-  // Where infinities were lost, and the infinity without a weight is the upper one, scores are gone through as well.
+  // Where infinities were lost, and the infinity whose p is 0 is the upper one, scores are gone through as well.
   has_reference |= Products::kLosesInfinities && args.scale_log2 < 0;
   has_reference = __any_sync(0xFFFFFFFF, has_reference);
 
@@ -98,12 +98,12 @@ __global__ void __launch_bounds__(dq_tile(kArithmetic, kHeadDim).num_threads(), 
 #pragma unroll
       for (int e = 0; e < 2; ++e) {
         const int col = 8 * n + threadIdx.x % 4 * 2 + e;
-        // Keys behind the block's end have the score 0 here, whose probability may even be infinite.
+        // Keys behind the block's end have the score 0 here, whose p may even be infinite.
         const bool visible = all_visible || (col < block.num_rows && (mask == nullptr || mask[block.row_begin + col]));
 #pragma unroll
         for (int i = 0; i < 2 * kTilesM; ++i) {
           float& score = s[i / 2][n][i % 2 * 2 + e];
-          const float p = weight_of<Products>(score, args.scale_log2, lse_log2[i]);
+          const float p = p_of<Products>(score, args.scale_log2, lse_log2[i]);
           score = visible ? p * (dp[i / 2][n][i % 2 * 2 + e] - delta[i]) : 0.0f;
         }
       }

@@ -36,8 +36,8 @@ class Dropout {
     key_[1] = static_cast<uint32_t>(seed >> 32);
   }
 
-  // The factor on the weight of the key at position x of its range.
-  __device__ float weight(int query_row, int range_index, int x) const {
+  // The factor on p of the key at position x of its range.
+  __device__ float factor_at(int query_row, int range_index, int x) const {
     return factor(draw(query_row, range_index, x), x);
   }
 

@@ -1,4 +1,4 @@
-// A dropped probability carries a minus sign until its score's gradient is known: both m and p stand in one register.
+// A dropped p carries a minus sign until its score's gradient is known: both m and p stand in one register.
 #pragma once
 
 #include "cuda/portable/dropout.cuh"
@@ -14,15 +14,15 @@ __device__ void mark_dropped(float (&p)[kTilesM][kTilesN][4], const Dropout& dro
     for (int n = 0; n < kTilesN; ++n) {
 #pragma unroll
       for (int e = 0; e < 2; ++e) {
-        float& weight = p[i / 2][n][i % 2 * 2 + e];
+        float& value = p[i / 2][n][i % 2 * 2 + e];
         const int row = query_row + 8 * n + threadIdx.x % 4 * 2 + e;
-        if (dropout.weight(row, range_index, key + 8 * i) == 0) weight = -weight;
+        if (dropout.factor_at(row, range_index, key + 8 * i) == 0) value = -value;
       }
     }
   }
 }
 
-__device__ inline bool is_dropped(float weight) { return __float_as_uint(weight) >> 31; }
+__device__ inline bool is_dropped(float p) { return __float_as_uint(p) >> 31; }
 
 template <int kTilesM, int kTilesN>
 __device__ void zero_dropped(float (&p)[kTilesM][kTilesN][4]) {

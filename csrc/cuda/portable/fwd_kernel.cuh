@@ -98,7 +98,7 @@ __global__ void __launch_bounds__(fwd_tile(kArithmetic, kHeadDim).num_threads(),
   const LaneTile lane_q(shared.q);
   for (int stage = 0; !walk.done(); stage = (stage + 1) % kTile.stages) {
     // This block has arrived, and nobody reads the other buffer any more: the next block may go there. With one stage
-    // only the keys have: values come during the scores' product, the next keys during the weights'.
+    // only the keys have: values come during the MMAs of s, the next keys during those of p.
     ptx::cp_async_wait_all();
     __syncthreads();
     const Block block = walk.block();
@@ -131,8 +131,7 @@ __global__ void __launch_bounds__(fwd_tile(kArithmetic, kHeadDim).num_threads(),
     } else {
       softmax.template exponentiate<kTile.block_rows / 8>(s, 0, args.scale_log2);
       if (drops) {
-        // Kept weights get their factor with the output: up to 256 times as large as those of a softmax, fp16 might not
-        // hold the products.
+        // What is kept gets its factor with the output: fp16 might not hold it times p, which is up to 256 here.
         const DropoutParams marks{args.dropout.seed, args.dropout.threshold, 1.0f};
         const Dropout dropout(marks, item.batch * params.num_heads + item.head);
         const WorkRange& range = walk.range_of(block);
@@ -193,7 +192,7 @@ __global__ void __launch_bounds__(fwd_tile(kArithmetic, kHeadDim).num_threads(),
           const auto factor = [&] {
             if (!drops) return 1.0f;
             const Dropout dropout(marks, static_cast<int>(batch_head));
-            return dropout.weight(first_row + row, range.range_index, key - range.begin);
+            return dropout.factor_at(first_row + row, range.range_index, key - range.begin);
           };
           if (!visit(k.row(key), v.row(key), factor)) return;
         }

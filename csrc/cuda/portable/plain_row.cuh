@@ -1,6 +1,6 @@
 // A row of the output once more, by plain arithmetic: where tensor cores left no finite numbers although there may be
 // some. Sums of weighted values may overflow on their way to a mean that does not, and of products of limbs infinities
-// come out as NaN, also those that are no more than a score without a weight. Such rows are seldom; they are computed
+// come out as NaN, also those that are no more than a score whose p is 0. Such rows are seldom; they are computed
 // by a warp each, behind the kernel's own way out, which costs all others a look at their outputs.
 #pragma once
 
@@ -32,16 +32,16 @@ class PlainRow {
     });
     if (largest == -INFINITY) return {0, 0, -INFINITY};
     if (!(largest < INFINITY)) return {0, 0, NAN};
-    const auto weight = [&](const Element* k) { return ptx::exp2((score(k) - largest) * scale_log2_); };
+    const auto unnormalised_p = [&](const Element* k) { return ptx::exp2((score(k) - largest) * scale_log2_); };
     float sum = 0;
     for_each_key([&](const Element* k, const Element*, const auto&) {
-      sum += weight(k);
+      sum += unnormalised_p(k);
       return true;
     });
-    // The weights are divided by their sum before they meet a value, and what rounding took beyond the end comes back.
+    // p is divided by its sum before it meets a value, and what rounding took beyond the end comes back.
     float size[kColumns] = {};
     for_each_key([&](const Element* k, const Element* v, const auto& factor) {
-      const float p = weight(k) / sum * factor();
+      const float p = unnormalised_p(k) / sum * factor();
 #pragma unroll
       for (int i = 0; i < kColumns; ++i) {
         if (column(i) >= head_dim_v_) continue;

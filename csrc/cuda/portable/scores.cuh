@@ -22,16 +22,16 @@ __device__ void negate(float (&s)[kTilesM][kTilesN][4]) {
 }
 
 // A score as the backward takes it where products lose infinities (tensor_core.cuh) and leave NaN. In a row whose
-// log-sum-exp is a number an infinite score has no weight; in one whose log-sum-exp is NaN so are all weights.
+// log-sum-exp is a number the p of an infinite score is 0; in one whose log-sum-exp is NaN so is every p.
 template <bool kLosesInfinities>
 __device__ __forceinline__ float restored_score(float score, float sign = 1) {
   if constexpr (!kLosesInfinities) return score;
   return sign > 0 ? fmaxf(score, -INFINITY) : fminf(score, INFINITY);
 }
 
-// A probability, of log-sum-exps to base 2.
+// p of a score, by a log-sum-exp to base 2.
 template <class Products>
-__device__ __forceinline__ float weight_of(float score, float scale_log2, float lse_log2) {
+__device__ __forceinline__ float p_of(float score, float scale_log2, float lse_log2) {
   return ptx::exp2(fmaf(restored_score<Products::kLosesInfinities>(score), scale_log2, -lse_log2));
 }
 
@@ -105,7 +105,7 @@ __device__ void mask_columns(float (&s)[kTilesM][kTilesN][4], int num_visible, c
   }
 }
 
-// Multiplies probabilities by dropout's factors. row = this thread's first query; x = where in its range column 0
+// Multiplies p by dropout's factors. row = this thread's first query; x = where in its range column 0
 // stands, a multiple of 32 or of the block's rows if they are fewer, so that one draw serves four tiles.
 template <int kTilesM, int kTilesN>
 __device__ void drop_columns(float (&p)[kTilesM][kTilesN][4], const Dropout& dropout, int row, int range_index, int x) {

@@ -1,4 +1,4 @@
-// Softmax over scores that come block by block. Probabilities are relative to a base of each row, at first its maximum,
+// Softmax over scores that come block by block. p is relative to a base of each row, at first its maximum,
 // which is raised only when the maximum outgrows it by far: what was accumulated is then rescaled.
 //
 // A base is a score times the scale, rounded. What it lost is a factor of the whole row and does no harm as long as it
@@ -54,7 +54,7 @@ class OnlineSoftmax {
     }
   }
 
-  // Turns scores of a block whose bases fit into probabilities, up to a factor per row that the sum has as well:
+  // Turns scores of a block whose bases fit into p, up to a factor per row that the sum has as well:
   // kCount tiles of columns, from tile `first` on.
   template <int kCount, int kTilesN>
   __device__ void exponentiate(float (&s)[kTilesM][kTilesN][4], int first, float scale_log2) {
@@ -98,7 +98,7 @@ class OnlineSoftmax {
  private:
   static constexpr int kRows = 2 * kTilesM;
 
-  // Powers of two: probabilities up to 256 are as exact as those up to 1 in every arithmetic, and fit fp16.
+  // A power of two: p up to 256 is as exact as up to 1 in every arithmetic, and fits fp16.
   static constexpr float kMostAboveBase = 8;
 
   // The maximum of a row without keys so far is not -inf, so that no inf - inf arises.
