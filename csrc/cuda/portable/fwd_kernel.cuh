@@ -121,7 +121,7 @@ __global__ void __launch_bounds__(fwd_tile(kArithmetic, kHeadDim).num_threads(),
       if (args.negate) negate(s);
       mask_columns(s, block.num_rows, mask == nullptr ? nullptr : mask + block.row_begin);
     }
-    softmax.raise_bases(s, out, args.scale_log2);
+    softmax.raise_softmax_bases(s, out, args.scale_log2);
     if (is_16_bit(kArithmetic) && !drops) {
       // Exponentials of a depth step run under the products of the step before: nothing may stand between them.
       const auto exponentiate = [&](int first) {

@@ -1,9 +1,9 @@
-// Softmax over scores that come block by block. p is relative to a base of each row, at first its maximum,
+// Softmax over scores that come block by block. p is relative to the softmax_base of its row, at first its maximum,
 // which is raised only when the maximum outgrows it by far: what was accumulated is then rescaled.
 //
-// A base is a score times the scale, rounded. What it lost is a factor of the whole row and does no harm as long as it
-// is about 1. Beyond kMostRounded the row's score is subtracted from the others themselves, which is exact where it
-// matters, and they keep a base of next to nothing; that costs one branch a block.
+// A softmax_base is a score times the scale, rounded. What it lost is a factor of the whole row and does no harm as
+// long as it is about 1. Beyond kMostRounded the row's score is subtracted from the others themselves, which is exact
+// where it matters, and they keep a softmax_base of next to nothing; that costs one branch a block.
 #pragma once
 
 #include <limits>
@@ -20,41 +20,42 @@ class OnlineSoftmax {
   __device__ OnlineSoftmax() {
 #pragma unroll
     for (int row = 0; row < kRows; ++row) {
-      base_[row] = kLowest;
+      softmax_base_[row] = kLowest;
       sum_[row] = 0;
     }
   }
 
-  // Makes the bases fit a block of raw scores, and what was accumulated before fit the bases; each row by itself, so
-  // that none depends on its neighbours. scale_log2 is positive. Scores of rows with a large base become relative to
-  // it.
+  // Makes each softmax_base fit a block of raw scores, and what was accumulated before fit it; each row by itself, so
+  // that none depends on its neighbours. scale_log2 is positive. Scores of rows with a large softmax_base become
+  // relative to it.
   template <int kTilesN, int kTilesOut>
-  __device__ void raise_bases(float (&s)[kTilesM][kTilesN][4], float (&out)[kTilesM][kTilesOut][4], float scale_log2) {
+  __device__ void raise_softmax_bases(float (&s)[kTilesM][kTilesN][4], float (&out)[kTilesM][kTilesOut][4],
+                                      float scale_log2) {
     if (__any_sync(0xFFFFFFFF, own_score_ != 0)) raise_scores(s, out, scale_log2);
     float block_max[kRows];
     bool outgrown = false;
 #pragma unroll
     for (int row = 0; row < kRows; ++row) {
       block_max[row] = max_of_row(s, row);
-      outgrown |= fmaf(block_max[row], scale_log2, -base_[row]) > kMostAboveBase;
+      outgrown |= fmaf(block_max[row], scale_log2, -softmax_base_[row]) > kMostAboveBase;
     }
     if (!__any_sync(0xFFFFFFFF, outgrown)) return;
 #pragma unroll
     for (int row = 0; row < kRows; ++row) {
       const float maximum = block_max[row] * scale_log2;
-      const bool grows = maximum - base_[row] > kMostAboveBase;
+      const bool grows = maximum - softmax_base_[row] > kMostAboveBase;
       const float score = grows && fabsf(maximum) > kMostRounded ? block_max[row] : 0;
-      const float base = !grows ? base_[row] : score != 0 ? 0 : maximum;
+      const float softmax_base = !grows ? softmax_base_[row] : score != 0 ? 0 : maximum;
       if (score != 0) {
         subtract(s, row, score);
         keep_score(row, score);
       }
-      rescale(out, row, ptx::exp2(fmaf(-score, scale_log2, base_[row] - base)));
-      base_[row] = base;
+      rescale(out, row, ptx::exp2(fmaf(-score, scale_log2, softmax_base_[row] - softmax_base)));
+      softmax_base_[row] = softmax_base;
     }
   }
 
-  // Turns scores of a block whose bases fit into p, up to a factor per row that the sum has as well:
+  // Turns scores of a block that fits softmax_base into p, up to a factor per row that the sum has as well:
   // kCount tiles of columns, from tile `first` on.
   template <int kCount, int kTilesN>
   __device__ void exponentiate(float (&s)[kTilesM][kTilesN][4], int first, float scale_log2) {
@@ -64,8 +65,8 @@ class OnlineSoftmax {
       float sum;
 #pragma unroll
       for (int n = first; n < first + kCount; ++n) {
-        s[m][n][e] = ptx::exp2(fmaf(s[m][n][e], scale_log2, -base_[row]));
-        s[m][n][e + 1] = ptx::exp2(fmaf(s[m][n][e + 1], scale_log2, -base_[row]));
+        s[m][n][e] = ptx::exp2(fmaf(s[m][n][e], scale_log2, -softmax_base_[row]));
+        s[m][n][e + 1] = ptx::exp2(fmaf(s[m][n][e + 1], scale_log2, -softmax_base_[row]));
         const float pair = s[m][n][e] + s[m][n][e + 1];
         sum = n == first ? pair : sum + pair;
       }
@@ -86,7 +87,7 @@ class OnlineSoftmax {
       // Not "sum > 0": a NaN that a query may see must show.
       const float inverse = sum == 0 ? 0.0f : factor / sum;
       const float score = score_of(row);
-      rows[row] = sum == 0 ? RowLse{0, 0, -INFINITY} : RowLse{score, base_[row], log2f(sum)};
+      rows[row] = sum == 0 ? RowLse{0, 0, -INFINITY} : RowLse{score, softmax_base_[row], log2f(sum)};
 #pragma unroll
       for (int n = 0; n < kTilesOut; ++n) {
         out[m][n][e] *= inverse;
@@ -104,7 +105,7 @@ class OnlineSoftmax {
   // The maximum of a row without keys so far is not -inf, so that no inf - inf arises.
   static constexpr float kLowest = std::numeric_limits<float>::lowest();
 
-  // Bases up to here, in units of log 2, are rounded by 2^-5 at most.
+  // A softmax_base up to here, in units of log 2, is rounded by 2^-5 at most.
   static constexpr float kMostRounded = 0x1p20f;
 
   template <int kTilesN>
@@ -137,7 +138,7 @@ class OnlineSoftmax {
     }
   }
 
-  // The rows with large bases.
+  // The rows of which softmax_base is large.
   template <int kTilesN, int kTilesOut>
   __device__ void raise_scores(float (&s)[kTilesM][kTilesN][4], float (&out)[kTilesM][kTilesOut][4], float scale_log2) {
 #pragma unroll
@@ -161,9 +162,9 @@ class OnlineSoftmax {
     if (threadIdx.x % 4 == row) own_score_ = score;
   }
 
-  float base_[kRows];    // in units of log 2, beside the row's score
-  float sum_[kRows];     // of this lane's columns
-  float own_score_ = 0;  // seldom read: each of the lanes that share their rows has one's, 0 but for large bases
+  float softmax_base_[kRows];  // in units of log 2, beside the row's score
+  float sum_[kRows];           // of this lane's columns
+  float own_score_ = 0;        // seldom read: each of the lanes that share their rows has one's, 0 but for large scores
 };
 
 }  // namespace mixed_attention::cuda
