@@ -3,7 +3,7 @@
 
 namespace mixed_attention::cuda::portable {
 
-// kTf32x3 sums three products of the limbs of the operands: as accurate as fp32.
+// kTf32x3 sums three MMAs of the limbs of the operands: as accurate as fp32.
 enum class Arithmetic { kFloat16, kBFloat16, kTf32, kTf32x3 };
 
 constexpr bool is_16_bit(Arithmetic arithmetic) {

@@ -3,7 +3,7 @@
 //
 // The faster form is one kernel over tiles of keys: it owns dk and dv and adds what it knows of dq to dq_accum, in
 // whatever order the thread blocks come. The deterministic form computes dq in a second kernel, over tiles of queries,
-// at the price of two of then seven products: nothing is added atomically, and repeats are bitwise equal.
+// at the price of two of then seven MMAs: nothing is added atomically, and repeats are bitwise equal.
 //
 // With m dropout's factors and dp = dout · vᵀ:  ds = p (m dp - delta), delta = Σ out dout - dlse,
 // dv = (m p)ᵀ dout, dk = scale dsᵀ q, dq = scale ds k.
@@ -24,7 +24,7 @@ struct BwdArguments {
   DropoutParams dropout;
   float softmax_scale, scale_log2;
   bool aligned;     // rows of all tensors start at multiples of 16 bytes
-  float unit;       // by how much tensor cores may be off, relative to the sum of the products' sizes
+  float unit;       // by how much tensor cores may be off, relative to the sum of |q k|
   float* lse_log2;  // BwdBuffers
   float* delta;
   RowReference* references;

@@ -36,7 +36,7 @@ void sum_splits(const BwdParams& params, const float* partial, int num_splits, i
 template <Arithmetic kArithmetic>
 BwdArguments bwd_arguments(const BwdParams& params, const BwdBuffers& buffers, const WorkTable& work) {
   const auto aligned = [](const void* data, const Strides& strides) {
-    return is_aligned(data, strides, sizeof(typename ProductsOf<kArithmetic>::Element));
+    return is_aligned(data, strides, sizeof(typename MmaOf<kArithmetic>::Element));
   };
   return {
       .params = params,
@@ -64,7 +64,7 @@ BwdArguments bwd_arguments(const BwdParams& params, const BwdBuffers& buffers, c
 
 template <Arithmetic kArithmetic, int kHeadDim>
 void launch_bwd_by_key(const BwdParams& params, const BwdBuffers& buffers, const GridWork& by_key) {
-  using Element = typename ProductsOf<kArithmetic>::Element;
+  using Element = typename MmaOf<kArithmetic>::Element;
   const int64_t rows = params.batch_size * params.num_heads * params.seqlen_q;
   const auto stream = static_cast<cudaStream_t>(params.stream);
   const BwdArguments args = bwd_arguments<kArithmetic>(params, buffers, by_key.table);
@@ -109,8 +109,8 @@ void launch_bwd_by_query(const BwdParams& params, const BwdBuffers& buffers, con
   kKernel<<<by_query.grid, dq_tile(kArithmetic, kHeadDim).num_threads(), kSharedBytes,
             static_cast<cudaStream_t>(params.stream)>>>(args, by_query.in_parameters);
   check(cudaGetLastError(), "portable_dq_kernel");
-  sum_splits<typename ProductsOf<kArithmetic>::Element>(params, args.partial_dq, by_query.table.num_splits,
-                                                        params.seqlen_q, params.head_dim, params.dq, params.dq_strides);
+  sum_splits<typename MmaOf<kArithmetic>::Element>(params, args.partial_dq, by_query.table.num_splits, params.seqlen_q,
+                                                   params.head_dim, params.dq, params.dq_strides);
 }
 
 }  // namespace mixed_attention::cuda::portable

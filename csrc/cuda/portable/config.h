@@ -25,7 +25,7 @@ struct Tile {
 constexpr int kMaxSharedBytes = 99 * 1024;
 
 // Registers of a thread, for R rows to a warp: scores R * block_rows / 32, output R * head_dim / 32. At D128 64 keys to
-// a block instead of 32 halve what a block costs beside its products.
+// a block instead of 32 halve what a block costs beside its MMAs.
 constexpr Tile fwd_tile(Arithmetic arithmetic, int head_dim) {
   if (is_16_bit(arithmetic)) {
     if (head_dim <= 96) return {128, 64, 32, 2};
@@ -42,7 +42,7 @@ constexpr Tile fwd_tile(Arithmetic arithmetic, int head_dim) {
 // At D128 in 16 bits, two warps of 32 keys with half of the columns each read shared memory two thirds as often as
 // warps of 16 keys with all of them, although they hand their scores to each other. 64 queries to a block instead of 32
 // halve the barriers, and let a warp take 32 of them for dq, too; with one stage two such blocks fit a multiprocessor
-// of 8.0, and the next queries come during dq's product.
+// of 8.0, and the next queries come during dq's MMAs.
 constexpr Tile dk_dv_tile(Arithmetic arithmetic, int head_dim) {
   if (is_16_bit(arithmetic)) {
     if (head_dim <= 32) return {128, 32, 32, 2};

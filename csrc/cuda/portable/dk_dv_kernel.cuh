@@ -18,7 +18,7 @@ namespace mixed_attention::cuda::portable {
 enum class Grads { kAll, kKeyAndValue, kKey, kValue };
 
 // Transposed scores of a warp become p. lse_log2: of the scores' queries, in shared memory.
-template <class Products, int kTilesM, int kTilesN>
+template <class Mma, int kTilesM, int kTilesN>
 __device__ void exponentiate(float (&s)[kTilesM][kTilesN][4], const float* lse_log2, float scale_log2) {
 #pragma unroll
   for (int n = 0; n < kTilesN; ++n) {
@@ -26,8 +26,8 @@ __device__ void exponentiate(float (&s)[kTilesM][kTilesN][4], const float* lse_l
 #pragma unroll
     for (int i = 0; i < 2 * kTilesM; ++i) {
       float* pair = &s[i / 2][n][i % 2 * 2];
-      pair[0] = p_of<Products>(pair[0], scale_log2, lse.x);
-      pair[1] = p_of<Products>(pair[1], scale_log2, lse.y);
+      pair[0] = p_of<Mma>(pair[0], scale_log2, lse.x);
+      pair[1] = p_of<Mma>(pair[1], scale_log2, lse.y);
     }
   }
 }
@@ -64,7 +64,7 @@ __device__ void zero_rows(float (&c)[kTilesM][kTilesN][4], unsigned rows) {
 template <Arithmetic kArithmetic, int kHeadDim, Grads kGrads>
 struct DkDvShared {
   static constexpr Tile kTile = dk_dv_tile(kArithmetic, kHeadDim);
-  using Element = typename ProductsOf<kArithmetic>::Element;
+  using Element = typename MmaOf<kArithmetic>::Element;
   struct Nothing {};
 
   SharedTile<Element, kTile.rows, kHeadDim> k, v;  // and dk, dv, at the end
@@ -77,7 +77,7 @@ struct DkDvShared {
 
 // Adds dsᵀ k, the share of the block's keys, to dq: num_rows rows from row_begin on. Each warp takes 16 or 32 queries
 // and an equal share of the columns.
-template <class Products, int kThreads, class SharedDs, class Keys>
+template <class Mma, int kThreads, class SharedDs, class Keys>
 __device__ void add_dq(const DqAccum& accum, int64_t row_begin, int num_rows, const SharedDs& ds, const Keys& k) {
   constexpr int kCols = Keys::kCols, kTilesM = SharedDs::kCols >= 64 ? 2 : 1;
   constexpr int kRowGroups = SharedDs::kCols / 16 / kTilesM, kWarpsPerGroup = kThreads / 32 / kRowGroups;
@@ -94,8 +94,8 @@ __device__ void add_dq(const DqAccum& accum, int64_t row_begin, int num_rows, co
 #pragma unroll 1
   for (int first = col; first < col + kTilesN * 8; first += kTilesAtOnce * 8) {
     float dq[kTilesM][kTilesAtOnce][4] = {};
-    const auto load_ds = [&](int m, int step) { return Products::load_a_by_depth(ds, row + 16 * m, step); };
-    multiply_columns<Products>(dq, load_ds, k, first);
+    const auto load_ds = [&](int m, int step) { return Mma::load_a_by_depth(ds, row + 16 * m, step); };
+    multiply_columns<Mma>(dq, load_ds, k, first);
     float* const place = accum.place(row_begin + row + lane / 4, first, lane % 4);
     const auto add = [&]<bool kAll>() {
 #pragma unroll
@@ -122,9 +122,9 @@ template <Arithmetic kArithmetic, int kHeadDim, Grads kGrads>
 __global__ void __launch_bounds__(dk_dv_tile(kArithmetic, kHeadDim).num_threads(),
                                   dk_dv_tile(kArithmetic, kHeadDim).blocks)
     portable_dk_dv_kernel(const __grid_constant__ BwdArguments args, const __grid_constant__ InlineWork in_parameters) {
-  using Products = ProductsOf<kArithmetic>;
+  using Mma = MmaOf<kArithmetic>;
   using Shared = DkDvShared<kArithmetic, kHeadDim, kGrads>;
-  using Element = typename Products::Element;
+  using Element = typename Mma::Element;
   constexpr Tile kTile = Shared::kTile;
   constexpr bool kWantsDk = kGrads != Grads::kValue, kWantsDv = kGrads != Grads::kKey, kAddsDq = kGrads == Grads::kAll;
   constexpr bool kShares = kTile.sharing > 1;
@@ -183,7 +183,7 @@ __global__ void __launch_bounds__(dk_dv_tile(kArithmetic, kHeadDim).num_threads(
   const bool some_hidden = item.num_rows < kTile.rows || mask != nullptr;
   const bool drops = args.dropout.seed != nullptr;
   // NOTE: to ask for each block whether one of its queries has a reference costs all calls a few percent.
-  const bool some_references = *args.has_references != 0 || (Products::kLosesInfinities && args.scale_log2 < 0);
+  const bool some_references = *args.has_references != 0 || (Mma::kLosesInfinities && args.scale_log2 < 0);
 
   const LaneTile lane_k(shared.k);
   float dk[kWantsDk ? kTilesM : 1][kWarpCols / 8][4] = {}, dv[kWantsDv ? kTilesM : 1][kWarpCols / 8][4] = {};
@@ -197,13 +197,13 @@ __global__ void __launch_bounds__(dk_dv_tile(kArithmetic, kHeadDim).num_threads(
     const auto lane_dout = lane_k.at(shared.dout[stage]);
 
     // A gradient's sum takes up a warp's scores of some queries, or, from shared memory, those of all sharers.
-    const auto add_products = [&](auto& grad, const auto& scores, const auto& tile, int query) {
+    const auto accumulate = [&](auto& grad, const auto& scores, const auto& tile, int query) {
       if constexpr (kShares) {
         sync_sharers();
-        const auto load = [&](int m, int k) { return load_a<Products>(shared.scores, warp_row + 16 * m, k); };
-        multiply_columns<Products>(grad, load, tile, warp_col);
+        const auto load = [&](int m, int k) { return load_a<Mma>(shared.scores, warp_row + 16 * m, k); };
+        multiply_columns<Mma>(grad, load, tile, warp_col);
       } else {
-        multiply_scores<Products>(grad, scores, tile, query);
+        multiply_scores<Mma>(grad, scores, tile, query);
       }
     };
     const int num_turns = kTurns == 1 ? 1 : (block.num_rows + kScoreRows - 1) / kScoreRows;
@@ -211,17 +211,17 @@ __global__ void __launch_bounds__(dk_dv_tile(kArithmetic, kHeadDim).num_threads(
     for (int turn = 0; turn < num_turns; ++turn) {
       const int query = (turn * kTile.sharing + sharer) * kScoreRows;
       float p[kTilesM][kScoreRows / 8][4] = {}, ds[kTilesM][kScoreRows / 8][4] = {};
-      multiply_rows<Products>(p, lane_k, warp_row, lane_q, query);
+      multiply_rows<Mma>(p, lane_k, warp_row, lane_q, query);
       if (some_references) {
-        relate_columns<Products::kLosesInfinities>(p, args.references + first_query + block.row_begin + query,
-                                                   block.num_rows - query, copysignf(1, args.scale_log2));
+        relate_columns<Mma::kLosesInfinities>(p, args.references + first_query + block.row_begin + query,
+                                              block.num_rows - query, copysignf(1, args.scale_log2));
       }
-      if constexpr (!Products::kLosesInfinities) {
+      if constexpr (!Mma::kLosesInfinities) {
         if (block.num_rows < kTile.block_rows) clear_columns(p, block.num_rows - query);
       }
-      if constexpr (kWantsDk) multiply_rows<Products>(ds, lane_k.at(shared.v), warp_row, lane_dout, query);
-      // The exponentials run under the second product: nothing may stand between them.
-      exponentiate<Products>(p, shared.lse_log2[stage] + query, args.scale_log2);
+      if constexpr (kWantsDk) multiply_rows<Mma>(ds, lane_k.at(shared.v), warp_row, lane_dout, query);
+      // The exponentials run under the MMAs of dp: nothing may stand between them.
+      exponentiate<Mma>(p, shared.lse_log2[stage] + query, args.scale_log2);
       if (drops || some_hidden) {
         if (drops) {
           const WorkRange& range = walk.range_of(block);
@@ -238,14 +238,14 @@ __global__ void __launch_bounds__(dk_dv_tile(kArithmetic, kHeadDim).num_threads(
       }
       const auto add_to_dv = [&] {
         if constexpr (kShares) put_accumulators(shared.scores, warp_row, query, p);
-        add_products(dv, p, lane_dout, query);
+        accumulate(dv, p, lane_dout, query);
       };
       // ds stays in shared memory for dq: p is handed over before it. Where nothing is, dk first spills less.
       if constexpr (kWantsDv && kShares) add_to_dv();
       if constexpr (kWantsDk) {
         if constexpr (kShares) sync_sharers();  // p has been read
         if constexpr (kAddsDq || kShares) put_accumulators(shared.scores, warp_row, query, ds);
-        add_products(dk, ds, lane_q, query);
+        accumulate(dk, ds, lane_q, query);
       }
       if constexpr (kWantsDv && !kShares) add_to_dv();
     }
@@ -253,7 +253,7 @@ __global__ void __launch_bounds__(dk_dv_tile(kArithmetic, kHeadDim).num_threads(
     if (kAddsDq || kTile.stages == 1) __syncthreads();
     if (kTile.stages == 1 && !walk.done()) load_next(0);
     if constexpr (kAddsDq) {
-      add_dq<Products, kThreads>(args.dq_accum, first_query + block.row_begin, block.num_rows, shared.scores, lane_k);
+      add_dq<Mma, kThreads>(args.dq_accum, first_query + block.row_begin, block.num_rows, shared.scores, lane_k);
     }
   }
 

@@ -12,7 +12,7 @@ namespace mixed_attention::cuda::portable {
 template <Arithmetic kArithmetic, int kHeadDim>
 struct DqShared {
   static constexpr Tile kTile = dq_tile(kArithmetic, kHeadDim);
-  using Element = typename ProductsOf<kArithmetic>::Element;
+  using Element = typename MmaOf<kArithmetic>::Element;
 
   SharedTile<Element, kTile.rows, kHeadDim> q, dout;  // q: and dq, at the end
   SharedTile<Element, kTile.block_rows, kHeadDim> k[kTile.stages], v[kTile.stages];
@@ -21,9 +21,9 @@ struct DqShared {
 template <Arithmetic kArithmetic, int kHeadDim>
 __global__ void __launch_bounds__(dq_tile(kArithmetic, kHeadDim).num_threads(), dq_tile(kArithmetic, kHeadDim).blocks)
     portable_dq_kernel(const __grid_constant__ BwdArguments args, const __grid_constant__ InlineWork in_parameters) {
-  using Products = ProductsOf<kArithmetic>;
+  using Mma = MmaOf<kArithmetic>;
   using Shared = DqShared<kArithmetic, kHeadDim>;
-  using Element = typename Products::Element;
+  using Element = typename Mma::Element;
   constexpr Tile kTile = Shared::kTile;
   constexpr int kThreads = kTile.num_threads(), kTilesM = kTile.warp_rows / 16, kTilesN = kTile.block_rows / 8;
   extern __shared__ __align__(16) char shared_memory[];
@@ -67,7 +67,7 @@ __global__ void __launch_bounds__(dq_tile(kArithmetic, kHeadDim).num_threads(), 
     has_reference |= is_row && args.references[first_row + 8 * i].score != 0;
   }
   // Where infinities were lost, and the infinity whose p is 0 is the upper one, scores are gone through as well.
-  has_reference |= Products::kLosesInfinities && args.scale_log2 < 0;
+  has_reference |= Mma::kLosesInfinities && args.scale_log2 < 0;
   has_reference = __any_sync(0xFFFFFFFF, has_reference);
 
   const LaneTile lane_q(shared.q);
@@ -79,13 +79,13 @@ __global__ void __launch_bounds__(dq_tile(kArithmetic, kHeadDim).num_threads(), 
     walk.advance();
 
     float s[kTilesM][kTilesN][4] = {}, dp[kTilesM][kTilesN][4] = {};
-    multiply_rows<Products>(s, lane_q, warp_row, lane_q.at(shared.k[stage]));
+    multiply_rows<Mma>(s, lane_q, warp_row, lane_q.at(shared.k[stage]));
     if (has_reference) {
-      relate_rows<Products::kLosesInfinities>(s, args.references + first_row, item.num_rows - thread_row,
-                                              copysignf(1, args.scale_log2));
+      relate_rows<Mma::kLosesInfinities>(s, args.references + first_row, item.num_rows - thread_row,
+                                         copysignf(1, args.scale_log2));
     }
-    multiply_rows<Products>(dp, lane_q.at(shared.dout), warp_row, lane_q.at(shared.v[stage]));
-    // Behind the products, whose last results take a while.
+    multiply_rows<Mma>(dp, lane_q.at(shared.dout), warp_row, lane_q.at(shared.v[stage]));
+    // Behind the MMAs, whose last results take a while.
     if (kTile.stages == 2 && !walk.done()) load_next(stage ^ 1);
     if (args.dropout.seed != nullptr) {
       const Dropout dropout(args.dropout, static_cast<int>(batch_head));
@@ -103,12 +103,12 @@ __global__ void __launch_bounds__(dq_tile(kArithmetic, kHeadDim).num_threads(), 
 #pragma unroll
         for (int i = 0; i < 2 * kTilesM; ++i) {
           float& score = s[i / 2][n][i % 2 * 2 + e];
-          const float p = p_of<Products>(score, args.scale_log2, lse_log2[i]);
+          const float p = p_of<Mma>(score, args.scale_log2, lse_log2[i]);
           score = visible ? p * (dp[i / 2][n][i % 2 * 2 + e] - delta[i]) : 0.0f;
         }
       }
     }
-    multiply_scores<Products>(dq, s, lane_q.at(shared.k[stage]));
+    multiply_scores<Mma>(dq, s, lane_q.at(shared.k[stage]));
     if (kTile.stages == 1 && !walk.done()) {
       __syncthreads();
       load_next(0);

@@ -1,6 +1,6 @@
 // Forward. One thread block computes the output of one tile of queries of one head, or a split of it where the walk
 // over the keys is split; a warp has 16 or 32 of the rows to itself. Keys and values stream through shared memory by
-// asynchronous copies, a block, or with one buffer each a product, ahead.
+// asynchronous copies, a block ahead, or, with one buffer each, while the other is multiplied.
 #pragma once
 
 #include "cuda/common/log_sum_exp.cuh"
@@ -47,7 +47,7 @@ __device__ unsigned rows_to_repair(const float (&out)[kTilesM][kTilesN][4], cons
 template <Arithmetic kArithmetic, int kHeadDim>
 struct FwdShared {
   static constexpr Tile kTile = fwd_tile(kArithmetic, kHeadDim);
-  using Element = typename ProductsOf<kArithmetic>::Element;
+  using Element = typename MmaOf<kArithmetic>::Element;
 
   SharedTile<Element, kTile.rows, kHeadDim> q;  // and out, at the end
   SharedTile<Element, kTile.block_rows, kHeadDim> k[kTile.stages], v[kTile.stages];
@@ -56,9 +56,9 @@ struct FwdShared {
 template <Arithmetic kArithmetic, int kHeadDim>
 __global__ void __launch_bounds__(fwd_tile(kArithmetic, kHeadDim).num_threads(), fwd_tile(kArithmetic, kHeadDim).blocks)
     portable_fwd_kernel(const __grid_constant__ FwdArguments args, const __grid_constant__ InlineWork in_parameters) {
-  using Products = ProductsOf<kArithmetic>;
+  using Mma = MmaOf<kArithmetic>;
   using Shared = FwdShared<kArithmetic, kHeadDim>;
-  using Element = typename Products::Element;
+  using Element = typename Mma::Element;
   constexpr Tile kTile = Shared::kTile;
   constexpr int kThreads = kTile.num_threads(), kTilesM = kTile.warp_rows / 16;
   extern __shared__ __align__(16) char shared_memory[];
@@ -106,12 +106,12 @@ __global__ void __launch_bounds__(fwd_tile(kArithmetic, kHeadDim).num_threads(),
     walk.advance();
 
     float s[kTilesM][kTile.block_rows / 8][4] = {};
-    multiply_rows<Products>(s, lane_q, warp_row, lane_q.at(shared.k[stage]));
+    multiply_rows<Mma>(s, lane_q, warp_row, lane_q.at(shared.k[stage]));
     if (!kTwoStages) {
       ptx::cp_async_wait_all();
       __syncthreads();
     }
-    // Behind the product, whose last results take a while.
+    // Behind the MMAs, whose last results take a while.
     if (!walk.done()) {
       const int next = kTwoStages ? stage ^ 1 : 0;
       load(keys, next);
@@ -123,11 +123,11 @@ __global__ void __launch_bounds__(fwd_tile(kArithmetic, kHeadDim).num_threads(),
     }
     softmax.raise_softmax_bases(s, out, args.scale_log2);
     if (is_16_bit(kArithmetic) && !drops) {
-      // Exponentials of a depth step run under the products of the step before: nothing may stand between them.
+      // Exponentials of a depth step run under the MMAs of the step before: nothing may stand between them.
       const auto exponentiate = [&](int first) {
-        softmax.template exponentiate<Products::kDepth / 8>(s, first, args.scale_log2);
+        softmax.template exponentiate<Mma::kDepth / 8>(s, first, args.scale_log2);
       };
-      multiply_scores<Products>(out, s, lane_q.at(shared.v[stage]), 0, exponentiate);
+      multiply_scores<Mma>(out, s, lane_q.at(shared.v[stage]), 0, exponentiate);
     } else {
       softmax.template exponentiate<kTile.block_rows / 8>(s, 0, args.scale_log2);
       if (drops) {
@@ -137,7 +137,7 @@ __global__ void __launch_bounds__(fwd_tile(kArithmetic, kHeadDim).num_threads(),
         const WorkRange& range = walk.range_of(block);
         drop_columns(s, dropout, item.row_begin + thread_row, range.range_index, block.row_begin - range.begin);
       }
-      multiply_scores<Products>(out, s, lane_q.at(shared.v[stage]));
+      multiply_scores<Mma>(out, s, lane_q.at(shared.v[stage]));
     }
   }
 

@@ -21,7 +21,7 @@ struct AllRows {
 
 template <Arithmetic kArithmetic, int kHeadDim>
 void launch_fwd(const FwdParams& params, const FwdBuffers& buffers, const GridWork& by_query) {
-  using Element = typename ProductsOf<kArithmetic>::Element;
+  using Element = typename MmaOf<kArithmetic>::Element;
   constexpr auto kKernel = portable_fwd_kernel<kArithmetic, kHeadDim>;
   constexpr int kSharedBytes = sizeof(FwdShared<kArithmetic, kHeadDim>), kSize = sizeof(Element);
   static_assert(kSharedBytes <= kMaxSharedBytes, "a block takes more shared memory than the smaller chips give");

@@ -1,5 +1,5 @@
 // A row of the output once more, by plain arithmetic: where tensor cores left no finite numbers although there may be
-// some. Sums of weighted values may overflow on their way to a mean that does not, and of products of limbs infinities
+// some. Sums of weighted values may overflow on their way to a mean that does not, and of MMAs of limbs infinities
 // come out as NaN, also those that are no more than a score whose p is 0. Such rows are seldom; they are computed
 // by a warp each, behind the kernel's own way out, which costs all others a look at their outputs.
 #pragma once

@@ -21,7 +21,7 @@ __device__ void negate(float (&s)[kTilesM][kTilesN][4]) {
   }
 }
 
-// A score as the backward takes it where products lose infinities (tensor_core.cuh) and leave NaN. In a row whose
+// A score as the backward takes it where MMAs lose infinities (tensor_core.cuh) and leave NaN. In a row whose
 // log-sum-exp is a number the p of an infinite score is 0; in one whose log-sum-exp is NaN so is every p.
 template <bool kLosesInfinities>
 __device__ __forceinline__ float restored_score(float score, float sign = 1) {
@@ -30,9 +30,9 @@ __device__ __forceinline__ float restored_score(float score, float sign = 1) {
 }
 
 // p of a score, by a log-sum-exp to base 2.
-template <class Products>
+template <class Mma>
 __device__ __forceinline__ float p_of(float score, float scale_log2, float lse_log2) {
-  return ptx::exp2(fmaf(restored_score<Products::kLosesInfinities>(score), scale_log2, -lse_log2));
+  return ptx::exp2(fmaf(restored_score<Mma::kLosesInfinities>(score), scale_log2, -lse_log2));
 }
 
 // Scores of rows that have a reference become relative to it; references: from that of this thread's first row on, of

@@ -1,11 +1,11 @@
-// Matrix products of a warp on tiles in shared memory, in each arithmetic.
+// MMAs of a warp on tiles in shared memory, in each arithmetic.
 //
 // Tensor cores cut off what falls below an accumulator's precision instead of rounding, always towards zero: a sum of
-// thousands loses 1e-5 of its size. Products as exact as fp32 (kCutsOffTooMuch) therefore begin a new sum every few
-// steps and are added up outside, where additions round.
+// thousands loses 1e-5 of its size. MMAs as exact as fp32 (kCutsOffTooMuch) therefore begin a new sum every few steps
+// and are added up outside, where additions round.
 //
-// Infinity has no limbs (kLosesInfinities): what it is multiplied into comes out as NaN, in the products of three
-// terms, and so does what is multiplied by a number that rounds up to infinity, less than 2^-12 of it from the largest
+// Infinity has no limbs (kLosesInfinities): what it is multiplied into comes out as NaN, in MMAs of three terms,
+// and so does what is multiplied by a number that rounds up to infinity, less than 2^-12 of it from the largest
 // there is.
 //
 // Operands are a: 16 rows, and b: 8 columns, of one depth step of 32 bytes: 16 elements of 16 bits or 8 of 32.
@@ -21,7 +21,7 @@
 namespace mixed_attention::cuda::portable {
 
 template <class Element_>
-struct Products16 {
+struct Mma16 {
   using Element = Element_;
   static constexpr int kDepth = 16;
   static constexpr bool kCutsOffTooMuch = false, kLosesInfinities = false;
@@ -61,13 +61,15 @@ struct Products16 {
     b[1] = {{x[2], x[3]}};
   }
 
-  __device__ static void mma(float (&c)[4], const A& a, const B& b) { ptx::mma_m16n8k16(c, a.x, b.x, Element()); }
+  __device__ static void multiply_add(float (&c)[4], const A& a, const B& b) {
+    ptx::mma_m16n8k16(c, a.x, b.x, Element());
+  }
 };
 
-// kTerms = 1 rounds operands to TF32. With 3, each is split into a TF32 number and the rest, and of the four products
+// kTerms = 1 rounds operands to TF32. With 3, each is split into a TF32 number and the rest, and of the four MMAs
 // only that of the rests, below fp32's precision, is left out.
 template <int kTerms>
-struct ProductsTf32 {
+struct MmaTf32 {
   using Element = float;
   static constexpr int kDepth = 8;
   static constexpr bool kCutsOffTooMuch = kTerms == 3, kLosesInfinities = kTerms == 3;
@@ -137,7 +139,7 @@ struct ProductsTf32 {
     }
   }
 
-  __device__ static void mma(float (&c)[4], const A& a, const B& b) {
+  __device__ static void multiply_add(float (&c)[4], const A& a, const B& b) {
     if constexpr (kTerms == 3) {
       ptx::mma_m16n8k8_tf32(c, a.rest, b.x);
       ptx::mma_m16n8k8_tf32(c, a.x, b.rest);
@@ -147,31 +149,31 @@ struct ProductsTf32 {
 };
 
 template <Arithmetic>
-struct ProductsOf;
+struct MmaOf;
 template <>
-struct ProductsOf<Arithmetic::kFloat16> : Products16<__half> {};
+struct MmaOf<Arithmetic::kFloat16> : Mma16<__half> {};
 template <>
-struct ProductsOf<Arithmetic::kBFloat16> : Products16<__nv_bfloat16> {};
+struct MmaOf<Arithmetic::kBFloat16> : Mma16<__nv_bfloat16> {};
 template <>
-struct ProductsOf<Arithmetic::kTf32> : ProductsTf32<1> {};
+struct MmaOf<Arithmetic::kTf32> : MmaTf32<1> {};
 template <>
-struct ProductsOf<Arithmetic::kTf32x3> : ProductsTf32<3> {};
+struct MmaOf<Arithmetic::kTf32x3> : MmaTf32<3> {};
 
 // 16 rows of a tile whose columns are the depth.
-template <class Products, class Tile>
-__device__ typename Products::A load_a(const Tile& tile, int row, int k) {
+template <class Mma, class Tile>
+__device__ typename Mma::A load_a(const Tile& tile, int row, int k) {
   uint32_t x[4];
-  ptx::ldmatrix_x4(x, tile.columnwise(row, k * Products::kDepth));
-  return Products::make_a(x);
+  ptx::ldmatrix_x4(x, tile.columnwise(row, k * Mma::kDepth));
+  return Mma::make_a(x);
 }
 
-// 16 columns of the product out of as many rows of a tile whose columns are the depth.
-template <class Products, class Tile>
-__device__ void load_b(typename Products::B (&b)[2], const Tile& tile, int row, int k) {
+// 16 columns of the result out of as many rows of a tile whose columns are the depth.
+template <class Mma, class Tile>
+__device__ void load_b(typename Mma::B (&b)[2], const Tile& tile, int row, int k) {
   uint32_t x[4];
-  ptx::ldmatrix_x4(x, tile.rowwise(row, k * Products::kDepth));
-  b[0] = Products::make_b(x[0], x[1]);
-  b[1] = Products::make_b(x[2], x[3]);
+  ptx::ldmatrix_x4(x, tile.rowwise(row, k * Mma::kDepth));
+  b[0] = Mma::make_b(x[0], x[1]);
+  b[1] = Mma::make_b(x[2], x[3]);
 }
 
 // Takes up a sum where it stands, or begins a new one that `finish_sum` adds to it.
@@ -200,11 +202,11 @@ __device__ void finish_sum(const float (&sum)[kTilesM][kTilesN][4], float (&c)[k
 }
 
 // c += a · bᵀ: rows of tile a from a_row on against rows of tile b from b_row on, over their columns.
-template <class Products, int kTilesM, int kTilesN, class TileA, class TileB>
+template <class Mma, int kTilesM, int kTilesN, class TileA, class TileB>
 __device__ void multiply_rows(float (&c)[kTilesM][kTilesN][4], const TileA& a, int a_row, const TileB& b,
                               int b_row = 0) {
-  constexpr int kSteps = TileB::kCols / Products::kDepth;
-  constexpr bool kIsNew = Products::kCutsOffTooMuch && kSteps > 8;
+  constexpr int kSteps = TileB::kCols / Mma::kDepth;
+  constexpr bool kIsNew = Mma::kCutsOffTooMuch && kSteps > 8;
   // A sum has 16 columns: so the backward agrees on scores with a forward that does not cut off, or cuts off elsewhere.
   constexpr int kStepsAtOnce = kIsNew ? 2 : kSteps;
 #pragma unroll
@@ -213,17 +215,17 @@ __device__ void multiply_rows(float (&c)[kTilesM][kTilesN][4], const TileA& a, i
     begin_sum<kIsNew>(sum, c, 0);
 #pragma unroll
     for (int k = first; k < min(first + kStepsAtOnce, kSteps); ++k) {
-      typename Products::A fragment_a[kTilesM];
+      typename Mma::A fragment_a[kTilesM];
 #pragma unroll
-      for (int m = 0; m < kTilesM; ++m) fragment_a[m] = load_a<Products>(a, a_row + 16 * m, k);
+      for (int m = 0; m < kTilesM; ++m) fragment_a[m] = load_a<Mma>(a, a_row + 16 * m, k);
 #pragma unroll
       for (int n = 0; n < kTilesN; n += 2) {
-        typename Products::B fragment_b[2];
-        load_b<Products>(fragment_b, b, b_row + 8 * n, k);
+        typename Mma::B fragment_b[2];
+        load_b<Mma>(fragment_b, b, b_row + 8 * n, k);
 #pragma unroll
         for (int m = 0; m < kTilesM; ++m) {
-          Products::mma(sum[m][n], fragment_a[m], fragment_b[0]);
-          Products::mma(sum[m][n + 1], fragment_a[m], fragment_b[1]);
+          Mma::multiply_add(sum[m][n], fragment_a[m], fragment_b[0]);
+          Mma::multiply_add(sum[m][n + 1], fragment_a[m], fragment_b[1]);
         }
       }
     }
@@ -232,15 +234,15 @@ __device__ void multiply_rows(float (&c)[kTilesM][kTilesN][4], const TileA& a, i
 }
 
 // c += p · b: scores in registers against a tile whose rows from b_row on are the scores' columns. prepare(first) makes
-// tiles of p ready, from the first of a depth step on, ahead of the step's products.
-template <class Products, int kTilesM, int kTilesN, int kTilesP, class Tile, class Prepare>
+// tiles of p ready, from the first of a depth step on, ahead of the step's MMAs.
+template <class Mma, int kTilesM, int kTilesN, int kTilesP, class Tile, class Prepare>
 __device__ void multiply_scores(float (&c)[kTilesM][kTilesN][4], const float (&p)[kTilesM][kTilesP][4], const Tile& b,
                                 int b_row, const Prepare& prepare) {
   static_assert(kTilesN * 8 == Tile::kCols);
-  constexpr bool kIsNew = Products::kCutsOffTooMuch;
-  // Enough products that do not wait for each other, and few enough registers.
-  constexpr int kTilesAtOnce = !kIsNew ? kTilesN : kTilesN > 16 ? 2 : 4, kSteps = kTilesP * 8 / Products::kDepth;
-  typename Products::A fragment_a[kSteps][kTilesM];
+  constexpr bool kIsNew = Mma::kCutsOffTooMuch;
+  // Enough MMAs that do not wait for each other, and few enough registers.
+  constexpr int kTilesAtOnce = !kIsNew ? kTilesN : kTilesN > 16 ? 2 : 4, kSteps = kTilesP * 8 / Mma::kDepth;
+  typename Mma::A fragment_a[kSteps][kTilesM];
 #pragma unroll
   for (int first = 0; first < kTilesN; first += kTilesAtOnce) {
     float sum[kTilesM][kTilesAtOnce][4];
@@ -250,16 +252,16 @@ __device__ void multiply_scores(float (&c)[kTilesM][kTilesN][4], const float (&p
       if (first == 0) {
         prepare(kTilesP / kSteps * k);
 #pragma unroll
-        for (int m = 0; m < kTilesM; ++m) fragment_a[k][m] = Products::from_accumulators(p[m], k);
+        for (int m = 0; m < kTilesM; ++m) fragment_a[k][m] = Mma::from_accumulators(p[m], k);
       }
 #pragma unroll
       for (int n = 0; n < kTilesAtOnce; n += 2) {
-        typename Products::B fragment_b[2];
-        Products::load_b_by_depth(fragment_b, b, 8 * (first + n), b_row / Products::kDepth + k);
+        typename Mma::B fragment_b[2];
+        Mma::load_b_by_depth(fragment_b, b, 8 * (first + n), b_row / Mma::kDepth + k);
 #pragma unroll
         for (int m = 0; m < kTilesM; ++m) {
-          Products::mma(sum[m][n], fragment_a[k][m], fragment_b[0]);
-          Products::mma(sum[m][n + 1], fragment_a[k][m], fragment_b[1]);
+          Mma::multiply_add(sum[m][n], fragment_a[k][m], fragment_b[0]);
+          Mma::multiply_add(sum[m][n + 1], fragment_a[k][m], fragment_b[1]);
         }
       }
     }
@@ -267,29 +269,29 @@ __device__ void multiply_scores(float (&c)[kTilesM][kTilesN][4], const float (&p
   }
 }
 
-template <class Products, int kTilesM, int kTilesN, int kTilesP, class Tile>
+template <class Mma, int kTilesM, int kTilesN, int kTilesP, class Tile>
 __device__ void multiply_scores(float (&c)[kTilesM][kTilesN][4], const float (&p)[kTilesM][kTilesP][4], const Tile& b,
                                 int b_row = 0) {
-  multiply_scores<Products>(c, p, b, b_row, [](int) {});
+  multiply_scores<Mma>(c, p, b, b_row, [](int) {});
 }
 
 // c += a · b: operands load(m, k) of tile row m and depth step k against columns of tile b from b_col on, over b's
 // rows.
-template <class Products, int kTilesM, int kTilesN, class Load, class Tile>
+template <class Mma, int kTilesM, int kTilesN, class Load, class Tile>
 __device__ void multiply_columns(float (&c)[kTilesM][kTilesN][4], const Load& load, const Tile& b, int b_col) {
 #pragma unroll
-  for (int k = 0; k < Tile::kRows / Products::kDepth; ++k) {
-    typename Products::A fragment_a[kTilesM];
+  for (int k = 0; k < Tile::kRows / Mma::kDepth; ++k) {
+    typename Mma::A fragment_a[kTilesM];
 #pragma unroll
     for (int m = 0; m < kTilesM; ++m) fragment_a[m] = load(m, k);
 #pragma unroll
     for (int n = 0; n < kTilesN; n += 2) {
-      typename Products::B fragment_b[2];
-      Products::load_b_by_depth(fragment_b, b, b_col + 8 * n, k);
+      typename Mma::B fragment_b[2];
+      Mma::load_b_by_depth(fragment_b, b, b_col + 8 * n, k);
 #pragma unroll
       for (int m = 0; m < kTilesM; ++m) {
-        Products::mma(c[m][n], fragment_a[m], fragment_b[0]);
-        Products::mma(c[m][n + 1], fragment_a[m], fragment_b[1]);
+        Mma::multiply_add(c[m][n], fragment_a[m], fragment_b[0]);
+        Mma::multiply_add(c[m][n + 1], fragment_a[m], fragment_b[1]);
       }
     }
   }

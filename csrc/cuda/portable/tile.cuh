@@ -126,7 +126,7 @@ class TileLoader {
         whole_(ptx::keep(rows.aligned && mask == nullptr && rows.num_cols == Tile::kCols ? Tile::kRows : -1)) {}
 
   // Starts to copy rows row_begin to row_begin + num_rows - 1. All else in the tile becomes zero: rows behind them,
-  // columns behind the tensor's, and blocked rows. So what a query may not see never enters a product, not even as NaN.
+  // columns behind the tensor's, and blocked rows. So what a query may not see never enters an MMA, not even as NaN.
   __device__ void load(int index, int row_begin, int num_rows) const {
     // Threads that are left over of a row's chunks rest.
     if (kThreads % kChunks != 0 && thread_row() >= kRowsAtOnce) return;
