@@ -2,7 +2,7 @@
 
 #include "cpu/kernels.h"
 #include "cpu/launch.h"
-#include "cpu/tasks.h"
+#include "cpu/work_items.h"
 #include "cpu/workers.h"
 
 namespace mixed_attention::cpu {
@@ -36,7 +36,7 @@ void run_bwd(const BwdParams& params) {
   shared.progress = progress.data();
 
   for_each_tile(params, plan, operations, bwd_scratch_size(params, kernels),
-                [&](const BwdTask& task, void* scratch) { kernels.bwd(params, shared, task, scratch); });
+                [&](const BwdItem& item, void* scratch) { kernels.bwd(params, shared, item, scratch); });
 }
 
 }  // namespace mixed_attention::cpu

@@ -2,20 +2,20 @@
 
 #include "cpu/kernels.h"
 #include "cpu/launch.h"
-#include "cpu/tasks.h"
+#include "cpu/work_items.h"
 #include "cpu/workers.h"
 
 namespace mixed_attention::cpu {
 namespace {
 
 // Half as many keys as the backward: with tangents a tile has twice the operands, and more.
-constexpr int64_t kKeysOfTask = kBwdBlockN / 2;
+constexpr int64_t kKeysOfItem = kBwdBlockN / 2;
 
 }  // namespace
 
 void run_bwd_jvp(const BwdJvpParams& params) {
   const AttentionKernels& kernels = selected_instruction_set().kernels[static_cast<int>(params.dtype)];
-  const BwdPlan plan = make_bwd_plan(*params.schedule, kKeysOfTask);
+  const BwdPlan plan = make_bwd_plan(*params.schedule, kKeysOfItem);
   const int64_t batch_heads = params.batch_size * params.num_heads, count = params.tangents.count;
   const int64_t operations = params.schedule->num_pairs * batch_heads * 5 * (params.head_dim + params.head_dim_v);
   const int64_t num_rows = batch_heads * params.seqlen_q, acc_size = accumulator_size(params.dtype);
@@ -51,7 +51,7 @@ void run_bwd_jvp(const BwdJvpParams& params) {
   shared.progress = progress.data();
 
   for_each_tile(params, plan, operations, bwd_jvp_scratch_size(params, kernels),
-                [&](const BwdTask& task, void* scratch) { kernels.bwd_jvp(params, shared, tangents, task, scratch); });
+                [&](const BwdItem& item, void* scratch) { kernels.bwd_jvp(params, shared, tangents, item, scratch); });
 }
 
 }  // namespace mixed_attention::cpu

@@ -3,7 +3,7 @@
 
 #include "cpu/kernels.h"
 #include "cpu/launch.h"
-#include "cpu/tasks.h"
+#include "cpu/work_items.h"
 #include "cpu/workers.h"
 
 namespace mixed_attention::cpu {
@@ -12,13 +12,13 @@ void run_jvp(const JvpParams& params) {
   const AttentionKernels& kernels = selected_instruction_set().kernels[static_cast<int>(params.dtype)];
   // Sums of tangents take as much of L2 as those of the primal.
   const int64_t most_rows = std::max(kFwdBlockM / (1 + params.tangents.count), kFwdBlockM / 4);
-  const std::vector<FwdTask> tasks = fwd_tasks(params, rows_of_task(params, most_rows));
-  const FwdWork work = work_of(params, tasks);
+  const std::vector<FwdItem> items = fwd_items(params, rows_of_item(params, most_rows));
+  const FwdWork work = work_of(params, items);
   const MeasuredRows measured = params.lse_is_known ? measure_rows(params, params.lse, kernels) : MeasuredRows{};
-  const int64_t num_tasks = static_cast<int64_t>(tasks.size());
-  for_each_task(params.parallel_for, num_workers(params, num_tasks, 2 * work.operations), num_tasks,
+  const int64_t num_items = static_cast<int64_t>(items.size());
+  for_each_item(params.parallel_for, num_workers(params, num_items, 2 * work.operations), num_items,
                 jvp_scratch_size(params, kernels, work.rows), [&](int64_t index, void* scratch) {
-                  kernels.jvp(params, tasks[index], measured.row_max, measured.row_log2_sum, scratch);
+                  kernels.jvp(params, items[index], measured.row_max, measured.row_log2_sum, scratch);
                 });
 }
 

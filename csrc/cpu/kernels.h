@@ -1,4 +1,4 @@
-// What a task of the CPU kernels is, and the table of kernels that one instruction set provides. The task lists are
+// What a work item of the CPU kernels is, and the table of kernels that one instruction set provides. Their lists are
 // made here at the baseline instruction set; the kernels see plain pointers, so that no code of a newer instruction
 // set can leak into functions shared with older machines.
 #pragma once
@@ -23,16 +23,16 @@ constexpr int64_t round_up(int64_t value, int64_t multiple) { return (value + mu
 
 // Up to here what the exponents of weights are relative to, to base 2, may be rounded: weights are off by that
 // rounding, which takes eight of their bits at most. Beyond it scores have it subtracted before they are scaled.
-inline constexpr double kLargestBase = 256;
+inline constexpr double kLargestSoftmaxBase = 256;
 
 // Whether the backward measures anew what the weights of a row are relative to. Not without keys, nor where nobody can.
 inline bool is_large_lse(double lse) {
-  constexpr double kLargest = kLargestBase * 0.69314718055994530942;
+  constexpr double kLargest = kLargestSoftmaxBase * 0.69314718055994530942;
   return lse > kLargest || (lse < -kLargest && lse - lse == 0);
 }
 
 // Query rows of one segment against all keys of that segment, for one batch and head.
-struct FwdTask {
+struct FwdItem {
   int64_t batch, head;
   Range rows;  // at most kFwdBlockM
   const Range* keys;
@@ -40,25 +40,25 @@ struct FwdTask {
   int64_t cost;  // scores
 };
 
-// One reading of the keys of a backward task.
+// One reading of the keys of a backward item.
 struct Visit {
   Range queries;
   int range_index;
-  int64_t range_offset;  // of the task's first key in that range
-  int rank;              // how many tasks add to dq of these queries before this visit
+  int64_t range_offset;  // of the item's first key in that range
+  int rank;              // how many items add to dq of these queries before this visit
   bool is_last;          // whether this visit completes dq
   int64_t first_tile;    // index of the first query tile, kBwdBlockM rows each, among all of a head
 };
 
 // Key rows with everybody who reads them, for one batch and head.
-struct BwdTask {
+struct BwdItem {
   int64_t batch, head;
   Range keys;  // at most kBwdBlockN
   const Visit* visits;
   int64_t num_visits;
 };
 
-// What the backward tasks of a call share. Acc is float, and double for fp64.
+// What the backward items of a call share. Acc is float, and double for fp64.
 struct BwdShared {
   const void* delta;  // (batch_size, num_heads, seqlen_q) of Acc: row sums of out * dout, less dlse
   void* dq_acc;       // sums of dq in Acc, with the strides below: dq itself, or scratch for 16-bit types
@@ -71,7 +71,7 @@ struct BwdShared {
   void (*wait_until)(const int* progress, int rank);
 };
 
-// What the tasks of a backward with tangents share beside that.
+// What the items of a backward with tangents share beside that.
 struct BwdJvpShared {
   const void* eps;  // (count, batch_size, num_heads, seqlen_q) of Acc: row sums of out * dout_dot, less dlse_dot
   int64_t eps_step;
@@ -84,14 +84,14 @@ struct BwdJvpShared {
 struct AttentionKernels {
   int64_t row_block;    // rows of a register block of the matrix products; row counts of tiles are rounded up to it
   int64_t factor_size;  // bytes of an element as the products read it
-  void (*fwd)(const FwdParams&, const FwdTask&, void* scratch);
-  void (*measure)(const AttentionParams&, const FwdTask&, void* scratch, void* row_max, void* row_log2_sum);
+  void (*fwd)(const FwdParams&, const FwdItem&, void* scratch);
+  void (*measure)(const AttentionParams&, const FwdItem&, void* scratch, void* row_max, void* row_log2_sum);
   void (*delta)(const BwdParams&, int64_t batch, int64_t head, Range rows, void* delta);
-  void (*bwd)(const BwdParams&, const BwdShared&, const BwdTask&, void* scratch);
-  void (*jvp)(const JvpParams&, const FwdTask&, const void* row_max, const void* row_log2_sum, void* scratch);
+  void (*bwd)(const BwdParams&, const BwdShared&, const BwdItem&, void* scratch);
+  void (*jvp)(const JvpParams&, const FwdItem&, const void* row_max, const void* row_log2_sum, void* scratch);
   void (*bwd_jvp_rows)(const BwdJvpParams&, int64_t batch, int64_t head, Range rows, void* eps, int64_t eps_step,
                        void* gamma);
-  void (*bwd_jvp)(const BwdJvpParams&, const BwdShared&, const BwdJvpShared&, const BwdTask&, void* scratch);
+  void (*bwd_jvp)(const BwdJvpParams&, const BwdShared&, const BwdJvpShared&, const BwdItem&, void* scratch);
   void (*rope)(const RopeParams&, int64_t batch, Range rows);
   void (*rms_rope)(const RmsRopeParams&, int64_t batch, Range rows);
 };
@@ -111,7 +111,7 @@ inline int64_t accumulator_size(DType dtype) { return dtype == DType::kFloat64 ?
 
 // Bytes of scratch that one worker needs. The layouts are in simd/fwd_kernel.h, simd/bwd_kernel.h and those for
 // tangents beside them.
-// The forward's for tasks of up to so many rows: what a call of few tokens allocates is time it takes.
+// The forward's for items of up to so many rows: what a call of few tokens allocates is time it takes.
 inline int64_t fwd_scratch_size(const AttentionParams& p, const AttentionKernels& kernels, int64_t rows) {
   const int64_t d = round_up(p.head_dim, 2 * kColumnBlock), dv = round_up(p.head_dim_v, kColumnBlock);
   const int64_t block = kernels.row_block, padded_rows = round_up(rows, block);

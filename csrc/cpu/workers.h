@@ -1,4 +1,4 @@
-// Work shared among threads: tasks are taken in order, each by whoever is free.
+// Work shared among threads: work items are taken in order, each by whoever is free.
 #pragma once
 
 #include <algorithm>
@@ -24,29 +24,29 @@ inline AlignedMemory allocate(int64_t size) {
 inline constexpr int64_t kOperationsPerThread = 1 << 20;
 
 template <class Params>
-int num_workers(const Params& params, int64_t num_tasks, int64_t operations) {
-  const int64_t useful = std::min(num_tasks, operations / kOperationsPerThread + 1);
+int num_workers(const Params& params, int64_t num_items, int64_t operations) {
+  const int64_t useful = std::min(num_items, operations / kOperationsPerThread + 1);
   return static_cast<int>(std::max<int64_t>(1, std::min<int64_t>(params.num_threads, useful)));
 }
 
-// Calls task(index, scratch) for index = 0 .. num_tasks-1; a task begins only after all of lower index have begun.
-template <class Task>
-void for_each_task(ParallelFor parallel_for, int num_workers, int64_t num_tasks, int64_t scratch_size, Task task) {
+// Calls run(index, scratch) for index = 0 .. num_items-1; an item begins only after all of lower index have begun.
+template <class Run>
+void for_each_item(ParallelFor parallel_for, int num_workers, int64_t num_items, int64_t scratch_size, Run run) {
   struct Context {
-    Task& task;
-    int64_t num_tasks, scratch_size;
+    Run& run;
+    int64_t num_items, scratch_size;
     std::atomic<int64_t> next;
     char* scratch;
 
     void work(int worker) {
       char* own = scratch + worker * scratch_size;
-      for (int64_t index; (index = next.fetch_add(1)) < num_tasks;) task(index, own);
+      for (int64_t index; (index = next.fetch_add(1)) < num_items;) run(index, own);
     }
   };
   scratch_size = (scratch_size + 63) / 64 * 64;
   // Allocated before the threads start, so that a failure is an exception of the caller's thread.
   const AlignedMemory scratch = allocate(num_workers * scratch_size);
-  Context context{task, num_tasks, scratch_size, 0, scratch.get()};
+  Context context{run, num_items, scratch_size, 0, scratch.get()};
   if (num_workers == 1) return context.work(0);
   parallel_for(num_workers, [](int worker, void* context) { static_cast<Context*>(context)->work(worker); }, &context);
 }

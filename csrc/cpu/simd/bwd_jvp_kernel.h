@@ -6,7 +6,7 @@
 //   z_t = s'_t - mu_t    g_t = p (y_t v^T - eps_t)    ds = p (y v^T + sum y_t v'_t^T - gamma) + sum z_t g_t
 //   dq = ds k + sum g_t k'_t    dk = ds^T q + sum g_t^T q'_t    dv = p^T y + sum (p z_t)^T y_t    dq'_t = g_t k
 //
-// but for the softmax scale, and dropout's factors beside v and in dv. Tasks and sums are those of the backward.
+// but for the softmax scale, and dropout's factors beside v and in dv. Items and sums are those of the backward.
 #pragma once
 
 #include "cpu/simd/bwd_kernel.h"
@@ -31,9 +31,9 @@ class BwdJvpTile : BwdTile<Element> {
   using typename Base::V;
 
  public:
-  BwdJvpTile(const BwdJvpParams& p, const BwdShared& shared, const BwdJvpShared& rows, const BwdTask& task,
+  BwdJvpTile(const BwdJvpParams& p, const BwdShared& shared, const BwdJvpShared& rows, const BwdItem& item,
              void* memory)
-      : BwdJvpTile(p, shared, rows, task, Scratch(memory)) {}
+      : BwdJvpTile(p, shared, rows, item, Scratch(memory)) {}
 
   void run() {
     Base::gather_keys();
@@ -45,9 +45,9 @@ class BwdJvpTile : BwdTile<Element> {
   }
 
  private:
-  BwdJvpTile(const BwdJvpParams& p, const BwdShared& shared, const BwdJvpShared& rows, const BwdTask& task,
+  BwdJvpTile(const BwdJvpParams& p, const BwdShared& shared, const BwdJvpShared& rows, const BwdItem& item,
              Scratch&& scratch)
-      : Base(p, shared, task, static_cast<Scratch&&>(scratch)),
+      : Base(p, shared, item, static_cast<Scratch&&>(scratch)),
         p_(p),
         tangents_(p.tangents),
         rows_(rows),
@@ -293,17 +293,17 @@ class BwdJvpTile : BwdTile<Element> {
   F* v_dot_transposed_ = nullptr;  // [count][depth_v][kBwdBlockN]
   F* q_dot_ = nullptr;             // [count][rows][depth], like q_
   F* dout_dot_;                    // [count][rows][depth_v]
-  Acc* dq_dot_ = nullptr;          // [count][rows][width], this task's part
+  Acc* dq_dot_ = nullptr;          // [count][rows][width], this item's part
   Acc *mu_, *eps_;                 // [count][rows]
   Acc* s_dot_;                     // [count][kRows][kStrip]
   Acc* e_;                         // [count][kRows][kStrip], y_t v^T
 };
 
 template <class Element>
-void bwd_jvp(const BwdJvpParams& params, const BwdShared& shared, const BwdJvpShared& rows, const BwdTask& task,
+void bwd_jvp(const BwdJvpParams& params, const BwdShared& shared, const BwdJvpShared& rows, const BwdItem& item,
              void* scratch) {
   [[maybe_unused]] const TileRegistersFor<Factor<Element>> registers;
-  BwdJvpTile<Element>(params, shared, rows, task, scratch).run();
+  BwdJvpTile<Element>(params, shared, rows, item, scratch).run();
 }
 
 // eps of all directions, and gamma.

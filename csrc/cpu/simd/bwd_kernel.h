@@ -1,12 +1,12 @@
 // Backward: one tile of keys against all query rows that read it.
 //
-// A task owns dk and dv of its keys and adds its part to dq of every query tile it visits. The parts are added in the
-// order of the tasks, whoever runs them: a task waits until the task before it has added its own. So the sum, bit for
-// bit, does not depend on the number of threads; and as tasks start in order and walk the queries in the same order,
-// they follow each other at a distance of one tile and rarely wait.
+// A work item owns dk and dv of its keys and adds its part to dq of every query tile it visits. The parts are added in
+// the order of the items, whoever runs them: an item waits until the item before it has added its own. So the sum, bit
+// for bit, does not depend on the number of threads; and as items start in order and walk the queries in the same
+// order, they follow each other at a distance of one tile and rarely wait.
 //
-// Weights come from the log-sum-exp. A large one is too coarse for that (kLargestBase); of such rows what they are
-// relative to has been measured anew, by the forward's own products, which make the same scores bit for bit.
+// Weights come from the log-sum-exp. A large one is too coarse for that (kLargestSoftmaxBase); of such rows what they
+// are relative to has been measured anew, by the forward's own products, which make the same scores bit for bit.
 #pragma once
 
 #include "cpu/simd/fwd_kernel.h"
@@ -26,8 +26,8 @@ class BwdTile {
   static constexpr int64_t kRows = kRowBlock<F>, kStrip = kBlockVectors * kLane;
 
  public:
-  BwdTile(const BwdParams& p, const BwdShared& shared, const BwdTask& task, void* memory)
-      : BwdTile(p, shared, task, Scratch(memory)) {}
+  BwdTile(const BwdParams& p, const BwdShared& shared, const BwdItem& item, void* memory)
+      : BwdTile(p, shared, item, Scratch(memory)) {}
 
   void run() {
     gather_keys();
@@ -38,11 +38,11 @@ class BwdTile {
   }
 
  protected:
-  BwdTile(const BwdParams& p, const BwdShared& shared, const BwdTask& task, Scratch&& scratch)
+  BwdTile(const BwdParams& p, const BwdShared& shared, const BwdItem& item, Scratch&& scratch)
       : p_(p),
         shared_(shared),
-        task_(task),
-        batch_head_(task.batch * p.num_heads + task.head),
+        item_(item),
+        batch_head_(item.batch * p.num_heads + item.head),
         depth_(depth_of<F>(p.head_dim)),
         depth_v_(depth_of<F>(p.head_dim_v)),
         width_(round_up(p.head_dim, kLane)),
@@ -68,17 +68,17 @@ class BwdTile {
   }
 
   void gather_keys() {
-    KeyCursor cursor(&task_.keys, 1, mask_of(p_, task_.batch));
+    KeyCursor cursor(&item_.keys, 1, mask_of(p_, item_.batch));
     count_ = cursor.next(keys_, kBwdBlockN);
     columns_ = round_up(count_, 2 * kLane);
   }
 
   // Calls attend(rows, next_rows), if there are keys, and then add(rows, visit) for tile after tile of the queries; add
-  // when all tasks before this one have added to the sums of those rows.
+  // when all items before this one have added to the sums of those rows.
   template <class Attend, class Add>
   void walk_queries(Attend attend, Add add) {
-    for (int64_t i = 0; i < task_.num_visits; ++i) {
-      const Visit& visit = task_.visits[i];
+    for (int64_t i = 0; i < item_.num_visits; ++i) {
+      const Visit& visit = item_.visits[i];
       locate_keys(visit);
       int* progress = shared_.progress + batch_head_ * shared_.tiles_per_head + visit.first_tile;
       for (int64_t begin = visit.queries.begin; begin < visit.queries.end; begin += kBwdBlockM, ++progress) {
@@ -105,7 +105,7 @@ class BwdTile {
   void locate_keys(const Visit& visit) {
     for (int64_t i = 0; i < count_; ++i) {
       keys_[i].range_index = visit.range_index;
-      keys_[i].offset = visit.range_offset + keys_[i].row - task_.keys.begin;
+      keys_[i].offset = visit.range_offset + keys_[i].row - item_.keys.begin;
     }
   }
 
@@ -184,7 +184,7 @@ class BwdTile {
     return {begin, begin + count < rows.end ? begin + count : rows.end};
   }
 
-  // NOTE: other keys' tasks have gone over the same rows, more than L2 holds. Asked for a tile ahead and a few at a
+  // NOTE: other keys' items have gone over the same rows, more than L2 holds. Asked for a tile ahead and a few at a
   // time they come while products run: with AMX, where these take little time, a fifth of it went into waiting for
   // rows.
   void prefetch_queries(Range rows) const {
@@ -268,7 +268,7 @@ class BwdTile {
   }
 
   Acc* sum_at(void* sums, const Strides& strides, int64_t row) const {
-    return static_cast<Acc*>(sums) + task_.batch * strides.batch + task_.head * strides.head + row * strides.row;
+    return static_cast<Acc*>(sums) + item_.batch * strides.batch + item_.head * strides.head + row * strides.row;
   }
 
   void store_keys() {
@@ -282,7 +282,7 @@ class BwdTile {
   void store_gradient(const KeySums<Element>& sums, int64_t size, Acc scale, Element* out, int64_t row_stride) {
     sums.write(count_, scale, [&](int64_t i) { return out + keys_[i].row * row_stride; });
     int64_t i = 0;
-    for (int64_t row = task_.keys.begin; row < task_.keys.end; ++row) {
+    for (int64_t row = item_.keys.begin; row < item_.keys.end; ++row) {
       if (i < count_ && keys_[i].row == row) {
         ++i;
       } else {
@@ -294,12 +294,12 @@ class BwdTile {
   template <class Pointer>
   auto at(Pointer base, Strides strides, int64_t row) const {
     using Target = std::conditional_t<std::is_const_v<std::remove_pointer_t<Pointer>>, const Element, Element>;
-    return static_cast<Target*>(base) + task_.batch * strides.batch + task_.head * strides.head + row * strides.row;
+    return static_cast<Target*>(base) + item_.batch * strides.batch + item_.head * strides.head + row * strides.row;
   }
 
   const BwdParams& p_;
   const BwdShared& shared_;
-  const BwdTask& task_;
+  const BwdItem& item_;
   const int64_t batch_head_, depth_, depth_v_, width_;
   const ScoreScale<F> scale_;
   const Dropout dropout_;
@@ -312,7 +312,7 @@ class BwdTile {
   F* v_transposed_;  // [depth_v][kBwdBlockN]
   F* q_;             // [rows][depth], with their part of the softmax scale
   F* dout_;          // [rows][depth_v]
-  Acc* dq_;          // [rows][width], this task's part
+  Acc* dq_;          // [rows][width], this item's part
   Acc* max_;         // [rows], the score that weights are relative to, where the log-sum-exp is large; otherwise 0
   Acc* lse_log2_;    // [rows], of the scores less max_
   Acc* delta_;       // [rows]
@@ -323,9 +323,9 @@ class BwdTile {
 };
 
 template <class Element>
-void bwd(const BwdParams& params, const BwdShared& shared, const BwdTask& task, void* scratch) {
+void bwd(const BwdParams& params, const BwdShared& shared, const BwdItem& item, void* scratch) {
   [[maybe_unused]] const TileRegistersFor<Factor<Element>> registers;
-  BwdTile<Element>(params, shared, task, scratch).run();
+  BwdTile<Element>(params, shared, item, scratch).run();
 }
 
 template <class Element>

@@ -1,8 +1,8 @@
 // Forward: one tile of query rows against all keys of its segment, by online softmax.
 //
-// Scores are scaled to base 2 where they are read, so that p = exp2(scale * s - base): 16-bit queries are
-// multiplied as they are. The base is scale * m for a score m of the row, rounded. Where that rounding is large, m is
-// subtracted first, exactly where it matters: p = exp2(scale * (s - m)).
+// Scores are scaled to base 2 where they are read, so that p = exp2(scale * s - softmax_base): 16-bit queries are
+// multiplied as they are. The softmax_base is scale * m for a score m of the row, rounded. Where that rounding is
+// large, m is subtracted first, exactly where it matters: p = exp2(scale * (s - m)).
 #pragma once
 
 #include <cmath>
@@ -66,7 +66,7 @@ class FwdTile {
   static constexpr Acc kLift = 64;
 
  public:
-  FwdTile(const AttentionParams& p, const FwdTask& task, void* memory) : FwdTile(p, task, Scratch(memory)) {}
+  FwdTile(const AttentionParams& p, const FwdItem& item, void* memory) : FwdTile(p, item, Scratch(memory)) {}
 
   void run(const FwdParams& p) {
     load_queries();
@@ -82,7 +82,7 @@ class FwdTile {
   void measure(RowSums<Acc> result) {
     load_queries();
     walk_keys<false>();
-    const int64_t first = (task_.batch * p_.num_heads + task_.head) * p_.seqlen_q + task_.rows.begin;
+    const int64_t first = (item_.batch * p_.num_heads + item_.head) * p_.seqlen_q + item_.rows.begin;
     for (int64_t row = 0; row < rows_; ++row) {
       result.max[first + row] = max_[row];
       result.log2_sum[first + row] = std::log2(sum_of(row));
@@ -90,10 +90,10 @@ class FwdTile {
   }
 
  protected:
-  FwdTile(const AttentionParams& p, const FwdTask& task, Scratch&& scratch)
+  FwdTile(const AttentionParams& p, const FwdItem& item, Scratch&& scratch)
       : p_(p),
-        task_(task),
-        rows_(task.rows.end - task.rows.begin),
+        item_(item),
+        rows_(item.rows.end - item.rows.begin),
         padded_rows_(round_up(rows_, kRows)),
         depth_(depth_of<F>(p.head_dim)),
         width_v_(round_up(p.head_dim_v, kLane)),
@@ -116,7 +116,7 @@ class FwdTile {
   template <bool kValues>
   void walk_keys() {
     clear();
-    KeyCursor cursor(task_.keys, task_.num_key_ranges, mask_of(p_, task_.batch));
+    KeyCursor cursor(item_.keys, item_.num_key_ranges, mask_of(p_, item_.batch));
     while (const int64_t count = cursor.next(keys_, kFwdBlockN)) {
       load_keys<kValues>(count);
       for (int64_t row = 0; row < padded_rows_; row += kRows) attend<kValues>(row, count);
@@ -137,8 +137,8 @@ class FwdTile {
   }
 
   void load_queries() {
-    const Element* q = static_cast<const Element*>(p_.q) + task_.batch * p_.q_strides.batch +
-                       task_.head * p_.q_strides.head + task_.rows.begin * p_.q_strides.row;
+    const Element* q = static_cast<const Element*>(p_.q) + item_.batch * p_.q_strides.batch +
+                       item_.head * p_.q_strides.head + item_.rows.begin * p_.q_strides.row;
     for (int64_t row = 0; row < padded_rows_; ++row) {
       pack_row(row < rows_ ? q + row * p_.q_strides.row : nullptr, p_.head_dim, scale_.query, q_ + row * depth_,
                depth_);
@@ -148,12 +148,12 @@ class FwdTile {
   template <bool kValues>
   void load_keys(int64_t count) {
     const Element* k =
-        static_cast<const Element*>(p_.k) + task_.batch * p_.k_strides.batch + task_.head * p_.k_strides.head;
+        static_cast<const Element*>(p_.k) + item_.batch * p_.k_strides.batch + item_.head * p_.k_strides.head;
     pack_columns<Element>(count, p_.head_dim, KeyRows{k, p_.k_strides.row, keys_, count}, k_transposed_,
                           columns_of(count), kFwdBlockN);
     if constexpr (!kValues) return;
     const Element* v =
-        static_cast<const Element*>(p_.v) + task_.batch * p_.v_strides.batch + task_.head * p_.v_strides.head;
+        static_cast<const Element*>(p_.v) + item_.batch * p_.v_strides.batch + item_.head * p_.v_strides.head;
     pack_rows<Element>(depth_of<F>(count) * kTerms<F>, p_.head_dim_v, Acc(1),
                        KeyRows{v, p_.v_strides.row, keys_, count}, v_, width_v_);
   }
@@ -196,9 +196,11 @@ class FwdTile {
     for (int64_t i = kLane; i < columns; i += kLane) tile_max = max<Acc>(load(s + i), tile_max);
     const Acc factor = any_above<Acc>(tile_max, limit_of(max_[row])) ? raise_max(row, tile_max) : Acc(1);
     if constexpr (kDropout) draw_dropout(row, count, columns, kept);
-    const Base base = base_of(max_[row]);
-    for (int64_t i = 0; i < columns && base.subtracted != 0; i += kLane) store(s + i, load(s + i) - base.subtracted);
-    const Acc scaled = base.scaled + lift_;
+    const SoftmaxBase softmax_base = softmax_base_of(max_[row]);
+    for (int64_t i = 0; i < columns && softmax_base.subtracted != 0; i += kLane) {
+      store(s + i, load(s + i) - softmax_base.subtracted);
+    }
+    const Acc scaled = softmax_base.scaled + lift_;
     const Acc scale_log2 = scale_.log2;
     V sum = load(sum_ + row * kLane);
     for (int64_t i = 0; i < columns; i += 2 * kLane) {
@@ -220,25 +222,26 @@ class FwdTile {
   }
 
   void draw_dropout(int64_t row, int64_t count, int64_t columns, Acc* kept) {
-    dropout_.weights(task_.rows.begin + row, task_.batch * p_.num_heads + task_.head, keys_, count, kept);
+    dropout_.weights(item_.rows.begin + row, item_.batch * p_.num_heads + item_.head, keys_, count, kept);
     for (int64_t i = count; i < columns; ++i) kept[i] = 0;
   }
 
   // Exponents of weights are scale * (s - subtracted) - scaled.
-  struct Base {
+  struct SoftmaxBase {
     Acc subtracted, scaled;
   };
 
-  Base base_of(Acc max) const {
+  SoftmaxBase softmax_base_of(Acc max) const {
     const Acc scaled = scale_.log2 * max;
-    if (std::abs(scaled) <= kLargestBase) return {0, scaled};
+    if (std::abs(scaled) <= kLargestSoftmaxBase) return {0, scaled};
     // As long as all scores are -inf their weights are 0.
     return {max == -static_cast<Acc>(INFINITY) ? 0 : max, 0};
   }
 
   // Returns by what the sums were multiplied.
   Acc raise_max(int64_t row, V tile_max) {
-    const Base before = base_of(max_[row]), after = base_of(max_[row] = reduce_max<Acc>(tile_max));
+    const SoftmaxBase before = softmax_base_of(max_[row]);
+    const SoftmaxBase after = softmax_base_of(max_[row] = reduce_max<Acc>(tile_max));
     const Acc change = std::fma(scale_.log2, before.subtracted - after.subtracted, before.scaled - after.scaled);
     const V factor = exp2<Acc>(broadcast(change < 0 ? change : Acc(0)));
     store(sum_ + row * kLane, load(sum_ + row * kLane) * factor);
@@ -252,9 +255,9 @@ class FwdTile {
   // Rows without a key, or whose scores are all -inf, have a sum of 0: in others some score has a weight of about 1.
   // Returns whether numbers that are not finite were stored, of rows whose weights are; later they are replaced alone.
   bool store_rows(const FwdParams& p) {
-    Element* out = static_cast<Element*>(p.out) + task_.batch * p.out_strides.batch + task_.head * p.out_strides.head +
-                   task_.rows.begin * p.out_strides.row;
-    Acc* lse = static_cast<Acc*>(p.lse) + (task_.batch * p.num_heads + task_.head) * p.seqlen_q + task_.rows.begin;
+    Element* out = static_cast<Element*>(p.out) + item_.batch * p.out_strides.batch + item_.head * p.out_strides.head +
+                   item_.rows.begin * p.out_strides.row;
+    Acc* lse = static_cast<Acc*>(p.lse) + (item_.batch * p.num_heads + item_.head) * p.seqlen_q + item_.rows.begin;
     bool has_overflown = false;
     for (int64_t row = 0; row < rows_; ++row) {
       const Acc sum = sum_of(row), inverse = sum != 0 ? 1 / sum : Acc(0);
@@ -297,7 +300,7 @@ class FwdTile {
   }
 
   const AttentionParams& p_;
-  const FwdTask& task_;
+  const FwdItem& item_;
   const int64_t rows_, padded_rows_, depth_, width_v_;
   const ScoreScale<F> scale_;
   const Acc headroom_;  // kHeadroom, before scores are scaled
@@ -316,16 +319,16 @@ class FwdTile {
 };
 
 template <class Element>
-void fwd(const FwdParams& params, const FwdTask& task, void* scratch) {
+void fwd(const FwdParams& params, const FwdItem& item, void* scratch) {
   [[maybe_unused]] const TileRegistersFor<Factor<Element>> registers;
-  FwdTile<Element>(params, task, scratch).run(params);
+  FwdTile<Element>(params, item, scratch).run(params);
 }
 
 template <class Element>
-void measure(const AttentionParams& params, const FwdTask& task, void* scratch, void* max, void* log2_sum) {
+void measure(const AttentionParams& params, const FwdItem& item, void* scratch, void* max, void* log2_sum) {
   [[maybe_unused]] const TileRegistersFor<Factor<Element>> registers;
   using Acc = Accumulator<Element>;
-  FwdTile<Element>(params, task, scratch).measure({static_cast<Acc*>(max), static_cast<Acc*>(log2_sum)});
+  FwdTile<Element>(params, item, scratch).measure({static_cast<Acc*>(max), static_cast<Acc*>(log2_sum)});
 }
 
 }  // namespace mixed_attention::cpu::MIXED_ATTENTION_ISA

@@ -16,6 +16,7 @@ template <class Element>
 class JvpTile : FwdTile<Element> {
   using Base = FwdTile<Element>;
   using Base::depth_;
+  using Base::item_;
   using Base::keys_;
   using Base::kLane;
   using Base::kRows;
@@ -24,7 +25,6 @@ class JvpTile : FwdTile<Element> {
   using Base::padded_rows_;
   using Base::rows_;
   using Base::sum_;
-  using Base::task_;
   using Base::width_v_;
   using typename Base::Acc;
   using typename Base::F;
@@ -32,8 +32,8 @@ class JvpTile : FwdTile<Element> {
 
  public:
   // measured: of rows whose log-sum-exp is known and large; null where there are none.
-  JvpTile(const JvpParams& p, const FwdTask& task, RowSums<const Accumulator<Element>> measured, void* memory)
-      : JvpTile(p, task, measured, Scratch(memory)) {}
+  JvpTile(const JvpParams& p, const FwdItem& item, RowSums<const Accumulator<Element>> measured, void* memory)
+      : JvpTile(p, item, measured, Scratch(memory)) {}
 
   void run() {
     Base::load_queries();
@@ -55,8 +55,8 @@ class JvpTile : FwdTile<Element> {
   }
 
  private:
-  JvpTile(const JvpParams& p, const FwdTask& task, RowSums<const Acc> measured, Scratch&& scratch)
-      : Base(p, task, static_cast<Scratch&&>(scratch)),
+  JvpTile(const JvpParams& p, const FwdItem& item, RowSums<const Acc> measured, Scratch&& scratch)
+      : Base(p, item, static_cast<Scratch&&>(scratch)),
         p_(p),
         tangents_(p.tangents),
         measured_(measured),
@@ -77,16 +77,16 @@ class JvpTile : FwdTile<Element> {
     if (kTerms<F> == 1 && p.dropout_p > 0) Base::p_tile_ = scratch.take<F>(kRows * kFwdBlockN);
   }
 
-  // Direction t of a tensor, for the task's batch and head.
+  // Direction t of a tensor, for the item's batch and head.
   const Element* at(const void* base, int64_t step, int t, const Strides& strides) const {
-    return static_cast<const Element*>(base) + t * step + task_.batch * strides.batch + task_.head * strides.head;
+    return static_cast<const Element*>(base) + t * step + item_.batch * strides.batch + item_.head * strides.head;
   }
 
   void load_query_tangents() {
     for (int t = 0; t < tangents_.count && tangents_.q; ++t) {
       const Element* q = at(tangents_.q, tangents_.q_step, t, tangents_.q_strides);
       for (int64_t row = 0; row < padded_rows_; ++row) {
-        pack_row(row < rows_ ? q + (task_.rows.begin + row) * tangents_.q_strides.row : nullptr, p_.head_dim,
+        pack_row(row < rows_ ? q + (item_.rows.begin + row) * tangents_.q_strides.row : nullptr, p_.head_dim,
                  Base::scale_.query, q_dot_ + (t * padded_rows_ + row) * depth_, depth_);
       }
     }
@@ -106,7 +106,7 @@ class JvpTile : FwdTile<Element> {
     }
   }
 
-  int64_t first_row() const { return (task_.batch * p_.num_heads + task_.head) * p_.seqlen_q + task_.rows.begin; }
+  int64_t first_row() const { return (item_.batch * p_.num_heads + item_.head) * p_.seqlen_q + item_.rows.begin; }
 
   template <bool kKnown>
   void walk() {
@@ -120,7 +120,7 @@ class JvpTile : FwdTile<Element> {
     for (int64_t i = 0; i < rows; ++i) mean_[i] = 0;
     for (int64_t i = 0; i < rows * kLane; ++i) sum_dot_[i] = 0;
     is_first_ = true;
-    KeyCursor cursor(task_.keys, task_.num_key_ranges, mask_of(p_, task_.batch));
+    KeyCursor cursor(item_.keys, item_.num_key_ranges, mask_of(p_, item_.batch));
     while (const int64_t count = cursor.next(keys_, kFwdBlockN)) {
       Base::template load_keys<true>(count);
       load_key_tangents(count);
@@ -301,7 +301,7 @@ class JvpTile : FwdTile<Element> {
     bool has_overflown = false;
     for (int t = 0; t < tangents_.count; ++t) {
       Element* out_dot = const_cast<Element*>(at(p_.out_dot, p_.out_dot_step, t, p_.out_dot_strides)) +
-                         task_.rows.begin * p_.out_dot_strides.row;
+                         item_.rows.begin * p_.out_dot_strides.row;
       Acc* lse_dot = static_cast<Acc*>(p_.lse_dot) + t * p_.lse_dot_step + first_row();
       for (int64_t row = 0; row < rows_; ++row, out_dot += p_.out_dot_strides.row) {
         const Acc sum = Base::sum_of(row), inverse = sum != 0 ? 1 / sum : Acc(0);
@@ -323,8 +323,8 @@ class JvpTile : FwdTile<Element> {
   Acc out_of(int64_t row, int64_t channel, Acc inverse) const {
     if (!p_.lse_is_known) return out_[row * width_v_ + channel] * inverse;
     const Strides& strides = p_.out_strides;
-    return to_accumulator(static_cast<const Element*>(p_.out)[task_.batch * strides.batch + task_.head * strides.head +
-                                                              (task_.rows.begin + row) * strides.row + channel]);
+    return to_accumulator(static_cast<const Element*>(p_.out)[item_.batch * strides.batch + item_.head * strides.head +
+                                                              (item_.rows.begin + row) * strides.row + channel]);
   }
 
   const JvpParams& p_;
@@ -346,10 +346,10 @@ class JvpTile : FwdTile<Element> {
 };
 
 template <class Element>
-void jvp(const JvpParams& params, const FwdTask& task, const void* row_max, const void* row_log2_sum, void* scratch) {
+void jvp(const JvpParams& params, const FwdItem& item, const void* row_max, const void* row_log2_sum, void* scratch) {
   [[maybe_unused]] const TileRegistersFor<Factor<Element>> registers;
   using Acc = Accumulator<Element>;
-  JvpTile<Element>(params, task, {static_cast<const Acc*>(row_max), static_cast<const Acc*>(row_log2_sum)}, scratch)
+  JvpTile<Element>(params, item, {static_cast<const Acc*>(row_max), static_cast<const Acc*>(row_log2_sum)}, scratch)
       .run();
 }
 

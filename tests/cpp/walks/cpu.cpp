@@ -1,4 +1,4 @@
-// The tasks of the CPU kernels, taken by an instruction set that notes what it is asked for.
+// The work items of the CPU kernels, taken by an instruction set that notes what it is asked for.
 #define MIXED_ATTENTION_ISA notes
 #define MIXED_ATTENTION_VECTOR_BYTES 16
 #define MIXED_ATTENTION_VECTOR_REGISTERS 16
@@ -34,54 +34,54 @@ void visit(int64_t sequence, ma::Range rows, const cpu::notes::Key* keys, int64_
   }
 }
 
-void walk_keys(const ma::AttentionParams& params, const cpu::FwdTask& task) {
-  expect(0 < task.rows.size() && task.rows.size() <= cpu::kFwdBlockM, "a task has no rows or too many");
-  const int64_t sequence = task.batch * notes->num_heads + task.head;
+void walk_keys(const ma::AttentionParams& params, const cpu::FwdItem& item) {
+  expect(0 < item.rows.size() && item.rows.size() <= cpu::kFwdBlockM, "an item has no rows or too many");
+  const int64_t sequence = item.batch * notes->num_heads + item.head;
   cpu::notes::Key keys[cpu::kFwdBlockN];
-  cpu::notes::KeyCursor cursor(task.keys, task.num_key_ranges, cpu::notes::mask_of(params, task.batch));
-  while (const int64_t count = cursor.next(keys, cpu::kFwdBlockN)) visit(sequence, task.rows, keys, count);
-  notes->stored.add(sequence, task.rows);
+  cpu::notes::KeyCursor cursor(item.keys, item.num_key_ranges, cpu::notes::mask_of(params, item.batch));
+  while (const int64_t count = cursor.next(keys, cpu::kFwdBlockN)) visit(sequence, item.rows, keys, count);
+  notes->stored.add(sequence, item.rows);
 }
 
-void fwd(const ma::FwdParams& params, const cpu::FwdTask& task, void*) { walk_keys(params, task); }
+void fwd(const ma::FwdParams& params, const cpu::FwdItem& item, void*) { walk_keys(params, item); }
 
-void jvp(const ma::JvpParams& params, const cpu::FwdTask& task, const void*, const void*, void*) {
-  walk_keys(params, task);
+void jvp(const ma::JvpParams& params, const cpu::FwdItem& item, const void*, const void*, void*) {
+  walk_keys(params, item);
 }
 
 void delta(const ma::BwdParams&, int64_t, int64_t, ma::Range, void*) {}
 
-// As BwdTile::run (simd/bwd_kernel.h) goes, with tasks one after the other: a counter that is not yet at a visit's rank
+// As BwdTile::run (simd/bwd_kernel.h) goes, with items one after the other: a counter that is not yet at a visit's rank
 // would be waited for without end.
-void walk_queries(const ma::AttentionParams& params, const cpu::BwdShared& shared, const cpu::BwdTask& task) {
-  expect(0 < task.keys.size() && task.keys.size() <= cpu::kBwdBlockN, "a task has no keys or too many");
-  const int64_t sequence = task.batch * notes->num_heads + task.head;
+void walk_queries(const ma::AttentionParams& params, const cpu::BwdShared& shared, const cpu::BwdItem& item) {
+  expect(0 < item.keys.size() && item.keys.size() <= cpu::kBwdBlockN, "an item has no keys or too many");
+  const int64_t sequence = item.batch * notes->num_heads + item.head;
   cpu::notes::Key keys[cpu::kBwdBlockN];
-  cpu::notes::KeyCursor cursor(&task.keys, 1, cpu::notes::mask_of(params, task.batch));
+  cpu::notes::KeyCursor cursor(&item.keys, 1, cpu::notes::mask_of(params, item.batch));
   const int64_t count = cursor.next(keys, cpu::kBwdBlockN);
-  for (int64_t i = 0; i < task.num_visits; ++i) {
-    const cpu::Visit& reading = task.visits[i];
+  for (int64_t i = 0; i < item.num_visits; ++i) {
+    const cpu::Visit& reading = item.visits[i];
     int* progress = shared.progress + sequence * shared.tiles_per_head + reading.first_tile;
     for (int64_t begin = reading.queries.begin; begin < reading.queries.end; begin += cpu::kBwdBlockM, ++progress) {
       const ma::Range rows{begin, std::min(begin + cpu::kBwdBlockM, reading.queries.end)};
       visit(sequence, rows, keys, count);
-      expect(*progress == reading.rank, "a task waits for a turn to add to dq that never comes");
+      expect(*progress == reading.rank, "an item waits for a turn to add to dq that never comes");
       *progress = reading.rank + 1;
       if (reading.is_last) notes->stored.add(sequence, rows);
     }
   }
-  notes->stored_keys.add(sequence, task.keys);
+  notes->stored_keys.add(sequence, item.keys);
 }
 
-void bwd(const ma::BwdParams& params, const cpu::BwdShared& shared, const cpu::BwdTask& task, void*) {
-  walk_queries(params, shared, task);
+void bwd(const ma::BwdParams& params, const cpu::BwdShared& shared, const cpu::BwdItem& item, void*) {
+  walk_queries(params, shared, item);
 }
 
 void bwd_jvp_rows(const ma::BwdJvpParams&, int64_t, int64_t, ma::Range, void*, int64_t, void*) {}
 
 void bwd_jvp(const ma::BwdJvpParams& params, const cpu::BwdShared& shared, const cpu::BwdJvpShared&,
-             const cpu::BwdTask& task, void*) {
-  walk_queries(params, shared, task);
+             const cpu::BwdItem& item, void*) {
+  walk_queries(params, shared, item);
 }
 
 void rope(const ma::RopeParams&, int64_t, ma::Range) {}
@@ -89,7 +89,7 @@ void rope(const ma::RopeParams&, int64_t, ma::Range) {}
 void rms_rope(const ma::RmsRopeParams&, int64_t, ma::Range) {}
 
 // Only rows of large scores are measured.
-void measure(const ma::AttentionParams&, const cpu::FwdTask&, void*, void*, void*) {}
+void measure(const ma::AttentionParams&, const cpu::FwdItem&, void*, void*, void*) {}
 
 const cpu::AttentionKernels kNotes{8, 8, fwd, measure, delta, bwd, jvp, bwd_jvp_rows, bwd_jvp, rope, rms_rope};
 
@@ -145,7 +145,7 @@ void check_backward(const Problem& problem, const Visits& listed, const char* pa
   const int64_t seqlen_q = problem.seqlen_q();
   std::vector<double> dq(problem.num_sequences() * seqlen_q, 1);
   run(dq.data(), ma::Strides{problem.num_heads * seqlen_q, 1, seqlen_q});
-  // Rows that no task visits are set to zero by the caller.
+  // Rows that no item visits are set to zero by the caller.
   for (int64_t i = 0; i < static_cast<int64_t>(dq.size()); ++i) {
     const int64_t row = i % seqlen_q;
     if (dq[i] == 0) noted.stored.add(i / seqlen_q, {row, row + 1});
@@ -169,7 +169,7 @@ void check_cpu(const Problem& problem) {
   const Visits listed = is_masked ? listed_visits(problem, mask) : walks::listed_visits(problem);
 
   const std::vector<double> lse(problem.num_sequences() * problem.seqlen_q(), 0);  // no row is measured anew
-  const int count = static_cast<int>(problem.choose(6, ma::kMaxTangents)) + 1;     // by which tasks are cut as well
+  const int count = static_cast<int>(problem.choose(6, ma::kMaxTangents)) + 1;     // by which items are cut as well
   ma::FwdParams fwd{static_cast<const ma::AttentionParams&>(params)};
   fwd.num_threads = static_cast<int>(problem.choose(5, {1, 64}));  // likewise
   fwd.parallel_for = [](int num_workers, void (*task)(int, void*), void* context) {

@@ -1,4 +1,4 @@
-#include "cpu/tasks.h"
+#include "cpu/work_items.h"
 
 #include <algorithm>
 #include <atomic>
@@ -6,15 +6,15 @@
 
 namespace mixed_attention::cpu {
 
-int64_t rows_of_task(const AttentionParams& params, int64_t most_rows) {
+int64_t rows_of_item(const AttentionParams& params, int64_t most_rows) {
   const int64_t num_rows = params.batch_size * params.num_heads * params.seqlen_q;
   int64_t rows = most_rows;
   while (rows > kFwdBlockM / 4 && num_rows < 4 * rows * params.num_threads) rows /= 2;
   return rows;
 }
 
-std::vector<FwdTask> fwd_tasks(const AttentionParams& params, int64_t block) {
-  std::vector<FwdTask> tasks;
+std::vector<FwdItem> fwd_items(const AttentionParams& params, int64_t block) {
+  std::vector<FwdItem> items;
   for (int64_t batch = 0; batch < params.batch_size; ++batch) {
     for (int64_t head = 0; head < params.num_heads; ++head) {
       for (const QuerySegment& segment : params.schedule->query_segments) {
@@ -22,26 +22,26 @@ std::vector<FwdTask> fwd_tasks(const AttentionParams& params, int64_t block) {
         for (const Range& keys : segment.keys) num_keys += keys.size();
         for (int64_t begin = segment.rows.begin; begin < segment.rows.end; begin += block) {
           const Range rows{begin, std::min(begin + block, segment.rows.end)};
-          tasks.push_back({batch, head, rows, segment.keys.data(), static_cast<int64_t>(segment.keys.size()),
+          items.push_back({batch, head, rows, segment.keys.data(), static_cast<int64_t>(segment.keys.size()),
                            rows.size() * num_keys});
         }
       }
     }
   }
-  std::stable_sort(tasks.begin(), tasks.end(), [](const FwdTask& a, const FwdTask& b) { return a.cost > b.cost; });
-  return tasks;
+  std::stable_sort(items.begin(), items.end(), [](const FwdItem& a, const FwdItem& b) { return a.cost > b.cost; });
+  return items;
 }
 
-FwdWork work_of(const AttentionParams& params, const std::vector<FwdTask>& tasks) {
+FwdWork work_of(const AttentionParams& params, const std::vector<FwdItem>& items) {
   FwdWork work{0, 0};
-  for (const FwdTask& task : tasks) {
-    work.operations += task.cost * (params.head_dim + params.head_dim_v);
-    work.rows = std::max(work.rows, task.rows.size());
+  for (const FwdItem& item : items) {
+    work.operations += item.cost * (params.head_dim + params.head_dim_v);
+    work.rows = std::max(work.rows, item.rows.size());
   }
   return work;
 }
 
-BwdPlan make_bwd_plan(const Schedule& schedule, int64_t keys_of_task) {
+BwdPlan make_bwd_plan(const Schedule& schedule, int64_t keys_of_item) {
   const auto& segments = schedule.query_segments;
   BwdPlan plan;
   std::vector<int64_t> first_tile;  // by query segment
@@ -55,9 +55,9 @@ BwdPlan make_bwd_plan(const Schedule& schedule, int64_t keys_of_task) {
     return std::lower_bound(segments.begin(), segments.end(), queries.begin, begins_before) - segments.begin();
   };
   for (const KeySegment& keys : schedule.key_segments) {
-    for (int64_t begin = keys.rows.begin; begin < keys.rows.end; begin += keys_of_task) {
+    for (int64_t begin = keys.rows.begin; begin < keys.rows.end; begin += keys_of_item) {
       plan.tiles.push_back(
-          {{begin, std::min(begin + keys_of_task, keys.rows.end)}, plan.visits.size(), keys.readers.size()});
+          {{begin, std::min(begin + keys_of_item, keys.rows.end)}, plan.visits.size(), keys.readers.size()});
       for (const Reader& reader : keys.readers) {
         const auto segment = segment_of(reader.queries);
         plan.visits.push_back({reader.queries, reader.range_index, reader.range_offset + begin - keys.rows.begin,
@@ -105,8 +105,8 @@ namespace {
 
 // The tiles of query rows, as the backward visits them, with a row whose log-sum-exp is large.
 template <class Acc>
-std::vector<FwdTask> tasks_to_measure(const AttentionParams& params, const void* all_lse) {
-  std::vector<FwdTask> tasks;
+std::vector<FwdItem> items_to_measure(const AttentionParams& params, const void* all_lse) {
+  std::vector<FwdItem> items;
   const Acc* lse = static_cast<const Acc*>(all_lse);
   for (int64_t batch = 0; batch < params.batch_size; ++batch) {
     for (int64_t head = 0; head < params.num_heads; ++head, lse += params.seqlen_q) {
@@ -114,30 +114,30 @@ std::vector<FwdTask> tasks_to_measure(const AttentionParams& params, const void*
         for (int64_t begin = segment.rows.begin; begin < segment.rows.end; begin += kBwdBlockM) {
           const Range rows{begin, std::min(begin + kBwdBlockM, segment.rows.end)};
           if (std::any_of(lse + rows.begin, lse + rows.end, is_large_lse)) {
-            tasks.push_back({batch, head, rows, segment.keys.data(), static_cast<int64_t>(segment.keys.size()), 0});
+            items.push_back({batch, head, rows, segment.keys.data(), static_cast<int64_t>(segment.keys.size()), 0});
           }
         }
       }
     }
   }
-  return tasks;
+  return items;
 }
 
 }  // namespace
 
 MeasuredRows measure_rows(const AttentionParams& params, const void* lse, const AttentionKernels& kernels) {
-  const std::vector<FwdTask> tasks =
-      params.dtype == DType::kFloat64 ? tasks_to_measure<double>(params, lse) : tasks_to_measure<float>(params, lse);
-  if (tasks.empty()) return {};
+  const std::vector<FwdItem> items =
+      params.dtype == DType::kFloat64 ? items_to_measure<double>(params, lse) : items_to_measure<float>(params, lse);
+  if (items.empty()) return {};
   const int64_t size = params.batch_size * params.num_heads * params.seqlen_q * accumulator_size(params.dtype);
   MeasuredRows rows{allocate(2 * size)};
   char *row_max = rows.memory.get(), *row_log2_sum = row_max + size;
   rows.row_max = row_max;
   rows.row_log2_sum = row_log2_sum;
-  const int64_t num_tasks = static_cast<int64_t>(tasks.size()), operations = num_tasks * kOperationsPerThread;
-  for_each_task(params.parallel_for, num_workers(params, num_tasks, operations), num_tasks,
+  const int64_t num_items = static_cast<int64_t>(items.size()), operations = num_items * kOperationsPerThread;
+  for_each_item(params.parallel_for, num_workers(params, num_items, operations), num_items,
                 fwd_scratch_size(params, kernels, kBwdBlockM), [&](int64_t index, void* scratch) {
-                  kernels.measure(params, tasks[index], scratch, row_max, row_log2_sum);
+                  kernels.measure(params, items[index], scratch, row_max, row_log2_sum);
                 });
   return rows;
 }

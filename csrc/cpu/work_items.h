@@ -1,4 +1,4 @@
-// The tasks that passes are made of.
+// The work items that passes are made of.
 #pragma once
 
 #include <algorithm>
@@ -11,17 +11,17 @@
 namespace mixed_attention::cpu {
 
 // Tiles of query rows, longest first, so that no thread is left with a long one at the end.
-std::vector<FwdTask> fwd_tasks(const AttentionParams& params, int64_t rows_of_task);
+std::vector<FwdItem> fwd_items(const AttentionParams& params, int64_t rows_of_item);
 
-// Products of scores, and rows of the largest task: by them threads and scratch are chosen.
+// Products of scores, and rows of the largest item: by them threads and scratch are chosen.
 struct FwdWork {
   int64_t operations, rows;
 };
-FwdWork work_of(const AttentionParams& params, const std::vector<FwdTask>& tasks);
+FwdWork work_of(const AttentionParams& params, const std::vector<FwdItem>& items);
 
-// Rows of a task: as many as share the packing of keys, fewer where threads would have nothing to do. What comes out of
-// a row does not depend on its neighbours.
-int64_t rows_of_task(const AttentionParams& params, int64_t most_rows);
+// Rows of an item: as many as share the packing of keys, fewer where threads would have nothing to do. What comes out
+// of a row does not depend on its neighbours.
+int64_t rows_of_item(const AttentionParams& params, int64_t most_rows);
 
 // One head's tiles of keys with their visits; the same for every batch and head.
 struct BwdPlan {
@@ -34,31 +34,31 @@ struct BwdPlan {
   std::vector<Range> unvisited;  // query rows without keys
   int64_t tiles_per_head = 0;    // query tiles
 };
-BwdPlan make_bwd_plan(const Schedule& schedule, int64_t keys_of_task);
+BwdPlan make_bwd_plan(const Schedule& schedule, int64_t keys_of_item);
 
-// Calls run(task, scratch) for the tiles of every batch and head, in the order that visits wait for each other in.
+// Calls run(item, scratch) for the tiles of every batch and head, in the order that visits wait for each other in.
 template <class Run>
 void for_each_tile(const AttentionParams& params, const BwdPlan& plan, int64_t operations, int64_t scratch_size,
                    Run run) {
   const int64_t num_tiles = static_cast<int64_t>(plan.tiles.size());
-  const int64_t num_tasks = params.batch_size * params.num_heads * num_tiles;
-  for_each_task(params.parallel_for, num_workers(params, num_tasks, operations), num_tasks, scratch_size,
+  const int64_t num_items = params.batch_size * params.num_heads * num_tiles;
+  for_each_item(params.parallel_for, num_workers(params, num_items, operations), num_items, scratch_size,
                 [&](int64_t index, void* scratch) {
                   const BwdPlan::Tile& tile = plan.tiles[index % num_tiles];
                   const int64_t batch_head = index / num_tiles;
-                  const BwdTask task{batch_head / params.num_heads, batch_head % params.num_heads, tile.keys,
+                  const BwdItem item{batch_head / params.num_heads, batch_head % params.num_heads, tile.keys,
                                      plan.visits.data() + tile.first_visit, static_cast<int64_t>(tile.num_visits)};
-                  run(task, scratch);
+                  run(item, scratch);
                 });
 }
 
-// Calls run(batch, head, rows) for the query rows of every batch and head, of which a task has so many: what is a
+// Calls run(batch, head, rows) for the query rows of every batch and head, of which an item has so many: what is a
 // number for each row.
 template <class Run>
 void for_each_rows(const AttentionParams& params, int64_t operations, Run run) {
   constexpr int64_t kRows = 1024;
-  const int64_t tiles = (params.seqlen_q + kRows - 1) / kRows, num_tasks = params.batch_size * params.num_heads * tiles;
-  for_each_task(params.parallel_for, num_workers(params, num_tasks, operations), num_tasks, 0,
+  const int64_t tiles = (params.seqlen_q + kRows - 1) / kRows, num_items = params.batch_size * params.num_heads * tiles;
+  for_each_item(params.parallel_for, num_workers(params, num_items, operations), num_items, 0,
                 [&](int64_t index, void*) {
                   const int64_t begin = index % tiles * kRows, batch_head = index / tiles;
                   run(batch_head / params.num_heads, batch_head % params.num_heads,
