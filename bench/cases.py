@@ -40,7 +40,7 @@ class Case:
         return ma.AttentionPlan.compile(self.specs, self.attention_patterns)
 
     def flops(self, *, backward: bool) -> int:
-        """Of the attention alone, attended pairs only: forward, or forward and backward together."""
+        """Operations of the attention alone, attended pairs only: forward, or forward and backward together."""
         forward = self.batch_size * self.plan.flops(self.num_heads, self.head_dim)
         return forward + (forward * 5 // 2 if backward else 0)
 

@@ -39,7 +39,7 @@ Errors = dict[str, dict[str, float]]
 
 @dataclass(frozen=True)
 class Sizes:
-    """Of the model and of what it sees."""
+    """How large the model is, and what it sees."""
 
     dim: int
     num_heads: int

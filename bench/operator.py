@@ -104,7 +104,7 @@ def _import(case: Case, precision: str, peers: Mapping[str, Callable[[], Peer]])
 
 
 def _errors(case: Case, device: torch.device, precision: str, peers: Mapping[str, Peer], data: str) -> Iterator[Row]:
-    """Of every peer for normal data; of ours and of the yardsticks for data that is harder."""
+    """Errors of every peer for normal data, of ours and of the yardsticks for data that is harder."""
     inputs = make_inputs(case, device, dtype_of(precision), data)
     doubles = [t.detach().double().requires_grad_() for t in inputs.leaves]
     exact = check.exact_attention(*doubles, case.plan)

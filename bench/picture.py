@@ -56,7 +56,7 @@ def draw(results: dict[Path, Result], path: Path) -> None:
 
 
 def ratios(rows: Sequence[Row], others: Sequence[str]) -> Iterator[tuple[str, str, float]]:
-    """Of eager calls: the case, who else was measured, and that one's median time over ours."""
+    """Compares eager calls: the case, who else was measured, and that one's median time over ours."""
     eager = [row for row in rows if row.get("mode", "eager") == "eager"]
     for (case,), group in grouped(eager, "case"):
         ours = named(group, "ours")

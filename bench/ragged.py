@@ -41,7 +41,7 @@ class Problem:
 
     Attributes:
         case: Has the sizes of the largest sample, and the number of samples as its batch size.
-        sizes: Of each sample those of its groups.
+        sizes: Those of the groups of each sample.
     """
 
     case: Case
@@ -60,7 +60,7 @@ class Problem:
         return sum(map(sum, self.sizes)) / (self.case.batch_size * self.case.num_tokens)
 
     def flops(self, *, backward: bool) -> int:
-        """Of attention between tokens, whoever computes more than that."""
+        """Operations of attention between tokens, whoever computes more than that."""
         batch = ma.ragged.batch(self.case.specs, self.case.attention_patterns, self.sizes)
         plan = ma.AttentionPlan.compile(batch.token_specs, batch.attention_patterns)
         forward = plan.flops(self.case.num_heads, self.case.head_dim)

@@ -91,7 +91,7 @@ def _sections(rows: Sequence[Row]) -> Iterator[str]:
 
 
 def _kernel_sections(rows: Sequence[Row]) -> Iterator[str]:
-    """Of kernels: whether they repeat their bits, and how they share the time of a training step."""
+    """Tables of kernels: whether they repeat their bits, and how they share the time of a training step."""
     for (dtype,), group in grouped(rows_of(rows, "repeats"), "dtype"):
         table = markdown([{**row, "who": row["who"].replace("ours", row["pass"])} for row in group], unequal)
         yield f"### Repetitions with other bits than the first, {TITLES[dtype]}, and how far off\n\n{table}"
@@ -108,7 +108,7 @@ def shares(rows: Sequence[Row]) -> Iterator[Row]:
 
 
 def _model_sections(rows: Sequence[Row]) -> Iterator[str]:
-    """Of AB-UPT: whether both compute the same, and what it takes."""
+    """Tables of AB-UPT: whether both compute the same, and what it takes."""
     for (dtype,), group in grouped(rows_of(rows, "difference"), "dtype"):
         parts = [{**row, "case": name, "relative": e["relative"]} for row in group for name, e in row["errors"].items()]
         table = markdown(parts, _relative)

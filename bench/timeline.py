@@ -16,7 +16,7 @@ from bench.rows import Row, absent_row, dtype_of, in_precision, timing_row
 from bench.timing import Calls, take_turns
 
 CASES = ("abupt-self", "shapenet-self", "anchor+query")
-"""Of the suite, those whose layer is looked into unless others are asked for."""
+"""The cases of the suite whose layer is looked into unless others are asked for."""
 
 FORWARD, BACKWARD = "attention forward", "attention backward"
 # The first pattern that is found in a kernel's name decides: attention kernels of others have cutlass in theirs.
@@ -81,7 +81,7 @@ def rows(
 
 
 def _milliseconds(microseconds: float) -> float:
-    """Of one call of a sample."""
+    """The time of one call of a sample."""
     return microseconds / CALLS_A_SAMPLE / 1e3
 
 
@@ -130,7 +130,7 @@ def busy(kernels: Iterable[Kernel]) -> float:
 
 
 def _own_times(kernels: Iterable[Kernel]) -> Iterator[float]:
-    """Of each kernel, in the order in which they begin, the microseconds in which no earlier one runs."""
+    """The microseconds of each kernel in which no earlier one runs, in the order in which they begin."""
     until = float("-inf")
     for kernel in kernels:
         yield max(0.0, kernel.end - max(kernel.start, until))

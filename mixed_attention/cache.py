@@ -31,7 +31,7 @@ def to(kv_cache: Any, device: torch.device | str | None = None, dtype: torch.dty
     Args:
         kv_cache: What a layer returned; or lists, tuples and mappings of such, with None where a block has no cache.
         device: Where to.
-        dtype: Of keys and values; padding masks stay boolean.
+        dtype: That of keys and values; padding masks stay boolean.
 
     Returns:
         The same structure. Tensors that need no move are shared.

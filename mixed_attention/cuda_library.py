@@ -26,7 +26,7 @@ def path() -> str:
 
 
 def _version(distribution: str) -> str | None:
-    """Of what is installed; None in a checkout."""
+    """The version of what is installed; None in a checkout."""
     try:
         return version(distribution)
     except PackageNotFoundError:

@@ -588,9 +588,9 @@ def _fold(function, info, in_dims: Sequence[int | None], inputs: Sequence[Any], 
     Args:
         function: The autograd function.
         info: What functorch says of the map.
-        in_dims: Of the inputs.
+        in_dims: Those of the inputs.
         inputs: call, mask, seed, tensors, and what is no tensor.
-        kinds: Of the tensors: what each is of (q, k, v or lse), and a t in front where it has directions.
+        kinds: What each tensor is of (q, k, v or lse), and a t in front where it has directions.
         results: The same of what the function returns.
     """
     size = info.batch_size

@@ -71,8 +71,8 @@ def _kernels(
     Args:
         plan: The plan.
         device: A GPU.
-        dtype: Of the tensors; fp64 is the reference's.
-        batch_size, num_heads, head_dim: Of the call.
+        dtype: That of the tensors; fp64 is the reference's.
+        batch_size, num_heads, head_dim: Those of the call.
     """
     yield "  tangents and gradients of them: the reference, as no GPU kernel serves them yet"
     for backward in (False, True):

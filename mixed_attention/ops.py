@@ -119,12 +119,12 @@ class CudaLaunch(NamedTuple):
     """How a GPU serves a pass.
 
     Attributes:
-        family: Of kernels: ``"hopper"``, ``"portable"`` or ``"none"``.
+        family: Which kernels: ``"hopper"``, ``"portable"`` or ``"none"``.
         why: Why not a faster one, or why none at all; empty where nothing was refused.
         tile_rows: Queries (forward) or keys (backward) that a thread block owns.
         block_rows: Rows of the other side that it takes up at a time.
         num_splits: Parts that the walk of a tile is cut into.
-        num_tiles: Of all heads and sequences, parts counted singly.
+        num_tiles: Those of all heads and sequences, splits counted singly.
         num_slots: Tiles that the device works on at a time.
         num_split_tiles: Tiles whose walk is cut, all or some.
     """
@@ -524,12 +524,12 @@ def packed_call(
     """What :func:`attend_in_place` computes.
 
     Args:
-        shapes: Of the buffers, ``(B, N, slots, H, D)``.
+        shapes: Those of the buffers, ``(B, N, slots, H, D)``.
         rotated: How many of the first slots of each are rotated.
         tokens: Half-open ranges of those that a buffer has, None for all.
         plan: The compiled patterns.
         softmax_scale: Factor on the products.
-        dropout_p: Of attention weights.
+        dropout_p: Which share of the attention weights is dropped.
         normalised: How many of the first slots of each are divided by their root mean square before; none if None.
     """
     return _C.PackedCall(shapes, rotated, tokens, _flat_plan(plan), softmax_scale, dropout_p, normalised)

@@ -113,7 +113,7 @@ class Batch:
         """Joins what the samples have per token: tokens, coordinates, frequencies, padding masks, targets.
 
         Args:
-            samples: Of each sample its tokens ``(n, ...)``, groups in the order of its specs; any dtype, the same for
+            samples: The tokens ``(n, ...)`` of each sample, groups in the order of its specs; any dtype, the same for
                 all, as what stands behind the first axis.
             shared: Tokens of the groups that are shared and in the sequence, ``(n, ...)``.
 
@@ -178,7 +178,7 @@ class Batch:
         """Joins caches that were recorded sample by sample, for a batch whose groups of size ``None`` they hold.
 
         Args:
-            caches: Of each sample what a layer returned for it alone.
+            caches: What a layer returned for each sample alone.
             shared: A cache of the shared groups.
 
         Returns:
@@ -230,7 +230,7 @@ def batch(
     Args:
         token_specs: The groups of one sample, in order. Groups of size ``None`` come from a cache in every sample.
         attention_patterns: Who attends to whom in one sample.
-        sizes: Of each sample the sizes of its groups: by name, where a group that is left out has the size of its spec;
+        sizes: For each sample the sizes of its groups: by name, where a group that is left out has that of its spec;
             or in the order of ``token_specs``, without shared and cached ones. Any may be 0.
         shared: Names of groups that are not of one sample but there once for all, with the size of their spec. All
             samples may attend to them; they themselves only to each other.

@@ -257,10 +257,10 @@ class Units:
     """Relative errors of one rounding each.
 
     Attributes:
-        accumulator: Of a sum.
-        dtype: Of a value that is stored.
-        product: Of a factor before it is multiplied; 0 where products are exact, or rounded with their sum.
-        exponential: Of an exponential.
+        accumulator: That of a sum.
+        dtype: That of a value that is stored.
+        product: That of a factor before it is multiplied; 0 where products are exact, or rounded with their sum.
+        exponential: That of an exponential.
         lost: What a sum of eight products loses each time that it is added to.
     """
 

@@ -215,7 +215,7 @@ def batched_grads_of_jvp(f):
 
 
 def batched_grads_of_tangents(f):
-    """Of tangents that are computed with an operator of their own, behind the forward."""
+    """Gradients of tangents that are computed with an operator of their own, behind the forward."""
     x = leaves()
     grads = [g.detach().requires_grad_() for g in X]
     (out,) = torch.autograd.grad(f(*x)[0], x[2:], T[2].sum(1, keepdim=True).expand(-1, 5, -1, -1), create_graph=True)

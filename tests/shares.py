@@ -25,7 +25,7 @@ class Share:
 
     Attributes:
         scene: The whole.
-        sizes: Of every group, its tokens on each rank; groups that all ranks hold whole are missing.
+        sizes: The tokens of each group on each rank; groups that all ranks hold whole are missing.
         rank: Which rank.
     """
 

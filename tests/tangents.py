@@ -28,7 +28,7 @@ class Moving:
 
     Attributes:
         inputs: The case, and its tensors.
-        tangents: Of q, k and v, ``(T, ...)``; None of what stays.
+        tangents: Those of q, k and v, ``(T, ...)``; None of what stays.
         dout_dot, dlse_dot: Cotangents of the tangents of out and log-sum-exp.
     """
 

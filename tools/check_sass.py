@@ -1,8 +1,8 @@
 """Checks in the machine code of the Hopper kernels that exponentials run under matrix products.
 
 ptxas is free to move the exponentials of a tile behind the wait for the product that they are meant to hide under, and
-does so unless the source holds it back. Of each kernel's exponentials, those that stand where a product is under way
-must be one for every score of a thread at least; where none is, there may be one tile's at most, as before a loop, and
+does so unless the source holds it back. Each kernel must have one exponential for every score of a thread at least
+where an MMA is in flight; where none is, there may be one tile's at most, as before a loop, and
 another one's in the forward, which weighs a tile again where weights overflowed. The forward of bf16 may have twice as
 many: its second way through the items, for outputs that overflowed, goes tile by tile.
 

@@ -64,7 +64,7 @@ class Trial:
     """A problem, and how it is run.
 
     Attributes:
-        case: The problem. Of a layer: its groups, shapes, dtype, mask and dropout.
+        case: The problem; for a layer its groups, shapes, dtype, mask and dropout.
         style: What kind of sizes it was drawn with; for the summary.
         is_layer: Whether a layer that rotates is run, instead of the operator.
         is_deterministic: Whether it runs twice and has to give equal bits.
@@ -583,10 +583,10 @@ def search(
     """Tries one seed after the other: a failure, or None where there is none.
 
     Args:
-        seeds: Of the trials.
+        seeds: Those of the trials.
         device: Where they run.
         counts: Takes up what ran, by kind.
-        family: Of kernels; for failures.
+        family: Which kernels; for failures.
         shrinks: Whether failures are made smaller.
         is_over: Asked before each smaller trial of a failure.
     """

@@ -34,7 +34,7 @@ template <class Params>
 struct Pass {
   // The family of kernels that serves a problem, by name, and why no faster one or none; empty without a refusal.
   Status (*choose)(const Problem* problem, Message* family, Message* why);
-  // Likewise of a call. Of the pointers it compares some, and reads none.
+  // Likewise of a call. It compares some of the pointers, and reads none.
   Status (*plan)(const Params* params, Served* served, Message* family, Message* why);
   // Enqueues on params.stream and returns; it never synchronises. The params are those of the plan, and
   // params.workspace is there.

@@ -41,7 +41,7 @@ struct Launch {
   std::function<void(const Params&)> run;
 };
 
-// Of the pointers they compare some, and read none. Both throw std::invalid_argument where MIXED_ATTENTION_GPU asks for
+// They compare some of the pointers, and read none. Both throw std::invalid_argument where MIXED_ATTENTION_GPU asks for
 // what there is not.
 Launch<FwdParams> plan_fwd(const FwdParams& params);
 Launch<BwdParams> plan_bwd(const BwdParams& params);

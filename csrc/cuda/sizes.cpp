@@ -20,7 +20,7 @@ std::string more_than(const char* what, int64_t number, int64_t most) {
          std::to_string(most);
 }
 
-// Of a schedule, by the smallest tiles and blocks.
+// What a schedule comes to in the smallest tiles and blocks.
 struct Sizes {
   int64_t num_tiles;
   int64_t longest;  // blocks that a tile walks through
@@ -37,7 +37,7 @@ Sizes sizes_by_query(const Schedule& schedule) {
   return sizes;
 }
 
-// Of either side the larger ones.
+// The larger ones of either side.
 Sizes sizes_by_either(const Schedule& schedule) {
   Sizes sizes = sizes_by_query(schedule);
   int64_t key_tiles = 0;

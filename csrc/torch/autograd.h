@@ -59,8 +59,8 @@ inline bool needs_composite(const std::vector<at::Tensor>& grads) {
 // it is, and be made by operations that return it, as one that writes elsewhere might be left out of a recomputation.
 inline bool is_watched() { return c10::impl::dispatch_mode_enabled(); }
 
-// Of the memory that a node has saved: whether the node may give it away, and whether it has. To be made while the node
-// saves.
+// Knows of the memory that a node has saved whether the node may give it away, and whether it has. It is made while the
+// node saves.
 class SavedMemory {
  public:
   // Raises torch's own error in a node that is called again after it gave away what it needs. That happens where it
@@ -89,8 +89,8 @@ class SavedMemory {
   bool is_given_ = false;
 };
 
-// Of an output that a node has saved: whether beside what is saved and what came of it nobody sees the memory; a
-// recorded cache, say. Inputs have another number, which says nothing of who else holds them.
+// Whether nobody sees the memory of an output that a node has saved, beside what is saved and what came of it; a
+// recorded cache might. Inputs have another number, which says nothing of who else holds them.
 inline bool is_seen_by_nobody_else(const at::Tensor& unpacked) { return unpacked.storage().use_count() == 2; }
 
 }  // namespace mixed_attention

@@ -28,7 +28,7 @@ class Training:
     Attributes:
         model: The surrogate, with seeded initial weights.
         epoch: How many epochs are done.
-        losses: Of every step that is done; of older checkpoints, which have none, of those since.
+        losses: Those of every step that is done; after older checkpoints, which have none, of those since.
     """
 
     def __init__(self, settings: Settings, device: torch.device, ranks: Ranks | None = None) -> None:

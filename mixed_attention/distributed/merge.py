@@ -19,8 +19,8 @@ def merge(outs: Sequence[Tensor], lses: Sequence[Tensor]) -> tuple[Tensor, Tenso
     output. Differentiable any number of times, in both modes, under any transform.
 
     Args:
-        outs: Of each part the output ``(B, N, H, D)``.
-        lses: Of each part the log-sum-exp ``(B, H, N)``, as ``return_lse=True`` gives it.
+        outs: The output ``(B, N, H, D)`` of each part.
+        lses: The log-sum-exp ``(B, H, N)`` of each part, as ``return_lse=True`` gives it.
 
     Returns:
         The output ``(B, N, H, D)`` in the dtype of the parts, and the log-sum-exp ``(B, H, N)``. A row without keys in

@@ -18,7 +18,7 @@ class Shards:
 
     Attributes:
         ranks: The ranks.
-        sizes: Of every group, its rows on each rank. Symbolic under the compiler, so they are never compared there.
+        sizes: How many rows each group has on each rank. Symbolic under the compiler, so they are never compared there.
     """
 
     ranks: Ranks
@@ -64,5 +64,5 @@ class Shards:
         yield from pieces
 
     def splits(self) -> Sequence[int]:
-        """Of every group, its rows in the whole."""
+        """How many rows each group has in the whole."""
         return [sum(sizes) for sizes in self.sizes]

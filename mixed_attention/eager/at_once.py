@@ -23,7 +23,7 @@ class Request:
     """Token groups and patterns, and what layers ask of them that is no matter of a call's tensors.
 
     Attributes:
-        num_tokens: Of the groups that are in the sequence.
+        num_tokens: Those of the groups that are in the sequence.
         has_cached: Whether there are others.
         read: Names of the groups that somebody attends to.
         num_unread: Tokens of the groups that nobody attends to.
@@ -115,8 +115,8 @@ def run(
         num_heads: Heads.
         head_dim: Channels of a head.
         freqs: Complex frequencies of all tokens, or None.
-        key_padding_mask: Of the plan's keys.
-        dropout_p: Of attention weights.
+        key_padding_mask: That of the plan's keys.
+        dropout_p: Which share of the attention weights is dropped.
         normalises: Whether queries and keys are divided by their root mean square, with an even ``head_dim``.
     """
     key = ("layer", x.shape[0], num_heads, head_dim, freqs is None, dropout_p, normalises)

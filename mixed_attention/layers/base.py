@@ -108,7 +108,7 @@ class ProjectedAttention(nn.Module):
     def _check_rows(self, name: str, num_rows: int, layer: Any) -> None:
         """Checks what a projection makes against the heads.
 
-        Tensor parallelism shards rows. Of a separate projection they are those of some heads. Of a packed one they
+        Tensor parallelism shards rows. Those of a separate projection belong to some heads. Those of a packed one
         would be read as q, k and v of fewer heads, and are not.
         """
         heads = f"{self.num_heads} heads of {self.head_dim} channels"

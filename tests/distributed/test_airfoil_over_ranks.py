@@ -26,7 +26,7 @@ SETTINGS = Settings(
 
 
 def losses(mesh=None) -> list[float]:
-    """Of some steps, by the ranks of a mesh or by one process."""
+    """The losses of some steps, by the ranks of a mesh or by one process."""
     rng = np.random.default_rng(0)
     flows = random_flows(SETTINGS.sections, SETTINGS.surface_points, SETTINGS.volume_points, rng)
     ranks = None

@@ -614,7 +614,7 @@ def rows_there_and_back(mesh) -> None:
 
 
 def gradients_of_rows(mesh) -> None:
-    """Of a function of all rows, a different one on every rank: the derivative of their sum."""
+    """Where every rank has another function of all rows: the derivative of their sum."""
     for how in cuts(mesh.size()):
         share = cut(SCENES["anchors"], mesh, how)
         count = share.scene.num_tokens

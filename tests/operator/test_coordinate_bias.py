@@ -15,7 +15,7 @@ NUM_TOKENS = sum(SIZES)
 
 # As the docstring states, as factors of beta and of the square of the radius. The errors of 16 bits: a factor is two
 # numbers, of which the second is off by u² of the first, and the product of both second ones is left out: 3 u² of a
-# product, and products add up to 4 beta R². Of fp32 and fp64: some 30 roundings of numbers that are no larger.
+# product, and products add up to 4 beta R². fp32 and fp64 take some 30 roundings of numbers that are no larger.
 STATED = {torch.float64: 2.0**-48, torch.float32: 2.0**-19, torch.bfloat16: 2.0**-14, torch.float16: 2.0**-18}
 LEAST = {torch.float16: 2.0**-20}
 
