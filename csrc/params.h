@@ -31,7 +31,7 @@ struct AttentionParams {
   const bool* key_padding_mask;  // (batch_size, seqlen_k), true = real token, rows contiguous; or null
   int64_t key_padding_mask_batch_stride;
 
-  double softmax_scale;
+  double softmax_scale;         // not negative: q of a call whose scale is has the other sign (torch/call.h)
   double dropout_p;             // 0 = none; which weights are kept: reference.py, dropout_keep
   const int64_t* dropout_seed;  // one word, in the memory of the device; null without dropout
 

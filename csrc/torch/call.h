@@ -11,17 +11,27 @@
 
 namespace mixed_attention {
 
-// Owns what the params point to.
+// What a call comes to. It owns what the params point to.
+//
+// No kernel knows a negative scale: with -scale for scale and -q for q the scores are the same, bit by bit. What is
+// made of q, or in its place, then has the other sign as well: tangents of q, dq, and tangents of dq.
 struct Call {
   at::Tensor q, k, v, key_padding_mask, dropout_seed;
   std::shared_ptr<const Schedule> schedule;
+  double softmax_scale, dropout_p;  // the former is not negative
+  bool negates_q;
+
+  // A tensor in the place of q as kernels get it.
+  at::Tensor like_q(const at::Tensor& given) const;
+  // Gives a tensor in the place of q, as kernels made it, the sign that the caller expects.
+  void restore_like_q(const at::Tensor& made) const;
 };
 
 // Checks all that an operator is given for a forward, and its memory.
 Call prepare(Pass pass, const at::Tensor& q, const at::Tensor& k, const at::Tensor& v, at::IntArrayRef segments,
              double softmax_scale, const std::optional<at::Tensor>& key_padding_mask, double dropout_p,
              const std::optional<at::Tensor>& dropout_seed);
-void fill(AttentionParams& params, const Call& call, double softmax_scale, double dropout_p);
+void fill(AttentionParams& params, const Call& call);
 
 Strides strides(const at::Tensor& tensor);
 at::Tensor last_dim_contiguous(const at::Tensor& tensor);

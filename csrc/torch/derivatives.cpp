@@ -80,8 +80,11 @@ Strides strides_behind_directions(const Tensor& tensor) { return strides(tensor.
 struct TangentTensors {
   OptionalTensor q, k, v;
 
-  TangentTensors(const OptionalTensor& q_dot, const OptionalTensor& k_dot, const OptionalTensor& v_dot)
-      : q(readable("q_dot", q_dot)), k(readable("k_dot", k_dot)), v(readable("v_dot", v_dot)) {}
+  TangentTensors(const Call& call, const OptionalTensor& q_dot, const OptionalTensor& k_dot,
+                 const OptionalTensor& v_dot)
+      : q(readable("q_dot", q_dot)), k(readable("k_dot", k_dot)), v(readable("v_dot", v_dot)) {
+    if (q) q = call.like_q(*q);
+  }
 
   // Those of some of the directions.
   Tangents params(int64_t begin, int64_t count, int64_t batch_size) const {
@@ -111,13 +114,13 @@ void for_each_group(int64_t count, Run run) {
 
 // Writes tangents of out and lse; out and lse as well, if they are not known.
 std::tuple<Tensor, Tensor> run_jvp(const Call& call, const TangentTensors& tangents, int64_t count, const Tensor& out,
-                                   const Tensor& lse, bool is_known, double softmax_scale, double dropout_p) {
+                                   const Tensor& lse, bool is_known) {
   const Tensor& q = call.q;
   Tensor out_dot = at::empty({count, q.size(0), q.size(1), q.size(2), call.v.size(3)}, q.options());
   Tensor lse_dot = at::empty({count, q.size(0), q.size(2), q.size(1)}, q.options().dtype(lse_dtype(q)));
   for_each_group(count, [&](int64_t begin, int64_t size) {
     JvpParams params{};
-    fill(params, call, softmax_scale, dropout_p);
+    fill(params, call);
     params.lse_is_known = is_known || begin > 0;
     // NOTE: what is known is read alone.
     params.out = const_cast<void*>(out.const_data_ptr());
@@ -146,7 +149,7 @@ std::tuple<Tensor, Tensor, Tensor, Tensor> forward_jvp(const Tensor& q, const Te
   const int64_t count = check_tangents(q, k, v, q_dot, k_dot, v_dot);
   Tensor out = at::empty({q.size(0), q.size(1), q.size(2), v.size(3)}, q.options());
   Tensor lse = at::empty({q.size(0), q.size(2), q.size(1)}, q.options().dtype(lse_dtype(q)));
-  auto [out_dot, lse_dot] = run_jvp(call, {q_dot, k_dot, v_dot}, count, out, lse, false, softmax_scale, dropout_p);
+  auto [out_dot, lse_dot] = run_jvp(call, {call, q_dot, k_dot, v_dot}, count, out, lse, false);
   return {out, lse, out_dot, lse_dot};
 }
 
@@ -160,8 +163,7 @@ std::tuple<Tensor, Tensor> jvp(const Tensor& q, const Tensor& k, const Tensor& v
   const int64_t count = check_tangents(q, k, v, q_dot, k_dot, v_dot);
   check_memory("out", out);
   check_memory("lse", lse);
-  return run_jvp(call, {q_dot, k_dot, v_dot}, count, last_dim_contiguous(out), lse.contiguous(), true, softmax_scale,
-                 dropout_p);
+  return run_jvp(call, {call, q_dot, k_dot, v_dot}, count, last_dim_contiguous(out), lse.contiguous(), true);
 }
 
 std::tuple<Tensor, Tensor, Tensor, Tensor> backward_jvp(
@@ -174,7 +176,7 @@ std::tuple<Tensor, Tensor, Tensor, Tensor> backward_jvp(
       prepare(Pass::kBackward, q, k, v, segments, softmax_scale, key_padding_mask, dropout_p, dropout_seed);
   check_backward_jvp(dout_dot, dlse_dot, dout, dlse, q, k, v, out, lse, q_dot, k_dot, v_dot, out_dot, lse_dot,
                      wants_dq_dot);
-  const TangentTensors tangents(q_dot, k_dot, v_dot);
+  const TangentTensors tangents(call, q_dot, k_dot, v_dot);
   const OptionalTensor out_rows = readable("out", out), dout_rows = readable("dout", dout);
   const OptionalTensor out_dot_rows = readable("out_dot", out_dot), dout_dot_rows = readable("dout_dot", dout_dot);
   const OptionalTensor lse_rows = contiguous("lse", lse), dlse_rows = contiguous("dlse", dlse);
@@ -189,7 +191,7 @@ std::tuple<Tensor, Tensor, Tensor, Tensor> backward_jvp(
     const Tensor dk = at::empty({q.size(0), k.size(1), k.size(2), k.size(3)}, k.options());
     const Tensor dv = at::empty({q.size(0), v.size(1), v.size(2), v.size(3)}, v.options());
     BwdJvpParams params{};
-    fill(params, call, softmax_scale, dropout_p);
+    fill(params, call);
     params.dq = dq.mutable_data_ptr();
     params.dk = dk.mutable_data_ptr();
     params.dv = dv.mutable_data_ptr();
@@ -227,6 +229,8 @@ std::tuple<Tensor, Tensor, Tensor, Tensor> backward_jvp(
     const std::array<Tensor, 3> grads{dq, sum_broadcast(dk, k), sum_broadcast(dv, v)};
     for (size_t i = 0; i < grads.size(); ++i) sums[i] = begin == 0 ? grads[i] : sums[i].add_(grads[i]);
   });
+  call.restore_like_q(sums[0]);
+  call.restore_like_q(dq_dot);
   return {sums[0], sums[1], sums[2], dq_dot};
 }
 

@@ -4,6 +4,7 @@
 #include <ATen/DimVector.h>
 #include <ATen/Functions.h>
 #include <ATen/Parallel.h>
+#include <ATen/core/LegacyTypeDispatch.h>
 #include <c10/core/DeviceGuard.h>
 #include <c10/core/impl/VirtualGuardImpl.h>
 
@@ -203,12 +204,13 @@ Call prepare(Pass pass, const Tensor& q, const Tensor& k, const Tensor& v, at::I
   check_memory("q", q);
   check_memory("k", k);
   check_memory("v", v);
-  Call call{last_dim_contiguous(q),
-            last_dim_contiguous(k),
-            last_dim_contiguous(v),
-            {},
-            {},
-            checked_schedule(segments, q, k, pass)};
+  Call call{.q = last_dim_contiguous(q),
+            .k = last_dim_contiguous(k),
+            .v = last_dim_contiguous(v),
+            .schedule = checked_schedule(segments, q, k, pass),
+            .softmax_scale = std::abs(softmax_scale),
+            .dropout_p = dropout_p,
+            .negates_q = softmax_scale < 0};
   if (key_padding_mask) {
     check_memory("key_padding_mask", *key_padding_mask);
     call.key_padding_mask = last_dim_contiguous(*key_padding_mask);
@@ -217,10 +219,23 @@ Call prepare(Pass pass, const Tensor& q, const Tensor& k, const Tensor& v, at::I
     check_memory("dropout_seed", *dropout_seed);
     call.dropout_seed = *dropout_seed;
   }
+  call.q = call.like_q(call.q);
   return call;
 }
 
-void fill(AttentionParams& params, const Call& call, double softmax_scale, double dropout_p) {
+Tensor Call::like_q(const Tensor& given) const {
+  if (!negates_q) return given;
+  const at::AutoDispatchBelowADInplaceOrView guard;
+  return last_dim_contiguous(given.neg());
+}
+
+void Call::restore_like_q(const Tensor& made) const {
+  if (!negates_q) return;
+  const at::AutoDispatchBelowADInplaceOrView guard;
+  made.neg_();
+}
+
+void fill(AttentionParams& params, const Call& call) {
   const Tensor &q = call.q, &k = call.k, &v = call.v;
   params.dtype = to_dtype("q", q.scalar_type());
   params.batch_size = q.size(0);
@@ -239,8 +254,8 @@ void fill(AttentionParams& params, const Call& call, double softmax_scale, doubl
     params.key_padding_mask = call.key_padding_mask.const_data_ptr<bool>();
     params.key_padding_mask_batch_stride = call.key_padding_mask.size(0) == 1 ? 0 : call.key_padding_mask.stride(0);
   }
-  params.softmax_scale = softmax_scale;
-  params.dropout_p = dropout_p;
+  params.softmax_scale = call.softmax_scale;
+  params.dropout_p = call.dropout_p;
   if (call.dropout_seed.defined()) params.dropout_seed = call.dropout_seed.const_data_ptr<int64_t>();
   params.schedule = call.schedule.get();
   fill_device(params, q);
@@ -259,7 +274,7 @@ std::tuple<Tensor, Tensor> forward(const Tensor& q, const Tensor& k, const Tenso
   Tensor out = at::empty({q.size(0), q.size(1), q.size(2), v.size(3)}, q.options());
   Tensor lse = at::empty({q.size(0), q.size(2), q.size(1)}, q.options().dtype(lse_dtype(q)));
   FwdParams params{};
-  fill(params, call, softmax_scale, dropout_p);
+  fill(params, call);
   params.out = out.mutable_data_ptr();
   params.lse = lse.mutable_data_ptr();
   params.out_strides = strides(out);
@@ -334,7 +349,7 @@ bool run_backward(const Tensor& dout, const OptionalTensor& dlse, const Tensor& 
   params.dk = dk.mutable_data_ptr();
   params.dv = dv.mutable_data_ptr();
   if (may_overwrite_out && out.is_contiguous()) params.spare_out = out.mutable_data_ptr();
-  fill(params, call, softmax_scale, dropout_p);
+  fill(params, call);
   params.out = out_rows.const_data_ptr();
   params.lse = lse_rows.const_data_ptr();
   params.dout = dout_rows.const_data_ptr();
@@ -345,7 +360,9 @@ bool run_backward(const Tensor& dout, const OptionalTensor& dlse, const Tensor& 
   params.dk_strides = strides(dk);
   params.dv_strides = strides(dv);
   params.deterministic = at::globalContext().deterministicAlgorithms();
-  return run_bwd(params, q, is_in_place);
+  if (!run_bwd(params, q, is_in_place)) return false;
+  call.restore_like_q(dq);
+  return true;
 }
 
 bool is_same_memory(const Tensor& a, const Tensor& b) {
@@ -375,6 +392,7 @@ bool backward_in_place(const Tensor& dout, const OptionalTensor& dlse, const Ten
   for (const Tensor* each : {&q, &k, &v, &dout, &out, &lse}) {
     if (!each->is_cuda() || each->key_set().has_any(lazy)) return false;
   }
+  if (softmax_scale < 0) return false;  // kernels read a copy of q, whose place dq is not to take meanwhile
   return run_backward(dout, dlse, q, k, v, out, lse, segments, softmax_scale, key_padding_mask, dropout_p, dropout_seed,
                       q, k, v, true, may_overwrite_out);
 }

@@ -76,7 +76,7 @@ class BwdJvpTile : BwdTile<Element> {
     for (int t = 0; t < count_t_; ++t) {
       if (tangents_.k) {
         const KeyRows<Element> k{key_rows(tangents_.k, tangents_.k_step, t, tangents_.k_strides)};
-        pack_rows<Element>(depth_of<F>(count_) * kTerms<F>, p_.head_dim, Acc(1), k, k_dot_of(t), width_);
+        pack_rows<Element>(depth_of<F>(count_) * kTerms<F>, p_.head_dim, k, k_dot_of(t), width_);
         pack_columns<Element>(count_, p_.head_dim, k, k_dot_transposed_ + t * depth_ * kBwdBlockN, columns_,
                               kBwdBlockN);
       }
@@ -137,16 +137,16 @@ class BwdJvpTile : BwdTile<Element> {
   }
 
   void load_queries(Range rows, int64_t padded_rows) {
-    const auto pack = [&](const QueryRows& row_at, int64_t size, Acc factor, F* out, int64_t depth) {
-      for (int64_t row = 0; row < padded_rows; ++row) pack_row(row_at(row), size, factor, out + row * depth, depth);
+    const auto pack = [&](const QueryRows& row_at, int64_t size, F* out, int64_t depth, Acc scale = 1) {
+      for (int64_t row = 0; row < padded_rows; ++row) pack_row(row_at(row), size, out + row * depth, depth, scale);
     };
-    pack(Base::rows_of(p_.q, p_.q_strides, rows), p_.head_dim, Base::scale_.query, Base::q_, depth_);
-    if (p_.dout) pack(Base::rows_of(p_.dout, p_.dout_strides, rows), p_.head_dim_v, Acc(1), Base::dout_, depth_v_);
+    pack(Base::rows_of(p_.q, p_.q_strides, rows), p_.head_dim, Base::q_, depth_, Base::scale_.query);
+    if (p_.dout) pack(Base::rows_of(p_.dout, p_.dout_strides, rows), p_.head_dim_v, Base::dout_, depth_v_);
     for (int t = 0; t < count_t_; ++t) {
       if (tangents_.q) {
-        pack(q_dot_rows(t, rows), p_.head_dim, Base::scale_.query, q_dot_ + t * kBwdBlockM * depth_, depth_);
+        pack(q_dot_rows(t, rows), p_.head_dim, q_dot_ + t * kBwdBlockM * depth_, depth_, Base::scale_.query);
       }
-      pack(dout_dot_rows(t, rows), p_.head_dim_v, Acc(1), dout_dot_ + t * kBwdBlockM * depth_v_, depth_v_);
+      pack(dout_dot_rows(t, rows), p_.head_dim_v, dout_dot_ + t * kBwdBlockM * depth_v_, depth_v_);
     }
     Base::load_row_numbers(rows, padded_rows);
     const int64_t first = Base::batch_head_ * p_.seqlen_q + rows.begin;
@@ -238,9 +238,8 @@ class BwdJvpTile : BwdTile<Element> {
   }
 
   void sum(Range rows, int64_t num_rows, int64_t padded_rows) {
-    const Acc sign = scale_sign<Acc>(p_.softmax_scale);
-    const auto add = [&](KeySums<Element>& sums, const auto& weights, Acc factor, const QueryRows& row_at) {
-      sums.pack(padded_rows, factor, row_at);
+    const auto add = [&](KeySums<Element>& sums, const auto& weights, const QueryRows& row_at) {
+      sums.pack(padded_rows, row_at);
       sums.add(weights, num_rows, count_);
     };
     const auto multiply = [&](auto update, const WeightTile<F, true>& weights, const F* keys, Acc* result) {
@@ -248,18 +247,18 @@ class BwdJvpTile : BwdTile<Element> {
                                     result, width_);
     };
     Base::ds_tile_.clear_columns(count_, padded_rows);
-    add(Base::dk_, Base::ds_tile_, sign, Base::rows_of(p_.q, p_.q_strides, rows));
+    add(Base::dk_, Base::ds_tile_, Base::rows_of(p_.q, p_.q_strides, rows));
     multiply(std::integral_constant<Update, Update::kSet>(), Base::ds_tile_, Base::k_, Base::dq_);
     if (p_.dout) {
       Base::p_tile_.clear_columns(count_, padded_rows);
-      add(Base::dv_, Base::p_tile_, Acc(1), Base::rows_of(p_.dout, p_.dout_strides, rows));
+      add(Base::dv_, Base::p_tile_, Base::rows_of(p_.dout, p_.dout_strides, rows));
     }
     for (int t = 0; t < count_t_; ++t) {
       g_tiles_[t].clear_columns(count_, padded_rows);
-      if (tangents_.q) add(Base::dk_, g_tiles_[t], sign, q_dot_rows(t, rows));
+      if (tangents_.q) add(Base::dk_, g_tiles_[t], q_dot_rows(t, rows));
       if (moves_scores_) {
         pz_tiles_[t].clear_columns(count_, padded_rows);
-        add(Base::dv_, pz_tiles_[t], Acc(1), dout_dot_rows(t, rows));
+        add(Base::dv_, pz_tiles_[t], dout_dot_rows(t, rows));
       }
       if (tangents_.k) multiply(std::integral_constant<Update, Update::kAdd>(), g_tiles_[t], k_dot_of(t), Base::dq_);
       if (p_.dq_dot) {

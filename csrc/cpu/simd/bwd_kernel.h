@@ -94,7 +94,7 @@ class BwdTile {
   void load_keys() {
     const KeyRows<Element> k{at(p_.k, p_.k_strides, 0), p_.k_strides.row, keys_, count_};
     const KeyRows<Element> v{at(p_.v, p_.v_strides, 0), p_.v_strides.row, keys_, count_};
-    pack_rows<Element>(depth_of<F>(count_) * kTerms<F>, p_.head_dim, Acc(1), k, k_, width_);
+    pack_rows<Element>(depth_of<F>(count_) * kTerms<F>, p_.head_dim, k, k_, width_);
     pack_columns<Element>(count_, p_.head_dim, k, k_transposed_, columns_, kBwdBlockN);
     pack_columns<Element>(count_, p_.head_dim_v, v, v_transposed_, columns_, kBwdBlockN);
     dk_.clear();
@@ -152,13 +152,12 @@ class BwdTile {
 
   void load_queries(Range rows, int64_t padded_rows) {
     const QueryRows q = rows_of(p_.q, p_.q_strides, rows), dout = rows_of(p_.dout, p_.dout_strides, rows);
-    const Acc sign = scale_sign<Acc>(p_.softmax_scale);
     for (int64_t row = 0; row < padded_rows; ++row) {
-      pack_row(q(row), p_.head_dim, scale_.query, q_ + row * depth_, depth_);
-      pack_row(dout(row), p_.head_dim_v, Acc(1), dout_ + row * depth_v_, depth_v_);
+      pack_row(q(row), p_.head_dim, q_ + row * depth_, depth_, scale_.query);
+      pack_row(dout(row), p_.head_dim_v, dout_ + row * depth_v_, depth_v_);
     }
-    dk_.pack(padded_rows, sign, q);
-    dv_.pack(padded_rows, Acc(1), dout);
+    dk_.pack(padded_rows, q);
+    dv_.pack(padded_rows, dout);
     load_row_numbers(rows, padded_rows);
   }
 
@@ -272,8 +271,7 @@ class BwdTile {
   }
 
   void store_keys() {
-    // dk was summed over q with the sign of the softmax scale.
-    store_gradient(dk_, p_.head_dim, static_cast<Acc>(std::abs(p_.softmax_scale)), at(p_.dk, p_.dk_strides, 0),
+    store_gradient(dk_, p_.head_dim, static_cast<Acc>(p_.softmax_scale), at(p_.dk, p_.dk_strides, 0),
                    p_.dk_strides.row);
     store_gradient(dv_, p_.head_dim_v, Acc(1), at(p_.dv, p_.dv_strides, 0), p_.dv_strides.row);
   }

@@ -68,10 +68,10 @@ inline void store_two(T* p, V first, V second) {
   store(p + kLanes<T>, second);
 }
 
-// The factor that starts at an element, times sign, which is 1 or -1.
+// The factor that starts at an element.
 template <class Element, class T>
-inline void make_factor(const Element* in, T sign, T& out) {
-  out = sign * to_accumulator(*in);
+inline void make_factor(const Element* in, T& out) {
+  out = to_accumulator(*in);
 }
 
 // As many factors as a vector holds.
@@ -117,29 +117,18 @@ inline Vec<float> multiply_add(Vec<uint32_t> a, Vec<uint32_t> b, Vec<float> sum)
 inline BFloat16Pair pair_of(BFloat16 first, BFloat16 second) {
   return {first.bits | static_cast<uint32_t>(second.bits) << 16};
 }
-inline void make_factor(const BFloat16* in, float sign, BFloat16Pair& out) {
-  out.bits = pair_of(in[0], in[1]).bits ^ (sign < 0 ? 0x80008000u : 0u);
-}
+inline void make_factor(const BFloat16* in, BFloat16Pair& out) { out = pair_of(in[0], in[1]); }
 inline void store_factors(BFloat16Pair* p, Vec<uint32_t> v) { store(&p->bits, v); }
 // Half a pair at the end of a row.
-inline void make_last_factor(const BFloat16* in, float sign, BFloat16Pair& out) {
-  out.bits = in[0].bits ^ (sign < 0 ? 0x8000u : 0u);
-}
-
-// The pairs of a row.
-inline void copy_pairs(const BFloat16* row, int64_t count, float sign, BFloat16Pair* out) {
-  std::memcpy(out, row, count * sizeof(BFloat16Pair));
-  for (int64_t i = 0; i < count && sign < 0; ++i) out[i].bits ^= 0x80008000u;
-}
+inline void make_last_factor(const BFloat16* in, BFloat16Pair& out) { out.bits = in[0].bits; }
 
 // Pairs of what stands below each other in two rows; null is a row of zeros.
-inline void zip_rows(const BFloat16* first, const BFloat16* second, int64_t size, float sign, BFloat16Pair* out) {
-  const uint32_t flip = sign < 0 ? 0x80008000u : 0u;
+inline void zip_rows(const BFloat16* first, const BFloat16* second, int64_t size, BFloat16Pair* out) {
   if (first && second) {
-    for (int64_t i = 0; i < size; ++i) out[i].bits = pair_of(first[i], second[i]).bits ^ flip;
+    for (int64_t i = 0; i < size; ++i) out[i] = pair_of(first[i], second[i]);
   } else {
     for (int64_t i = 0; i < size; ++i) {
-      out[i].bits = pair_of(first ? first[i] : BFloat16{0}, second ? second[i] : BFloat16{0}).bits ^ flip;
+      out[i] = pair_of(first ? first[i] : BFloat16{0}, second ? second[i] : BFloat16{0});
     }
   }
 }
@@ -168,10 +157,9 @@ using Factor = typename FactorOf<Element>::type;
 // Depth across the rows, which become columns: out[d][i / 2] pairs rows i and i + 1, and is zero from size to channels,
 // and where there is no row.
 template <class RowAt>
-inline void pack_rows_as_columns(int64_t count, int64_t size, float sign, RowAt row_at, BFloat16Pair* out,
-                                 int64_t channels, int64_t stride) {
+inline void pack_rows_as_columns(int64_t count, int64_t size, RowAt row_at, BFloat16Pair* out, int64_t channels,
+                                 int64_t stride) {
   constexpr int kSquare = kLanes<float>;
-  const uint32_t flip = sign < 0 ? 0x80008000u : 0u;
   for (int64_t i = 0; i < count; i += 2 * kSquare) {
     const BFloat16* rows[2 * kSquare];
     for (int j = 0; j < 2 * kSquare; ++j) rows[j] = row_at(i + j);
@@ -184,7 +172,7 @@ inline void pack_rows_as_columns(int64_t count, int64_t size, float sign, RowAt 
       };
       Vec<uint32_t> square[kSquare];
       for (int j = 0; j < kSquare; ++j) {
-        square[j] = (widened(rows[2 * j]) | widened(rows[2 * j + 1]) << 16) ^ flip;
+        square[j] = widened(rows[2 * j]) | widened(rows[2 * j + 1]) << 16;
       }
       transpose(square);
       for (int j = 0; j < kSquare; ++j) store_factors(out + (d + j) * stride + i / 2, square[j]);
@@ -193,18 +181,19 @@ inline void pack_rows_as_columns(int64_t count, int64_t size, float sign, RowAt 
 }
 #endif
 
-// Depth along the row: its factors, zero behind them up to width; all zero without a row.
+// Depth along the row: its factors, zero behind them up to width; all zero without a row. Numbers of the accumulation
+// type are multiplied by scale; pairs are packed as they are.
 template <class Element, class F>
-inline void pack_row(const Element* row, int64_t size, SumOf<F> sign, F* out, int64_t width) {
+inline void pack_row(const Element* row, int64_t size, F* out, int64_t width, SumOf<F> scale = 1) {
   const int64_t full = row ? size / kTerms<F> : 0;
   if constexpr (kTerms<F> == 2) {
-    if (row) copy_pairs(row, full, sign, out);
+    if (row) std::memcpy(out, row, full * sizeof(F));
   } else {
-    for (int64_t i = 0; i < full; ++i) make_factor(row + i, sign, out[i]);
+    for (int64_t i = 0; i < full; ++i) out[i] = scale * to_accumulator(row[i]);
   }
   for (int64_t i = full; i < width; ++i) out[i] = F{};
   if constexpr (kTerms<F> == 2) {
-    if (row && size % 2) make_last_factor(row + size - 1, sign, out[full]);
+    if (row && size % 2) make_last_factor(row + size - 1, out[full]);
   }
 }
 
@@ -229,9 +218,9 @@ inline void pack_columns(int64_t count, int64_t size, RowAt row_at, F* out, int6
     for (int64_t d = i < square_rows ? square_factors : 0; d < depth_of<F>(size); ++d) {
       F& factor = out[d * stride + i];
       factor = F{};
-      if (row && (d + 1) * kTerms<F> <= size) make_factor(row + d * kTerms<F>, SumOf<F>(1), factor);
+      if (row && (d + 1) * kTerms<F> <= size) make_factor(row + d * kTerms<F>, factor);
       if constexpr (kTerms<F> == 2) {
-        if (row && 2 * d + 1 == size) make_last_factor(row + 2 * d, SumOf<F>(1), factor);
+        if (row && 2 * d + 1 == size) make_last_factor(row + 2 * d, factor);
       }
     }
   }
@@ -240,13 +229,13 @@ inline void pack_columns(int64_t count, int64_t size, RowAt row_at, F* out, int6
 // Depth across the rows: out[i / kTerms][d], zero from size to width. Where row_at(i) is null the row is zero; it is
 // asked up to the last term of the last factor.
 template <class Element, class F, class RowAt>
-inline void pack_rows(int64_t count, int64_t size, SumOf<F> sign, RowAt row_at, F* out, int64_t width) {
+inline void pack_rows(int64_t count, int64_t size, RowAt row_at, F* out, int64_t width) {
   for (int64_t i = 0; i < count; i += kTerms<F>, out += width) {
     const Element* row = row_at(i);
     if constexpr (kTerms<F> == 1) {
-      pack_row(row, size, sign, out, width);
+      pack_row(row, size, out, width);
     } else {
-      zip_rows(row, row_at(i + 1), size, sign, out);
+      zip_rows(row, row_at(i + 1), size, out);
       for (int64_t d = size; d < width; ++d) out[d] = F{};
     }
   }

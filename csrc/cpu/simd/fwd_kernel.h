@@ -17,25 +17,20 @@ namespace mixed_attention::cpu::MIXED_ATTENTION_ISA {
 
 inline constexpr double kLog2E = 1.4426950408889634074, kLn2 = 0.69314718055994530942;
 
-// The sign of the softmax scale, which q is packed with, so that the greatest score is the greatest after scaling too.
-template <class Acc>
-Acc scale_sign(double softmax_scale) {
-  return softmax_scale < 0 ? Acc(-1) : Acc(1);
-}
-
-// How the softmax scale is shared between queries, as they are packed for scores, and scores. Queries take its sign
-// and, of a scale below 1, its power of two: so a product overflows only where the score would.
+// How the softmax scale is shared between queries, as they are packed for scores, and scores. Queries take the power of
+// two of a scale below 1: so a product overflows only where the score would.
 template <class F>
 struct ScoreScale {
   using Acc = SumOf<F>;
-  Acc query, log2;  // the latter is positive, to base 2: scores of columns without a key are -inf and have to stay so
+  Acc query = 1;
+  Acc log2;  // positive, to base 2: scores of columns without a key are -inf and have to stay so
 
-  explicit ScoreScale(double softmax_scale) : query(scale_sign<Acc>(softmax_scale)) {
-    double rest = std::abs(softmax_scale);
+  explicit ScoreScale(double softmax_scale) {
+    double rest = softmax_scale;
     if constexpr (kTerms<F> == 1) {  // pairs of bf16 are packed as they are
       int exponent = 1;
       if (rest < 1) rest = 2 * std::frexp(rest, &exponent);  // 1 to 2, or 0
-      query *= static_cast<Acc>(rest == 0 ? 0 : std::ldexp(0.5, exponent));
+      query = static_cast<Acc>(rest == 0 ? 0 : std::ldexp(0.5, exponent));
       if (rest == 0) rest = 1;
     }
     constexpr double kLowest = std::numeric_limits<Acc>::min(), kLargest = std::numeric_limits<Acc>::max();
@@ -140,8 +135,8 @@ class FwdTile {
     const Element* q = static_cast<const Element*>(p_.q) + item_.batch * p_.q_strides.batch +
                        item_.head * p_.q_strides.head + item_.rows.begin * p_.q_strides.row;
     for (int64_t row = 0; row < padded_rows_; ++row) {
-      pack_row(row < rows_ ? q + row * p_.q_strides.row : nullptr, p_.head_dim, scale_.query, q_ + row * depth_,
-               depth_);
+      pack_row(row < rows_ ? q + row * p_.q_strides.row : nullptr, p_.head_dim, q_ + row * depth_, depth_,
+               scale_.query);
     }
   }
 
@@ -154,8 +149,8 @@ class FwdTile {
     if constexpr (!kValues) return;
     const Element* v =
         static_cast<const Element*>(p_.v) + item_.batch * p_.v_strides.batch + item_.head * p_.v_strides.head;
-    pack_rows<Element>(depth_of<F>(count) * kTerms<F>, p_.head_dim_v, Acc(1),
-                       KeyRows{v, p_.v_strides.row, keys_, count}, v_, width_v_);
+    pack_rows<Element>(depth_of<F>(count) * kTerms<F>, p_.head_dim_v, KeyRows{v, p_.v_strides.row, keys_, count}, v_,
+                       width_v_);
   }
 
   // The columns that so many keys take.

@@ -87,7 +87,7 @@ class JvpTile : FwdTile<Element> {
       const Element* q = at(tangents_.q, tangents_.q_step, t, tangents_.q_strides);
       for (int64_t row = 0; row < padded_rows_; ++row) {
         pack_row(row < rows_ ? q + (item_.rows.begin + row) * tangents_.q_strides.row : nullptr, p_.head_dim,
-                 Base::scale_.query, q_dot_ + (t * padded_rows_ + row) * depth_, depth_);
+                 q_dot_ + (t * padded_rows_ + row) * depth_, depth_, Base::scale_.query);
       }
     }
   }
@@ -140,7 +140,7 @@ class JvpTile : FwdTile<Element> {
       }
       if (tangents_.v) {
         const Element* v = at(tangents_.v, tangents_.v_step, t, tangents_.v_strides);
-        pack_rows<Element>(depth_of<F>(count) * kTerms<F>, p_.head_dim_v, Acc(1),
+        pack_rows<Element>(depth_of<F>(count) * kTerms<F>, p_.head_dim_v,
                            KeyRows<Element>{v, tangents_.v_strides.row, keys_, count},
                            v_dot_ + t * num_factors<F>(kFwdBlockN) * width_v_, width_v_);
       }

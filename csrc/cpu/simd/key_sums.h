@@ -26,13 +26,13 @@ class KeySums {
     for (int64_t i = 0; i < kBwdBlockN * width_; ++i) sums_[i] = 0;
   }
 
-  // Packs so many rows of q or dout, times sign.
+  // Packs so many rows of q or dout.
   template <class RowAt>
-  void pack(int64_t count, Acc sign, RowAt row_at) {
+  void pack(int64_t count, RowAt row_at) {
     if constexpr (kIsTiled<F>) {
-      pack_rows_as_columns(count, size_, sign, row_at, rows_, width_, num_factors<F>(kBwdBlockM));
+      pack_rows_as_columns(count, size_, row_at, rows_, width_, num_factors<F>(kBwdBlockM));
     } else {
-      pack_rows<Element>(count, size_, sign, row_at, rows_, width_);
+      pack_rows<Element>(count, size_, row_at, rows_, width_);
     }
   }
 

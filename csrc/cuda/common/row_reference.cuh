@@ -13,10 +13,10 @@ namespace mixed_attention::cuda {
 // lse_log2 is a log-sum-exp in base 2, -inf without keys, NaN where a p is NaN.
 __device__ inline bool needs_reference(float lse_log2) { return fabsf(lse_log2) > 0x1p12f && lse_log2 != -INFINITY; }
 
-// A score relative to its row's reference; sign: that of the scale.
-__device__ __forceinline__ float relative_score(float score, const RowReference& reference, float sign = 1) {
+// A score relative to its row's reference.
+__device__ __forceinline__ float relative_score(float score, const RowReference& reference) {
   const float difference = score - reference.score;
-  return difference * sign < -reference.slack ? difference : 0;
+  return difference < -reference.slack ? difference : 0;
 }
 
 // The products of a row's scores, by eight neighbouring lanes.
@@ -95,19 +95,18 @@ class RowProducts {
 };
 
 // The reference of a row, by eight lanes. for_each_key(visit) calls visit(pointer to the key) for every visible key, as
-// often as it is listed. scale_log2 may be negative.
+// often as it is listed.
 template <class Element, class ForEachKey>
 __device__ inline RowReference find_reference(const Element* q, int num_columns, float scale_log2, float unit,
                                               const ForEachKey& for_each_key) {
   RowProducts<Element> products(q, num_columns);
-  const float sign = copysignf(1, scale_log2);
   float largest = -INFINITY;
-  for_each_key([&](const Element* k) { largest = fmaxf(largest, sign * products.score_and_size(k)); });
-  RowReference reference{sign * largest, products.slack(unit), 0};
+  for_each_key([&](const Element* k) { largest = fmaxf(largest, products.score_and_size(k)); });
+  RowReference reference{largest, products.slack(unit), 0};
   float sum = 0;  // this lane has every eighth key
   int key = 0;
   for_each_key([&](const Element* k) {
-    const float p = ptx::exp2(relative_score(products.score(k), reference, sign) * scale_log2);
+    const float p = ptx::exp2(relative_score(products.score(k), reference) * scale_log2);
     if (key++ % products.kLanes == products.lane()) sum += p;
   });
   reference.sum_log2 = log2f(products.sum_of_lanes(sum));

@@ -30,7 +30,7 @@ bool can_move_dq(const BwdParams& params) {
          (params.batch_size == 1 || strides.batch == params.seqlen_q * strides.row);
 }
 
-// Of 16-bit tensors.
+// Whether rows of all tensors, which are of 16 bits, lie where the kernels can read and write them.
 bool is_aligned(const BwdParams& params) {
   const BwdTensors tensors = bwd_tensors(params);
   return can_map(tensors.q) && can_map(tensors.k) && can_map(tensors.v) && can_map(tensors.dout) &&
@@ -100,8 +100,7 @@ std::string refusal_bwd(const Problem& problem) {
 }
 
 const char* refusal_of_bwd(const BwdParams& params) {
-  // Keys past a range's end get the score -inf, whose p is zero only under a positive scale.
-  if (!(static_cast<float>(params.softmax_scale) > 0)) return kScaleIsNotPositive;
+  if (static_cast<float>(params.softmax_scale) == 0) return kScaleIsZero;  // as in the forward
   if (params.dropout_p != 0) return kDropsOut;
   const bool is_fp32 = params.dtype == DType::kFloat32;
   if (is_fp32 && params.key_padding_mask != nullptr) return kMasksFp32;

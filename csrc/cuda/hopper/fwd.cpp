@@ -52,8 +52,8 @@ std::string refusal_fwd(const Problem& problem) {
 const char* refusal_of_fwd(const FwdParams& params) {
   const FwdTensors tensors = fwd_tensors(params);
   const bool is_fp32 = params.dtype == DType::kFloat32;
-  // The maximum of the scores is the maximum of the exponents only under a positive scale.
-  if (!(static_cast<float>(params.softmax_scale) > 0)) return kScaleIsNotPositive;
+  // Keys past the end of a range get the score -inf, whose product with zero is NaN.
+  if (static_cast<float>(params.softmax_scale) == 0) return kScaleIsZero;
   if (params.dropout_p != 0) return kDropsOut;
   if (is_fp32 && params.key_padding_mask != nullptr) return kMasksFp32;
   if (!can_load(tensors.q) || !can_load(tensors.k) || !can_load(tensors.v) ||

@@ -3,7 +3,7 @@
 
 namespace mixed_attention::cuda::hopper {
 
-constexpr const char* kScaleIsNotPositive = "softmax_scale is not positive";
+constexpr const char* kScaleIsZero = "softmax_scale is zero, or as small in fp32";
 constexpr const char* kDropsOut = "there is dropout";
 constexpr const char* kMasksFp32 = "there is a key_padding_mask, and the dtype is fp32";
 constexpr const char* kIsNotAligned = "rows of a tensor do not lie at multiples of 16 bytes, or stand for several";

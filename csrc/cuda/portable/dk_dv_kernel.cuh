@@ -183,7 +183,7 @@ __global__ void __launch_bounds__(dk_dv_tile(kArithmetic, kHeadDim).num_threads(
   const bool some_hidden = item.num_rows < kTile.rows || mask != nullptr;
   const bool drops = args.dropout.seed != nullptr;
   // NOTE: to ask for each block whether one of its queries has a reference costs all calls a few percent.
-  const bool some_references = *args.has_references != 0 || (Mma::kLosesInfinities && args.scale_log2 < 0);
+  const bool some_references = *args.has_references != 0;
 
   const LaneTile lane_k(shared.k);
   float dk[kWantsDk ? kTilesM : 1][kWarpCols / 8][4] = {}, dv[kWantsDv ? kTilesM : 1][kWarpCols / 8][4] = {};
@@ -214,7 +214,7 @@ __global__ void __launch_bounds__(dk_dv_tile(kArithmetic, kHeadDim).num_threads(
       multiply_rows<Mma>(p, lane_k, warp_row, lane_q, query);
       if (some_references) {
         relate_columns<Mma::kLosesInfinities>(p, args.references + first_query + block.row_begin + query,
-                                              block.num_rows - query, copysignf(1, args.scale_log2));
+                                              block.num_rows - query);
       }
       if constexpr (!Mma::kLosesInfinities) {
         if (block.num_rows < kTile.block_rows) clear_columns(p, block.num_rows - query);

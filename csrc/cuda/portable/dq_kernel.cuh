@@ -66,8 +66,6 @@ __global__ void __launch_bounds__(dq_tile(kArithmetic, kHeadDim).num_threads(), 
     delta[i] = is_row ? args.delta[first_row + 8 * i] : 0;
     has_reference |= is_row && args.references[first_row + 8 * i].score != 0;
   }
-  // Where infinities were lost, and the infinity whose p is 0 is the upper one, scores are gone through as well.
-  has_reference |= Mma::kLosesInfinities && args.scale_log2 < 0;
   has_reference = __any_sync(0xFFFFFFFF, has_reference);
 
   const LaneTile lane_q(shared.q);
@@ -81,8 +79,7 @@ __global__ void __launch_bounds__(dq_tile(kArithmetic, kHeadDim).num_threads(), 
     float s[kTilesM][kTilesN][4] = {}, dp[kTilesM][kTilesN][4] = {};
     multiply_rows<Mma>(s, lane_q, warp_row, lane_q.at(shared.k[stage]));
     if (has_reference) {
-      relate_rows<Mma::kLosesInfinities>(s, args.references + first_row, item.num_rows - thread_row,
-                                         copysignf(1, args.scale_log2));
+      relate_rows<Mma::kLosesInfinities>(s, args.references + first_row, item.num_rows - thread_row);
     }
     multiply_rows<Mma>(dp, lane_q.at(shared.dout), warp_row, lane_q.at(shared.v[stage]));
     // Behind the MMAs, whose last results take a while.

@@ -17,9 +17,8 @@ struct FwdArguments {
   FwdParams params;
   WorkTable work;
   DropoutParams dropout;
-  float scale;         // |softmax_scale|
+  float scale;         // softmax_scale
   float scale_log2;    // the same times log2(e), above 0
-  bool negate;         // softmax_scale is negative: the scores change their sign
   bool aligned;        // rows of q, k, v and out start at multiples of 16 bytes
   float* partial_out;  // FwdBuffers
   RowLse* row_lses;
@@ -73,7 +72,7 @@ __global__ void __launch_bounds__(fwd_tile(kArithmetic, kHeadDim).num_threads(),
   const auto v = rows_of<Element>(params.v, params.v_strides, item.batch, item.head, params.head_dim_v, args.aligned);
   const bool* mask = params.key_padding_mask;
   if (mask != nullptr) mask += item.batch * params.key_padding_mask_batch_stride;
-  const bool changes_scores = args.negate || mask != nullptr, drops = args.dropout.seed != nullptr;
+  const bool drops = args.dropout.seed != nullptr;
   const int warp_row = threadIdx.x / 32 * kTile.warp_rows;
   const int thread_row = warp_row + threadIdx.x % 32 / 4;
 
@@ -117,8 +116,7 @@ __global__ void __launch_bounds__(fwd_tile(kArithmetic, kHeadDim).num_threads(),
       load(keys, next);
       if (kTwoStages) load(values, next);
     }
-    if (changes_scores || block.num_rows < kTile.block_rows) {
-      if (args.negate) negate(s);
+    if (mask != nullptr || block.num_rows < kTile.block_rows) {
       mask_columns(s, block.num_rows, mask == nullptr ? nullptr : mask + block.row_begin);
     }
     softmax.raise_softmax_bases(s, out, args.scale_log2);
@@ -198,8 +196,7 @@ __global__ void __launch_bounds__(fwd_tile(kArithmetic, kHeadDim).num_threads(),
         }
       }
     };
-    PlainRow<Element, kHeadDim> plain(q.row(first_row + row), q.num_cols, v.num_cols, args.scale_log2,
-                                      args.negate ? -1.0f : 1.0f);
+    PlainRow<Element, kHeadDim> plain(q.row(first_row + row), q.num_cols, v.num_cols, args.scale_log2);
     const RowLse row_lse = plain.compute(for_each_key);
     if (isnan(row_lse.sum_log2)) continue;
     const float factor = drops ? args.dropout.inverse_keep_probability : 1.0f;

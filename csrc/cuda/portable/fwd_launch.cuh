@@ -33,10 +33,9 @@ void launch_fwd(const FwdParams& params, const FwdBuffers& buffers, const GridWo
       params,
       by_query.table,
       dropout_params(params),
-      static_cast<float>(std::abs(params.softmax_scale)),
+      static_cast<float>(params.softmax_scale),
       // Not 0, by which the -inf of blocked keys would become NaN, but next to it even times the largest score.
-      std::max(static_cast<float>(std::abs(scale_log2)), std::numeric_limits<float>::denorm_min()),
-      scale_log2 < 0,
+      std::max(static_cast<float>(scale_log2), std::numeric_limits<float>::denorm_min()),
       is_aligned(params.q, params.q_strides, kSize) && is_aligned(params.k, params.k_strides, kSize) &&
           is_aligned(params.v, params.v_strides, kSize) && is_aligned(params.out, params.out_strides, kSize),
       buffers.partial_out,

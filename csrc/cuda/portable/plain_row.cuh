@@ -13,8 +13,8 @@ namespace mixed_attention::cuda::portable {
 template <class Element, int kHeadDim>
 class PlainRow {
  public:
-  __device__ PlainRow(const Element* q, int head_dim, int head_dim_v, float scale_log2, float sign)
-      : head_dim_(head_dim), head_dim_v_(head_dim_v), scale_log2_(scale_log2), sign_(sign) {
+  __device__ PlainRow(const Element* q, int head_dim, int head_dim_v, float scale_log2)
+      : head_dim_(head_dim), head_dim_v_(head_dim_v), scale_log2_(scale_log2) {
 #pragma unroll
     for (int i = 0; i < kColumns; ++i) q_[i] = column(i) < head_dim ? static_cast<float>(q[column(i)]) : 0;
   }
@@ -79,11 +79,11 @@ class PlainRow {
     }
 #pragma unroll
     for (int lanes = 16; lanes > 0; lanes /= 2) sum += __shfl_xor_sync(0xFFFFFFFF, sum, lanes);
-    return sign_ * sum;
+    return sum;
   }
 
   int head_dim_, head_dim_v_;
-  float scale_log2_, sign_;
+  float scale_log2_;
   float q_[kColumns], out_[kColumns] = {};
 };
 

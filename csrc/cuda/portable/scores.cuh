@@ -1,4 +1,4 @@
-// Changes to a warp's scores in registers: sign, reference, mask, dropout.
+// Changes to a warp's scores in registers: reference, mask, dropout.
 //
 // A thread's elements [m][n][e] stand at rows 16m + lane / 4 + e / 2 * 8 and columns 8n + lane % 4 * 2 + e % 2.
 #pragma once
@@ -9,24 +9,12 @@
 
 namespace mixed_attention::cuda::portable {
 
-template <int kTilesM, int kTilesN>
-__device__ void negate(float (&s)[kTilesM][kTilesN][4]) {
-#pragma unroll
-  for (int m = 0; m < kTilesM; ++m) {
-#pragma unroll
-    for (int n = 0; n < kTilesN; ++n) {
-#pragma unroll
-      for (int e = 0; e < 4; ++e) s[m][n][e] = -s[m][n][e];
-    }
-  }
-}
-
 // A score as the backward takes it where MMAs lose infinities (tensor_core.cuh) and leave NaN. In a row whose
 // log-sum-exp is a number the p of an infinite score is 0; in one whose log-sum-exp is NaN so is every p.
 template <bool kLosesInfinities>
-__device__ __forceinline__ float restored_score(float score, float sign = 1) {
+__device__ __forceinline__ float restored_score(float score) {
   if constexpr (!kLosesInfinities) return score;
-  return sign > 0 ? fmaxf(score, -INFINITY) : fminf(score, INFINITY);
+  return fmaxf(score, -INFINITY);
 }
 
 // p of a score, by a log-sum-exp to base 2.
@@ -36,9 +24,9 @@ __device__ __forceinline__ float p_of(float score, float scale_log2, float lse_l
 }
 
 // Scores of rows that have a reference become relative to it; references: from that of this thread's first row on, of
-// which num_rows exist. sign: that of the scale.
+// which num_rows exist.
 template <bool kLosesInfinities, int kTilesM, int kTilesN>
-__device__ void relate_rows(float (&s)[kTilesM][kTilesN][4], const RowReference* references, int num_rows, float sign) {
+__device__ void relate_rows(float (&s)[kTilesM][kTilesN][4], const RowReference* references, int num_rows) {
 #pragma unroll
   for (int i = 0; i < 2 * kTilesM; ++i) {
     if (8 * i >= num_rows) continue;
@@ -48,7 +36,7 @@ __device__ void relate_rows(float (&s)[kTilesM][kTilesN][4], const RowReference*
 #pragma unroll
       for (int e = 0; e < 2; ++e) {
         float& score = s[i / 2][n][i % 2 * 2 + e];
-        score = relative_score(restored_score<kLosesInfinities>(score, sign), own, sign);
+        score = relative_score(restored_score<kLosesInfinities>(score), own);
       }
     }
   }
@@ -72,8 +60,7 @@ __device__ void clear_columns(float (&s)[kTilesM][kTilesN][4], int num_columns) 
 
 // The same as relate_rows of columns; references: from that of column 0 on.
 template <bool kLosesInfinities, int kTilesM, int kTilesN>
-__device__ void relate_columns(float (&s)[kTilesM][kTilesN][4], const RowReference* references, int num_columns,
-                               float sign) {
+__device__ void relate_columns(float (&s)[kTilesM][kTilesN][4], const RowReference* references, int num_columns) {
 #pragma unroll
   for (int n = 0; n < kTilesN; ++n) {
 #pragma unroll
@@ -84,7 +71,7 @@ __device__ void relate_columns(float (&s)[kTilesM][kTilesN][4], const RowReferen
 #pragma unroll
       for (int i = 0; i < 2 * kTilesM; ++i) {
         float& score = s[i / 2][n][i % 2 * 2 + e];
-        score = relative_score(restored_score<kLosesInfinities>(score, sign), own, sign);
+        score = relative_score(restored_score<kLosesInfinities>(score), own);
       }
     }
   }
