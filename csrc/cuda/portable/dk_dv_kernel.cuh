@@ -5,6 +5,7 @@
 // Beside that it may add dsᵀ k, its keys' share of dq, to dq_accum.
 #pragma once
 
+#include "cuda/portable/block_context.cuh"
 #include "cuda/portable/bwd_arguments.cuh"
 #include "cuda/portable/config.h"
 #include "cuda/portable/dropout_marks.cuh"
@@ -135,17 +136,12 @@ __global__ void __launch_bounds__(dk_dv_tile(kArithmetic, kHeadDim).num_threads(
   Shared& shared = *reinterpret_cast<Shared*>(shared_memory);
 
   const BwdParams& params = args.params;
-  const WorkView work = view(args.work, in_parameters);
-  const WorkItem item = locate(args.work, work, blockIdx.x, kTile.rows, params.num_heads);
-  const auto rows = [&](const void* tensor, const Strides& strides, int64_t num_cols) {
-    return rows_of<Element>(tensor, strides, item.batch, item.head, num_cols, args.aligned);
-  };
-  const auto q = rows(params.q, params.q_strides, params.head_dim);
-  const auto dout = rows(params.dout, params.dout_strides, params.head_dim_v);
-  const bool* mask = params.key_padding_mask;
-  if (mask != nullptr) mask += item.batch * params.key_padding_mask_batch_stride;
-  const int64_t batch_head = static_cast<int64_t>(item.batch) * params.num_heads + item.head;
-  const int64_t first_query = batch_head * params.seqlen_q;  // of lse_log2, delta and dq_accum
+  const BlockContext<Element, BwdArguments> context(args, in_parameters, kTile.rows);
+  const WorkItem& item = context.item;
+  const auto q = context.rows(params.q, params.q_strides, params.head_dim);
+  const auto dout = context.rows(params.dout, params.dout_strides, params.head_dim_v);
+  const bool* mask = context.mask;
+  const int64_t first_query = context.batch_head * params.seqlen_q;  // of lse_log2, delta and dq_accum
   // A warp's keys; among the warps that share them, its part of the gradients' columns and of a block's queries
   const int warp = threadIdx.x / 32, sharer = warp % kTile.sharing;
   const int warp_row = warp / kTile.sharing * kTile.warp_rows, warp_col = ptx::keep(sharer * kWarpCols);
@@ -153,7 +149,7 @@ __global__ void __launch_bounds__(dk_dv_tile(kArithmetic, kHeadDim).num_threads(
   const auto sync_sharers = [&] { ptx::named_barrier_sync(1 + warp / kTile.sharing, 32 * kTile.sharing); };
 
   // Rows behind the block's end are zero throughout: their p comes out as 1, their gradients as 0.
-  BlockWalk<kTile.block_rows> walk(work, item, args.work.num_splits);
+  BlockWalk<kTile.block_rows> walk(context.work, item, args.work.num_splits);
   using Streamed = SharedTile<Element, kTile.block_rows, kHeadDim>;
   const TileLoader<kThreads, Streamed> queries(shared.q, q), douts(shared.dout, dout);
   const auto load_next = [&](int stage) {
@@ -168,9 +164,10 @@ __global__ void __launch_bounds__(dk_dv_tile(kArithmetic, kHeadDim).num_threads(
       ptx::cp_async_4(&shared.delta[stage][threadIdx.x], args.delta + row, bytes);
     }
   };
-  load_tile<kThreads>(shared.k, rows(params.k, params.k_strides, params.head_dim), item.row_begin, item.num_rows, mask);
-  load_tile<kThreads>(shared.v, rows(params.v, params.v_strides, params.head_dim_v), item.row_begin, item.num_rows,
-                      mask);
+  load_tile<kThreads>(shared.k, context.rows(params.k, params.k_strides, params.head_dim), item.row_begin,
+                      item.num_rows, mask);
+  load_tile<kThreads>(shared.v, context.rows(params.v, params.v_strides, params.head_dim_v), item.row_begin,
+                      item.num_rows, mask);
   if (!walk.done()) load_next(0);
 
   // Rows behind the tile's end or blocked by the mask: what comes of their zeroed values is nobody's gradient.
@@ -225,8 +222,9 @@ __global__ void __launch_bounds__(dk_dv_tile(kArithmetic, kHeadDim).num_threads(
       if (drops || some_hidden) {
         if (drops) {
           const WorkRange& range = walk.range_of(block);
-          const int key = item.row_begin + thread_row - work.segments[item.segment].row_begin + range.range_offset;
-          mark_dropped(p, Dropout(args.dropout, static_cast<int>(batch_head)), block.row_begin + query,
+          const int key =
+              item.row_begin + thread_row - context.work.segments[item.segment].row_begin + range.range_offset;
+          mark_dropped(p, Dropout(args.dropout, static_cast<int>(context.batch_head)), block.row_begin + query,
                        range.range_index, key);
           if constexpr (kWantsDk) drop_marked(ds, p, args.dropout.inverse_keep_probability);
         }
@@ -264,18 +262,18 @@ __global__ void __launch_bounds__(dk_dv_tile(kArithmetic, kHeadDim).num_threads(
   }
   ptx::cp_async_wait_all();  // of the keys, where there was no query
   __syncthreads();
-  const int64_t split_batch_head = batch_head + static_cast<int64_t>(item.split) * params.batch_size * params.num_heads;
   const auto partial_of = [&](float* partial, int64_t num_cols) {
-    return partial == nullptr ? nullptr : partial + split_batch_head * params.seqlen_k * num_cols;
+    return partial == nullptr ? nullptr : partial + context.split_batch_head() * params.seqlen_k * num_cols;
   };
   if constexpr (kWantsDk) {
     store_grad<kTile.warp_rows>(dk, args.softmax_scale, partial_of(args.partial_dk, params.head_dim), shared.k,
-                                rows(params.dk, params.dk_strides, params.head_dim), warp_row, warp_col, item);
+                                context.rows(params.dk, params.dk_strides, params.head_dim), warp_row, warp_col, item);
   }
   if constexpr (kWantsDv) {
     const float factor = args.dropout.seed == nullptr ? 1.0f : args.dropout.inverse_keep_probability;
     store_grad<kTile.warp_rows>(dv, factor, partial_of(args.partial_dv, params.head_dim_v), shared.v,
-                                rows(params.dv, params.dv_strides, params.head_dim_v), warp_row, warp_col, item);
+                                context.rows(params.dv, params.dv_strides, params.head_dim_v), warp_row, warp_col,
+                                item);
   }
 }
 

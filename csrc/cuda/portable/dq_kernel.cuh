@@ -1,6 +1,7 @@
 // dq: a thread block owns queries and streams keys.
 #pragma once
 
+#include "cuda/portable/block_context.cuh"
 #include "cuda/portable/bwd_arguments.cuh"
 #include "cuda/portable/config.h"
 #include "cuda/portable/scores.cuh"
@@ -30,20 +31,15 @@ __global__ void __launch_bounds__(dq_tile(kArithmetic, kHeadDim).num_threads(), 
   Shared& shared = *reinterpret_cast<Shared*>(shared_memory);
 
   const BwdParams& params = args.params;
-  const WorkView work = view(args.work, in_parameters);
-  const WorkItem item = locate(args.work, work, blockIdx.x, kTile.rows, params.num_heads);
-  const auto rows = [&](const void* tensor, const Strides& strides, int64_t num_cols) {
-    return rows_of<Element>(tensor, strides, item.batch, item.head, num_cols, args.aligned);
-  };
-  const auto k = rows(params.k, params.k_strides, params.head_dim);
-  const auto v = rows(params.v, params.v_strides, params.head_dim_v);
-  const bool* mask = params.key_padding_mask;
-  if (mask != nullptr) mask += item.batch * params.key_padding_mask_batch_stride;
-  const int64_t batch_head = static_cast<int64_t>(item.batch) * params.num_heads + item.head;
+  const BlockContext<Element, BwdArguments> context(args, in_parameters, kTile.rows);
+  const WorkItem& item = context.item;
+  const auto k = context.rows(params.k, params.k_strides, params.head_dim);
+  const auto v = context.rows(params.v, params.v_strides, params.head_dim_v);
+  const bool* mask = context.mask;
   const int warp_row = threadIdx.x / 32 * kTile.warp_rows;
   const int thread_row = warp_row + threadIdx.x % 32 / 4;
 
-  BlockWalk<kTile.block_rows> walk(work, item, args.work.num_splits);
+  BlockWalk<kTile.block_rows> walk(context.work, item, args.work.num_splits);
   using Streamed = SharedTile<Element, kTile.block_rows, kHeadDim>;
   const TileLoader<kThreads, Streamed> keys(shared.k, k, mask), values(shared.v, v, mask);
   const auto load_next = [&](int stage) {
@@ -51,12 +47,13 @@ __global__ void __launch_bounds__(dq_tile(kArithmetic, kHeadDim).num_threads(), 
     keys.load(stage, block.row_begin, block.num_rows);
     values.load(stage, block.row_begin, block.num_rows);
   };
-  load_tile<kThreads>(shared.q, rows(params.q, params.q_strides, params.head_dim), item.row_begin, item.num_rows);
-  load_tile<kThreads>(shared.dout, rows(params.dout, params.dout_strides, params.head_dim_v), item.row_begin,
+  load_tile<kThreads>(shared.q, context.rows(params.q, params.q_strides, params.head_dim), item.row_begin,
+                      item.num_rows);
+  load_tile<kThreads>(shared.dout, context.rows(params.dout, params.dout_strides, params.head_dim_v), item.row_begin,
                       item.num_rows);
   if (!walk.done()) load_next(0);
 
-  const int64_t first_row = batch_head * params.seqlen_q + item.row_begin + thread_row;
+  const int64_t first_row = context.batch_head * params.seqlen_q + item.row_begin + thread_row;
   float lse_log2[2 * kTilesM], delta[2 * kTilesM];
   bool has_reference = false;
 #pragma unroll
@@ -85,7 +82,7 @@ __global__ void __launch_bounds__(dq_tile(kArithmetic, kHeadDim).num_threads(), 
     // Behind the MMAs, whose last results take a while.
     if (kTile.stages == 2 && !walk.done()) load_next(stage ^ 1);
     if (args.dropout.seed != nullptr) {
-      const Dropout dropout(args.dropout, static_cast<int>(batch_head));
+      const Dropout dropout(args.dropout, static_cast<int>(context.batch_head));
       const WorkRange& range = walk.range_of(block);
       drop_columns(dp, dropout, item.row_begin + thread_row, range.range_index, block.row_begin - range.begin);
     }
@@ -115,12 +112,9 @@ __global__ void __launch_bounds__(dq_tile(kArithmetic, kHeadDim).num_threads(), 
   ptx::cp_async_wait_all();  // of the queries, where there was no key
   __syncthreads();
   float* partial = args.partial_dq;
-  if (partial != nullptr) {
-    partial += (batch_head + static_cast<int64_t>(item.split) * params.batch_size * params.num_heads) *
-               params.seqlen_q * params.head_dim;
-  }
+  if (partial != nullptr) partial += context.split_batch_head() * params.seqlen_q * params.head_dim;
   store_grad<kTile.warp_rows>(dq, args.softmax_scale, partial, shared.q,
-                              rows(params.dq, params.dq_strides, params.head_dim), warp_row, 0, item);
+                              context.rows(params.dq, params.dq_strides, params.head_dim), warp_row, 0, item);
 }
 
 }  // namespace mixed_attention::cuda::portable

@@ -1,0 +1,39 @@
+// What a thread block works on, with which every kernel over tiles begins: its item, the rows of tensors that belong to
+// the item's batch_head, and the mask of its sequence.
+#pragma once
+
+#include "cuda/portable/tile.cuh"
+#include "cuda/portable/tile_iterator.cuh"
+
+namespace mixed_attention::cuda::portable {
+
+// Arguments: those of the kernel, with its params and its table.
+template <class Element, class Arguments>
+struct BlockContext {
+  const Arguments& args;
+  WorkView work;
+  WorkItem item;
+  const bool* mask;  // (seqlen_k), or null
+  int64_t batch_head;
+
+  // tile_rows: how many rows a tile of the table has.
+  __device__ BlockContext(const Arguments& args, const InlineWork& in_parameters, int tile_rows)
+      : args(args),
+        work(view(args.work, in_parameters)),
+        item(locate(args.work, work, blockIdx.x, tile_rows, args.params.num_heads)),
+        mask(args.params.key_padding_mask),
+        batch_head(static_cast<int64_t>(item.batch) * args.params.num_heads + item.head) {
+    if (mask != nullptr) mask += item.batch * args.params.key_padding_mask_batch_stride;
+  }
+
+  __device__ GlobalRows<Element> rows(const void* tensor, const Strides& strides, int64_t num_cols) const {
+    return rows_of<Element>(tensor, strides, item.batch, item.head, num_cols, args.aligned);
+  }
+
+  // The number of the item's batch_head among those of all splits.
+  __device__ int64_t split_batch_head() const {
+    return batch_head + static_cast<int64_t>(item.split) * args.params.batch_size * args.params.num_heads;
+  }
+};
+
+}  // namespace mixed_attention::cuda::portable
