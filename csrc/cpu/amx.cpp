@@ -1,16 +1,7 @@
-// The kernels for AMX: AVX-512, and products of bfloat16 pairs in tile registers. Standard headers stand above the
-// target pragma: their functions are shared with the rest of the program and must not use what an older machine lacks.
-#include <cmath>
-#include <cstdint>
-#include <cstring>
-#include <limits>
-#include <type_traits>
-#include <vector>
-
-#include "cpu/kernels.h"
+// The kernels for AMX: AVX-512, and products of bfloat16 pairs in tile registers.
+#include "cpu/simd/shared_headers.h"
 
 #if defined(__x86_64__) && defined(__linux__)
-#include <immintrin.h>
 #include <sys/syscall.h>
 #include <unistd.h>
 
@@ -43,8 +34,4 @@ const InstructionSet kAmx = amx::instruction_set("AMX", [] {
 #if defined(__clang__)
 #pragma clang attribute pop
 #endif
-#else
-namespace mixed_attention::cpu {
-const InstructionSet kAmx{"AMX", [] { return false; }, {}};
-}  // namespace mixed_attention::cpu
 #endif

@@ -1,13 +1,5 @@
-// The kernels for AVX2 with FMA and F16C. Standard headers stand above the target pragma: their functions are shared
-// with the rest of the program and must not use what an older machine lacks.
-#include <cmath>
-#include <cstdint>
-#include <cstring>
-#include <limits>
-#include <type_traits>
-#include <vector>
-
-#include "cpu/kernels.h"
+// The kernels for AVX2 with FMA and F16C.
+#include "cpu/simd/shared_headers.h"
 
 #if defined(__x86_64__)
 #if defined(__clang__)
@@ -31,8 +23,4 @@ const InstructionSet kAvx2 = avx2::instruction_set("AVX2", [] {
 #if defined(__clang__)
 #pragma clang attribute pop
 #endif
-#else
-namespace mixed_attention::cpu {
-const InstructionSet kAvx2{"AVX2", [] { return false; }, {}};
-}  // namespace mixed_attention::cpu
 #endif

@@ -1,17 +1,7 @@
-// The kernels for AVX-512. Standard headers stand above the target pragma: their functions are shared with the rest of
-// the program and must not use what an older machine lacks.
-#include <cmath>
-#include <cstdint>
-#include <cstring>
-#include <limits>
-#include <type_traits>
-#include <vector>
-
-#include "cpu/kernels.h"
+// The kernels for AVX-512.
+#include "cpu/simd/shared_headers.h"
 
 #if defined(__x86_64__)
-#include <immintrin.h>
-
 #if defined(__clang__)
 #pragma clang attribute push(__attribute__((target("avx512f,avx512bw,avx512dq,avx512vl,avx2,fma,f16c,bmi2"))), \
                              apply_to = function)
@@ -35,8 +25,4 @@ const InstructionSet kAvx512 = avx512::instruction_set("AVX512", [] {
 #if defined(__clang__)
 #pragma clang attribute pop
 #endif
-#else
-namespace mixed_attention::cpu {
-const InstructionSet kAvx512{"AVX512", [] { return false; }, {}};
-}  // namespace mixed_attention::cpu
 #endif

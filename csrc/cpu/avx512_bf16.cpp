@@ -1,17 +1,7 @@
-// The kernels for AVX-512 with products of bfloat16 pairs. Standard headers stand above the target pragma: their
-// functions are shared with the rest of the program and must not use what an older machine lacks.
-#include <cmath>
-#include <cstdint>
-#include <cstring>
-#include <limits>
-#include <type_traits>
-#include <vector>
-
-#include "cpu/kernels.h"
+// The kernels for AVX-512 with products of bfloat16 pairs.
+#include "cpu/simd/shared_headers.h"
 
 #if defined(__x86_64__)
-#include <immintrin.h>
-
 #if defined(__clang__)
 #pragma clang attribute push( \
     __attribute__((target("avx512f,avx512bw,avx512dq,avx512vl,avx512bf16,avx2,fma,f16c,bmi2"))), apply_to = function)
@@ -38,8 +28,4 @@ const InstructionSet kAvx512Bf16 = avx512_bf16::instruction_set("AVX512_BF16", [
 #if defined(__clang__)
 #pragma clang attribute pop
 #endif
-#else
-namespace mixed_attention::cpu {
-const InstructionSet kAvx512Bf16{"AVX512_BF16", [] { return false; }, {}};
-}  // namespace mixed_attention::cpu
 #endif

@@ -7,6 +7,17 @@
 #include "environment.h"
 
 namespace mixed_attention::cpu {
+
+// What other processors, or other systems, do not have.
+#if !defined(__x86_64__)
+const InstructionSet kAvx512Bf16{"AVX512_BF16", [] { return false; }, {}};
+const InstructionSet kAvx512{"AVX512", [] { return false; }, {}};
+const InstructionSet kAvx2{"AVX2", [] { return false; }, {}};
+#endif
+#if !defined(__x86_64__) || !defined(__linux__)
+const InstructionSet kAmx{"AMX", [] { return false; }, {}};
+#endif
+
 namespace {
 
 const InstructionSet& choose() {
