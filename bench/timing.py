@@ -80,16 +80,7 @@ def take_turns(calls: Mapping[Key, Calls], device: torch.device, rounds: int) ->
     for each in calls.values():
         with each.within():
             each.run(), each.run()
-    samples: dict[Key, list[float]] = {name: [] for name in calls}
-    gc.collect()
-    gc.disable()
-    try:
-        for _ in range(rounds):
-            for name, each in calls.items():
-                samples[name].append(clock.milliseconds(each))
-    finally:
-        gc.enable()
-    return {name: summary(values) for name, values in samples.items()}
+    return _rounds(calls, rounds, clock.milliseconds)
 
 
 def host_turns(calls: Mapping[Key, Calls], device: torch.device, rounds: int) -> dict[Key, Timing]:
@@ -100,19 +91,29 @@ def host_turns(calls: Mapping[Key, Calls], device: torch.device, rounds: int) ->
         device: Where it runs. It is idle when a sample begins.
         rounds: Number of rounds.
     """
+
+    def milliseconds(each: Calls) -> float:
+        synchronize(device)
+        return Clock.of_host(each.run) / each.count
+
     for each in calls.values():
         each.run(), each.run()
+    timings = _rounds(calls, rounds, milliseconds)
+    synchronize(device)
+    return timings
+
+
+def _rounds(calls: Mapping[Key, Calls], rounds: int, milliseconds: Callable[[Calls], float]) -> dict[Key, Timing]:
+    """Takes a sample of every entry once a round, while Python collects no garbage."""
     samples: dict[Key, list[float]] = {name: [] for name in calls}
     gc.collect()
     gc.disable()
     try:
         for _ in range(rounds):
             for name, each in calls.items():
-                synchronize(device)
-                samples[name].append(Clock.of_host(each.run) / each.count)
+                samples[name].append(milliseconds(each))
     finally:
         gc.enable()
-    synchronize(device)
     return {name: summary(values) for name, values in samples.items()}
 
 
