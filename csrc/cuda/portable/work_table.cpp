@@ -10,6 +10,16 @@ namespace {
 
 int32_t to_int32(int64_t value) { return static_cast<int32_t>(value); }
 
+// Adds the rows that walk through the ranges from first_range on.
+void add_segment(HostWork& work, const Range& rows, size_t first_range, int block_rows) {
+  int64_t num_blocks = 0;
+  for (size_t i = first_range; i < work.ranges.size(); ++i) {
+    num_blocks += ceil_div(work.ranges[i].end - work.ranges[i].begin, block_rows);
+  }
+  work.segments.push_back({to_int32(rows.begin), to_int32(rows.end), to_int32(first_range),
+                           to_int32(work.ranges.size() - first_range), 0, to_int32(num_blocks)});
+}
+
 // Numbers the tiles, longest walks first.
 void number_tiles(HostWork& work, int tile_rows) {
   std::stable_sort(work.segments.begin(), work.segments.end(),
@@ -33,15 +43,11 @@ HostWork work_by_query(const Schedule& schedule, int tile_rows, int block_rows) 
   work.segments.reserve(schedule.query_segments.size());
   for (const QuerySegment& segment : schedule.query_segments) {
     const size_t first_range = work.ranges.size();
-    int64_t num_blocks = 0;
     for (size_t i = 0; i < segment.keys.size(); ++i) {
       const Range keys = segment.keys[i];
-      if (keys.size() == 0) continue;
-      work.ranges.push_back({to_int32(keys.begin), to_int32(keys.end), to_int32(i), 0});
-      num_blocks += ceil_div(keys.size(), block_rows);
+      if (keys.size() > 0) work.ranges.push_back({to_int32(keys.begin), to_int32(keys.end), to_int32(i), 0});
     }
-    work.segments.push_back({to_int32(segment.rows.begin), to_int32(segment.rows.end), to_int32(first_range),
-                             to_int32(work.ranges.size() - first_range), 0, to_int32(num_blocks)});
+    add_segment(work, segment.rows, first_range, block_rows);
   }
   number_tiles(work, tile_rows);
   return work;
@@ -52,14 +58,11 @@ HostWork work_by_key(const Schedule& schedule, int tile_rows, int block_rows) {
   work.segments.reserve(schedule.key_segments.size());
   for (const KeySegment& segment : schedule.key_segments) {
     const size_t first_range = work.ranges.size();
-    int64_t num_blocks = 0;
     for (const Reader& reader : segment.readers) {
       work.ranges.push_back({to_int32(reader.queries.begin), to_int32(reader.queries.end), reader.range_index,
                              to_int32(reader.range_offset)});
-      num_blocks += ceil_div(reader.queries.size(), block_rows);
     }
-    work.segments.push_back({to_int32(segment.rows.begin), to_int32(segment.rows.end), to_int32(first_range),
-                             to_int32(work.ranges.size() - first_range), 0, to_int32(num_blocks)});
+    add_segment(work, segment.rows, first_range, block_rows);
   }
   number_tiles(work, tile_rows);
   return work;
