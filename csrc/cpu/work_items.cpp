@@ -1,7 +1,6 @@
 #include "cpu/work_items.h"
 
 #include <algorithm>
-#include <atomic>
 #include <thread>
 
 namespace mixed_attention::cpu {

@@ -10,7 +10,6 @@
 #include <stdexcept>
 #include <string>
 #include <thread>
-#include <vector>
 
 using mixed_attention::cuda::HeldTable;
 using mixed_attention::cuda::hold_table;

@@ -1,6 +1,5 @@
 // The forward on Hopper: items, their splits, and what combines these.
 #include <algorithm>
-#include <limits>
 #include <memory>
 #include <vector>
 

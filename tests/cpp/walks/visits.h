@@ -1,7 +1,6 @@
 // What a walk visits, and whether that is what a plan lists: as often, and nothing else.
 #pragma once
 
-#include <algorithm>
 #include <cstdint>
 #include <map>
 #include <string>
