@@ -135,6 +135,7 @@ __global__ void __launch_bounds__(dk_dv_tile(kArithmetic, kHeadDim).num_threads(
   extern __shared__ __align__(16) char shared_memory[];
   Shared& shared = *reinterpret_cast<Shared*>(shared_memory);
 
+  // Who we are
   const BwdParams& params = args.params;
   const BlockContext<Element, BwdArguments> context(args, in_parameters, kTile.rows);
   const WorkItem& item = context.item;
@@ -148,7 +149,8 @@ __global__ void __launch_bounds__(dk_dv_tile(kArithmetic, kHeadDim).num_threads(
   const int thread_row = warp_row + threadIdx.x % 32 / 4;
   const auto sync_sharers = [&] { ptx::named_barrier_sync(1 + warp / kTile.sharing, 32 * kTile.sharing); };
 
-  // Rows behind the block's end are zero throughout: their p comes out as 1, their gradients as 0.
+  // The keys and values, and the first block of queries and output gradients. Rows behind the block's end are zero
+  // throughout: their p comes out as 1, their gradients as 0.
   BlockWalk<kTile.block_rows> walk(context.work, item, args.work.num_splits);
   using Streamed = SharedTile<Element, kTile.block_rows, kHeadDim>;
   const TileLoader<kThreads, Streamed> queries(shared.q, q), douts(shared.dout, dout);
@@ -182,6 +184,7 @@ __global__ void __launch_bounds__(dk_dv_tile(kArithmetic, kHeadDim).num_threads(
   // NOTE: to ask for each block whether one of its queries has a reference costs all calls a few percent.
   const bool some_references = *args.has_references != 0;
 
+  // The walk over the queries
   const LaneTile lane_k(shared.k);
   float dk[kWantsDk ? kTilesM : 1][kWarpCols / 8][4] = {}, dv[kWantsDv ? kTilesM : 1][kWarpCols / 8][4] = {};
   for (int stage = 0; !walk.done(); stage = (stage + 1) % kTile.stages) {
@@ -206,6 +209,7 @@ __global__ void __launch_bounds__(dk_dv_tile(kArithmetic, kHeadDim).num_threads(
     const int num_turns = kTurns == 1 ? 1 : (block.num_rows + kScoreRows - 1) / kScoreRows;
 #pragma unroll 1
     for (int turn = 0; turn < num_turns; ++turn) {
+      // Scores, and dp
       const int query = (turn * kTile.sharing + sharer) * kScoreRows;
       float p[kTilesM][kScoreRows / 8][4] = {}, ds[kTilesM][kScoreRows / 8][4] = {};
       multiply_rows<Mma>(p, lane_k, warp_row, lane_q, query);
@@ -217,7 +221,7 @@ __global__ void __launch_bounds__(dk_dv_tile(kArithmetic, kHeadDim).num_threads(
         if (block.num_rows < kTile.block_rows) clear_columns(p, block.num_rows - query);
       }
       if constexpr (kWantsDk) multiply_rows<Mma>(ds, lane_k.at(shared.v), warp_row, lane_dout, query);
-      // The exponentials run under the MMAs of dp: nothing may stand between them.
+      // p and ds. The exponentials run under the MMAs of dp: nothing may stand between them.
       exponentiate<Mma>(p, shared.lse_log2[stage] + query, args.scale_log2);
       if (drops || some_hidden) {
         if (drops) {
@@ -234,6 +238,7 @@ __global__ void __launch_bounds__(dk_dv_tile(kArithmetic, kHeadDim).num_threads(
       } else if constexpr (kWantsDk) {
         to_ds(ds, p, shared.delta[stage] + query);
       }
+      // dv and dk
       const auto add_to_dv = [&] {
         if constexpr (kShares) put_accumulators(shared.scores, warp_row, query, p);
         accumulate(dv, p, lane_dout, query);
@@ -250,12 +255,13 @@ __global__ void __launch_bounds__(dk_dv_tile(kArithmetic, kHeadDim).num_threads(
     // All of ds is there, and nobody reads the queries any more.
     if (kAddsDq || kTile.stages == 1) __syncthreads();
     if (kTile.stages == 1 && !walk.done()) load_next(0);
+    // dq
     if constexpr (kAddsDq) {
       add_dq<Mma, kThreads>(args.dq_accum, first_query + block.row_begin, block.num_rows, shared.scores, lane_k);
     }
   }
 
-  // Blocked keys get no gradient.
+  // The way out. Blocked keys get no gradient.
   if (some_hidden) {
     if constexpr (kWantsDk) zero_rows(dk, hidden);
     if constexpr (kWantsDv) zero_rows(dv, hidden);

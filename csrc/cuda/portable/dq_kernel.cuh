@@ -30,6 +30,7 @@ __global__ void __launch_bounds__(dq_tile(kArithmetic, kHeadDim).num_threads(), 
   extern __shared__ __align__(16) char shared_memory[];
   Shared& shared = *reinterpret_cast<Shared*>(shared_memory);
 
+  // Who we are
   const BwdParams& params = args.params;
   const BlockContext<Element, BwdArguments> context(args, in_parameters, kTile.rows);
   const WorkItem& item = context.item;
@@ -39,6 +40,7 @@ __global__ void __launch_bounds__(dq_tile(kArithmetic, kHeadDim).num_threads(), 
   const int warp_row = threadIdx.x / 32 * kTile.warp_rows;
   const int thread_row = warp_row + threadIdx.x % 32 / 4;
 
+  // The queries, their output gradients, and the first block of keys and values
   BlockWalk<kTile.block_rows> walk(context.work, item, args.work.num_splits);
   using Streamed = SharedTile<Element, kTile.block_rows, kHeadDim>;
   const TileLoader<kThreads, Streamed> keys(shared.k, k, mask), values(shared.v, v, mask);
@@ -53,6 +55,7 @@ __global__ void __launch_bounds__(dq_tile(kArithmetic, kHeadDim).num_threads(), 
                       item.num_rows);
   if (!walk.done()) load_next(0);
 
+  // Statistics of the thread's rows
   const int64_t first_row = context.batch_head * params.seqlen_q + item.row_begin + thread_row;
   float lse_log2[2 * kTilesM], delta[2 * kTilesM];
   bool has_reference = false;
@@ -73,6 +76,7 @@ __global__ void __launch_bounds__(dq_tile(kArithmetic, kHeadDim).num_threads(), 
     const Block block = walk.block();
     walk.advance();
 
+    // Scores, and dp
     float s[kTilesM][kTilesN][4] = {}, dp[kTilesM][kTilesN][4] = {};
     multiply_rows<Mma>(s, lane_q, warp_row, lane_q.at(shared.k[stage]));
     if (has_reference) {
@@ -86,6 +90,7 @@ __global__ void __launch_bounds__(dq_tile(kArithmetic, kHeadDim).num_threads(), 
       const WorkRange& range = walk.range_of(block);
       drop_columns(dp, dropout, item.row_begin + thread_row, range.range_index, block.row_begin - range.begin);
     }
+    // ds
     const bool all_visible = block.num_rows == kTile.block_rows && mask == nullptr;
 #pragma unroll
     for (int n = 0; n < kTilesN; ++n) {
@@ -102,6 +107,7 @@ __global__ void __launch_bounds__(dq_tile(kArithmetic, kHeadDim).num_threads(), 
         }
       }
     }
+    // dq
     multiply_scores<Mma>(dq, s, lane_q.at(shared.k[stage]));
     if (kTile.stages == 1 && !walk.done()) {
       __syncthreads();
@@ -109,6 +115,7 @@ __global__ void __launch_bounds__(dq_tile(kArithmetic, kHeadDim).num_threads(), 
     }
   }
 
+  // The way out
   ptx::cp_async_wait_all();  // of the queries, where there was no key
   __syncthreads();
   float* partial = args.partial_dq;

@@ -103,6 +103,7 @@ __global__ void __launch_bounds__(fwd_tile(kArithmetic, kHeadDim).num_threads(),
     if (!kTwoStages) load(values, 0);
     walk.advance();
 
+    // Scores
     float s[kTilesM][kTile.block_rows / 8][4] = {};
     multiply_rows<Mma>(s, lane_q, warp_row, lane_q.at(shared.k[stage]));
     if (!kTwoStages) {
@@ -118,6 +119,7 @@ __global__ void __launch_bounds__(fwd_tile(kArithmetic, kHeadDim).num_threads(),
     if (mask != nullptr || block.num_rows < kTile.block_rows) {
       mask_columns(s, block.num_rows, mask == nullptr ? nullptr : mask + block.row_begin);
     }
+    // p, and the output
     softmax.raise_softmax_bases(s, out, args.scale_log2);
     if (is_16_bit(kArithmetic) && !drops) {
       // Exponentials of a depth step run under the MMAs of the step before: nothing may stand between them.
@@ -138,6 +140,7 @@ __global__ void __launch_bounds__(fwd_tile(kArithmetic, kHeadDim).num_threads(),
     }
   }
 
+  // The end of the sums
   RowLse row_lses[2 * kTilesM];
   softmax.finish(out, row_lses, drops ? args.dropout.inverse_keep_probability : 1.0f);
 
@@ -173,6 +176,7 @@ __global__ void __launch_bounds__(fwd_tile(kArithmetic, kHeadDim).num_threads(),
     store_rows<kTile.warp_rows, kHeadDim>(shared.q, warp_row, 0, o, first_row, num_rows);
   }
 
+  // Rows to repair
   for (; repairs != 0; repairs &= repairs - 1) {
     const int row = __ffs(static_cast<int>(repairs)) - 1;
     const auto for_each_key = [&](const auto& visit) {
