@@ -135,6 +135,7 @@ __device__ inline void consume(const DqKernelParams& params, DqSharedStorage<Con
       issue_scores(s, q, tile_of(k_ring, k), k.count);
       differentiate(0, k);
 
+      // dq of a tile, and s of the next
       for (int tile = 1; tile < num_tiles; ++tile) {
         const KRing previous = k;
         k = KRing{++num_used};
@@ -146,6 +147,7 @@ __device__ inline void consume(const DqKernelParams& params, DqSharedStorage<Con
         differentiate(tile, k);
       }
 
+      // dq of the last tile
       release(shared.q_pipe);
       issue_column_mma<Element>(dq, ds_operand, tile_of(k_ring, k));
       ptx::wgmma_wait<0>(dq);

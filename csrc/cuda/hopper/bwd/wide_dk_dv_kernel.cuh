@@ -122,6 +122,7 @@ __device__ inline void own_dv(const DkDvKernelParams& params, WideDkDvSharedStor
         sync_and_release(shared.q_pipe, q);
       };
 
+      // Keys into registers, and p of the first tile
       wait_full(shared.kv_pipe, kv_parity);
       k.load(owner.first_row);
       sync_and_arrive_as_warp(shared.kv_kept);
@@ -132,6 +133,7 @@ __device__ inline void own_dv(const DkDvKernelParams& params, WideDkDvSharedStor
       exponentiate(QRing{num_used});
       round_operand<Element>(p_operand, s);
 
+      // s of a tile, and dv of the one before
       for (int tile = 1; tile < num_tiles; ++tile) {
         const DoutRing dout{num_used};
         const QRing q{++num_used};
@@ -144,6 +146,7 @@ __device__ inline void own_dv(const DkDvKernelParams& params, WideDkDvSharedStor
         round_operand<Element>(p_operand, s);
       }
 
+      // dv of the last tile
       release_keys(shared);
       const DoutRing dout{num_used++};
       issue_dv(dout);
@@ -189,6 +192,7 @@ __device__ inline void own_dk(const DkDvKernelParams& params, WideDkDvSharedStor
         round_operand<Element>(ds_operand, dp);
       };
 
+      // Values into registers, and ds of the first tile
       wait_full(shared.kv_pipe, kv_parity);
       kv_parity ^= 1;
       v.load(owner.first_row);
@@ -197,6 +201,7 @@ __device__ inline void own_dk(const DkDvKernelParams& params, WideDkDvSharedStor
       ptx::wgmma_wait<0>(dp);
       differentiate(DoutRing{num_used});
 
+      // dk of a tile, and dp of the next
       for (int tile = 1; tile < num_tiles; ++tile) {
         const QRing q{num_used};
         const DoutRing dout{++num_used};
@@ -208,6 +213,7 @@ __device__ inline void own_dk(const DkDvKernelParams& params, WideDkDvSharedStor
         differentiate(dout);
       }
 
+      // dk of the last tile
       release_keys(shared);
       const QRing q{num_used++};
       issue_dk(q);
