@@ -37,7 +37,7 @@ struct Launch {
       false;  // whether gradients may be where the inputs are: dq where q lies, dk where k does…
 
   // Enqueues on params.stream and returns; it never synchronises, and allocates nothing but a stream's store of tables,
-  // once (portable/device_tables.h). The params are those of the plan, and params.workspace is there.
+  // once (common/device_tables.h). The params are those of the plan, and params.workspace is there.
   std::function<void(const Params&)> run;
 };
 

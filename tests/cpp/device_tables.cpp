@@ -1,6 +1,6 @@
 // Tables kept on a device, on a runtime that runs what is enqueued at once: who finds one, who brings a new one, and
 // that nobody writes over what another thread is about to read.
-#include "cuda/portable/device_tables.h"
+#include "cuda/common/device_tables.h"
 
 #include <cuda_runtime_api.h>
 

@@ -69,6 +69,28 @@ def assert_equal(got: Tensor, expected: Tensor, name: str) -> None:
 EDGES = (1, 7, 63, 64, 65, 127, 128, 129, 191, 192, 193, 255, 256, 257)
 
 
+def many_groups(count: int, **changes: object) -> Case:
+    """More ranges than fit a kernel's parameters: a group attends to itself, to the next one and to a common one."""
+    names = NAMES[:count]
+    attends = " ".join(f"{name}>{name}{names[(i + 1) % count]}{names[7]}" for i, name in enumerate(names))
+    return Case(tuple(37 * i % 200 for i in range(count)), attends, num_heads=2).with_(**changes)
+
+
+@pytest.mark.parametrize(
+    "case",
+    [many_groups(60), many_groups(45, batch_size=3, shared="kv", heavy_tails=True, layout="spaced")],
+    ids=["one sequence", "shared keys"],
+)
+@pytest.mark.parametrize("magnitude", [1.0, 1e3])
+@pytest.mark.parametrize("head_dim", [8, 32, 40, 64, 96, 128, 192, 256])
+@pytest.mark.parametrize("dtype", [FP16, BF16], ids=["fp16", "bf16"])
+def test_plans_of_many_ranges(dtype, head_dim, magnitude, case, device):
+    case = case.with_(dtype=dtype, head_dim=head_dim, magnitude=magnitude)
+    check(case, device)
+    forward, _ = case.plan.explain(device=device, dtype=dtype, head_dim=head_dim).split("backward: ")
+    assert ("hopper kernel" in forward) == (torch.cuda.get_device_capability(device) == (9, 0))
+
+
 @each_dtype
 @pytest.mark.parametrize("head_dim", [16, 32, 64, 96, 128, 192, 256])
 @pytest.mark.parametrize("ahead", [(0,), (3,), (2, 7)], ids=["own keys", "keys ahead", "unions"])

@@ -80,6 +80,7 @@ struct FwdTuning {
   int consumers, block_n, stages, producer_registers, consumer_registers;
   int polynomial_every;  // one exponential out of so many is a polynomial; 0: none
   int query_buffers;
+  int blocks = 1;  // that run at a time on a multiprocessor
 
   constexpr int block_m() const { return consumers * kWarpgroupRows; }
 };
@@ -103,6 +104,26 @@ constexpr FwdTuning fwd_tuning(int head_dim) {
   }
 }
 
+// The tuning of the kernel that goes through a list of tiles, for 16-bit inputs. Lists are of many groups of a few
+// hundred rows each: a tile of 192 rows would be a half empty one for most of them, and to begin and to end an item
+// takes as long as its tiles. At 32 two blocks share a multiprocessor, and one works while the other begins.
+constexpr FwdTuning fwd_tuning_of_list(int head_dim) {
+  switch (head_dim) {
+    case 32: return {2, 64, 3, 40, 96, 8, 2, 2};
+    case 64: return {2, 128, 4, 40, 232, 16, 2};
+    default: return fwd_tuning(head_dim);
+  }
+}
+
+// What work items of a block take, in tenths of a microsecond of an H200 (bench/results/h200/many-groups.txt).
+struct FwdCost {
+  int key_tile, rest;
+};
+
+// Of the kernel that goes through a table, and of that which goes through a list.
+constexpr FwdCost fwd_cost(int head_dim) { return head_dim == 32 ? FwdCost{13, 22} : FwdCost{15, 23}; }
+constexpr FwdCost fwd_cost_of_list(int head_dim) { return head_dim == 32 ? FwdCost{5, 15} : FwdCost{12, 23}; }
+
 // The tuning for fp32 inputs.
 constexpr FwdTuning fwd_tuning_fp32(int head_dim, int limbs) {
   // Scores, p, output and what a tile adds to it take 192 registers, which leaves two warpgroups; as MMAs take three
@@ -125,16 +146,23 @@ template <typename Element, int kHeadDim, int kLimbs>
 inline constexpr FwdTuning kFwdTuning =
     kHasRowScales<Element> ? fwd_tuning_fp32(kHeadDim, kLimbs) : fwd_tuning(kHeadDim);
 
-// kIsMasked: by a key padding mask.
-template <typename Element_, int kHeadDim_, int kLimbs_, bool kIsMasked_>
+// What a forward kernel does beside the plain work.
+enum class FwdForm {
+  kPlain,
+  kMasked,  // by a key padding mask
+  kListed,  // its items stand in a list on the device
+};
+
+template <typename Element_, int kHeadDim_, int kLimbs_, FwdForm kForm>
 struct FwdConfig {
   using Element = Element_;
   static constexpr bool kHasRowScales = hopper::kHasRowScales<Element>;
   using Factor = std::conditional_t<kHasRowScales, __half, Element>;  // what is multiplied
   static constexpr int kHeadDim = kHeadDim_;
   static constexpr int kLimbs = kLimbs_;
-  static constexpr bool kIsMasked = kIsMasked_;
-  static constexpr FwdTuning kTuning = kFwdTuning<Element, kHeadDim, kLimbs>;
+  static constexpr bool kIsMasked = kForm == FwdForm::kMasked;
+  static constexpr bool kIsListed = kForm == FwdForm::kListed;
+  static constexpr FwdTuning kTuning = kIsListed ? fwd_tuning_of_list(kHeadDim) : kFwdTuning<Element, kHeadDim, kLimbs>;
   static constexpr int kConsumers = kTuning.consumers, kBlockM = kTuning.block_m(), kBlockN = kTuning.block_n;
   static constexpr int kStages = kTuning.stages, kQueryBuffers = kTuning.query_buffers;
   static constexpr int kProducerRegisters = kTuning.producer_registers, kConsumerRegisters = kTuning.consumer_registers;
@@ -144,6 +172,7 @@ struct FwdConfig {
   static constexpr int kSlabs = kHeadDim / kSlabColumns;
   static constexpr int kRowBytes = kSlabColumns * sizeof(Factor);
   static constexpr int kThreads = (1 + kConsumers) * kWarpgroup;
+  static constexpr int kBlocks = kTuning.blocks;
 
   static constexpr int kSlabBytesM = kBlockM * kSlabColumns * sizeof(Factor);
   static constexpr int kSlabBytesN = kBlockN * kSlabColumns * sizeof(Factor);
@@ -153,8 +182,10 @@ struct FwdConfig {
   static constexpr int kTileBytesN = kLimbs * kLimbBytesN;
 
   static_assert(sizeof(Factor) == 2 && kHeadDim % kSlabColumns == 0, "tiles are whole slabs of 16-bit factors");
-  static_assert(kHasRowScales ? !kIsMasked : kLimbs == 1, "no kernel for fp32 masks keys, and 16-bit inputs are limbs");
-  static_assert(kProducerRegisters + kConsumers * kConsumerRegisters <= 65536 / kThreads / 8 * 8 * (1 + kConsumers),
+  static_assert(kHasRowScales ? kForm == FwdForm::kPlain : kLimbs == 1,
+                "no kernel for fp32 masks keys or has a list, and 16-bit inputs are limbs");
+  static_assert(kProducerRegisters + kConsumers * kConsumerRegisters <=
+                    65536 / kBlocks / kThreads / 8 * 8 * (1 + kConsumers),
                 "the warpgroups ask for more registers than the launch gives, and would wait for ever");
 };
 

@@ -4,9 +4,10 @@
 #include "cuda/common/device.h"
 #include "cuda/hopper/config.h"
 #include "cuda/hopper/fwd/launch.h"
+#include "cuda/hopper/fwd/list.h"
 #include "cuda/hopper/launch.h"
 #include "cuda/hopper/layout.h"
-#include "cuda/hopper/plan/query_table.h"
+#include "cuda/hopper/plan/bring_list.h"
 #include "cuda/hopper/refusals.h"
 #include "schedule.h"
 
@@ -22,10 +23,11 @@ bool can_load(const TensorView& tensor) {
 }
 
 Layout layout_fwd(const FwdParams& params, const FwdPlan& plan) {
-  Layout layout = with_fwd_kernel(params, [&]<typename Element, int kHeadDim, int kLimbs>() {
-    constexpr FwdTuning kTuning = kFwdTuning<Element, kHeadDim, kLimbs>;
-    return layout_of(params, params.schedule->query_segments, kTuning.block_m(), kTuning.block_n);
+  const FwdTuning tuning = with_fwd_kernel(params, [&]<typename Element, int kHeadDim, int kLimbs>() {
+    return plan.form == FwdForm::kListed ? fwd_tuning_of_list(kHeadDim) : kFwdTuning<Element, kHeadDim, kLimbs>;
   });
+  Layout layout = layout_of(params, params.schedule->query_segments, tuning.block_m(), tuning.block_n);
+  layout.num_slots *= tuning.blocks;
   const ItemSplits& splits = plan.table.splits;
   layout.num_splits = splits.num_splits;
   layout.num_tiles += splits.num_items() - splits.num_whole;
@@ -60,15 +62,18 @@ const char* refusal_of_fwd(const FwdParams& params) {
       !can_store(params.out, params.out_strides, is_fp32 ? 4 : 2)) {
     return kIsNotAligned;
   }
-  return fits_work_table(params) ? nullptr : kPlanIsTooLarge;
+  return refusal_of_plan(params);
 }
 
 Launch<FwdParams> launch_of_fwd(const FwdParams& params) {
   auto plan = std::make_shared<FwdPlan>(plan_fwd(params));
+  const auto list = plan->form == FwdForm::kListed ? list_of(params) : nullptr;
   return {.layout = layout_fwd(params, *plan),
           .workspace_size = plan->workspace_size,
-          .run = [plan](const FwdParams& params) {
+          .run = [plan, list](const FwdParams& params) {
             take_workspace(params, *plan);
+            const HeldTable held =
+                list == nullptr ? HeldTable{} : bring_list(*list, params, plan->list_room, plan->table);
             with_fwd_kernel(params, [&]<typename Element, int kHeadDim, int kLimbs>() {
               launch_fwd<Element, kHeadDim, kLimbs>(params, *plan);
             });

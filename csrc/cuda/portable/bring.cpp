@@ -2,7 +2,7 @@
 
 #include <algorithm>
 
-#include "cuda/portable/upload.h"
+#include "cuda/common/upload.h"
 
 namespace mixed_attention::cuda::portable {
 

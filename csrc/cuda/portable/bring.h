@@ -1,7 +1,7 @@
 // Brings the work of a pass to where its kernel reads it.
 #pragma once
 
-#include "cuda/portable/device_tables.h"
+#include "cuda/common/device_tables.h"
 #include "cuda/portable/kernels.h"
 #include "cuda/portable/plan.h"
 #include "params.h"

@@ -1,11 +1,11 @@
 #include "cuda/portable/plan.h"
 
 #include <algorithm>
-#include <atomic>
 #include <tuple>
 
 #include "cuda/common/device.h"
 #include "cuda/common/kept.h"
+#include "cuda/common/table_id.h"
 #include "cuda/portable/config.h"
 #include "cuda/portable/launch.h"
 
@@ -27,9 +27,8 @@ int padded_head_dim(const AttentionParams& params) {
 enum class Side { kQueries, kKeys };
 
 Pass make_pass(Side side, const AttentionParams& params, const Tile& tile) {
-  static std::atomic<uint64_t> last_id = 0;
   const auto work = side == Side::kQueries ? work_by_query : work_by_key;
-  Pass pass{work(*params.schedule, tile.rows, tile.block_rows), 1, ++last_id};
+  Pass pass{work(*params.schedule, tile.rows, tile.block_rows), 1, new_table_id()};
   // A split of fewer than 8 blocks or 256 rows, whichever is less, does not pay for its epilogue and for combining.
   const int min_blocks = std::min(8, 256 / tile.block_rows);
   const int64_t slots = int64_t{tile.blocks} * num_multiprocessors(params.device);

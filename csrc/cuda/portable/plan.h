@@ -16,7 +16,7 @@ namespace mixed_attention::cuda::portable {
 struct Pass {
   HostWork host;
   int num_splits;  // WorkTable
-  uint64_t id;     // no other pass of this process has it
+  uint64_t id;     // of its table: table_id.h
 
   unsigned grid(int64_t num_batch_heads) const;
   Layout layout(const Tile& tile, int64_t num_batch_heads, int device) const;

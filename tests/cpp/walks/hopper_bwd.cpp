@@ -203,11 +203,11 @@ void check_dq_kernel(const Problem& problem, const Visits& listed, const ma::Bwd
       const ma::Range rows{item.row_begin, std::min(item.row_begin + Config::kBlockM, item.tiles().row_end)};
       dq.add(sequence, rows);
       if (item.tiles().num_tiles == 0) continue;
-      hopper::KeyTileIterator<Config::kBlockN> keys(table, item.tiles());
+      hopper::KeyTileIterator<Config::kBlockN> keys(item);
       for (int i = 0; i < item.tiles().num_tiles; ++i) {
         const hopper::KeyTile tile = keys.next();
         const bool is_partial = i < item.tiles().num_partial;
-        const int num_seen = is_partial ? table.ranges[item.tiles().first_range + i].tail : Config::kBlockN;
+        const int num_seen = is_partial ? item.ranges()[i].tail : Config::kBlockN;
         expect(tile.num_rows == num_seen, "columns are masked as those of another key tile");
         visits.add(sequence, rows, {tile.row_begin, tile.row_begin + tile.num_rows});
       }

@@ -8,6 +8,7 @@
 #include "cuda/hopper/fwd/rows_of_splits.cuh"
 #include "cuda/hopper/fwd/split_items.h"
 #include "cuda/hopper/plan/persistent_blocks.h"
+#include "cuda/hopper/plan/tile_list.h"
 #include "hopper.h"
 #include "params.h"
 #include "visits.h"
@@ -23,10 +24,8 @@ struct SplitRows {
 };
 
 // As the blocks of hopper_attention_fwd_kernel (fwd/kernel.cuh) and those of the combination go.
-template <int kBlockM, int kBlockN>
-void check_launch(const Problem& problem, const Visits& listed, const hopper::WorkTable& given) {
-  const std::unique_ptr<hopper::WorkTable> copy = with_poison(problem, given);
-  const hopper::WorkTable& table = *copy;
+template <class Walk, int kBlockM, int kBlockN>
+void check_launch(const Problem& problem, const Visits& listed, const hopper::WorkTable& table) {
   const hopper::ItemSplits& splits = table.splits;
   Visits visits;
   Rows stored;
@@ -39,16 +38,16 @@ void check_launch(const Problem& problem, const Visits& listed, const hopper::Wo
   };
 
   for_each_block(hopper::num_persistent_blocks(table.num_items, kDevice), [&] {
-    hopper::ItemWalk<kBlockM> items(table);
+    Walk items(table);
     while (items.next_with_keys()) {
       const hopper::TileShare share = items.share();
       const hopper::ItemRows rows = items.rows();
       expect(share.begin < share.end, "a split has no key tile, but its producer copies one");
-      hopper::KeyTileIterator<kBlockN> keys(table, items.tiles(), share.begin);
+      hopper::KeyTileIterator<kBlockN> keys(items, share.begin);
       for (int i = share.begin; i < share.end; ++i) {
         const hopper::KeyTile tile = keys.next();
         const bool is_partial = i < share.num_partial;
-        const int num_seen = is_partial ? table.ranges[items.tiles().first_range + i].tail : kBlockN;
+        const int num_seen = is_partial ? items.ranges()[i].tail : kBlockN;
         expect(tile.num_rows == num_seen, "columns are masked as those of another key tile");
         visits.add(sequence_of(rows), rows_of(rows), {tile.row_begin, tile.row_begin + tile.num_rows});
       }
@@ -91,6 +90,26 @@ void check_launch(const Problem& problem, const Visits& listed, const hopper::Wo
   stored.expect_all(problem.num_sequences(), problem.seqlen_q(), "output on Hopper");
 }
 
+template <int kBlockM, int kBlockN>
+void check_table(const Problem& problem, const Visits& listed, const hopper::WorkTable& given) {
+  const std::unique_ptr<hopper::WorkTable> table = with_poison(problem, given);
+  check_launch<hopper::ItemWalk<kBlockM>, kBlockM, kBlockN>(problem, listed, *table);
+}
+
+// The list where the device has it, between rows that no plan lists.
+template <int kBlockM, int kBlockN>
+void check_list(const Problem& problem, const Visits& listed, const ma::FwdParams& params) {
+  const hopper::HostTileList list = hopper::make_tile_list(params, kBlockM, kBlockN);
+  std::vector<hopper::ListedTile> tiles(list.tiles.size() + 2, {-1000, -900, 0, 0, 1});
+  std::copy(list.tiles.begin(), list.tiles.end(), tiles.begin() + 1);
+  std::vector<hopper::KeyTiles> ranges(list.ranges.size() + 2, {-1000, 1, 1});
+  std::copy(list.ranges.begin(), list.ranges.end(), ranges.begin() + 1);
+  hopper::WorkTable table = list.table(params);
+  table.list.tiles = tiles.data() + 1;
+  table.list.ranges = ranges.data() + 1;
+  check_launch<hopper::ListWalk<kBlockM>, kBlockM, kBlockN>(problem, listed, table);
+}
+
 // What the host has made room for.
 template <int kBlockM>
 void check_workspace(const hopper::FwdPlan& plan, const ma::FwdParams& params) {
@@ -128,16 +147,20 @@ void check_hopper_fwd(const Problem& problem) {
        is_fp32 ? problem.choose(1, {64, 128}) : problem.choose(1, {8, 64, 96, 128, 192, 256}),
        !is_fp32 && problem.choose(2, 4) == 0);
   params.allow_tf32 = problem.choose(3, 2) == 0;
-  if (!hopper::fits_work_table(params)) return;
   const Visits listed = listed_visits(problem);
   hopper::with_fwd_kernel(params, [&]<typename Element, int kHeadDim, int kLimbs>() {
-    using Config = hopper::FwdConfig<Element, kHeadDim, kLimbs, false>;
+    using Config = hopper::FwdConfig<Element, kHeadDim, kLimbs, hopper::FwdForm::kPlain>;
+    constexpr hopper::FwdTuning kOfList = hopper::fwd_tuning_of_list(kHeadDim);
+    if (!is_fp32) check_list<kOfList.block_m(), kOfList.block_n>(problem, listed, params);
+    if (!hopper::fits_work_table(params)) return;
     const hopper::FwdPlan plan = hopper::plan_fwd(params);
     check_workspace<Config::kBlockM>(plan, params);
-    check_launch<Config::kBlockM, Config::kBlockN>(problem, listed, plan.table);
+    if (plan.form != hopper::FwdForm::kListed) {
+      check_table<Config::kBlockM, Config::kBlockN>(problem, listed, plan.table);
+    }
     hopper::WorkTable table = hopper::make_work_table(params, Config::kBlockM, Config::kBlockN);
     force_splits(problem, table);
-    check_launch<Config::kBlockM, Config::kBlockN>(problem, listed, table);
+    check_table<Config::kBlockM, Config::kBlockN>(problem, listed, table);
   });
 }
 

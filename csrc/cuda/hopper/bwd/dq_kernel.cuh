@@ -42,7 +42,7 @@ __device__ inline void produce_key_bits(const DqKernelParams& params, DqSharedSt
     if (num_tiles == 0) continue;
 
     const uint32_t* key_mask_bits = params.key_mask_bits + int64_t{item.batch} * params.key_mask_step;
-    KeyTileIterator<Config::kBlockN> keys(params.table, item.tiles());
+    KeyTileIterator<Config::kBlockN> keys(item);
     for (int i = 0; i < num_tiles; ++i, ++use.count) {
       wait_empty(shared.k_pipe, use);
       gather_key_bits(shared.key_bits[use.stage()], key_mask_bits, keys.next());
@@ -116,7 +116,7 @@ __device__ inline void consume(const DqKernelParams& params, DqSharedStorage<Con
         if constexpr (Config::kIsMasked) {
           mask_keys(s, shared.key_bits[k.stage()]);
         } else if (tile < item.tiles().num_partial) {
-          mask_columns(s, params.table.ranges[item.tiles().first_range + tile].tail);
+          mask_columns(s, item.ranges()[tile].tail);
         }
         if (has_reference) relate_rows(s, params.references + stats + lane / 4);
         exponentiate_rows(s, params.softmax_scale_log2, lse_log2);

@@ -46,7 +46,7 @@ __device__ inline void produce_keys(const Params& params, SharedStorage& shared)
                                   item.batch * params.dout_batch_step, steps.dout);
 
     // Keys and values
-    KeyTileIterator<kBlockN> keys(params.table, item.tiles());
+    KeyTileIterator<kBlockN> keys(item);
     for (int i = 0; i < num_tiles; ++i, ++num_loaded) {
       const KeyTile tile = keys.next();
       const auto load = [&](auto use, auto& ring, auto& pipe, const CUtensorMap& map, int batch_step, int limb_step) {

@@ -55,7 +55,7 @@ __device__ inline void produce_row_scales(const Fp32DqKernelParams& params, Fp32
     };
     const float* k_scales = row_scales_of(params.inputs.k_scales, params.k_batch_step);
     const float* v_scales = row_scales_of(params.inputs.v_scales, params.v_batch_step);
-    KeyTileIterator<kBlockN> keys(params.table, item.tiles());
+    KeyTileIterator<kBlockN> keys(item);
     for (int i = 0; i < num_tiles; ++i, ++use.count) {
       const KeyTile tile = keys.next();
       const int stage = use.stage();
@@ -148,7 +148,7 @@ __device__ inline void consume(const Fp32DqKernelParams& params, Fp32DqSharedSto
           issue_scores(dp, dout, tile_of(v_ring, use));
           add_rows(dq, sum, lift.inverse);
           if (tile < item.tiles().num_partial) {
-            mask_columns(s, params.table.ranges[item.tiles().first_range + tile].tail);
+            mask_columns(s, item.ranges()[tile].tail);
           }
           if constexpr (kRelates) {
             const RowReference* own = params.references + stats + row_begin + lane / 4;

@@ -8,7 +8,7 @@
 #include "cuda/hopper/fwd/params.h"
 #include "cuda/hopper/fwd/softmax.cuh"
 #include "cuda/hopper/fwd/tile_row_scales.cuh"
-#include "cuda/hopper/plan/work_items.cuh"
+#include "cuda/hopper/fwd/walk.cuh"
 #include "cuda/hopper/tile/store_rows.cuh"
 
 namespace mixed_attention::cuda::hopper {
@@ -86,9 +86,8 @@ __device__ inline void store_split(const FwdKernelParams& params, FwdSharedStora
 
 template <typename Config>
 __device__ inline void store_item(const FwdKernelParams& params, FwdSharedStorage<Config>& shared,
-                                  const ItemWalk<Config::kBlockM>& item, int first_row,
-                                  const float (&o)[Config::kHeadDim / 2], const OnlineSoftmax& softmax,
-                                  const RowBases& bases) {
+                                  const Walk<Config>& item, int first_row, const float (&o)[Config::kHeadDim / 2],
+                                  const OnlineSoftmax& softmax, const RowBases& bases) {
   const ItemSplits& splits = params.table.splits;
   if (splits.has(item.item)) {
     store_split<Config>(params, shared, splits.place(item.item), first_row, o, softmax, bases);

@@ -25,8 +25,8 @@
 #include "cuda/hopper/fwd/repair.cuh"
 #include "cuda/hopper/fwd/softmax.cuh"
 #include "cuda/hopper/fwd/tile_row_scales.cuh"
+#include "cuda/hopper/fwd/walk.cuh"
 #include "cuda/hopper/mask/key_bits.cuh"
-#include "cuda/hopper/plan/work_items.cuh"
 #include "cuda/hopper/tile/load_tile.cuh"
 #include "cuda/hopper/tile/named_barriers.h"
 #include "cuda/hopper/tile/ring.cuh"
@@ -65,7 +65,7 @@ __device__ inline void produce(const FwdKernelParams& params, FwdSharedStorage<C
   using Limbs = LimbLoads<Config::kHeadDim, Config::kLimbs>;
   uint32_t& num_loaded = loaded.num_key_tiles;
   auto& q = loaded.q;
-  for (ItemWalk<Config::kBlockM> items(params.table); items.next_with_keys(); ++q.count) {
+  for (Walk<Config> items(params.table); items.next_with_keys(); ++q.count) {
     const TileShare share = items.share();
     const ItemRows queries = items.rows();
 
@@ -84,7 +84,7 @@ __device__ inline void produce(const FwdKernelParams& params, FwdSharedStorage<C
     };
 
     // In the order in which the consumers need them: keys run one tile ahead of values.
-    KeyTileIterator<Config::kBlockN> keys(params.table, items.tiles(), share.begin);
+    KeyTileIterator<Config::kBlockN> keys(items, share.begin);
     KeyTile tile = keys.next();
     load_k(tile, Ring{num_loaded});
     Limbs::template load<Config::kBlockM>(
@@ -107,10 +107,10 @@ template <typename Config>
 __device__ inline void produce_key_bits(const FwdKernelParams& params, FwdSharedStorage<Config>& shared,
                                         Loaded<Config>& loaded) {
   RingUse<Config::kStages> use{loaded.num_key_tiles};
-  for (ItemWalk<Config::kBlockM> items(params.table); items.next_with_keys();) {
+  for (Walk<Config> items(params.table); items.next_with_keys();) {
     const TileShare share = items.share();
     const uint32_t* key_mask_bits = params.key_mask_bits + items.rows().batch * params.key_mask_step;
-    KeyTileIterator<Config::kBlockN> keys(params.table, items.tiles(), share.begin);
+    KeyTileIterator<Config::kBlockN> keys(items, share.begin);
     for (int i = share.begin; i < share.end; ++i, ++use.count) {
       wait_empty(shared.k_pipe, use);
       gather_key_bits(shared.key_bits[use.stage()], key_mask_bits, keys.next());
@@ -124,7 +124,7 @@ __device__ inline void produce_key_bits(const FwdKernelParams& params, FwdShared
 template <typename Config>
 __device__ inline void produce_row_scales(const FwdKernelParams& params, FwdSharedStorage<Config>& shared) {
   RingUse<Config::kStages> use{0};
-  for (ItemWalk<Config::kBlockM> items(params.table); items.next_with_keys();) {
+  for (Walk<Config> items(params.table); items.next_with_keys();) {
     const TileShare share = items.share();
     const ItemRows queries = items.rows();
     const auto row_scales_of_keys = [&](const float* row_scales, int batch_step) {
@@ -132,7 +132,7 @@ __device__ inline void produce_row_scales(const FwdKernelParams& params, FwdShar
     };
     const float* k_scales = row_scales_of_keys(params.row_scales.k, params.k_batch_step);
     const float* v_scales = row_scales_of_keys(params.row_scales.v, params.v_batch_step);
-    KeyTileIterator<Config::kBlockN> keys(params.table, items.tiles(), share.begin);
+    KeyTileIterator<Config::kBlockN> keys(items, share.begin);
     for (int i = share.begin; i < share.end; ++i, ++use.count) {
       const TileRowScalesLoad<Config::kBlockN> load(k_scales, v_scales, keys.next());
       wait_empty(shared.row_scales.pipe, use);
@@ -157,7 +157,7 @@ __device__ inline void consume(const FwdKernelParams& params, FwdSharedStorage<C
   if (consumer == Config::kConsumers - 1) ptx::named_barrier_arrive(next_turn, 2 * kWarpgroup);
 
   // Walk, ring uses and registers
-  ItemWalk<Config::kBlockM> items(params.table);
+  Walk<Config> items(params.table);
   TileShare share{};     // of the current item
   bool has_rows = true;  // whether it has some for this warpgroup, which goes along in any case
   RingUse<Config::kQueryBuffers> q_use{0};
@@ -248,7 +248,7 @@ __device__ inline void consume(const FwdKernelParams& params, FwdSharedStorage<C
     release(shared.q_pipe, q_use);
 
     // Last MMA beside the next item's first
-    const ItemWalk finished = items;
+    const Walk<Config> finished = items;
     const OnlineSoftmax total = softmax;
     const Ring v_use = k_use;
     ++k_use.count;
@@ -286,7 +286,7 @@ __device__ inline void consume(const FwdKernelParams& params, FwdSharedStorage<C
 }
 
 template <typename Config>
-__global__ void __launch_bounds__(Config::kThreads, 1)
+__global__ void __launch_bounds__(Config::kThreads, Config::kBlocks)
     hopper_attention_fwd_kernel(const __grid_constant__ FwdKernelParams params) {
   extern __shared__ __align__(1024) unsigned char memory[];
   FwdSharedStorage<Config>& shared = *reinterpret_cast<FwdSharedStorage<Config>*>(memory);

@@ -98,23 +98,26 @@ void launch_tiles(const FwdParams& params, const FwdPlan& plan) {
   constexpr auto kKernel = hopper_attention_fwd_kernel<Config>;
   constexpr int kSharedBytes = sizeof(FwdSharedStorage<Config>);
   allow_shared_memory<kKernel>(kSharedBytes, params.device, "cudaFuncSetAttribute(hopper_attention_fwd_kernel)");
-  const LaunchShape shape{num_persistent_blocks(plan.table.num_items, params.device), Config::kThreads};
+  const LaunchShape shape{num_persistent_blocks(plan.table.num_items, params.device, 1, Config::kBlocks),
+                          Config::kThreads};
   launch_kernel<kKernel, kSharedBytes>("launch of hopper_attention_fwd_kernel", shape, params.stream,
                                        make_fwd_kernel_params<Config>(params, plan));
 }
 
 template <typename Element, int kHeadDim, int kLimbs>
 void launch_fwd(const FwdParams& params, const FwdPlan& plan) {
-  using Config = FwdConfig<Element, kHeadDim, kLimbs, false>;
+  using Config = FwdConfig<Element, kHeadDim, kLimbs, FwdForm::kPlain>;
   if (plan.table.num_items == 0) return;
   if constexpr (Config::kHasRowScales) {
     const FwdTensors tensors = fwd_tensors(params);
     const HalfLimbsTask tasks[] = {{tensors.q, plan.q_limbs}, {tensors.k, plan.k_limbs}, {tensors.v, plan.v_limbs}};
     launch_half_limbs(tasks, params.stream);
     launch_tiles<Config>(params, plan);
-  } else if (params.key_padding_mask != nullptr) {
+  } else if (plan.form == FwdForm::kMasked) {
     launch_mask(params, plan.masked_keys);
-    launch_tiles<FwdConfig<Element, kHeadDim, kLimbs, true>>(params, plan);
+    launch_tiles<FwdConfig<Element, kHeadDim, kLimbs, FwdForm::kMasked>>(params, plan);
+  } else if (plan.form == FwdForm::kListed) {
+    launch_tiles<FwdConfig<Element, kHeadDim, kLimbs, FwdForm::kListed>>(params, plan);
   } else {
     launch_tiles<Config>(params, plan);
   }

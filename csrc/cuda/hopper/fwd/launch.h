@@ -2,6 +2,7 @@
 #pragma once
 
 #include "cuda/common/row_lse.h"
+#include "cuda/hopper/config.h"
 #include "cuda/hopper/mask/mask.h"
 #include "cuda/hopper/plan/query_table.h"
 #include "cuda/hopper/plan/tensor_map.h"
@@ -19,7 +20,10 @@ FwdTensors fwd_tensors(const FwdParams& params);
 
 // The host's decisions about a launch.
 struct FwdPlan {
-  WorkTable table;
+  FwdForm form;
+  WorkTable table;            // of a list without its places in memory
+  int64_t list_bytes = 0;     // of a list
+  char* list_room = nullptr;  // where it lies for want of a kept one: device_tables.h
   // Results of splits: (splits, kBlockM, head_dim), normalised, and (splits, kBlockM); null where there are none.
   float* partial_out = nullptr;
   RowLse* row_lses = nullptr;

@@ -10,8 +10,8 @@
 #include "cuda/hopper/fwd/params.h"
 #include "cuda/hopper/fwd/softmax.cuh"
 #include "cuda/hopper/fwd/tile_row_scales.cuh"
+#include "cuda/hopper/fwd/walk.cuh"
 #include "cuda/hopper/mask/key_bits.cuh"
-#include "cuda/hopper/plan/work_items.cuh"
 #include "cuda/hopper/split_fp16/half_mma.cuh"
 #include "cuda/hopper/tile/mma.cuh"
 #include "cuda/hopper/tile/ring.cuh"
@@ -149,13 +149,13 @@ struct FwdMma<Config> {
 // released yet.
 template <typename Config>
 __device__ inline void finish_scores(const FwdKernelParams& params, FwdSharedStorage<Config>& shared,
-                                     FwdMma<Config>& mma, const ItemWalk<Config::kBlockM>& item, const TileShare& share,
+                                     FwdMma<Config>& mma, const Walk<Config>& item, const TileShare& share,
                                      RingUse<Config::kStages> use, int tile) {
   mma.finish_s(shared, use);
   if constexpr (Config::kIsMasked) {
     mask_keys(mma.s, shared.key_bits[use.stage()]);
   } else if (tile < share.num_partial) {
-    mask_columns(mma.s, params.table.ranges[item.tiles().first_range + tile].tail);
+    mask_columns(mma.s, item.ranges()[tile].tail);
   }
 }
 

@@ -11,7 +11,7 @@
 #include "cuda/hopper/fwd/overflow.cuh"
 #include "cuda/hopper/fwd/params.h"
 #include "cuda/hopper/fwd/softmax.cuh"
-#include "cuda/hopper/plan/work_items.cuh"
+#include "cuda/hopper/fwd/walk.cuh"
 #include "cuda/hopper/tile/ring.cuh"
 #include "cuda/ptx/mbarrier.cuh"
 #include "cuda/ptx/wgmma.cuh"
@@ -52,7 +52,7 @@ __device__ inline void replace_row(Element* out, int num_columns, const float (&
 
 // Replaces what is not finite in this warp's 16 rows of a work item.
 template <typename Config>
-__device__ inline void replace_item(const FwdKernelParams& params, const ItemWalk<Config::kBlockM>& item, int first_row,
+__device__ inline void replace_item(const FwdKernelParams& params, const Walk<Config>& item, int first_row,
                                     const float (&o)[Config::kHeadDim / 2], OnlineSoftmax softmax) {
   using Element = typename Config::Element;
   const int row_of_tile = first_row + threadIdx.x % 32 / 4;
@@ -84,7 +84,7 @@ __device__ inline void repair_items(const FwdKernelParams& params, FwdSharedStor
   auto& s = mma.s;
   auto& o = mma.o;
   const RowBases bases{shared.bases[0] + first_row + threadIdx.x % 32 / 4, true};
-  for (ItemWalk<Config::kBlockM> items(params.table); items.next_with_keys(); ++q_use.count) {
+  for (Walk<Config> items(params.table); items.next_with_keys(); ++q_use.count) {
     const TileShare share = items.share();
     OnlineSoftmax softmax;
     mma.start_item(params, items.rows(), first_row);

@@ -1,45 +1,26 @@
 #include "cuda/hopper/plan/query_table.h"
 
 #include <algorithm>
-#include <limits>
-#include <numeric>
 #include <vector>
 
 #include "ceil_div.h"
 #include "cuda/hopper/config.h"
+#include "cuda/hopper/plan/key_tiles.h"
 #include "schedule.h"
 
 namespace mixed_attention::cuda::hopper {
 namespace {
 
-constexpr int64_t kMaxInt = std::numeric_limits<int>::max();
-
-// Tiles of the smallest kBlockM bound the number of items from above.
-constexpr int64_t kLeastBlockM = 64;
-
-KeyTiles make_key_tiles(Range keys, int block_n) {
-  return {static_cast<int>(keys.begin), static_cast<int>(keys.size() / block_n),
-          static_cast<int>(keys.size() % block_n)};
-}
-
-// Appends the ranges of one segment, those with a partial tile first, as only these are masked.
+// Appends the key ranges of one segment.
 QueryTiles add_ranges(const QuerySegment& segment, int block_n, WorkTable& table, int& num_ranges) {
-  KeyTiles* const first = table.ranges + num_ranges;
-  KeyTiles* end = first;
-  for (const Range& keys : segment.keys) {
-    if (keys.size() > 0) *end++ = make_key_tiles(keys, block_n);
-  }
-  const auto first_even = std::stable_partition(first, end, [](const KeyTiles& tiles) { return tiles.tail > 0; });
-  const int num_partial = static_cast<int>(first_even - first);
-  const int num_tiles =
-      std::accumulate(first, end, num_partial, [](int sum, const KeyTiles& tiles) { return sum + tiles.num_full; });
+  const SegmentKeyTiles keys = make_key_tiles(segment, block_n, table.ranges + num_ranges);
   QueryTiles tiles{};
   tiles.row_begin = static_cast<int>(segment.rows.begin);
   tiles.row_end = static_cast<int>(segment.rows.end);
   tiles.first_range = num_ranges;
-  tiles.num_partial = num_partial;
-  tiles.num_tiles = tiles.num_steps = num_tiles;
-  num_ranges += static_cast<int>(end - first);
+  tiles.num_partial = keys.num_partial;
+  tiles.num_tiles = tiles.num_steps = keys.num_tiles;
+  num_ranges += keys.num_ranges;
   return tiles;
 }
 
@@ -49,15 +30,8 @@ bool fits_work_table(const AttentionParams& params) {
   const std::vector<QuerySegment>& segments = params.schedule->query_segments;
   if (segments.size() > WorkTable::kMaxSegments) return false;
   size_t num_ranges = 0;
-  int64_t num_items = 0;
-  for (const QuerySegment& segment : segments) {
-    num_ranges += segment.keys.size();
-    num_items += (segment.rows.size() / kLeastBlockM + 1) * params.num_heads * params.batch_size;
-    int64_t num_keys = 0;
-    for (const Range& keys : segment.keys) num_keys += keys.size();
-    if (num_keys >= kMaxInt) return false;
-  }
-  return num_ranges <= WorkTable::kMaxRanges && num_items < kMaxInt / 2;
+  for (const QuerySegment& segment : segments) num_ranges += segment.keys.size();
+  return num_ranges <= WorkTable::kMaxRanges && are_counted_in_32_bits(params);
 }
 
 WorkTable make_work_table(const AttentionParams& params, int block_m, int block_n) {

@@ -1,6 +1,7 @@
 // The work items of a launch: query tiles, longest first, and for each the key tiles that it attends to.
 //
-// The table is small and travels in the kernel's parameters, so that nothing is uploaded. Device side: work_items.cuh.
+// The table is small and travels in the kernel's parameters, so that nothing is uploaded; that of many segments is a
+// list on the device. Device side: work_items.cuh.
 #pragma once
 
 #include "params.h"
@@ -45,12 +46,28 @@ struct ItemSplits {
   }
 };
 
+// A tile of rows in the list of many: where it lies, and the key tiles that it goes through.
+struct alignas(16) ListedTile {
+  int row_begin, row_end;  // with the segment
+  int first_range;         // in TileList::ranges
+  int num_partial, num_tiles;
+};
+
+// The items of a plan of many segments, which lies in device memory: an item is a tile of rows for one batch_head, and
+// those of a tile follow one another.
+struct TileList {
+  const ListedTile* tiles;
+  const KeyTiles* ranges;
+  int num_batch_heads;
+};
+
 struct WorkTable {
   static constexpr int kMaxSegments = 64;
   static constexpr int kMaxRanges = 128;
 
-  int num_items, num_heads;  // splits count each
-  ItemSplits splits;
+  int num_items, num_heads;           // splits count each
+  ItemSplits splits;                  // none of a list
+  TileList list;                      // in place of segments and ranges where a kernel goes through a list
   QueryTiles segments[kMaxSegments];  // longest items first
   KeyTiles ranges[kMaxRanges];
 };

@@ -64,6 +64,8 @@ struct ItemWalk {
 
   __device__ ItemRows rows() const { return rows_of_item<kTileRows>(table, number_of_item(table, item), segment); }
 
+  __device__ const KeyTiles* ranges() const { return table.ranges + tiles().first_range; }
+
   // The key tiles that a split, or a whole item, goes through.
   __device__ TileShare share() const {
     const int num_tiles = tiles().num_tiles;
@@ -71,6 +73,48 @@ struct ItemWalk {
     if (!splits.has(item)) return {0, num_tiles, tiles().num_partial};
     const int split = splits.split(item);
     return {num_tiles * split / splits.num_splits, num_tiles * (split + 1) / splits.num_splits, tiles().num_partial};
+  }
+};
+
+// The items of this block in a list. The tile of the next item is read ahead, as an access takes some hundred cycles.
+template <int kTileRows>
+struct ListWalk {
+  const WorkTable& table;
+  int round = 0;
+  int item = 0;  // the current one
+  ListedTile tile{}, next_tile{};
+
+  __device__ explicit ListWalk(const WorkTable& table) : table(table) { read_ahead(); }
+
+  __device__ bool next() {
+    item = item_of_round();
+    if (item >= table.num_items) return false;
+    tile = next_tile;
+    ++round;
+    read_ahead();
+    return true;
+  }
+
+  __device__ bool next_with_keys() { return next() && tile.num_tiles > 0; }
+
+  __device__ const ListedTile& tiles() const { return tile; }
+
+  __device__ const KeyTiles* ranges() const { return table.list.ranges + tile.first_range; }
+
+  __device__ ItemRows rows() const {
+    const int batch_head = item % table.list.num_batch_heads;
+    return {tile.row_begin, tile.row_end, batch_head % table.num_heads, batch_head / table.num_heads};
+  }
+
+  __device__ TileShare share() const { return {0, tile.num_tiles, tile.num_partial}; }
+
+ private:
+  // Tiles of the same length need no turns to be fair to blocks, and others stand in falling order.
+  __device__ int item_of_round() const { return round * static_cast<int>(gridDim.x) + static_cast<int>(blockIdx.x); }
+
+  __device__ void read_ahead() {
+    const int number = item_of_round();
+    if (number < table.num_items) next_tile = table.list.tiles[number / table.list.num_batch_heads];
   }
 };
 
@@ -103,9 +147,10 @@ struct KeyTileIterator {
   int num_partial;
   int range = 0, tile = 0;
 
-  // Starts at the tile of this index, which the segment has.
-  __device__ KeyTileIterator(const WorkTable& table, const QueryTiles& segment, int first = 0)
-      : ranges(table.ranges + segment.first_range), num_partial(segment.num_partial) {
+  // Starts at the tile of this index, which the item of a walk has.
+  template <typename Walk>
+  __device__ explicit KeyTileIterator(const Walk& walk, int first = 0)
+      : ranges(walk.ranges()), num_partial(walk.tiles().num_partial) {
     if (first < num_partial) {
       range = first;
     } else {

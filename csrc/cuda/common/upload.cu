@@ -3,7 +3,7 @@
 #include <cstring>
 
 #include "cuda/common/check.h"
-#include "cuda/portable/upload.h"
+#include "cuda/common/upload.h"
 
 namespace mixed_attention::cuda {
 namespace {

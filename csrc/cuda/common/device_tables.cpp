@@ -1,4 +1,4 @@
-#include "cuda/portable/device_tables.h"
+#include "cuda/common/device_tables.h"
 
 #include <cuda_runtime_api.h>
 
