@@ -14,15 +14,13 @@ struct BlockContext {
   WorkView work;
   WorkItem item;
   const bool* mask;  // (seqlen_k), or null
-  int64_t batch_head;
 
   // tile_rows: how many rows a tile of the table has.
   __device__ BlockContext(const Arguments& args, const InlineWork& in_parameters, int tile_rows)
       : args(args),
         work(view(args.work, in_parameters)),
         item(locate(args.work, work, blockIdx.x, tile_rows, args.params.num_heads)),
-        mask(args.params.key_padding_mask),
-        batch_head(static_cast<int64_t>(item.batch) * args.params.num_heads + item.head) {
+        mask(args.params.key_padding_mask) {
     if (mask != nullptr) mask += item.batch * args.params.key_padding_mask_batch_stride;
   }
 
@@ -30,9 +28,11 @@ struct BlockContext {
     return rows_of<Element>(tensor, strides, item.batch, item.head, num_cols, args.aligned);
   }
 
-  // The number of the item's batch_head among those of all splits.
+  // NOTE: computed where they are needed, as registers that hold them through a loop would be missing there.
+  __device__ int64_t batch_head() const { return static_cast<int64_t>(item.batch) * args.params.num_heads + item.head; }
+  // Its number among those of all splits.
   __device__ int64_t split_batch_head() const {
-    return batch_head + static_cast<int64_t>(item.split) * args.params.batch_size * args.params.num_heads;
+    return batch_head() + static_cast<int64_t>(item.split) * args.params.batch_size * args.params.num_heads;
   }
 };
 

@@ -142,7 +142,8 @@ __global__ void __launch_bounds__(dk_dv_tile(kArithmetic, kHeadDim).num_threads(
   const auto q = context.rows(params.q, params.q_strides, params.head_dim);
   const auto dout = context.rows(params.dout, params.dout_strides, params.head_dim_v);
   const bool* mask = context.mask;
-  const int64_t first_query = context.batch_head * params.seqlen_q;  // of lse_log2, delta and dq_accum
+  const int64_t batch_head = context.batch_head();
+  const int64_t first_query = batch_head * params.seqlen_q;  // of lse_log2, delta and dq_accum
   // A warp's keys; among the warps that share them, its part of the gradients' columns and of a block's queries
   const int warp = threadIdx.x / 32, sharer = warp % kTile.sharing;
   const int warp_row = warp / kTile.sharing * kTile.warp_rows, warp_col = ptx::keep(sharer * kWarpCols);
@@ -228,7 +229,7 @@ __global__ void __launch_bounds__(dk_dv_tile(kArithmetic, kHeadDim).num_threads(
           const WorkRange& range = walk.range_of(block);
           const int key =
               item.row_begin + thread_row - context.work.segments[item.segment].row_begin + range.range_offset;
-          mark_dropped(p, Dropout(args.dropout, static_cast<int>(context.batch_head)), block.row_begin + query,
+          mark_dropped(p, Dropout(args.dropout, static_cast<int>(batch_head)), block.row_begin + query,
                        range.range_index, key);
           if constexpr (kWantsDk) drop_marked(ds, p, args.dropout.inverse_keep_probability);
         }

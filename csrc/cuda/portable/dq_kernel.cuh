@@ -37,6 +37,7 @@ __global__ void __launch_bounds__(dq_tile(kArithmetic, kHeadDim).num_threads(), 
   const auto k = context.rows(params.k, params.k_strides, params.head_dim);
   const auto v = context.rows(params.v, params.v_strides, params.head_dim_v);
   const bool* mask = context.mask;
+  const int64_t batch_head = context.batch_head();
   const int warp_row = threadIdx.x / 32 * kTile.warp_rows;
   const int thread_row = warp_row + threadIdx.x % 32 / 4;
 
@@ -56,7 +57,7 @@ __global__ void __launch_bounds__(dq_tile(kArithmetic, kHeadDim).num_threads(), 
   if (!walk.done()) load_next(0);
 
   // Statistics of the thread's rows
-  const int64_t first_row = context.batch_head * params.seqlen_q + item.row_begin + thread_row;
+  const int64_t first_row = batch_head * params.seqlen_q + item.row_begin + thread_row;
   float lse_log2[2 * kTilesM], delta[2 * kTilesM];
   bool has_reference = false;
 #pragma unroll
@@ -86,7 +87,7 @@ __global__ void __launch_bounds__(dq_tile(kArithmetic, kHeadDim).num_threads(), 
     // Behind the MMAs, whose last results take a while.
     if (kTile.stages == 2 && !walk.done()) load_next(stage ^ 1);
     if (args.dropout.seed != nullptr) {
-      const Dropout dropout(args.dropout, static_cast<int>(context.batch_head));
+      const Dropout dropout(args.dropout, static_cast<int>(batch_head));
       const WorkRange& range = walk.range_of(block);
       drop_columns(dp, dropout, item.row_begin + thread_row, range.range_index, block.row_begin - range.begin);
     }

@@ -132,7 +132,7 @@ __global__ void __launch_bounds__(fwd_tile(kArithmetic, kHeadDim).num_threads(),
       if (drops) {
         // What is kept gets its factor with the output: fp16 might not hold it times p, which is up to 256 here.
         const DropoutParams marks{args.dropout.seed, args.dropout.threshold, 1.0f};
-        const Dropout dropout(marks, static_cast<int>(context.batch_head));
+        const Dropout dropout(marks, item.batch * params.num_heads + item.head);
         const WorkRange& range = walk.range_of(block);
         drop_columns(s, dropout, item.row_begin + thread_row, range.range_index, block.row_begin - range.begin);
       }
@@ -146,7 +146,7 @@ __global__ void __launch_bounds__(fwd_tile(kArithmetic, kHeadDim).num_threads(),
 
   // Log-sum-exps, by the first of the four lanes that share a row
   const bool is_split = args.work.num_splits > 1;
-  const int64_t batch_head = context.batch_head, split_batch_head = context.split_batch_head();
+  const int64_t batch_head = context.batch_head(), split_batch_head = context.split_batch_head();
 #pragma unroll
   for (int i = 0; i < 2 * kTilesM; ++i) {
     const int row = thread_row + 8 * i;
