@@ -9,13 +9,13 @@ from pathlib import Path
 
 import torch
 
-from bench import derivatives, facts, files, host, layer, memory, operator, ragged, repeats, tables, timeline
+from bench import derivatives, facts, files, groups, host, layer, memory, operator, ragged, repeats, tables, timeline
 from bench.cases import QUICK, Case, suite
 from bench.peers import BACKWARD, FORWARD, peers
 from bench.rows import PRECISIONS, Row, dtype_of
 
 OURS = ("ours", "ours, deterministic")
-WHAT = ("operator", "layer", "host", "memory", "ragged", "repeats", "timeline", "derivatives")
+WHAT = ("operator", "layer", "host", "memory", "groups", "ragged", "repeats", "timeline", "derivatives")
 PASSES = {"fwd": FORWARD, "bwd": BACKWARD}
 
 
@@ -71,6 +71,8 @@ def _measure(args: argparse.Namespace, cases: tuple[Case, ...], device: torch.de
                 yield from timeline.measure(case, device, precision, args.peers, args.rounds)
             if "memory" in args.what and device.type == "cuda":
                 yield operator.gpu_memory(case, device, precision, everybody["ours"]())
+        if "groups" in args.what:
+            yield from groups.measure(device, precision, args.rounds)
         if "ragged" in args.what:
             yield from ragged.measure(device, precision, args.rounds)
     if "host" in args.what:

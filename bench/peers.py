@@ -108,12 +108,13 @@ def _join(tensors: list[Tensor]) -> Tensor:
     return torch.cat(tensors, 1) if len(tensors) > 1 else tensors[0]
 
 
-def _sdpa(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+def sdpa(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+    """Torch's attention, rows before heads as ours has them."""
     return F.scaled_dot_product_attention(*(t.transpose(1, 2) for t in (q, k, v))).transpose(1, 2)
 
 
 def _torch_peer(backend: SDPBackend, dtypes: tuple[torch.dtype, ...], *, graphed: bool) -> Peer:
-    return Peer(PerPattern(_sdpa), partial(sdpa_kernel, [backend]), dtypes=dtypes, graphed=graphed, is_torch=True)
+    return Peer(PerPattern(sdpa), partial(sdpa_kernel, [backend]), dtypes=dtypes, graphed=graphed, is_torch=True)
 
 
 def _imported_peer(module: str, passes: tuple[str, ...]) -> Peer:
@@ -145,7 +146,7 @@ PEERS: dict[str, Callable[[], Peer]] = {
 
 CPU_PEERS: dict[str, Callable[[], Peer]] = {
     "ours": PEERS["ours"],
-    "sdpa": lambda: Peer(PerPattern(_sdpa), is_torch=True),
+    "sdpa": lambda: Peer(PerPattern(sdpa), is_torch=True),
     "flex": lambda: _flex_peer((FORWARD,)),  # torch has no backward of it for CPUs
 }
 

@@ -130,6 +130,13 @@ def _questions() -> Iterator[Question]:
         _operator,
     )
     yield Question(
+        "And with hundreds of groups?",
+        "TFLOP/s, bf16; groups of one size that attend to themselves, heads x head_dim, beside one call of cuDNN for all "
+        "of them as a batch, and chunks that attend to themselves and to pooled tokens.",
+        ("groups-bf16",),
+        _operator,
+    )
+    yield Question(
         "How fast are the portable kernels?",
         "TFLOP/s, bf16. They serve every GPU from compute capability 8.0 on. They were measured on a Hopper GPU, which "
         "has faster ones.",
