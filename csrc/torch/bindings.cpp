@@ -361,6 +361,16 @@ void define_nodes(py::module_& m) {
         py::arg("call"),
         "A whole layer: the tokens and the buffers of q, k and v, or None, and nothing done, where this is no plain "
         "eager mode or something does not fit.");
+  m.def(
+      "set_backward_composite",
+      [](const py::function& composite) {
+        mixed_attention::set_backward_composite(from_python<mixed_attention::OptionalTensors>(composite));
+      },
+      py::arg("composite"), "Registers the backward of attend_in_place that has derivatives itself.");
+}
+
+// The same over ranks, and the collectives of which they consist.
+void define_ranks(py::module_& m) {
   py::class_<mixed_attention::Shards, std::shared_ptr<mixed_attention::Shards>>(
       m, "Shards", "Where the rows of some groups lie that are spread over ranks.")
       .def(py::init<std::string, int64_t, bool, std::vector<std::vector<int64_t>>>(), py::arg("group"), py::arg("rank"),
@@ -431,12 +441,6 @@ void define_nodes(py::module_& m) {
         });
       },
       py::arg("sums"), py::arg("rotate_back"), "Registers derivatives of gathers that have derivatives themselves.");
-  m.def(
-      "set_backward_composite",
-      [](const py::function& composite) {
-        mixed_attention::set_backward_composite(from_python<mixed_attention::OptionalTensors>(composite));
-      },
-      py::arg("composite"), "Registers the backward of attend_in_place that has derivatives itself.");
 }
 
 }  // namespace
@@ -446,4 +450,5 @@ PYBIND11_MODULE(TORCH_EXTENSION_NAME, m) {
   define_questions(m);
   define_checks(m);
   define_nodes(m);
+  define_ranks(m);
 }
