@@ -1,5 +1,6 @@
-// What a thread block works on, with which every kernel over tiles begins: its item, the rows of tensors that belong to
-// the item's batch_head, and the mask of its sequence.
+// What a thread block works on, with which the backward's kernels over tiles begin: its item, the rows of tensors that
+// belong to the item's batch_head, and the mask of its sequence. The forward writes it out, as this struct costs it
+// registers: at D96 in bf16 48 bytes of spills for sm_90 instead of 8.
 #pragma once
 
 #include "cuda/portable/tile.cuh"

@@ -4,12 +4,12 @@
 #pragma once
 
 #include "cuda/common/log_sum_exp.cuh"
-#include "cuda/portable/block_context.cuh"
 #include "cuda/portable/config.h"
 #include "cuda/portable/plain_row.cuh"
 #include "cuda/portable/scores.cuh"
 #include "cuda/portable/softmax.cuh"
 #include "cuda/portable/tensor_core.cuh"
+#include "cuda/portable/tile_iterator.cuh"
 
 namespace mixed_attention::cuda::portable {
 
@@ -65,12 +65,13 @@ __global__ void __launch_bounds__(fwd_tile(kArithmetic, kHeadDim).num_threads(),
 
   // Who we are
   const FwdParams& params = args.params;
-  const BlockContext<Element, FwdArguments> context(args, in_parameters, kTile.rows);
-  const WorkItem& item = context.item;
-  const auto q = context.rows(params.q, params.q_strides, params.head_dim);
-  const auto k = context.rows(params.k, params.k_strides, params.head_dim);
-  const auto v = context.rows(params.v, params.v_strides, params.head_dim_v);
-  const bool* mask = context.mask;
+  const WorkView work = view(args.work, in_parameters);
+  const WorkItem item = locate(args.work, work, blockIdx.x, kTile.rows, params.num_heads);
+  const auto q = rows_of<Element>(params.q, params.q_strides, item.batch, item.head, params.head_dim, args.aligned);
+  const auto k = rows_of<Element>(params.k, params.k_strides, item.batch, item.head, params.head_dim, args.aligned);
+  const auto v = rows_of<Element>(params.v, params.v_strides, item.batch, item.head, params.head_dim_v, args.aligned);
+  const bool* mask = params.key_padding_mask;
+  if (mask != nullptr) mask += item.batch * params.key_padding_mask_batch_stride;
   const bool drops = args.dropout.seed != nullptr;
   const int warp_row = threadIdx.x / 32 * kTile.warp_rows;
   const int thread_row = warp_row + threadIdx.x % 32 / 4;
@@ -79,7 +80,7 @@ __global__ void __launch_bounds__(fwd_tile(kArithmetic, kHeadDim).num_threads(),
   OnlineSoftmax<kTilesM> softmax;
 
   // The queries and the first block of keys
-  BlockWalk<kTile.block_rows> walk(context.work, item, args.work.num_splits);
+  BlockWalk<kTile.block_rows> walk(work, item, args.work.num_splits);
   constexpr bool kTwoStages = kTile.stages == 2;
   using Streamed = SharedTile<Element, kTile.block_rows, kHeadDim>;
   const TileLoader<kThreads, Streamed> keys(shared.k, k, mask), values(shared.v, v, mask);
@@ -146,7 +147,8 @@ __global__ void __launch_bounds__(fwd_tile(kArithmetic, kHeadDim).num_threads(),
 
   // Log-sum-exps, by the first of the four lanes that share a row
   const bool is_split = args.work.num_splits > 1;
-  const int64_t batch_head = context.batch_head(), split_batch_head = context.split_batch_head();
+  const int64_t batch_head = static_cast<int64_t>(item.batch) * params.num_heads + item.head;
+  const int64_t split_batch_head = batch_head + static_cast<int64_t>(item.split) * params.batch_size * params.num_heads;
 #pragma unroll
   for (int i = 0; i < 2 * kTilesM; ++i) {
     const int row = thread_row + 8 * i;
@@ -163,7 +165,8 @@ __global__ void __launch_bounds__(fwd_tile(kArithmetic, kHeadDim).num_threads(),
   const int num_rows = min(kTile.warp_rows, item.num_rows - warp_row), first_row = item.row_begin + warp_row;
   // Weighted sums of fp16 do not overflow, and its infinities are not lost.
   unsigned repairs = kArithmetic == Arithmetic::kFloat16 ? 0 : rows_to_repair(out, row_lses, num_rows);
-  const auto o = context.rows(params.out, params.out_strides, params.head_dim_v);
+  const auto o =
+      rows_of<Element>(params.out, params.out_strides, item.batch, item.head, params.head_dim_v, args.aligned);
   const int64_t split_row = split_batch_head * params.seqlen_q + first_row;
   float* const partial_out = args.partial_out + split_row * params.head_dim_v;
   if (is_split) {
@@ -182,8 +185,7 @@ __global__ void __launch_bounds__(fwd_tile(kArithmetic, kHeadDim).num_threads(),
     const auto for_each_key = [&](const auto& visit) {
       const DropoutParams marks{args.dropout.seed, args.dropout.threshold, 1.0f};
 #pragma unroll 1
-      for (BlockWalk<kTile.block_rows> blocks(context.work, item, args.work.num_splits); !blocks.done();
-           blocks.advance()) {
+      for (BlockWalk<kTile.block_rows> blocks(work, item, args.work.num_splits); !blocks.done(); blocks.advance()) {
         const Block block = blocks.block();
         const WorkRange& range = blocks.range_of(block);
 #pragma unroll 1
