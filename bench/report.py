@@ -131,8 +131,8 @@ def _questions() -> Iterator[Question]:
     )
     yield Question(
         "And with hundreds of groups?",
-        "TFLOP/s, bf16; groups of one size that attend to themselves, heads x head_dim, beside one call of cuDNN for all "
-        "of them as a batch, and chunks that attend to themselves and to pooled tokens.",
+        "TFLOP/s, bf16; groups of one size that attend to themselves, heads x head_dim, beside one call of cuDNN for "
+        "all of them as a batch, and chunks that attend to themselves and to pooled tokens.",
         ("groups-bf16",),
         _operator,
     )
