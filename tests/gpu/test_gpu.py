@@ -81,7 +81,7 @@ def many_groups(count: int, **changes: object) -> Case:
     [many_groups(60), many_groups(45, batch_size=3, shared="kv", heavy_tails=True, layout="spaced")],
     ids=["one sequence", "shared keys"],
 )
-@pytest.mark.parametrize("magnitude", [1.0, 1e3])
+@pytest.mark.parametrize("magnitude", [1.0, 100.0])
 @pytest.mark.parametrize("head_dim", [8, 32, 40, 64, 96, 128, 192, 256])
 @pytest.mark.parametrize("dtype", [FP16, BF16], ids=["fp16", "bf16"])
 def test_plans_of_many_ranges(dtype, head_dim, magnitude, case, device):
