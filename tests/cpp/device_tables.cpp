@@ -24,6 +24,7 @@ struct CUstream_st {
 namespace {
 
 bool is_memory_short = false;
+int num_waits = 0;
 int num_errors = 0;  // that the runtime has not been asked for
 thread_local cudaStreamCaptureMode mode_of_thread = cudaStreamCaptureModeGlobal;
 
@@ -49,6 +50,17 @@ cudaError_t cudaStreamIsCapturing(cudaStream_t stream, cudaStreamCaptureStatus* 
   return *status = stream->status, stream->answer;
 }
 
+cudaError_t cudaStreamCreateWithFlags(cudaStream_t* stream, unsigned flags) {
+  expect(flags == cudaStreamNonBlocking, "the default stream would wait");
+  return *stream = new CUstream_st{1000}, cudaSuccess;
+}
+
+cudaError_t cudaStreamSynchronize(cudaStream_t stream) {
+  expect(mode_of_thread == cudaStreamCaptureModeRelaxed, "waiting would break the capture of another thread");
+  ++num_waits;
+  return stream->answer;
+}
+
 cudaError_t cudaThreadExchangeStreamCaptureMode(cudaStreamCaptureMode* mode) {
   return std::swap(*mode, mode_of_thread), cudaSuccess;
 }
@@ -60,7 +72,9 @@ constexpr size_t kLarge = size_t{3} << 20;
 // A call that reads a table full of its own number; whether it uploaded it.
 bool call(unsigned char id, size_t bytes, int device, CUstream_st& stream, bool is_kept = true) {
   bool is_new = false;
-  const HeldTable table = hold_table(id, bytes, device, &stream, [&](char* memory) {
+  const HeldTable table = hold_table(id, bytes, device, &stream, [&](char* memory, void* where) {
+    const auto* other = static_cast<const CUstream_st*>(where);
+    expect((other == &stream) == (stream.status == cudaStreamCaptureStatusNone), "a graph gets the upload");
     std::memset(memory, id, bytes);
     is_new = true;
   });
@@ -96,12 +110,17 @@ void check_streams_and_devices() {
 
 void check_graphs() {
   CUstream_st stream{1, cudaStreamCaptureStatusActive};
-  expect(!call(7, 1000, 0, stream, false), "a graph adds to a store");
-  call(1, 1000, 0, stream, false);
+  expect(call(7, 1000, 0, stream) && num_waits == 1, "a graph's table is there before it is read");
+  CUstream_st other{500, cudaStreamCaptureStatusActive};
+  expect(!call(7, 1000, 0, other) && !call(7, 1000, 0, stream), "graphs of all streams share a table");
+  expect(call(1, 1000, 1, stream), "another device has a table of its own");
   CUstream_st unsure{1, cudaStreamCaptureStatusNone, cudaErrorStreamCaptureImplicit};
   call(1, 1000, 0, unsure, false);
   CUstream_st after{1};
-  expect(call(7, 1000, 0, after), "what a graph reads was kept");
+  expect(call(7, 1000, 0, after), "what a graph reads was kept for a stream");
+  expect(call(8, kLarge, 0, stream) && call(9, kLarge, 0, stream), "graphs have room");
+  call(10, kLarge, 0, stream, false);  // nothing that a graph may read is ever written over
+  expect(!call(7, 1000, 0, other) && !call(8, kLarge, 0, other), "what graphs read stays");
 }
 
 void check_short_memory() {
@@ -115,7 +134,7 @@ void check_short_memory() {
 void check_failing_upload() {
   CUstream_st stream{1};
   try {
-    hold_table(90, 1000, 0, &stream, [](char*) { throw std::runtime_error("no launch"); });
+    hold_table(90, 1000, 0, &stream, [](char*, void*) { throw std::runtime_error("no launch"); });
     expect(false, "an error is lost");
   } catch (const std::runtime_error&) {
   }
@@ -131,7 +150,7 @@ void check_threads() {
       for (int i = 0; i < 300; ++i) {
         const auto id = static_cast<unsigned char>(100 + (first + i) % 5);
         const HeldTable outer =
-            hold_table(id, kLarge, 0, &stream, [&](char* memory) { std::memset(memory, id, kLarge); });
+            hold_table(id, kLarge, 0, &stream, [&](char* memory, void*) { std::memset(memory, id, kLarge); });
         for (size_t at = 0; at < kLarge; at += 4099) {
           expect(static_cast<unsigned char>(outer.memory[at]) == id, "another thread wrote over a table");
         }

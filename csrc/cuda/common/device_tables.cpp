@@ -4,6 +4,7 @@
 
 #include <iterator>
 #include <map>
+#include <optional>
 #include <unordered_map>
 #include <utility>
 
@@ -14,12 +15,14 @@ namespace {
 constexpr size_t kStoreBytes = size_t{8} << 20;
 constexpr int kMostStores = 4;  // on a device
 
+using Upload = std::function<void(char* memory, void* stream)>;
+
 // Memory of a stream. Tables lie one behind the other; when it is full, all are forgotten.
 class Store {
  public:
   explicit Store(char* memory) : memory_(memory) {}
 
-  HeldTable hold(uint64_t id, size_t bytes, const std::function<void(char* memory)>& upload) {
+  HeldTable hold(uint64_t id, size_t bytes, cudaStream_t stream, const Upload& upload) {
     HeldTable table{nullptr, std::unique_lock(mutex_)};
     if (const auto found = places_.find(id); found != places_.end()) {
       table.memory = memory_ + found->second;
@@ -30,7 +33,7 @@ class Store {
       end_ = 0;
     }
     table.memory = memory_ + end_;
-    upload(table.memory);
+    upload(table.memory, stream);
     places_.emplace(id, end_);  // behind the upload, which may throw
     end_ += (bytes + 255) / 256 * 256;
     return table;
@@ -43,26 +46,73 @@ class Store {
   size_t end_ = 0;
 };
 
+// Others may be capturing graphs, or this thread: what follows has nothing to do with that.
+class BesideCaptures {
+ public:
+  BesideCaptures() { cudaThreadExchangeStreamCaptureMode(&mode_); }
+  ~BesideCaptures() { cudaThreadExchangeStreamCaptureMode(&mode_); }
+  BesideCaptures(const BesideCaptures&) = delete;
+  BesideCaptures& operator=(const BesideCaptures&) = delete;
+
+ private:
+  cudaStreamCaptureMode mode_ = cudaStreamCaptureModeRelaxed;
+};
+
 // Device memory of our own, and none of a caller's pool; null where there is none left.
 char* allocate() {
-  // Others may be capturing graphs meanwhile, which an allocation has nothing to do with.
-  cudaStreamCaptureMode mode = cudaStreamCaptureModeRelaxed;
-  if (cudaThreadExchangeStreamCaptureMode(&mode) != cudaSuccess) return nullptr;
+  const BesideCaptures relaxed;
   void* memory = nullptr;
-  if (cudaMalloc(&memory, kStoreBytes) != cudaSuccess) {
-    cudaGetLastError();  // it is no error of the call, which goes on without
-    memory = nullptr;
-  }
-  cudaThreadExchangeStreamCaptureMode(&mode);
-  return static_cast<char*>(memory);
+  if (cudaMalloc(&memory, kStoreBytes) == cudaSuccess) return static_cast<char*>(memory);
+  cudaGetLastError();  // it is no error of the call, which goes on without
+  return nullptr;
 }
 
-// Whether what is enqueued becomes part of a graph, or cannot be enqueued at all because of one.
-bool is_capturing(cudaStream_t stream) {
+// Memory that graphs read for as long as the process lives. A table is there before its place is known.
+class GraphStore {
+ public:
+  char* find_or_bring(uint64_t id, size_t bytes, const Upload& upload) {
+    const std::lock_guard lock(mutex_);
+    if (const auto found = places_.find(id); found != places_.end()) return memory_ + found->second;
+    if (memory_ == nullptr) memory_ = allocate();
+    if (memory_ == nullptr || end_ + bytes > kStoreBytes) return nullptr;
+    const BesideCaptures relaxed;
+    if (stream_ == nullptr && cudaStreamCreateWithFlags(&stream_, cudaStreamNonBlocking) != cudaSuccess) {
+      cudaGetLastError();
+      return nullptr;
+    }
+    upload(memory_ + end_, stream_);
+    if (cudaStreamSynchronize(stream_) != cudaSuccess) {
+      cudaGetLastError();
+      return nullptr;
+    }
+    places_.emplace(id, end_);
+    char* table = memory_ + end_;
+    end_ += (bytes + 255) / 256 * 256;
+    return table;
+  }
+
+ private:
+  std::mutex mutex_;
+  char* memory_ = nullptr;
+  cudaStream_t stream_ = nullptr;
+  std::unordered_map<uint64_t, size_t> places_;
+  size_t end_ = 0;
+};
+
+// NOTE: never freed, as threads may outlive static objects.
+GraphStore& graph_store_of(int device) {
+  static auto* mutex = new std::mutex;
+  static auto* stores = new std::map<int, GraphStore>;
+  const std::lock_guard lock(*mutex);
+  return (*stores)[device];
+}
+
+// Whether what is enqueued becomes part of a graph; nothing where it cannot be enqueued at all because of one.
+std::optional<bool> is_capturing(cudaStream_t stream) {
   cudaStreamCaptureStatus status = cudaStreamCaptureStatusNone;
   if (cudaStreamIsCapturing(stream, &status) == cudaSuccess) return status != cudaStreamCaptureStatusNone;
   cudaGetLastError();
-  return true;
+  return std::nullopt;
 }
 
 // The store of a stream; null where there is none.
@@ -85,12 +135,13 @@ Store* store_of(int device, cudaStream_t stream) {
 
 }  // namespace
 
-HeldTable hold_table(uint64_t id, size_t bytes, int device, void* stream,
-                     const std::function<void(char* memory)>& upload) {
+HeldTable hold_table(uint64_t id, size_t bytes, int device, void* stream, const Upload& upload) {
   const auto of_call = static_cast<cudaStream_t>(stream);
-  if (bytes > kStoreBytes / 2 || is_capturing(of_call)) return {};
+  const std::optional<bool> is_of_graph = is_capturing(of_call);
+  if (bytes > kStoreBytes / 2 || !is_of_graph) return {};
+  if (*is_of_graph) return {graph_store_of(device).find_or_bring(id, bytes, upload), {}};
   Store* store = store_of(device, of_call);
-  return store == nullptr ? HeldTable{} : store->hold(id, bytes, upload);
+  return store == nullptr ? HeldTable{} : store->hold(id, bytes, of_call, upload);
 }
 
 }  // namespace mixed_attention::cuda

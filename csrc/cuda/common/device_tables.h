@@ -4,8 +4,9 @@
 // stream, so that the order of the stream is all that is needed: reads come behind the upload, and what is written over
 // a forgotten table comes behind its last reader. A store never moves and is never freed.
 //
-// Nothing of a store gets into a CUDA graph, which may be replayed on any stream, after the table was forgotten:
-// calls that are captured bring their tables along, in the workspace of the graph.
+// Nothing of a stream's store gets into a CUDA graph, which may be replayed on any stream, after the table was
+// forgotten. What graphs read lies in a store of the device, whose tables are uploaded beside the capture and never
+// forgotten; where it is full, calls that are captured bring their tables along, in the workspace of the graph.
 #pragma once
 
 #include <cstddef>
@@ -24,9 +25,9 @@ struct HeldTable {
 };
 
 // The table of an id that no other table has, for what is enqueued next on a stream (cudaStream_t) of the current
-// device: the one that is there already, or a place to which upload enqueues it on that stream. None is kept while a
-// graph is captured, of very large tables, of more streams than there are stores, and where memory is short.
+// device: the one that is there already, or a place to which upload enqueues it on the stream that it is given. None is
+// kept of very large tables, of more streams than there are stores, and where memory is short.
 HeldTable hold_table(uint64_t id, size_t bytes, int device, void* stream,
-                     const std::function<void(char* memory)>& upload);
+                     const std::function<void(char* memory, void* stream)>& upload);
 
 }  // namespace mixed_attention::cuda

@@ -20,13 +20,13 @@ Brought bring(const PassOfCall& call, const AttentionParams& params) {
     return brought;
   }
   if (work.grid == 0) return brought;
-  const auto bring_to = [&](char* memory) {
-    upload(memory, host.segments.data(), host.segments.size() * sizeof(WorkSegment), params.stream);
-    upload(memory + host.segment_bytes(), host.ranges.data(), host.ranges.size() * sizeof(WorkRange), params.stream);
+  const auto bring_to = [&](char* memory, void* stream) {
+    upload(memory, host.segments.data(), host.segments.size() * sizeof(WorkSegment), stream);
+    upload(memory + host.segment_bytes(), host.ranges.data(), host.ranges.size() * sizeof(WorkRange), stream);
   };
   brought.held = hold_table(pass.id, host.device_bytes(), params.device, params.stream, bring_to);
   char* memory = brought.held.memory;
-  if (memory == nullptr) bring_to(memory = call.table);
+  if (memory == nullptr) bring_to(memory = call.table, params.stream);
   work.table.segments = reinterpret_cast<const WorkSegment*>(memory);
   work.table.ranges = reinterpret_cast<const WorkRange*>(memory + host.segment_bytes());
   return brought;

@@ -12,5 +12,8 @@ using cudaStream_t = struct CUstream_st*;
 cudaError_t cudaGetLastError();
 cudaError_t cudaMalloc(void** memory, size_t bytes);
 cudaError_t cudaStreamGetId(cudaStream_t stream, unsigned long long* id);
+constexpr unsigned cudaStreamNonBlocking = 1;
+cudaError_t cudaStreamCreateWithFlags(cudaStream_t* stream, unsigned flags);
+cudaError_t cudaStreamSynchronize(cudaStream_t stream);
 cudaError_t cudaStreamIsCapturing(cudaStream_t stream, cudaStreamCaptureStatus* status);
 cudaError_t cudaThreadExchangeStreamCaptureMode(cudaStreamCaptureMode* mode);
