@@ -33,7 +33,7 @@ except ImportError:  # which the kernels do without: kernels/setup.py
 ROOT = Path(__file__).resolve().parent
 CUDA_OBJECTS = Path("build", "cuda")  # the same for every torch and Python: no kernel knows of them
 # What the kernels and the C++ part must agree on, where they are built apart.
-INTERFACE = ["csrc/params.h", "csrc/cuda/problem.h", "csrc/cuda/interface.h"]
+INTERFACE = ["csrc/params.h", "csrc/derivatives_params.h", "csrc/cuda/problem.h", "csrc/cuda/interface.h"]
 WARNINGS = ["-Wall", "-Wextra", "-Wno-unused-parameter", "-Wno-missing-field-initializers"]
 # Python's own flags may ask for debug information, which makes the binary ten times as large.
 COMPILE_FLAGS = ["-O3", "-g0", "-std=c++20", *WARNINGS, "-fvisibility=hidden"]

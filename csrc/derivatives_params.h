@@ -1,5 +1,4 @@
-// Inputs and outputs of the kernels of derivatives beyond the first, beside those of params.h. Apart from them, because
-// CUDA kernels have no part in it.
+// Inputs and outputs of the kernels of derivatives beyond the first, beside those of params.h.
 #pragma once
 
 #include <cstdint>
@@ -8,7 +7,8 @@
 
 namespace mixed_attention {
 
-// Directions that one call of a kernel takes. Their sums stay close to those of the primal, in L2 say.
+// Directions that one call takes; one alone in the backward on GPUs. Their sums stay close to those of the primal, in
+// L2 say.
 inline constexpr int kMaxTangents = 3;
 
 // How q, k and v move, in so many directions at once, that share their scores and weights. Each pointer is null where
@@ -22,7 +22,8 @@ struct Tangents {
   int64_t q_step, k_step, v_step;
 };
 
-// How out and lse move with q, k and v. With lse_is_known, out and lse are there and are read; else they are written.
+// How out and lse move with q, k and v. With lse_is_known, out and lse are there and may be read; else they are
+// written, which GPUs do by a forward before.
 struct JvpParams : FwdParams {
   Tangents tangents;
   bool lse_is_known;

@@ -30,8 +30,12 @@ template <class Params>
 const cuda::Pass<Params>& pass() {
   if constexpr (std::is_same_v<Params, FwdParams>) {
     return kernels()->fwd;
-  } else {
+  } else if constexpr (std::is_same_v<Params, BwdParams>) {
     return kernels()->bwd;
+  } else if constexpr (std::is_same_v<Params, JvpParams>) {
+    return kernels()->jvp;
+  } else {
+    return kernels()->bwd_jvp;
   }
 }
 
@@ -102,10 +106,16 @@ void Launch<Params>::run(const Params& params) const {
 
 template struct Launch<FwdParams>;
 template struct Launch<BwdParams>;
+template struct Launch<JvpParams>;
+template struct Launch<BwdJvpParams>;
 template Choice choose<FwdParams>(const cuda::Problem&);
 template Choice choose<BwdParams>(const cuda::Problem&);
+template Choice choose<JvpParams>(const cuda::Problem&);
+template Choice choose<BwdJvpParams>(const cuda::Problem&);
 template Launch<FwdParams> plan(const FwdParams&);
 template Launch<BwdParams> plan(const BwdParams&);
+template Launch<JvpParams> plan(const JvpParams&);
+template Launch<BwdJvpParams> plan(const BwdJvpParams&);
 
 void run_rope(const RopeParams& params) {
   Message why;

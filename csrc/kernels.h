@@ -8,6 +8,7 @@
 #include <string>
 
 #include "cuda/problem.h"
+#include "derivatives_params.h"
 #include "params.h"
 
 namespace mixed_attention::kernels {
@@ -47,7 +48,7 @@ struct Launch {
   void run(const Params& params) const;
 };
 
-// These are there for FwdParams and BwdParams.
+// These are there for FwdParams, BwdParams, JvpParams and BwdJvpParams.
 template <class Params>
 Choice choose(const cuda::Problem& problem);
 template <class Params>

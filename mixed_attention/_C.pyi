@@ -10,7 +10,9 @@ def why_no_kernels() -> str: ...
 def set_why_no_kernels(why: str) -> None: ...
 def cpu_instruction_set() -> str: ...
 def check_environment() -> None: ...
-def cuda_kernel(dtype: dtype, head_dim: int, head_dim_v: int, device: int, backward: bool) -> tuple[str, str]: ...
+def cuda_kernel(
+    dtype: dtype, head_dim: int, head_dim_v: int, device: int, backward: bool, tangents: bool = False
+) -> tuple[str, str]: ...
 def cuda_launch(
     dtype: dtype, shape: tuple[int, int, int, int, int, int], segments: Sequence[int], device: int, backward: bool
 ) -> tuple[str, str, int, int, int, int, int, int]: ...
@@ -39,6 +41,56 @@ def check_backward(
     dropout_seed: Tensor | None,
     grads: Sequence[Tensor],
 ) -> None: ...
+def forward_jvp(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    q_dot: Tensor | None,
+    k_dot: Tensor | None,
+    v_dot: Tensor | None,
+    segments: Sequence[int],
+    softmax_scale: float,
+    key_padding_mask: Tensor | None,
+    dropout_p: float,
+    dropout_seed: Tensor | None,
+) -> tuple[Tensor, Tensor, Tensor, Tensor]: ...
+def jvp(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    out: Tensor,
+    lse: Tensor,
+    q_dot: Tensor | None,
+    k_dot: Tensor | None,
+    v_dot: Tensor | None,
+    segments: Sequence[int],
+    softmax_scale: float,
+    key_padding_mask: Tensor | None,
+    dropout_p: float,
+    dropout_seed: Tensor | None,
+) -> tuple[Tensor, Tensor]: ...
+def backward_jvp(
+    dout_dot: Tensor,
+    dlse_dot: Tensor | None,
+    dout: Tensor | None,
+    dlse: Tensor | None,
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    out: Tensor,
+    lse: Tensor,
+    q_dot: Tensor | None,
+    k_dot: Tensor | None,
+    v_dot: Tensor | None,
+    out_dot: Tensor,
+    lse_dot: Tensor,
+    segments: Sequence[int],
+    softmax_scale: float,
+    key_padding_mask: Tensor | None,
+    dropout_p: float,
+    dropout_seed: Tensor | None,
+    wants_dq_dot: bool,
+) -> tuple[Tensor, Tensor, Tensor, Tensor]: ...
 def check_jvp(
     q: Tensor,
     k: Tensor,

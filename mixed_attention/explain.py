@@ -74,7 +74,10 @@ def _kernels(
         dtype: That of the tensors; fp64 is the reference's.
         batch_size, num_heads, head_dim: Those of the call.
     """
-    yield "  tangents and gradients of them: the reference, as no GPU kernel serves them yet"
+    served = ops.has_kernels("cuda", dtype)
+    why = ops.why_no_tangent_kernels(dtype, head_dim, head_dim, device) if served else ""
+    by = "portable kernels" if served and not why else f"the reference, for {why}" if why else "the reference"
+    yield f"  tangents and gradients of them: {by}"
     for backward in (False, True):
         direction = "backward" if backward else "forward"
         if not ops.has_kernels("cuda", dtype):

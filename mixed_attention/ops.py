@@ -663,6 +663,35 @@ def set_backward_composite(composite: Callable[..., list[Tensor | None]]) -> Non
         _C.set_backward_composite(composite)
 
 
+def _of_tangents(name: str) -> Callable[..., Any]:
+    """An operator of tangents on GPUs: the kernels', or a composition where there are none of its dtype and heads."""
+    kernel, composed = getattr(_C, name), getattr(derivatives, f"{name}_composed")
+    q_place, v_place = (4, 6) if name == "backward_jvp" else (0, 2)
+    num_required = {"forward_jvp": 8, "jvp": 10, "backward_jvp": 16}[name]
+    defaults = (None, 0.0, None) if name != "backward_jvp" else (None, 0.0, None, False)
+
+    def run(*arguments):
+        arguments += defaults[len(arguments) - num_required :]  # which the dispatcher leaves out
+        q, v = arguments[q_place], arguments[v_place]
+        served = q.dim() == v.dim() == 4 and has_tangent_kernels(q.dtype, q.shape[-1], v.shape[-1], q.device)
+        return (kernel if served else composed)(*arguments)
+
+    return run
+
+
+def has_tangent_kernels(dtype: torch.dtype, head_dim: int, head_dim_v: int, device: torch.device) -> bool:
+    """Whether kernels on a GPU serve tangents of the forward, and gradients of them; else they are composed."""
+    return why_no_tangent_kernels(dtype, head_dim, head_dim_v, device) == ""
+
+
+def why_no_tangent_kernels(dtype: torch.dtype, head_dim: int, head_dim_v: int, device: torch.device) -> str:
+    """Why not, for people to read; empty where they do."""
+    if dtype not in _DTYPES:
+        return f"{dtype} is no dtype of attention"
+    family, why = _C.cuda_kernel(dtype, head_dim, head_dim_v, _index_of(device), True, True)
+    return why if family == "none" else ""
+
+
 def _composite(q, k, v, segments, scale, key_padding_mask, dropout_p, seed):
     _C.check_forward(q, k, v, segments, scale, key_padding_mask, dropout_p, seed)
     out, lse = reference.attend(q, k, v, query_segments(segments), scale, key_padding_mask, dropout_p, seed)
@@ -779,5 +808,5 @@ if _C is not None:
     _library.impl("forward_jvp", derivatives.forward_jvp, "Autograd")
     for _name in ("forward_jvp", "jvp", "backward_jvp"):
         if torch_internals.has_operator_kernel("mixed_attention::backward", "cuda"):
-            _library.impl(_name, getattr(derivatives, f"{_name}_composed"), "CUDA")
+            _library.impl(_name, _of_tangents(_name), "CUDA")
     torch.library.register_vmap("mixed_attention::forward_jvp", derivatives.map_forward_jvp, lib=_library)

@@ -15,7 +15,8 @@ namespace {
 
 template <class... Structs>
 constexpr bool are_plain = (std::is_trivially_copyable_v<Structs> && ...);
-static_assert(are_plain<FwdParams, BwdParams, RopeParams, RmsRopeParams, CastParams, Problem, Layout, Served, Message>);
+static_assert(are_plain<FwdParams, BwdParams, JvpParams, BwdJvpParams, RopeParams, RmsRopeParams, CastParams, Problem,
+                        Layout, Served, Message>);
 
 void write(std::string_view text, Message* message) {
   *std::copy_n(text.begin(), std::min(text.size(), sizeof message->text - 1), message->text) = '\0';
@@ -81,6 +82,8 @@ constexpr Interface kInterface{
     .free_schedule = [](Schedule* schedule) { delete schedule; },
     .fwd = pass_of<FwdParams, choose_fwd, plan_fwd>(),
     .bwd = pass_of<BwdParams, choose_bwd, plan_bwd>(),
+    .jvp = pass_of<JvpParams, choose_jvp, plan_jvp>(),
+    .bwd_jvp = pass_of<BwdJvpParams, choose_bwd_jvp, plan_bwd_jvp>(),
     .run_rope = [](const RopeParams* params,
                    Message* why) { return call(why, [&] { mixed_attention::cuda::run_rope(*params); }); },
     .run_rms_rope = [](const RmsRopeParams* params,

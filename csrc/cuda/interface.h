@@ -6,6 +6,7 @@
 #include <cstdint>
 
 #include "cuda/problem.h"
+#include "derivatives_params.h"
 #include "params.h"
 
 namespace mixed_attention::cuda {
@@ -54,6 +55,8 @@ struct Interface {
 
   Pass<FwdParams> fwd;
   Pass<BwdParams> bwd;
+  Pass<JvpParams> jvp;
+  Pass<BwdJvpParams> bwd_jvp;  // one direction at a time
 
   // They enqueue and return as the passes do.
   Status (*run_rope)(const RopeParams* params, Message* why);

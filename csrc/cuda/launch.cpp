@@ -45,11 +45,27 @@ Launch<Params> plan(Choice choice, const Params& params, const char* (*hopper_re
   return launch;
 }
 
+// The launch of what portable kernels alone serve.
+template <class Params>
+Launch<Params> plan(Choice choice, const Params& params, Launch<Params> (*portable_launch)(const Params&)) {
+  const auto no_refusal = [](const Params&) -> const char* { return nullptr; };
+  return plan<Params>(std::move(choice), params, no_refusal, portable_launch, portable_launch);
+}
+
 }  // namespace
 
 Choice choose_fwd(const Problem& problem) { return choose(problem, hopper::refusal_fwd(problem)); }
 
 Choice choose_bwd(const Problem& problem) { return choose(problem, hopper::refusal_bwd(problem)); }
+
+// Hopper has no kernels of its own for tangents.
+Choice choose_jvp(const Problem& problem) {
+  asks_for_portable_gpu_kernels();
+  std::string why = portable::refusal_of_tangents(problem);
+  return {why.empty() ? Family::kPortable : Family::kNone, std::move(why)};
+}
+
+Choice choose_bwd_jvp(const Problem& problem) { return choose_jvp(problem); }
 
 Launch<FwdParams> plan_fwd(const FwdParams& params) {
   return plan(choose_fwd(problem_of(params)), params, hopper::refusal_of_fwd, hopper::launch_of_fwd,
@@ -59,6 +75,14 @@ Launch<FwdParams> plan_fwd(const FwdParams& params) {
 Launch<BwdParams> plan_bwd(const BwdParams& params) {
   return plan(choose_bwd(problem_of(params)), params, hopper::refusal_of_bwd, hopper::launch_of_bwd,
               portable::launch_of_bwd);
+}
+
+Launch<JvpParams> plan_jvp(const JvpParams& params) {
+  return plan(choose_jvp(problem_of(params)), params, portable::launch_of_jvp);
+}
+
+Launch<BwdJvpParams> plan_bwd_jvp(const BwdJvpParams& params) {
+  return plan(choose_bwd_jvp(problem_of(params)), params, portable::launch_of_bwd_jvp);
 }
 
 }  // namespace mixed_attention::cuda

@@ -6,6 +6,7 @@
 #include <string>
 
 #include "cuda/problem.h"
+#include "derivatives_params.h"
 #include "params.h"
 
 namespace mixed_attention::cuda {
@@ -18,9 +19,11 @@ struct Choice {
   std::string why_none() const { return family == Family::kNone ? why : ""; }
 };
 
-// Both throw std::invalid_argument where MIXED_ATTENTION_GPU asks for what there is not.
+// They throw std::invalid_argument where MIXED_ATTENTION_GPU asks for what there is not.
 Choice choose_fwd(const Problem& problem);
 Choice choose_bwd(const Problem& problem);
+Choice choose_jvp(const Problem& problem);
+Choice choose_bwd_jvp(const Problem& problem);
 
 // Why no family serves the sizes of a call; empty where they can be counted. They read sizes and the schedule alone,
 // that of a forward by queries, as a backward may be adding its inverse meanwhile.
@@ -41,10 +44,12 @@ struct Launch {
   std::function<void(const Params&)> run;
 };
 
-// They compare some of the pointers, and read none. Both throw std::invalid_argument where MIXED_ATTENTION_GPU asks for
+// They compare some of the pointers, and read none. All throw std::invalid_argument where MIXED_ATTENTION_GPU asks for
 // what there is not.
 Launch<FwdParams> plan_fwd(const FwdParams& params);
 Launch<BwdParams> plan_bwd(const BwdParams& params);
+Launch<JvpParams> plan_jvp(const JvpParams& params);
+Launch<BwdJvpParams> plan_bwd_jvp(const BwdJvpParams& params);
 
 // These enqueue on params.stream and return; they never synchronise and never allocate.
 void run_rope(const RopeParams& params);

@@ -201,7 +201,7 @@ TORCH_LIBRARY_IMPL(mixed_attention, CPU, m) {
   m.impl("backward_jvp", &mixed_attention::backward_jvp);
 }
 
-// Those of tangents have no kernels yet: mixed_attention/derivatives.py composes them of framework operators.
+// Those of tangents are registered by mixed_attention/ops.py, which composes what no kernel serves.
 TORCH_LIBRARY_IMPL(mixed_attention, CUDA, m) {
   if (mixed_attention::kernels::are_there()) implement(m);
 }
@@ -253,7 +253,8 @@ void define_questions(py::module_& m) {
       },
       "Raises ValueError where MIXED_ATTENTION_CPU or MIXED_ATTENTION_GPU asks for what there is not.");
   m.def("cuda_kernel", &mixed_attention::cuda_kernel, py::arg("dtype"), py::arg("head_dim"), py::arg("head_dim_v"),
-        py::arg("device"), py::arg("backward"), "Family of the CUDA kernels for a problem, and why no faster one.");
+        py::arg("device"), py::arg("backward"), py::arg("tangents") = false,
+        "Family of the CUDA kernels for a problem, and why no faster one.");
   m.def(
       "cuda_launch",
       [](at::ScalarType dtype, std::array<int64_t, 6> shape, const std::vector<int64_t>& segments, int device,
@@ -287,6 +288,9 @@ void define_checks(py::module_& m) {
       py::arg("dout"), py::arg("dlse"), py::arg("q"), py::arg("k"), py::arg("v"), py::arg("out"), py::arg("lse"),
       py::arg("segments"), py::arg("softmax_scale"), py::arg("key_padding_mask"), py::arg("dropout_p"),
       py::arg("dropout_seed"), py::arg("grads"), "Throws what the backward operators would throw, without computing.");
+  m.def("forward_jvp", &mixed_attention::forward_jvp, "The operator, by kernels.");
+  m.def("jvp", &mixed_attention::jvp, "The operator, by kernels.");
+  m.def("backward_jvp", &mixed_attention::backward_jvp, "The operator, by kernels.");
   m.def("check_jvp", &mixed_attention::check_jvp, py::arg("q"), py::arg("k"), py::arg("v"), py::arg("out"),
         py::arg("lse"), py::arg("q_dot"), py::arg("k_dot"), py::arg("v_dot"),
         "Throws what forward_jvp and jvp would throw of what the forward does not have, without computing.");

@@ -6,6 +6,7 @@
 #include <memory>
 #include <optional>
 
+#include "derivatives_params.h"
 #include "params.h"
 #include "torch/schedules.h"
 
@@ -32,6 +33,10 @@ Call prepare(Pass pass, const at::Tensor& q, const at::Tensor& k, const at::Tens
              double softmax_scale, const std::optional<at::Tensor>& key_padding_mask, double dropout_p,
              const std::optional<at::Tensor>& dropout_seed);
 void fill(AttentionParams& params, const Call& call);
+
+// Run the kernels of q's device.
+void run_jvp(JvpParams& params, const at::Tensor& q);
+void run_bwd_jvp(BwdJvpParams& params, const at::Tensor& q);
 
 Strides strides(const at::Tensor& tensor);
 at::Tensor last_dim_contiguous(const at::Tensor& tensor);

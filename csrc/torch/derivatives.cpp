@@ -2,14 +2,15 @@
 
 #include <ATen/DimVector.h>
 #include <ATen/Functions.h>
+#include <c10/core/DeviceGuard.h>
 
 #include <algorithm>
 #include <array>
 
-#include "cpu/launch.h"
 #include "derivatives_params.h"
 #include "torch/call.h"
 #include "torch/checks.h"
+#include "torch/ops.h"
 
 namespace mixed_attention {
 namespace {
@@ -107,18 +108,18 @@ struct TangentTensors {
 
 // Calls run(begin, count) for groups of directions as large as kernels take.
 template <class Run>
-void for_each_group(int64_t count, Run run) {
-  for (int64_t begin = 0; begin < count; begin += kMaxTangents)
-    run(begin, std::min<int64_t>(kMaxTangents, count - begin));
+void for_each_group(int64_t count, int64_t most, Run run) {
+  for (int64_t begin = 0; begin < count; begin += most) run(begin, std::min(most, count - begin));
 }
 
 // Writes tangents of out and lse; out and lse as well, if they are not known.
-std::tuple<Tensor, Tensor> run_jvp(const Call& call, const TangentTensors& tangents, int64_t count, const Tensor& out,
-                                   const Tensor& lse, bool is_known) {
+std::tuple<Tensor, Tensor> tangents_of(const Call& call, const TangentTensors& tangents, int64_t count,
+                                       const Tensor& out, const Tensor& lse, bool is_known) {
   const Tensor& q = call.q;
+  const c10::DeviceGuard guard(q.device());
   Tensor out_dot = at::empty({count, q.size(0), q.size(1), q.size(2), call.v.size(3)}, q.options());
   Tensor lse_dot = at::empty({count, q.size(0), q.size(2), q.size(1)}, q.options().dtype(lse_dtype(q)));
-  for_each_group(count, [&](int64_t begin, int64_t size) {
+  for_each_group(count, kMaxTangents, [&](int64_t begin, int64_t size) {
     JvpParams params{};
     fill(params, call);
     params.lse_is_known = is_known || begin > 0;
@@ -132,7 +133,7 @@ std::tuple<Tensor, Tensor> run_jvp(const Call& call, const TangentTensors& tange
     params.out_dot_strides = strides_behind_directions(out_dot);
     params.out_dot_step = out_dot.stride(0);
     params.lse_dot_step = lse_dot.stride(0);
-    cpu::run_jvp(params);
+    run_jvp(params, q);
   });
   return {out_dot, lse_dot};
 }
@@ -144,12 +145,19 @@ std::tuple<Tensor, Tensor, Tensor, Tensor> forward_jvp(const Tensor& q, const Te
                                                        const OptionalTensor& v_dot, at::IntArrayRef segments,
                                                        double softmax_scale, const OptionalTensor& key_padding_mask,
                                                        double dropout_p, const OptionalTensor& dropout_seed) {
+  if (!q.is_cpu()) {  // whose forward may be of a faster family than the kernels of tangents
+    check_tangents(q, k, v, q_dot, k_dot, v_dot);
+    const auto [out, lse] = forward(q, k, v, segments, softmax_scale, key_padding_mask, dropout_p, dropout_seed);
+    const auto [out_dot, lse_dot] =
+        jvp(q, k, v, out, lse, q_dot, k_dot, v_dot, segments, softmax_scale, key_padding_mask, dropout_p, dropout_seed);
+    return {out, lse, out_dot, lse_dot};
+  }
   const Call call =
       prepare(Pass::kForward, q, k, v, segments, softmax_scale, key_padding_mask, dropout_p, dropout_seed);
   const int64_t count = check_tangents(q, k, v, q_dot, k_dot, v_dot);
   Tensor out = at::empty({q.size(0), q.size(1), q.size(2), v.size(3)}, q.options());
   Tensor lse = at::empty({q.size(0), q.size(2), q.size(1)}, q.options().dtype(lse_dtype(q)));
-  auto [out_dot, lse_dot] = run_jvp(call, {call, q_dot, k_dot, v_dot}, count, out, lse, false);
+  auto [out_dot, lse_dot] = tangents_of(call, {call, q_dot, k_dot, v_dot}, count, out, lse, false);
   return {out, lse, out_dot, lse_dot};
 }
 
@@ -163,7 +171,7 @@ std::tuple<Tensor, Tensor> jvp(const Tensor& q, const Tensor& k, const Tensor& v
   const int64_t count = check_tangents(q, k, v, q_dot, k_dot, v_dot);
   check_memory("out", out);
   check_memory("lse", lse);
-  return run_jvp(call, {call, q_dot, k_dot, v_dot}, count, last_dim_contiguous(out), lse.contiguous(), true);
+  return tangents_of(call, {call, q_dot, k_dot, v_dot}, count, last_dim_contiguous(out), lse.contiguous(), true);
 }
 
 std::tuple<Tensor, Tensor, Tensor, Tensor> backward_jvp(
@@ -181,12 +189,13 @@ std::tuple<Tensor, Tensor, Tensor, Tensor> backward_jvp(
   const OptionalTensor out_dot_rows = readable("out_dot", out_dot), dout_dot_rows = readable("dout_dot", dout_dot);
   const OptionalTensor lse_rows = contiguous("lse", lse), dlse_rows = contiguous("dlse", dlse);
   const OptionalTensor lse_dot_rows = contiguous("lse_dot", lse_dot), dlse_dot_rows = contiguous("dlse_dot", dlse_dot);
+  const c10::DeviceGuard guard(q.device());
   const int64_t count = dout_dot.size(0);
   at::DimVector dq_dot_shape(q.sizes());
   dq_dot_shape.insert(dq_dot_shape.begin(), wants_dq_dot ? count : 0);
   const Tensor dq_dot = at::empty(dq_dot_shape, q.options());
   std::array<Tensor, 3> sums;
-  for_each_group(count, [&](int64_t begin, int64_t size) {
+  for_each_group(count, q.is_cpu() ? kMaxTangents : 1, [&](int64_t begin, int64_t size) {
     const Tensor dq = at::empty(q.sizes(), q.options());
     const Tensor dk = at::empty({q.size(0), k.size(1), k.size(2), k.size(3)}, k.options());
     const Tensor dv = at::empty({q.size(0), v.size(1), v.size(2), v.size(3)}, v.options());
@@ -225,7 +234,7 @@ std::tuple<Tensor, Tensor, Tensor, Tensor> backward_jvp(
       params.dq_dot_step = dq_dot.stride(0);
     }
     params.deterministic = true;
-    cpu::run_bwd_jvp(params);
+    run_bwd_jvp(params, q);
     const std::array<Tensor, 3> grads{dq, sum_broadcast(dk, k), sum_broadcast(dv, v)};
     for (size_t i = 0; i < grads.size(); ++i) sums[i] = begin == 0 ? grads[i] : sums[i].add_(grads[i]);
   });

@@ -116,12 +116,14 @@ void run(const kernels::Launch<Params>& launch, Params& params, const Tensor& q)
   launch.run(params);
 }
 
-void run_fwd(FwdParams& params, const Tensor& q) {
-  if (q.is_cpu()) return cpu::run_fwd(params);
+template <class Params>
+void run_on_gpu(Params& params, const Tensor& q) {
   const kernels::Launch launch = kernels::plan(params);
   check_served(launch.choice.why_none());
   run(launch, params, q);
 }
+
+void run_fwd(FwdParams& params, const Tensor& q) { q.is_cpu() ? cpu::run_fwd(params) : run_on_gpu(params, q); }
 
 // Whether it ran: where the gradients are the inputs themselves, only if kernels can do that.
 bool run_bwd(BwdParams& params, const Tensor& q, bool is_in_place) {
@@ -259,6 +261,12 @@ void fill(AttentionParams& params, const Call& call) {
   if (call.dropout_seed.defined()) params.dropout_seed = call.dropout_seed.const_data_ptr<int64_t>();
   params.schedule = call.schedule.get();
   fill_device(params, q);
+}
+
+void run_jvp(JvpParams& params, const Tensor& q) { q.is_cpu() ? cpu::run_jvp(params) : run_on_gpu(params, q); }
+
+void run_bwd_jvp(BwdJvpParams& params, const Tensor& q) {
+  q.is_cpu() ? cpu::run_bwd_jvp(params) : run_on_gpu(params, q);
 }
 
 Tensor sum_broadcast(const Tensor& grad, const Tensor& input) {
@@ -561,10 +569,12 @@ CudaLaunch described(const kernels::Launch<Params>& launch) {
 }  // namespace
 
 std::pair<std::string, std::string> cuda_kernel(at::ScalarType dtype, int64_t head_dim, int64_t head_dim_v, int device,
-                                                bool backward) {
+                                                bool backward, bool tangents) {
   const cuda::Problem problem{to_dtype("dtype", dtype), head_dim, head_dim_v, device};
   if (!kernels::are_there()) return {"none", kernels::why_none()};
-  const kernels::Choice choice = backward ? kernels::choose<BwdParams>(problem) : kernels::choose<FwdParams>(problem);
+  const auto choose = tangents ? (backward ? kernels::choose<BwdJvpParams> : kernels::choose<JvpParams>)
+                               : (backward ? kernels::choose<BwdParams> : kernels::choose<FwdParams>);
+  const kernels::Choice choice = choose(problem);
   return {choice.family, choice.why};
 }
 

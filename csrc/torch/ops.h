@@ -61,9 +61,10 @@ void check_backward(const at::Tensor& dout, const std::optional<at::Tensor>& dls
                     const std::optional<at::Tensor>& dropout_seed, at::TensorList grads);
 void check_rope(const at::Tensor& x, const at::Tensor& freqs, const at::Tensor& out);
 
-// Family of the CUDA kernels that serves a problem, "portable", "hopper" or "none", and why no faster one does.
+// Family of the CUDA kernels that serves a problem, "portable", "hopper" or "none", and why no faster one does. With
+// tangents: of the operators of derivatives beyond the first.
 std::pair<std::string, std::string> cuda_kernel(at::ScalarType dtype, int64_t head_dim, int64_t head_dim_v, int device,
-                                                bool backward);
+                                                bool backward, bool tangents);
 
 // How a call of contiguous tensors is served: the family, why no faster one, and how it goes about it: rows of a tile,
 // rows that it takes up at a time, parts that its walk is cut into, tiles, how many of them the device works on at a

@@ -1,8 +1,9 @@
-"""Derivatives beyond the first on a GPU, whose operators of tangents are composed of framework operators."""
+"""Derivatives beyond the first on a GPU: the kernels of tangents, and what is composed where there are none."""
 
 from __future__ import annotations
 
 import pytest
+import tangents
 import torch
 from cases import DTYPES, EDGE_CASES, Case
 from compositions import EVERY, attend, dense, inputs_on
@@ -10,6 +11,7 @@ from tangents import check, make_moving
 from torch.utils._pytree import tree_leaves
 
 import mixed_attention as ma
+from mixed_attention import derivatives, ops
 
 pytestmark = [pytest.mark.gpu, pytest.mark.parametrize("device", ["cuda"], indirect=True, scope="session")]
 
@@ -19,14 +21,101 @@ CASES = {
     "dropout": Case((140, 261), "a>ab b>bb", batch_size=2, num_heads=2, head_dim=64, dropout_p=0.3),
     "a sequence without keys": EDGE_CASES["a sequence fully masked"],
     "k and v of batch 1": EDGE_CASES["k and v of batch 1"],
+    "many tiles": Case((100, 730), "a>ba b>b", num_heads=2, head_dim=24, head_dim_v=20),
+    "listed twice": Case((219, 143), "a>abb b>aab", num_heads=2, head_dim=32),
+    "heads of 128": Case((150, 75), "a>ab b>a", num_heads=2, head_dim=128),
+    "heads of 100, values of 40": Case((150, 75), "a>ab b>a", num_heads=2, head_dim=100, head_dim_v=40),
+    "many keys, few queries": Case((5, 9000), "ab>ab", num_heads=2, head_dim=64, cached="b"),
+    "many queries, few keys": Case((3000, 9), "a>b b>b", num_heads=1, head_dim=64),
+    "only empty keys": EDGE_CASES["only empty keys"],
+    "packed": Case((133, 240), "a>ab b>a", batch_size=2, num_heads=3, head_dim=64, layout="packed"),
+    "strided": Case((133, 240), "a>ab b>a", batch_size=2, num_heads=3, head_dim=33, layout="strided"),
+    "negative scale": EDGE_CASES["negative scale"],
+    "scale zero": EDGE_CASES["scale zero"],
+    "large logits": Case((133, 140), "a>b b>ab", head_dim=32, magnitude=60.0),
+    "one token": EDGE_CASES["one token"],
 }
 
 
 @pytest.mark.parametrize("dtype", ["fp32", "bf16", "fp16"])
-@pytest.mark.parametrize(("moves", "count"), [("q", 3), ("qkv", 1), ("v", 2)])
+@pytest.mark.parametrize(("moves", "count"), [("q", 1), ("q", 3), ("qkv", 1), ("v", 2), ("q", 5), ("k", 1)])
 @pytest.mark.parametrize("name", CASES)
 def test_operators(name, moves, count, dtype, device):
     check(make_moving(CASES[name].with_(dtype=DTYPES[dtype]), moves, count, device))
+
+
+def test_a_part_that_all_tangents_share_is_not_rounded(device):
+    """Where keys have a large common part, so have tangents of scores: it moves no weight and drowns what does."""
+    case = Case((64, 300), "ab>b", num_heads=2, head_dim=32, dtype=torch.bfloat16)
+    moving = make_moving(case, "q", 1, device)
+    moving.inputs.k.add_(20.0)
+    moving.inputs.q.mul_(0.05)
+    check(moving)
+
+
+@pytest.mark.parametrize("dtype", ["fp32", "bf16"])
+@pytest.mark.parametrize("name", ["many keys, few queries", "listed twice", "dropout"])
+def test_equal_bits(name, dtype, device):
+    moving = make_moving(CASES[name].with_(dtype=DTYPES[dtype]), "qkv", 2, device)
+    first = tangents.run(moving, known=False)
+    for _ in range(3):
+        for what, got in vars(tangents.run(moving, known=False)).items():
+            assert torch.equal(got, getattr(first, what)), what
+
+
+@pytest.mark.parametrize(
+    ("moves", "count", "expected"),
+    [
+        ("q", 1, {"portable_jvp_kernel": 1, "portable_dq_jvp_kernel": 1, "portable_dk_dv_jvp_kernel": 1}),
+        ("q", 3, {"portable_jvp_kernel": 1, "portable_dq_jvp_kernel": 3, "portable_dk_dv_jvp_kernel": 3}),
+        ("qkv", 1, {"portable_jvp_kernel": 1, "portable_dq_jvp_kernel": 1, "portable_dk_dv_jvp_kernel": 1}),
+        ("qkv", 2, {"portable_jvp_kernel": 2, "portable_dq_jvp_kernel": 2, "portable_dk_dv_jvp_kernel": 2}),
+    ],
+)
+def test_kernels_run_and_no_reference(moves, count, expected, device, monkeypatch):
+    """Three directions of queries share the scores of one pass; nothing is composed."""
+    for name in ("jvp_composed", "backward_jvp_composed", "_jvp_reference", "_backward_jvp_reference"):
+        monkeypatch.setattr(derivatives, name, None)
+    case = Case((140, 261), "a>ab b>a", batch_size=2, num_heads=2, head_dim=64, dtype=torch.bfloat16)
+    moving = make_moving(case, moves, count, device)
+    with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CUDA]) as profile:
+        tangents.run(moving, known=True)
+        torch.cuda.synchronize(device)
+    names = [event.name for event in profile.events()]
+    assert {kernel: sum(kernel in name for name in names) for kernel in expected} == expected
+
+
+@pytest.mark.parametrize(("dtype", "head_dim"), [("bf16", 64), ("fp32", 64), ("fp16", 128)])
+def test_memory_grows_with_rows_alone(dtype, head_dim, device):
+    """Beside the results: some numbers a row and head, parts of split walks, and what the first order takes."""
+    num_rows, num_heads = 16384, 3
+    plan = ma.AttentionPlan.from_segments([(0, num_rows, [(0, num_rows)])], num_rows)
+    q, k, v, *moved = torch.randn(6, 1, num_rows, num_heads, head_dim, device=device, dtype=DTYPES[dtype]).unbind(0)
+    tensors = [x.unsqueeze(0) for x in moved]
+    call = plan.flat(), head_dim**-0.5
+    out, lse = torch.ops.mixed_attention.forward(q, k, v, *call, None, 0.0, None)
+
+    def peak(function) -> tuple[int, tuple[torch.Tensor, ...]]:
+        torch.cuda.synchronize(device)
+        torch.cuda.reset_peak_memory_stats(device)
+        before = torch.cuda.memory_allocated(device)
+        results = function()
+        return torch.cuda.max_memory_allocated(device) - before, results
+
+    size_of = lambda results: sum(x.nbytes for x in results)  # noqa: E731
+    slack = 40 * num_rows * num_heads + 2**21  # bytes a row and head; and the allocator rounds
+    taken, (out_dot, lse_dot) = peak(lambda: torch.ops.mixed_attention.jvp(q, k, v, out, lse, *tensors, *call))
+    assert taken <= size_of((out_dot, lse_dot)) + slack
+    arguments = out_dot, None, None, None, q, k, v, out, lse, *tensors, out_dot, lse_dot, *call
+    taken, grads = peak(lambda: torch.ops.mixed_attention.backward_jvp(*arguments))
+    assert taken <= size_of(grads) + slack
+
+
+def test_what_no_kernel_serves_is_composed(device):
+    for dtype, head_dim, serves in [("bf16", 128, True), ("fp32", 64, True), ("fp32", 65, False), ("fp16", 129, False)]:
+        assert ops.has_tangent_kernels(DTYPES[dtype], head_dim, head_dim, device) == serves
+    assert not ops.has_tangent_kernels(torch.float64, 64, 64, device)
+    check(make_moving(Case((40, 61), "a>ab b>b", num_heads=2, head_dim=136, dtype=torch.bfloat16), "qkv", 2, device))
 
 
 @pytest.mark.filterwarnings("ignore")

@@ -180,7 +180,14 @@ def test_explain_names_the_kernels_of_a_gpu(monkeypatch):
     monkeypatch.setattr(ops, "has_kernels", lambda device_type, dtype: dtype != torch.float64)
     launch = ops.CudaLaunch("hopper", "", 192, 128, num_splits=2, num_tiles=198, num_slots=132, num_split_tiles=99)
     monkeypatch.setattr(ops, "cuda_launch", lambda plan, *, backward, **call: none if backward else launch)
+    monkeypatch.setattr(
+        ops, "why_no_tangent_kernels", lambda dtype, head_dim, *_: "" if head_dim <= 64 else "its heads"
+    )
     plan = ma.AttentionPlan.compile([A, B], [pattern("ab", "a")])
+    tangents = "  tangents and gradients of them: "
+    assert plan.explain(device="cuda").splitlines()[-3] == f"{tangents}portable kernels"
+    assert plan.explain(device="cuda", head_dim=72).splitlines()[-3] == f"{tangents}the reference, for its heads"
+    assert plan.explain(device="cuda", dtype=torch.float64).splitlines()[-3] == f"{tangents}the reference"
     assert plan.explain(device="cuda").splitlines()[-2:] == [
         "  forward: hopper kernel, tiles of 192 queries that take up 128 keys at a time, cut into 2 parts each: "
         "198 in 1.50 waves of 132",

@@ -2,6 +2,7 @@
 #pragma once
 
 #include "cuda/portable/dropout.cuh"
+#include "cuda/portable/scores.cuh"
 
 namespace mixed_attention::cuda::portable {
 
@@ -22,6 +23,15 @@ __device__ void mark_dropped(float (&p)[kTilesM][kTilesN][4], const Dropout& dro
   }
 }
 
+// The same where rows are queries: drop_columns.
+template <int kTilesM, int kTilesN>
+__device__ void mark_dropped_columns(float (&p)[kTilesM][kTilesN][4], const Dropout& dropout, int row, int range_index,
+                                     int x) {
+  visit_factors(p, dropout, row, range_index, x, [](float& value, float factor) {
+    if (factor == 0) value = -value;
+  });
+}
+
 __device__ inline bool is_dropped(float p) { return __float_as_uint(p) >> 31; }
 
 template <int kTilesM, int kTilesN>
@@ -32,6 +42,19 @@ __device__ void zero_dropped(float (&p)[kTilesM][kTilesN][4]) {
     for (int n = 0; n < kTilesN; ++n) {
 #pragma unroll
       for (int e = 0; e < 4; ++e) p[m][n][e] = is_dropped(p[m][n][e]) ? 0 : p[m][n][e];
+    }
+  }
+}
+
+// Zeroes of x what stands where p was dropped.
+template <int kTilesM, int kTilesN>
+__device__ void zero_where_dropped(float (&x)[kTilesM][kTilesN][4], const float (&p)[kTilesM][kTilesN][4]) {
+#pragma unroll
+  for (int m = 0; m < kTilesM; ++m) {
+#pragma unroll
+    for (int n = 0; n < kTilesN; ++n) {
+#pragma unroll
+      for (int e = 0; e < 4; ++e) x[m][n][e] = is_dropped(p[m][n][e]) ? 0 : x[m][n][e];
     }
   }
 }

@@ -8,6 +8,8 @@
 #include "cuda/portable/config.h"
 #include "cuda/portable/kernels.h"
 #include "cuda/portable/plan.h"
+#include "cuda/portable/tangent_kernels.h"
+#include "cuda/portable/tangent_plan.h"
 
 namespace mixed_attention::cuda::portable {
 namespace {
@@ -29,6 +31,10 @@ void with_kernel(Arithmetic arithmetic, int head_dim, Function&& function) {
     case Arithmetic::kTf32x3: return with_head_dim<Arithmetic::kTf32x3>(head_dim, kAll, function);
   }
 }
+
+// Which pairs instantiations.txt has kernels of tangents for.
+template <Arithmetic kArithmetic, int kHeadDim>
+constexpr bool kHasTangents = kArithmetic != Arithmetic::kTf32 && has_tangents(kArithmetic, kHeadDim);
 
 }  // namespace
 
@@ -59,6 +65,39 @@ Launch<BwdParams> launch_of_bwd(const BwdParams& params) {
               if (plan->adds_dq) return;
               const Brought by_query = bring(plan->by_query, params);
               launch_bwd_by_query<kArithmetic, kHeadDim>(params, plan->buffers, by_query.work);
+            });
+          }};
+}
+
+Launch<JvpParams> launch_of_jvp(const JvpParams& params) {
+  auto plan = std::make_shared<JvpPlan>(plan_jvp(params));
+  return {.layout = plan->by_query.pass->layout(plan->tile, params.batch_size * params.num_heads, params.device),
+          .workspace_size = plan->workspace_size,
+          .run = [plan](const JvpParams& params) {
+            take_workspace(params, *plan);
+            const Brought by_query = bring(plan->by_query, params);
+            with_kernel(plan->arithmetic, plan->head_dim, [&]<Arithmetic kArithmetic, int kHeadDim>() {
+              if constexpr (kHasTangents<kArithmetic, kHeadDim>) {
+                launch_jvp<kArithmetic, kHeadDim>(params, by_query.work);
+              }
+            });
+          }};
+}
+
+Launch<BwdJvpParams> launch_of_bwd_jvp(const BwdJvpParams& params) {
+  auto plan = std::make_shared<BwdJvpPlan>(plan_bwd_jvp(params));
+  const Tile tile = bwd_jvp_tile(plan->arithmetic, plan->head_dim);
+  return {.layout = plan->by_key.pass->layout(tile, params.batch_size * params.num_heads, params.device),
+          .workspace_size = plan->workspace_size,
+          .run = [plan](const BwdJvpParams& params) {
+            take_workspace(params, *plan);
+            with_kernel(plan->arithmetic, plan->head_dim, [&]<Arithmetic kArithmetic, int kHeadDim>() {
+              if constexpr (kHasTangents<kArithmetic, kHeadDim>) {
+                const Brought by_key = bring(plan->by_key, params);
+                launch_bwd_jvp_by_key<kArithmetic, kHeadDim>(params, plan->buffers, by_key.work);
+                const Brought by_query = bring(plan->by_query, params);
+                launch_bwd_jvp_by_query<kArithmetic, kHeadDim>(params, plan->buffers, by_query.work);
+              }
             });
           }};
 }

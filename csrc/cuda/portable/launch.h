@@ -5,6 +5,7 @@
 #include <string>
 
 #include "cuda/launch.h"
+#include "derivatives_params.h"
 #include "params.h"
 
 // The padded head_dims for which kernels are built. A development build may narrow the list.
@@ -22,5 +23,10 @@ std::string refusal(const Problem& problem);
 // How a call that these can serve is served.
 Launch<FwdParams> launch_of_fwd(const FwdParams& params);
 Launch<BwdParams> launch_of_bwd(const BwdParams& params);
+
+// The same of tangents.
+std::string refusal_of_tangents(const Problem& problem);
+Launch<JvpParams> launch_of_jvp(const JvpParams& params);
+Launch<BwdJvpParams> launch_of_bwd_jvp(const BwdJvpParams& params);
 
 }  // namespace mixed_attention::cuda::portable

@@ -12,6 +12,23 @@
 namespace mixed_attention::cuda::portable {
 namespace {
 
+int padded_head_dim(const AttentionParams& params) {
+  return *std::lower_bound(std::begin(kHeadDims), std::end(kHeadDims), std::max(params.head_dim, params.head_dim_v));
+}
+
+Pass make_pass(Side side, const AttentionParams& params, const Tile& tile, bool may_split) {
+  const auto work = side == Side::kQueries ? work_by_query : work_by_key;
+  Pass pass{work(*params.schedule, tile.rows, tile.block_rows), 1, new_table_id()};
+  if (!may_split) return pass;
+  // A split of fewer than 8 blocks or 256 rows, whichever is less, does not pay for its epilogue and for combining.
+  const int min_blocks = std::min(8, 256 / tile.block_rows);
+  const int64_t slots = int64_t{tile.blocks} * num_multiprocessors(params.device);
+  pass.num_splits = choose_splits(pass.host, params.batch_size * params.num_heads, slots, min_blocks);
+  return pass;
+}
+
+}  // namespace
+
 Arithmetic arithmetic_of(const AttentionParams& params) {
   switch (params.dtype) {
     case DType::kFloat16: return Arithmetic::kFloat16;
@@ -20,33 +37,14 @@ Arithmetic arithmetic_of(const AttentionParams& params) {
   }
 }
 
-int padded_head_dim(const AttentionParams& params) {
-  return *std::lower_bound(std::begin(kHeadDims), std::end(kHeadDims), std::max(params.head_dim, params.head_dim_v));
-}
-
-enum class Side { kQueries, kKeys };
-
-Pass make_pass(Side side, const AttentionParams& params, const Tile& tile) {
-  const auto work = side == Side::kQueries ? work_by_query : work_by_key;
-  Pass pass{work(*params.schedule, tile.rows, tile.block_rows), 1, new_table_id()};
-  // A split of fewer than 8 blocks or 256 rows, whichever is less, does not pay for its epilogue and for combining.
-  const int min_blocks = std::min(8, 256 / tile.block_rows);
-  const int64_t slots = int64_t{tile.blocks} * num_multiprocessors(params.device);
-  pass.num_splits = choose_splits(pass.host, params.batch_size * params.num_heads, slots, min_blocks);
-  return pass;
-}
-
-// The pass of a call: made once, as to go through the segments of thousands of groups takes the host longer than all
-// else in a call.
-std::shared_ptr<const Pass> pass_of(Side side, const AttentionParams& params, const Tile& tile) {
-  using Key = std::tuple<uint64_t, Side, int, int, int, int64_t, int>;
+std::shared_ptr<const Pass> pass_of(Side side, const AttentionParams& params, const Tile& tile, bool may_split) {
+  using Key = std::tuple<uint64_t, Side, int, int, int, int64_t, int, bool>;
   static auto* kept = new Kept<Key, Pass>(128);  // never freed: threads may outlive static objects
   const int64_t num_batch_heads = params.batch_size * params.num_heads;
-  const Key key{params.schedule->id, side, tile.rows, tile.block_rows, tile.blocks, num_batch_heads, params.device};
-  return kept->of(key, [&] { return make_pass(side, params, tile); });
+  const Key key{params.schedule->id, side,          tile.rows, tile.block_rows, tile.blocks,
+                num_batch_heads,     params.device, may_split};
+  return kept->of(key, [&] { return make_pass(side, params, tile, may_split); });
 }
-
-}  // namespace
 
 std::string refusal(const Problem& problem) {
   if (problem.dtype == DType::kFloat64) return "float64 is computed by the reference";

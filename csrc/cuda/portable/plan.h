@@ -22,6 +22,14 @@ struct Pass {
   Layout layout(const Tile& tile, int64_t num_batch_heads, int device) const;
 };
 
+enum class Side { kQueries, kKeys };
+
+// The pass of a call: made once, as to go through the segments of thousands of groups takes the host longer than all
+// else in a call.
+std::shared_ptr<const Pass> pass_of(Side side, const AttentionParams& params, const Tile& tile, bool may_split = true);
+
+Arithmetic arithmetic_of(const AttentionParams& params);
+
 // A pass as a call gets it: kept from an earlier one, or new.
 struct PassOfCall {
   std::shared_ptr<const Pass> pass;

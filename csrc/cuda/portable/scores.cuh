@@ -92,10 +92,11 @@ __device__ void mask_columns(float (&s)[kTilesM][kTilesN][4], int num_visible, c
   }
 }
 
-// Multiplies p by dropout's factors. row = this thread's first query; x = where in its range column 0
-// stands, a multiple of 32 or of the block's rows if they are fewer, so that one draw serves four tiles.
-template <int kTilesM, int kTilesN>
-__device__ void drop_columns(float (&p)[kTilesM][kTilesN][4], const Dropout& dropout, int row, int range_index, int x) {
+// Calls visit(p, dropout's factor). row = this thread's first query; x = where in its range column 0 stands, a multiple
+// of 32 or of the block's rows if they are fewer, so that one draw serves four tiles.
+template <int kTilesM, int kTilesN, class Visit>
+__device__ void visit_factors(float (&p)[kTilesM][kTilesN][4], const Dropout& dropout, int row, int range_index, int x,
+                              const Visit& visit) {
   if constexpr (kTilesN % 4 == 0) __builtin_assume(x % 32 == 0);  // which word of a draw is a tile's is then constant
   const int x_thread = x + threadIdx.x % 4 * 2;
 #pragma unroll
@@ -105,9 +106,15 @@ __device__ void drop_columns(float (&p)[kTilesM][kTilesN][4], const Dropout& dro
     for (int n = 0; n < kTilesN; ++n) {
       if (n % 4 == 0) words = dropout.draw(row + 8 * i, range_index, x_thread + 8 * n);
 #pragma unroll
-      for (int e = 0; e < 2; ++e) p[i / 2][n][i % 2 * 2 + e] *= dropout.factor(words, x_thread + 8 * n + e);
+      for (int e = 0; e < 2; ++e) visit(p[i / 2][n][i % 2 * 2 + e], dropout.factor(words, x_thread + 8 * n + e));
     }
   }
+}
+
+// Multiplies p by dropout's factors.
+template <int kTilesM, int kTilesN>
+__device__ void drop_columns(float (&p)[kTilesM][kTilesN][4], const Dropout& dropout, int row, int range_index, int x) {
+  visit_factors(p, dropout, row, range_index, x, [](float& value, float factor) { value *= factor; });
 }
 
 }  // namespace mixed_attention::cuda::portable

@@ -13,6 +13,16 @@
 
 namespace mixed_attention::cuda {
 
+// Multiplies a row of accumulators: one of two for each tile of 16.
+template <int kTilesM, int kTilesN>
+__device__ void scale_row(float (&c)[kTilesM][kTilesN][4], int row, float factor) {
+#pragma unroll
+  for (int n = 0; n < kTilesN; ++n) {
+    c[row / 2][n][row % 2 * 2] *= factor;
+    c[row / 2][n][row % 2 * 2 + 1] *= factor;
+  }
+}
+
 // The rows of one thread in the layout of mma's accumulators: 2 for each tile of 16; four lanes share a row.
 template <int kTilesM>
 class OnlineSoftmax {
@@ -31,7 +41,14 @@ class OnlineSoftmax {
   template <int kTilesN, int kTilesOut>
   __device__ void raise_softmax_bases(float (&s)[kTilesM][kTilesN][4], float (&out)[kTilesM][kTilesOut][4],
                                       float scale_log2) {
-    if (__any_sync(0xFFFFFFFF, own_score_ != 0)) raise_scores(s, out, scale_log2);
+    raise_softmax_bases(s, scale_log2, [&](int row, float factor) { scale_row(out, row, factor); });
+  }
+
+  // The same of any sums: rescale(row, factor) multiplies those of a row by a factor, which is 1 where its softmax_base
+  // stays.
+  template <int kTilesN, class Rescale>
+  __device__ void raise_softmax_bases(float (&s)[kTilesM][kTilesN][4], float scale_log2, const Rescale& rescale) {
+    if (__any_sync(0xFFFFFFFF, own_score_ != 0)) raise_scores(s, scale_log2, rescale);
     float block_max[kRows];
     bool outgrown = false;
 #pragma unroll
@@ -50,7 +67,9 @@ class OnlineSoftmax {
         subtract(s, row, score);
         keep_score(row, score);
       }
-      rescale(out, row, ptx::exp2(fmaf(-score, scale_log2, softmax_base_[row] - softmax_base)));
+      const float factor = ptx::exp2(fmaf(-score, scale_log2, softmax_base_[row] - softmax_base));
+      sum_[row] *= factor;
+      rescale(row, factor);
       softmax_base_[row] = softmax_base;
     }
   }
@@ -73,6 +92,9 @@ class OnlineSoftmax {
       sum_[row] += sum;
     }
   }
+
+  // What a row's p come to so far, of this lane's columns.
+  __device__ float sum_of(int row) const { return sum_[row]; }
 
   // Divides by the sums, if there are any, and multiplies by factor. Returns what the rows come to, without a sum as if
   // there were no key.
@@ -128,25 +150,17 @@ class OnlineSoftmax {
     }
   }
 
-  template <int kTilesOut>
-  __device__ void rescale(float (&out)[kTilesM][kTilesOut][4], int row, float factor) {
-    sum_[row] *= factor;
-#pragma unroll
-    for (int n = 0; n < kTilesOut; ++n) {
-      out[row / 2][n][row % 2 * 2] *= factor;
-      out[row / 2][n][row % 2 * 2 + 1] *= factor;
-    }
-  }
-
   // The rows of which softmax_base is large.
-  template <int kTilesN, int kTilesOut>
-  __device__ void raise_scores(float (&s)[kTilesM][kTilesN][4], float (&out)[kTilesM][kTilesOut][4], float scale_log2) {
+  template <int kTilesN, class Rescale>
+  __device__ void raise_scores(float (&s)[kTilesM][kTilesN][4], float scale_log2, const Rescale& rescale) {
 #pragma unroll
     for (int row = 0; row < kRows; ++row) {
       const float block_max = max_of_row(s, row), score = score_of(row);
       const bool grows = score != 0 && (block_max - score) * scale_log2 > kMostAboveBase;
       if (grows) {
-        rescale(out, row, ptx::exp2((score - block_max) * scale_log2));
+        const float factor = ptx::exp2((score - block_max) * scale_log2);
+        sum_[row] *= factor;
+        rescale(row, factor);
         keep_score(row, block_max);
       }
       subtract(s, row, grows ? block_max : score);

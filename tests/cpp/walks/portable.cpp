@@ -3,7 +3,9 @@
 #include <vector>
 
 #include "cuda/portable/config.h"
+#include "cuda/portable/launch.h"
 #include "cuda/portable/plan.h"
+#include "cuda/portable/tangent_plan.h"
 #include "cuda/portable/tile_iterator.cuh"
 #include "params.h"
 #include "visits.h"
@@ -13,10 +15,8 @@ namespace {
 
 namespace portable = ma::cuda::portable;
 using ma::cuda::WorkRange;
+using portable::Side;
 using portable::Tile;
-
-// What a launch owns and what it streams.
-enum class Side { kQueries, kKeys };
 
 // Its ranges as a walk finds them, with one behind the last that no plan lists.
 struct Table {
@@ -131,6 +131,19 @@ void check_portable(const Problem& problem) {
   if (!bwd.adds_dq) {
     check_pass(problem, listed, bwd.by_query, portable::dq_tile(bwd.arithmetic, bwd.head_dim), Side::kQueries);
   }
+
+  if (!portable::refusal_of_tangents({params.dtype, params.head_dim, params.head_dim_v, kDevice}).empty()) return;
+  for (const bool moves_keys : {false, true}) {
+    ma::JvpParams moving{{static_cast<const ma::AttentionParams&>(params)}};
+    moving.tangents.count = 1;
+    if (moves_keys) moving.tangents.k = &schedule;  // anything: plans read none
+    const portable::JvpPlan jvp = portable::plan_jvp(moving);
+    check_pass(problem, listed, jvp.by_query, jvp.tile, Side::kQueries);
+  }
+  const portable::BwdJvpPlan bwd_jvp = portable::plan_bwd_jvp({params});
+  const Tile tile = portable::bwd_jvp_tile(bwd_jvp.arithmetic, bwd_jvp.head_dim);
+  check_pass(problem, listed, bwd_jvp.by_query, tile, Side::kQueries);
+  check_pass(problem, listed, bwd_jvp.by_key, tile, Side::kKeys);
 }
 
 }  // namespace walks

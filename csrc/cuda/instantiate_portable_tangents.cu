@@ -1,0 +1,22 @@
+// The portable kernels of tangents, and of gradients of them, of some DTYPES and one HEAD_DIM, as the compiler is told:
+// instantiations.txt.
+#include "cuda/portable/bwd_jvp_launch.cuh"
+#include "cuda/portable/jvp_launch.cuh"
+
+namespace mixed_attention::cuda::portable {
+namespace arithmetic {
+
+[[maybe_unused]] constexpr Arithmetic bf16 = Arithmetic::kBFloat16, fp16 = Arithmetic::kFloat16,
+                                      fp32 = Arithmetic::kTf32x3;
+
+}  // namespace arithmetic
+
+#define INSTANTIATE(DTYPE)                                                                                      \
+  template void launch_jvp<arithmetic::DTYPE, HEAD_DIM>(const JvpParams&, const GridWork&);                     \
+  template void launch_bwd_jvp_by_key<arithmetic::DTYPE, HEAD_DIM>(const BwdJvpParams&, const BwdJvpBuffers&,   \
+                                                                   const GridWork&);                            \
+  template void launch_bwd_jvp_by_query<arithmetic::DTYPE, HEAD_DIM>(const BwdJvpParams&, const BwdJvpBuffers&, \
+                                                                     const GridWork&);
+DTYPES
+
+}  // namespace mixed_attention::cuda::portable

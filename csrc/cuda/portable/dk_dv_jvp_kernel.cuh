@@ -1,0 +1,177 @@
+// dk and dv of out and its tangents: a thread block owns keys and streams queries. Scores are transposed here: rows are
+// keys, of which a warp has 16 to itself.
+#pragma once
+
+#include "cuda/portable/bwd_jvp_arguments.cuh"
+#include "cuda/portable/dk_dv_kernel.cuh"
+
+namespace mixed_attention::cuda::portable {
+
+template <Arithmetic kArithmetic, int kHeadDim>
+struct DkDvJvpShared {
+  static constexpr Tile kTile = bwd_jvp_tile(kArithmetic, kHeadDim);
+  using Element = typename MmaOf<kArithmetic>::Element;
+  using Owned = SharedTile<Element, kTile.rows, kHeadDim>;
+  using Streamed = SharedTile<Element, kTile.block_rows, kHeadDim>;
+
+  // Of each query.
+  struct Numbers {
+    float lse_log2[kTile.block_rows], mu[kTile.block_rows], eps[kTile.block_rows], gamma[kTile.block_rows];
+  };
+
+  Owned k, v, k_dot, v_dot;  // k and v: and dk, dv, at the end
+  Streamed q[kTile.stages], q_dot[kTile.stages], dout[kTile.stages], dout_dot[kTile.stages];
+  Numbers numbers[kTile.stages];
+};
+
+template <Arithmetic kArithmetic, int kHeadDim>
+__global__ void __launch_bounds__(bwd_jvp_tile(kArithmetic, kHeadDim).num_threads(),
+                                  bwd_jvp_tile(kArithmetic, kHeadDim).blocks)
+    portable_dk_dv_jvp_kernel(const __grid_constant__ BwdJvpArguments args,
+                              const __grid_constant__ InlineWork in_parameters) {
+  using Mma = MmaOf<kArithmetic>;
+  using Shared = DkDvJvpShared<kArithmetic, kHeadDim>;
+  using Element = typename Mma::Element;
+  constexpr Tile kTile = Shared::kTile;
+  constexpr int kThreads = kTile.num_threads(), kTilesM = kTile.warp_rows / 16, kTilesN = kTile.block_rows / 8;
+  extern __shared__ __align__(16) char shared_memory[];
+  Shared& shared = *reinterpret_cast<Shared*>(shared_memory);
+
+  const BwdArguments& bwd = args.bwd;
+  const BwdParams& params = bwd.params;
+  const Tangents& tangents = args.tangents;
+  const BlockContext<Element, BwdArguments> context(bwd, in_parameters, kTile.rows);
+  const WorkItem& item = context.item;
+  const bool* mask = context.mask;
+  const int64_t first_query = context.batch_head() * params.seqlen_q;
+  const int warp_row = threadIdx.x / 32 * kTile.warp_rows;
+  const int thread_row = warp_row + threadIdx.x % 32 / 4;
+
+  // Rows behind the block's end are zero throughout: their p comes out as 1, their gradients as 0.
+  BlockWalk<kTile.block_rows> walk(context.work, item, bwd.work.num_splits);
+  const auto load_next = [&](int stage) {
+    const Block block = walk.block();
+    const auto load = [&](auto* tiles, const void* tensor, const Strides& strides, int64_t num_cols) {
+      if (tensor == nullptr) return;
+      load_tile<kThreads>(tiles[stage], context.rows(tensor, strides, num_cols), block.row_begin, block.num_rows);
+    };
+    load(shared.q, params.q, params.q_strides, params.head_dim);
+    load(shared.q_dot, tangents.q, tangents.q_strides, params.head_dim);
+    load(shared.dout, params.dout, params.dout_strides, params.head_dim_v);
+    load(shared.dout_dot, args.dout_dot, args.dout_dot_strides, params.head_dim_v);
+    static_assert(kThreads >= kTile.block_rows);
+    if (threadIdx.x < kTile.block_rows) {
+      const int bytes = threadIdx.x < block.num_rows ? 4 : 0;
+      const int64_t row = first_query + (bytes ? block.row_begin + threadIdx.x : 0);
+      auto& numbers = shared.numbers[stage];
+      ptx::cp_async_4(&numbers.lse_log2[threadIdx.x], bwd.lse_log2 + row, bytes);
+      ptx::cp_async_4(&numbers.mu[threadIdx.x], args.mu + row, bytes);
+      ptx::cp_async_4(&numbers.eps[threadIdx.x], args.eps + row, bytes);
+      ptx::cp_async_4(&numbers.gamma[threadIdx.x], bwd.delta + row, bytes);
+    }
+  };
+  const auto load_owned = [&](auto& tile, const void* tensor, const Strides& strides, int64_t num_cols) {
+    if (tensor == nullptr) return;
+    load_tile<kThreads>(tile, context.rows(tensor, strides, num_cols), item.row_begin, item.num_rows, mask);
+  };
+  load_owned(shared.k, params.k, params.k_strides, params.head_dim);
+  load_owned(shared.v, params.v, params.v_strides, params.head_dim_v);
+  load_owned(shared.k_dot, tangents.k, tangents.k_strides, params.head_dim);
+  load_owned(shared.v_dot, tangents.v, tangents.v_strides, params.head_dim_v);
+  if (!walk.done()) load_next(0);
+
+  // Rows behind the tile's end or blocked by the mask: what comes of their zeroed values is nobody's gradient.
+  unsigned hidden = 0;
+#pragma unroll
+  for (int i = 0; i < 2 * kTilesM; ++i) {
+    const int row = thread_row + 8 * i;
+    if (row >= item.num_rows || (mask != nullptr && !mask[item.row_begin + row])) hidden |= 1u << i;
+  }
+  const bool drops = bwd.dropout.seed != nullptr;
+  const bool moves_scores = tangents.q != nullptr || tangents.k != nullptr;  // else all z are 0
+  const bool some_references = *bwd.has_references != 0;
+
+  const LaneTile lane_k(shared.k);
+  float dk[kTilesM][kHeadDim / 8][4] = {}, dv[kTilesM][kHeadDim / 8][4] = {};
+  for (int stage = 0; !walk.done(); stage = (stage + 1) % kTile.stages) {
+    ptx::cp_async_wait_all();
+    __syncthreads();
+    const Block block = walk.block();
+    walk.advance();
+
+    float p[kTilesM][kTilesN][4] = {}, z[kTilesM][kTilesN][4] = {};
+    float e[kTilesM][kTilesN][4] = {}, x[kTilesM][kTilesN][4] = {};
+    const auto multiply = [&](auto& result, const auto& owned, const auto& streamed) {
+      multiply_rows<Mma>(result, lane_k.at(owned), warp_row, lane_k.at(streamed));
+    };
+    multiply(p, shared.k, shared.q[stage]);
+    if (some_references) {
+      relate_columns<Mma::kLosesInfinities>(p, bwd.references + first_query + block.row_begin, block.num_rows);
+    }
+    if constexpr (!Mma::kLosesInfinities) {
+      if (block.num_rows < kTile.block_rows) clear_columns(p, block.num_rows);
+    }
+    if (tangents.q != nullptr) multiply(z, shared.k, shared.q_dot[stage]);
+    if (tangents.k != nullptr) multiply(z, shared.k_dot, shared.q[stage]);
+    multiply(e, shared.v, shared.dout_dot[stage]);
+    if (params.dout != nullptr) multiply(x, shared.v, shared.dout[stage]);
+    if (tangents.v != nullptr) multiply(x, shared.v_dot, shared.dout_dot[stage]);
+    // Behind the MMAs, whose last results take a while.
+    if (kTile.stages == 2 && !walk.done()) load_next(stage ^ 1);
+
+    const auto& numbers = shared.numbers[stage];
+    exponentiate<Mma>(p, numbers.lse_log2, bwd.scale_log2);
+    if (drops) {
+      const WorkRange& range = walk.range_of(block);
+      const int key = item.row_begin + thread_row - context.work.segments[item.segment].row_begin + range.range_offset;
+      mark_dropped(p, Dropout(bwd.dropout, static_cast<int>(context.batch_head())), block.row_begin, range.range_index,
+                   key);
+      drop_marked(e, p, bwd.dropout.inverse_keep_probability);
+      drop_marked(x, p, bwd.dropout.inverse_keep_probability);
+    }
+#pragma unroll
+    for (int n = 0; n < kTilesN; ++n) {
+#pragma unroll
+      for (int c = 0; c < 2; ++c) {
+        const int col = 8 * n + threadIdx.x % 4 * 2 + c;
+        const float mu = numbers.mu[col], eps = numbers.eps[col], gamma = numbers.gamma[col];
+#pragma unroll
+        for (int i = 0; i < 2 * kTilesM; ++i) {
+          const int m = i / 2, place = i % 2 * 2 + c;
+          const PairGradients pair(p[m][n][place], e[m][n][place], x[m][n][place], z[m][n][place], bwd.softmax_scale,
+                                   mu, eps, gamma);
+          e[m][n][place] = pair.g;
+          x[m][n][place] = pair.ds;
+          z[m][n][place] = pair.pz;
+        }
+      }
+    }
+    if (drops) {
+      zero_where_dropped(z, p);
+      zero_dropped(p);
+    }
+    multiply_scores<Mma>(dk, x, lane_k.at(shared.q[stage]));
+    if (tangents.q != nullptr) multiply_scores<Mma>(dk, e, lane_k.at(shared.q_dot[stage]));
+    if (moves_scores) multiply_scores<Mma>(dv, z, lane_k.at(shared.dout_dot[stage]));
+    if (params.dout != nullptr) multiply_scores<Mma>(dv, p, lane_k.at(shared.dout[stage]));
+    if (kTile.stages == 1 && !walk.done()) {
+      __syncthreads();
+      load_next(0);
+    }
+  }
+
+  // Blocked keys get no gradient.
+  zero_rows(dk, hidden);
+  zero_rows(dv, hidden);
+  ptx::cp_async_wait_all();  // of the keys, where there was no query
+  __syncthreads();
+  const auto store = [&](auto& grad, float factor, float* partial, auto& staging, const auto& target) {
+    if (partial != nullptr) partial += context.split_batch_head() * params.seqlen_k * target.num_cols;
+    store_grad<kTile.warp_rows>(grad, factor, partial, staging, target, warp_row, 0, item);
+  };
+  store(dk, bwd.softmax_scale, bwd.partial_dk, shared.k, context.rows(params.dk, params.dk_strides, params.head_dim));
+  store(dv, drops ? bwd.dropout.inverse_keep_probability : 1.0f, bwd.partial_dv, shared.v,
+        context.rows(params.dv, params.dv_strides, params.head_dim_v));
+}
+
+}  // namespace mixed_attention::cuda::portable

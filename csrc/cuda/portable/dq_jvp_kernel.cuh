@@ -1,0 +1,161 @@
+// dq of out and its tangents, and the gradient of q's tangent: a thread block owns queries and streams keys.
+#pragma once
+
+#include "cuda/portable/bwd_jvp_arguments.cuh"
+
+namespace mixed_attention::cuda::portable {
+
+template <Arithmetic kArithmetic, int kHeadDim>
+struct DqJvpShared {
+  static constexpr Tile kTile = bwd_jvp_tile(kArithmetic, kHeadDim);
+  using Element = typename MmaOf<kArithmetic>::Element;
+  using Owned = SharedTile<Element, kTile.rows, kHeadDim>;
+  using Streamed = SharedTile<Element, kTile.block_rows, kHeadDim>;
+
+  Owned q, q_dot, dout, dout_dot;  // q and q_dot: and their gradients, at the end
+  Streamed k[kTile.stages], v[kTile.stages], k_dot[kTile.stages], v_dot[kTile.stages];
+};
+
+template <Arithmetic kArithmetic, int kHeadDim>
+__global__ void __launch_bounds__(bwd_jvp_tile(kArithmetic, kHeadDim).num_threads(),
+                                  bwd_jvp_tile(kArithmetic, kHeadDim).blocks)
+    portable_dq_jvp_kernel(const __grid_constant__ BwdJvpArguments args,
+                           const __grid_constant__ InlineWork in_parameters) {
+  using Mma = MmaOf<kArithmetic>;
+  using Shared = DqJvpShared<kArithmetic, kHeadDim>;
+  using Element = typename Mma::Element;
+  constexpr Tile kTile = Shared::kTile;
+  constexpr int kThreads = kTile.num_threads(), kTilesM = kTile.warp_rows / 16, kTilesN = kTile.block_rows / 8;
+  extern __shared__ __align__(16) char shared_memory[];
+  Shared& shared = *reinterpret_cast<Shared*>(shared_memory);
+
+  const BwdArguments& bwd = args.bwd;
+  const BwdParams& params = bwd.params;
+  const Tangents& tangents = args.tangents;
+  const BlockContext<Element, BwdArguments> context(bwd, in_parameters, kTile.rows);
+  const WorkItem& item = context.item;
+  const bool* mask = context.mask;
+  const int warp_row = threadIdx.x / 32 * kTile.warp_rows;
+  const int thread_row = warp_row + threadIdx.x % 32 / 4;
+
+  BlockWalk<kTile.block_rows> walk(context.work, item, bwd.work.num_splits);
+  const auto load_next = [&](int stage) {
+    const Block block = walk.block();
+    const auto load = [&](auto* tiles, const void* tensor, const Strides& strides, int64_t num_cols) {
+      if (tensor == nullptr) return;
+      load_tile<kThreads>(tiles[stage], context.rows(tensor, strides, num_cols), block.row_begin, block.num_rows, mask);
+    };
+    load(shared.k, params.k, params.k_strides, params.head_dim);
+    load(shared.v, params.v, params.v_strides, params.head_dim_v);
+    load(shared.k_dot, tangents.k, tangents.k_strides, params.head_dim);
+    load(shared.v_dot, tangents.v, tangents.v_strides, params.head_dim_v);
+  };
+  const auto load_owned = [&](auto& tile, const void* tensor, const Strides& strides, int64_t num_cols) {
+    if (tensor != nullptr)
+      load_tile<kThreads>(tile, context.rows(tensor, strides, num_cols), item.row_begin, item.num_rows);
+  };
+  load_owned(shared.q, params.q, params.q_strides, params.head_dim);
+  load_owned(shared.q_dot, tangents.q, tangents.q_strides, params.head_dim);
+  load_owned(shared.dout, params.dout, params.dout_strides, params.head_dim_v);
+  load_owned(shared.dout_dot, args.dout_dot, args.dout_dot_strides, params.head_dim_v);
+  if (!walk.done()) load_next(0);
+
+  const int64_t first_row = context.batch_head() * params.seqlen_q + item.row_begin + thread_row;
+  float lse_log2[2 * kTilesM], mu[2 * kTilesM], eps[2 * kTilesM], gamma[2 * kTilesM];
+  bool has_reference = false;
+#pragma unroll
+  for (int i = 0; i < 2 * kTilesM; ++i) {
+    const bool is_row = thread_row + 8 * i < item.num_rows;
+    const int64_t row = is_row ? first_row + 8 * i : 0;
+    lse_log2[i] = is_row ? bwd.lse_log2[row] : INFINITY;
+    mu[i] = is_row ? args.mu[row] : 0;
+    eps[i] = is_row ? args.eps[row] : 0;
+    gamma[i] = is_row ? bwd.delta[row] : 0;
+    has_reference |= is_row && bwd.references[row].score != 0;
+  }
+  has_reference = __any_sync(0xFFFFFFFF, has_reference);
+  const bool drops = bwd.dropout.seed != nullptr;
+
+  const LaneTile lane_q(shared.q);
+  float dq[kTilesM][kHeadDim / 8][4] = {}, dq_dot[kTilesM][kHeadDim / 8][4] = {};
+  for (int stage = 0; !walk.done(); stage = (stage + 1) % kTile.stages) {
+    ptx::cp_async_wait_all();
+    __syncthreads();
+    const Block block = walk.block();
+    walk.advance();
+
+    float p[kTilesM][kTilesN][4] = {}, z[kTilesM][kTilesN][4] = {};
+    float e[kTilesM][kTilesN][4] = {}, x[kTilesM][kTilesN][4] = {};
+    const auto multiply = [&](auto& result, const auto& owned, const auto& streamed) {
+      multiply_rows<Mma>(result, lane_q.at(owned), warp_row, lane_q.at(streamed));
+    };
+    multiply(p, shared.q, shared.k[stage]);
+    if (has_reference) {
+      relate_rows<Mma::kLosesInfinities>(p, bwd.references + first_row, item.num_rows - thread_row);
+    }
+    if (tangents.q != nullptr) multiply(z, shared.q_dot, shared.k[stage]);
+    if (tangents.k != nullptr) multiply(z, shared.q, shared.k_dot[stage]);
+    multiply(e, shared.dout_dot, shared.v[stage]);
+    if (params.dout != nullptr) multiply(x, shared.dout, shared.v[stage]);
+    if (tangents.v != nullptr) multiply(x, shared.dout_dot, shared.v_dot[stage]);
+    // Behind the MMAs, whose last results take a while.
+    if (kTile.stages == 2 && !walk.done()) load_next(stage ^ 1);
+
+    const bool all_visible = block.num_rows == kTile.block_rows && mask == nullptr;
+#pragma unroll
+    for (int n = 0; n < kTilesN; ++n) {
+#pragma unroll
+      for (int c = 0; c < 2; ++c) {
+        const int col = 8 * n + threadIdx.x % 4 * 2 + c;
+        // Keys behind the block's end have the score 0 here, whose p may even be infinite.
+        const bool visible = all_visible || (col < block.num_rows && (mask == nullptr || mask[block.row_begin + col]));
+#pragma unroll
+        for (int i = 0; i < 2 * kTilesM; ++i) {
+          float& score = p[i / 2][n][i % 2 * 2 + c];
+          const float value = p_of<Mma>(score, bwd.scale_log2, lse_log2[i]);
+          score = visible ? value : 0;
+        }
+      }
+    }
+    if (drops) {
+      const WorkRange& range = walk.range_of(block);
+      mark_dropped_columns(p, Dropout(bwd.dropout, static_cast<int>(context.batch_head())), item.row_begin + thread_row,
+                           range.range_index, block.row_begin - range.begin);
+      drop_marked(e, p, bwd.dropout.inverse_keep_probability);
+      drop_marked(x, p, bwd.dropout.inverse_keep_probability);
+    }
+#pragma unroll
+    for (int i = 0; i < 2 * kTilesM; ++i) {
+#pragma unroll
+      for (int n = 0; n < kTilesN; ++n) {
+#pragma unroll
+        for (int c = i % 2 * 2; c < i % 2 * 2 + 2; ++c) {
+          const int m = i / 2;
+          const PairGradients pair(p[m][n][c], e[m][n][c], x[m][n][c], z[m][n][c], bwd.softmax_scale, mu[i], eps[i],
+                                   gamma[i]);
+          e[m][n][c] = pair.g;
+          x[m][n][c] = pair.ds;
+        }
+      }
+    }
+    multiply_scores<Mma>(dq, x, lane_q.at(shared.k[stage]));
+    if (tangents.k != nullptr) multiply_scores<Mma>(dq, e, lane_q.at(shared.k_dot[stage]));
+    if (args.dq_dot != nullptr) multiply_scores<Mma>(dq_dot, e, lane_q.at(shared.k[stage]));
+    if (kTile.stages == 1 && !walk.done()) {
+      __syncthreads();
+      load_next(0);
+    }
+  }
+
+  ptx::cp_async_wait_all();  // of the queries, where there was no key
+  __syncthreads();
+  const auto store = [&](auto& grad, float* partial, auto& staging, void* target, const Strides& strides) {
+    if (partial != nullptr) partial += context.split_batch_head() * params.seqlen_q * params.head_dim;
+    store_grad<kTile.warp_rows>(grad, bwd.softmax_scale, partial, staging,
+                                context.rows(target, strides, params.head_dim), warp_row, 0, item);
+  };
+  store(dq, bwd.partial_dq, shared.q, params.dq, params.dq_strides);
+  if (args.dq_dot != nullptr) store(dq_dot, args.partial_dq_dot, shared.q_dot, args.dq_dot, args.dq_dot_strides);
+}
+
+}  // namespace mixed_attention::cuda::portable
