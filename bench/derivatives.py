@@ -1,4 +1,7 @@
-"""Derivatives beyond the first, beside our own forward and backward, and those of torch's own attention, in one run."""
+"""Derivatives beyond the first, beside our own forward and backward, and those of torch's own attention, in one run.
+
+On GPUs rows have the peak of memory, too.
+"""
 
 from __future__ import annotations
 
@@ -14,13 +17,14 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 
 import mixed_attention as ma
 from bench.cases import Case
+from bench.layer import peak_bytes
 from bench.operator import make_inputs
 from bench.rows import Row, absent_row, dtype_of, in_precision, timing_row
 from bench.timing import Calls, take_turns
 
 Attention = Callable[[Tensor, Tensor, Tensor], Tensor]
 
-# What each pass is measured by: our forward, or our forward and backward less the forward.
+# What each pass is measured by: our forward, or our forward and backward together.
 UNITS = {
     "forward": "forward",
     "jvp of queries": "forward",
@@ -36,7 +40,10 @@ LARGEST_OF_TORCH = int(os.environ.get("MIXED_ATTENTION_BENCH_MATH_PAIRS", 2**27)
 
 
 def measure(case: Case, device: torch.device, precision: str, rounds: int) -> Iterator[Row]:
-    """Times every pass in turns; a row says how many of our own forwards, or training steps, it takes."""
+    """Times every pass in turns; a row says how many of our own forwards, or training steps, it takes.
+
+    Of a double backward it also says how many of our backwards that takes beyond the training step that it stands on.
+    """
     inputs = make_inputs(case, device, dtype_of(precision))
     q, k, v = (leaf.detach() for leaf in inputs.leaves)
     who: dict[str, Attention] = {"ours": lambda q, k, v: ma.attention(q, k, v, case.plan)}
@@ -52,11 +59,15 @@ def measure(case: Case, device: torch.device, precision: str, rounds: int) -> It
                     yield absent_row(case.name, name, precision, error, **{"pass": passed})
                 else:
                     calls[name, passed] = Calls(call)
+        peaks = {key: peak_bytes(each.run, device) for key, each in calls.items()}
         timings = take_turns(calls, device, rounds)
+    ours = {passed: timing.median for (name, passed), timing in timings.items() if name == "ours"}
     for (name, passed), timing in timings.items():
-        unit = timings["ours", UNITS[passed]].median
-        facts = {"pass": passed, "dtype": precision, "ratio": timing.median / unit}
-        yield timing_row("derivatives", case.name, name, timing, **facts)
+        facts = {"pass": passed, "dtype": precision, "ratio": timing.median / ours[UNITS[passed]]}
+        step = timings.get((name, "training, create_graph"))
+        if passed.startswith("double backward") and step is not None:
+            facts["backwards"] = (timing.median - step.median) / (ours["training"] - ours["forward"])
+        yield timing_row("derivatives", case.name, name, timing, **facts, **peaks[name, passed])
 
 
 def _passes(attention: Attention, qkv: Sequence[Tensor]) -> dict[str, Callable[[], object]]:

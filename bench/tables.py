@@ -38,7 +38,9 @@ def line(row: Row) -> str:
         return what + "  ".join(f"{name} {time:.3f}" for name, time in row["buckets"].items())
     if row["kind"] == "derivatives":
         unit = "trainings" if row["pass"].startswith(("training", "double")) else "forwards"
-        return f"{what}{row['milliseconds']['median']:10.4f} ms{row['ratio']:8.2f} of our {unit}"
+        more = f", {row['backwards']:.2f} backwards" if "backwards" in row else ""
+        peak = f"{row['peak_bytes'] / 2**20:10.1f} MiB" if "peak_bytes" in row else ""
+        return f"{what}{row['milliseconds']['median']:10.4f} ms{row['ratio']:8.2f} of our {unit}{more}{peak}"
     rate = f"{row['gflops_per_second']:12.1f} GFLOP/s" if "gflops_per_second" in row else ""
     host = f"{row['host_microseconds']:8.0f} us of host" if "host_microseconds" in row else ""
     return f"{what}{row['milliseconds']['median']:10.4f} ms{rate}{host}"
@@ -81,6 +83,7 @@ def _sections(rows: Sequence[Row]) -> Iterator[str]:
     ):
         for key, group in grouped(rows_of(rows, kind, has=_FIELDS[kind]), "dtype", "pass"):
             yield f"### {title}, {TITLES[key[0]]}, {key[1]}\n\n{markdown(group, cell, *columns)}"
+    yield from _derivative_sections(rows)
     yield from _kernel_sections(rows)
     yield from _model_sections(rows)
     absent = {
@@ -88,6 +91,23 @@ def _sections(rows: Sequence[Row]) -> Iterator[str]:
     }
     if absent:
         yield "### Not measured\n\n" + "\n".join(sorted(absent)) + "\n"
+
+
+def _derivative_sections(rows: Sequence[Row]) -> Iterator[str]:
+    """Tables of derivatives: what a pass takes in our own passes, and its memory."""
+    for (dtype,), group in grouped(rows_of(rows, "derivatives"), "dtype"):
+        for title, field, cell in (
+            ("in our own forwards, or training steps", "ratio", "{:.2f}"),
+            ("double backward beyond the training step, in our own backwards", "backwards", "{:.2f}"),
+            ("peak memory over inputs, MiB", "peak_bytes", "{:.1f}"),
+        ):
+            divisor = 2**20 if field == "peak_bytes" else 1
+            lines = [
+                {**row, "case": f"{row['case']}, {row['pass']}", "text": cell.format(row[field] / divisor)}
+                for row in rows_of(group, "derivatives", has=field)
+            ]
+            if lines:
+                yield f"### Derivatives, {TITLES[dtype]}, {title}\n\n{markdown(lines, text)}"
 
 
 def _kernel_sections(rows: Sequence[Row]) -> Iterator[str]:

@@ -3,7 +3,7 @@
 import pytest
 import torch
 
-from bench import derivatives
+from bench import derivatives, facts, tables
 from bench.cases import Case
 from bench.operator import make_inputs
 
@@ -14,6 +14,11 @@ def test_rows():
     rows = list(derivatives.measure(CASE, torch.device("cpu"), "float32", 2))
     found = {(row["who"], row["pass"]): row["ratio"] for row in rows}
     assert set(found) == {(who, name) for who in ("ours", "torch, math") for name in derivatives.UNITS}
+    doubled = {(row["who"], row["pass"]) for row in rows if "backwards" in row}
+    assert doubled == {key for key in found if key[1].startswith("double backward")}
+    table = tables.tables({**facts.of_run("bench", torch.device("cpu"), "a commit"), "rows": rows})
+    for name in derivatives.UNITS:
+        assert f"| self, {name} |" in table
     assert found["ours", "forward"] == found["ours", "training"] == pytest.approx(1)
 
 
