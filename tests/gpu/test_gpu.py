@@ -270,6 +270,8 @@ KINDS = {
     "hopper, 256, masked": TINY.with_(head_dim=256, dtype=FP16, mask="random"),
     "hopper, fp32, 64": TINY.with_(head_dim=64),
     "hopper, fp32, 128": TINY.with_(head_dim=128),
+    "hopper, list, 32": many_groups(45, head_dim=32, dtype=FP16),  # two blocks a multiprocessor
+    "hopper, list, 64": many_groups(45, head_dim=64, dtype=BF16),
     "hopper, split keys": Case((3, 2100), "ab>ab", head_dim=64, cached="b", dtype=BF16),
     "portable, 64, masked": TINY.with_(head_dim=64, dtype=BF16, layout="strided", mask="random"),
     "portable, fp32, 20": TINY.with_(head_dim=20, layout="strided"),

@@ -53,6 +53,8 @@ def test_a_part_that_all_tangents_share_is_not_rounded(device):
     check(moving)
 
 
+@pytest.mark.sanitizer
+@pytest.mark.every_kind
 @pytest.mark.parametrize("dtype", ["fp32", "bf16"])
 @pytest.mark.parametrize("name", ["many keys, few queries", "listed twice", "dropout"])
 def test_equal_bits(name, dtype, device):
