@@ -280,6 +280,8 @@ def units_of(dtype: torch.dtype, device: torch.device) -> Units:
     if device.type == "cpu":
         return Units(accumulator, stored, 0, accumulator, 0)
     exponential = 2**-22  # of ex2.approx, says the PTX manual
+    if dtype == torch.float32:  # whose p begin at 2^8: an exponent beyond 8 is rounded to a multiple of 2^-20
+        exponential += math.log(2) * 2**-21
     # Tensor cores cut sums off instead of rounding them: each of the additions loses half a unit on average, always
     # towards zero, and of half of the sum on average. An addition brings 16 products of 16 bits.
     if dtype != torch.float32:

@@ -123,6 +123,7 @@ def exact_and_yardstick(moving: Moving, trials: int = 8) -> tuple[Results, dict[
     generator = torch.Generator(device).manual_seed(1)
     units = units_of(moving.inputs.case.dtype, device)
     of_sums = units.accumulator + units.product + units.lost
+    of_exponentials = max(1.0, units.exponential / of_sums)  # in roundings of a sum
 
     def rounded(x: Tensor, stored: bool = False, size: Tensor | None = None) -> Tensor:
         """Off by a rounding of the accumulator relative to size, and where it is stored by one of the dtype."""
@@ -132,15 +133,18 @@ def exact_and_yardstick(moving: Moving, trials: int = 8) -> tuple[Results, dict[
 
     errors: dict[str, float] = {}
     for _ in range(trials):
-        for name, x in vars(formulas(moving, rounded)).items():
+        for name, x in vars(formulas(moving, rounded, of_exponentials)).items():
             expected = getattr(exact, name)
             error = float((x - expected).abs().max()) if x.numel() else 0.0
             errors[name] = max(errors.get(name, 0.0), error)
     return exact, errors
 
 
-def formulas(moving: Moving, r: Noise) -> Results:
-    """The operators' results in fp64, where r makes what it likes of intermediate results."""
+def formulas(moving: Moving, r: Noise, of_exponentials: float = 1.0) -> Results:
+    """The operators' results in fp64, where r makes what it likes of intermediate results.
+
+    Exponentials are off by so many roundings of a sum, those of a row perhaps all alike.
+    """
     i, case = moving.inputs, moving.inputs.case
     weights, kept, seen = _multiplicities(moving)
 
@@ -163,8 +167,8 @@ def formulas(moving: Moving, r: Noise) -> Results:
     def product(a: Tensor, b: Tensor, factor: float = 1.0, stored: bool = False) -> Tensor:
         return r(factor * a @ b, stored, abs(factor) * a.abs() @ b.abs())
 
-    def total(x: Tensor) -> Tensor:
-        return r(x.sum(-1, keepdim=True), False, x.abs().sum(-1, keepdim=True))
+    def total(x: Tensor, roundings: float = 1.0) -> Tensor:
+        return r(x.sum(-1, keepdim=True), False, roundings * x.abs().sum(-1, keepdim=True))
 
     s = torch.where(weights > 0, product(q, k.mT, scale), -torch.inf)
     top = s.amax(-1, keepdim=True).clamp(min=-1e300) if s.shape[-1] else 0.0
@@ -174,11 +178,12 @@ def formulas(moving: Moving, r: Noise) -> Results:
     lse = r(r(top + torch.log(mass.where(mass > 0, 1.0))))
     # An exponent is a difference of two numbers that may be larger than it is.
     finite = torch.where(weights > 0, s, 0.0)
-    once = r(torch.where(weights > 0, torch.exp(r(finite - lse, False, finite.abs() + lse.abs())), 0.0))
+    once = torch.where(weights > 0, torch.exp(r(finite - lse, False, finite.abs() + lse.abs())), 0.0)
+    once = r(once, False, of_exponentials * once)
     p, dropped = weights * once, kept * once
     out = r(product(dropped, v), True)
     s_dot = r(product(q_dot, k.mT, scale) + product(q, k_dot.mT, scale))
-    mu = total(p * s_dot)
+    mu = total(p * s_dot, of_exponentials)
     z = torch.where(weights > 0, s_dot - mu, 0.0)
     out_dot = r(product(r(dropped * z, True), v) + product(r(dropped, True), v_dot), True)
     eps = total(y * out) - y_lse[..., None]

@@ -3,9 +3,9 @@
 //
 //   h = p (s' - c)     r = sum of h     a = sum of (h v + p v')     lse' = r / l + c     out' = a / l - (r / l) out
 //
-// with l the sum of p. c is the row's mean of s' so far, taken anew whenever its softmax_base is raised: so a part that
-// all s' of a row share does not cancel in rounded sums. Dropout's factors are on h and p in a, and in out, but not in
-// r and l.
+// with l the sum of p. c is the row's mean of s' so far, taken anew with every block that weighs more than an eighth of
+// those before: so neither a part that all s' of a row share cancels in rounded sums, nor the s' of a key that has
+// nearly all of the weight. Dropout's factors are on h and p in a, and in out, but not in r and l.
 //
 // p and the output are computed as the forward does it, although log-sum-exps are known: that takes the MMAs of p with
 // v, and none of what large log-sum-exps would want.
@@ -44,10 +44,10 @@ struct MovingRows {
   float mean[2 * kTilesM] = {};           // c
   float sum[2 * kTilesM] = {};            // r, of this lane's columns
 
-  // For rows of which bit i of `raised` is set, from here on s' count from their mean so far, this block included.
+  // For rows of which bit i of `moves` is set, from here on s' count from their mean so far, this block included.
   // mass_before: what p came to before it, of this lane's columns. x: s' but for the scale.
   template <int kTilesN>
-  __device__ void move_means(unsigned raised, const float (&mass_before)[2 * kTilesM],
+  __device__ void move_means(unsigned moves, const float (&mass_before)[2 * kTilesM],
                              const float (&p)[kTilesM][kTilesN][4], const float (&x)[kTilesM][kTilesN][4], float scale,
                              const float (&primal_out)[kTilesM][kTilesOut][4]) {
 #pragma unroll
@@ -63,7 +63,7 @@ struct MovingRows {
       const float before = sum_of_quad(mass_before[row]);
       const float total = fmaf(before, mean[row], sum_of_quad(fmaf(tangent, scale, sum[row])));
       const float moved = total / (before + sum_of_quad(mass));
-      if (!(raised >> row & 1) || !isfinite(moved)) continue;
+      if (!(moves >> row & 1) || !isfinite(moved)) continue;
       const float change = mean[row] - moved;
       mean[row] = moved;
       sum[row] = fmaf(change, mass_before[row], sum[row]);
@@ -178,9 +178,7 @@ __global__ void __launch_bounds__(jvp_tile(kArithmetic, kHeadDim, kMoving).num_t
     if (mask != nullptr || block.num_rows < kTile.block_rows) {
       mask_columns(p, block.num_rows, mask == nullptr ? nullptr : mask + block.row_begin);
     }
-    unsigned raised = 0;  // bit i: the softmax_base of this thread's row i
     softmax.raise_softmax_bases(p, args.scale_log2, [&](int row, float factor) {
-      if (factor != 1) raised |= 1u << row;
       scale_row(out, row, factor);
 #pragma unroll
       for (int t = 0; t < kDirections; ++t) {
@@ -192,12 +190,19 @@ __global__ void __launch_bounds__(jvp_tile(kArithmetic, kHeadDim, kMoving).num_t
 #pragma unroll
     for (int row = 0; row < 2 * kTilesM; ++row) mass_before[row] = softmax.sum_of(row);
     softmax.template exponentiate<kTilesN>(p, 0, args.scale_log2);
+    unsigned moves = 0;  // bit i: the mean of this thread's row i moves, by what any of the row's four lanes says
+#pragma unroll
+    for (int row = 0; row < 2 * kTilesM; ++row) {
+      if (softmax.sum_of(row) > 1.125f * mass_before[row]) moves |= 1u << row;
+    }
+    moves |= __shfl_xor_sync(0xFFFFFFFF, moves, 1);
+    moves |= __shfl_xor_sync(0xFFFFFFFF, moves, 2);
     if (drops) {
       const Dropout dropout(args.dropout, static_cast<int>(context.batch_head()));
       const WorkRange& range = walk.range_of(block);
       mark_dropped_columns(p, dropout, item.row_begin + thread_row, range.range_index, block.row_begin - range.begin);
     }
-    const bool some_raised = __any_sync(0xFFFFFFFF, raised != 0);
+    const bool some_move = __any_sync(0xFFFFFFFF, moves != 0);
 
 #pragma unroll
     for (int t = 0; t < kDirections; ++t) {
@@ -209,7 +214,7 @@ __global__ void __launch_bounds__(jvp_tile(kArithmetic, kHeadDim, kMoving).num_t
       if constexpr (kMovesKeys) {
         if (moves_k) multiply_rows<Mma>(x, lane_q, warp_row, lane_q.at(shared.k_dot[stage]));
       }
-      if (some_raised) moving[t].move_means(raised, mass_before, p, x, args.scale, out);
+      if (some_move) moving[t].move_means(moves, mass_before, p, x, args.scale, out);
       moving[t].weigh(x, p, args.scale);
       if (drops) zero_where_dropped(x, p);
       multiply_scores<Mma>(moving[t].out, x, lane_q.at(shared.v[stage]));
