@@ -20,6 +20,7 @@ NAMES = {
     "fa3": "FA3",
     "fa4": "FA4",
     "flex": "FlexAttention",
+    "cudnn, one batch": "cuDNN, one batch",
     "efficient": "memory-efficient",
     "sdpa": "torch SDPA",
     "noether": "noether",
@@ -134,7 +135,7 @@ def _questions() -> Iterator[Question]:
         "TFLOP/s, bf16; groups of one size that attend to themselves, heads x head_dim, beside one call of cuDNN for "
         "all of them as a batch, and chunks that attend to themselves and to pooled tokens.",
         ("groups-bf16",),
-        _operator,
+        _groups,
     )
     yield Question(
         "How fast are the portable kernels?",
@@ -245,11 +246,11 @@ def _peak(row: Row) -> str:
     return f"{row['peak_bytes'] / 2**20:.0f}" if "peak_bytes" in row else ""
 
 
-def _eager(compare: Callable[[Sequence[Row]], str]) -> Callable[[Sequence[Row]], str]:
-    """Compares eager calls of everybody who has a column, by the names of this page."""
+def _compared(compare: Callable[[Sequence[Row]], str], mode: str = "eager") -> Callable[[Sequence[Row]], str]:
+    """Compares calls of everybody who has a column, eager unless said otherwise, by the names of this page."""
 
     def of_group(group: Sequence[Row]) -> str:
-        rows = (row for row in group if row.get("mode", "eager") == "eager" and row["who"] in NAMES)
+        rows = (row for row in group if row.get("mode", "eager") == mode and row["who"] in NAMES)
         return compare([{**row, "who": NAMES[row["who"]]} for row in rows])
 
     return of_group
@@ -260,7 +261,19 @@ def _operator(rows: Sequence[Row]) -> Iterator[str]:
     from_graph = _column("ours", _rate, "ours, graph", mode="graph")
     for (passed,), group in grouped(rows_of(rows, "operator"), "pass"):
         yield f"### {passed.capitalize()}\n"
-        yield _by_case(group, [ours, from_graph, *others, ("ours / best other", _eager(tables.ahead))])
+        yield _by_case(group, [ours, from_graph, *others, ("ours / best other", _compared(tables.ahead))])
+
+
+def _groups(rows: Sequence[Row]) -> Iterator[str]:
+    columns = [
+        _column(who, _rate, NAMES[who] + (", graph" if mode == "graph" else ""), mode=mode)
+        for mode in ("eager", "graph")
+        for who in ("ours", "cudnn, one batch")
+    ]
+    ratios = [("ours / cuDNN", _compared(tables.ahead)), ("by graph", _compared(tables.ahead, "graph"))]
+    for (passed,), group in grouped(rows_of(rows, "operator"), "pass"):
+        yield f"### {passed.capitalize()}\n"
+        yield _by_case(group, [*columns, *ratios])
 
 
 def _fp32(rows: Sequence[Row]) -> Iterator[str]:
@@ -280,9 +293,9 @@ def _layer(rows: Sequence[Row]) -> Iterator[str]:
         ours,
         _column("ours", _rate, "ours, graph", mode="graph"),
         *others,
-        ("ours is faster", _eager(tables.faster)),
+        ("ours is faster", _compared(tables.faster)),
         *(_column(who, _peak, f"{NAMES[who]}, MiB") for who in ("ours", "noether")),
-        ("memory", _eager(_ratio_of_peaks)),
+        ("memory", _compared(_ratio_of_peaks)),
     ]
     for (dtype, passed), group in grouped(rows_of(rows, "layer"), "dtype", "pass"):
         if passed != "forward":
@@ -293,7 +306,7 @@ def _layer(rows: Sequence[Row]) -> Iterator[str]:
 def _ragged(rows: Sequence[Row]) -> Iterator[str]:
     columns = [
         *_everybody(_rate),
-        ("ours is faster", _eager(tables.faster)),
+        ("ours is faster", _compared(tables.faster)),
         *(_column(who, _peak, f"{NAMES[who]}, MiB") for who in ("ours", "padded")),
     ]
     for (dtype, passed), group in grouped(rows_of(rows, "ragged"), "dtype", "pass"):
@@ -384,7 +397,7 @@ def _best_of_torch(case: Sequence[Row]) -> list[float]:
 def _cpu(rows: Sequence[Row]) -> Iterator[str]:
     columns = [
         *_everybody(lambda row: f"{row['gflops_per_second']:.0f}"),
-        ("ours / best other", _eager(tables.ahead)),
+        ("ours / best other", _compared(tables.ahead)),
     ]
     timed = [row for row in rows if row["kind"] in ("operator", "layer")]
     for (dtype,), group in grouped(timed, "dtype"):

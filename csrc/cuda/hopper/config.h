@@ -104,6 +104,8 @@ constexpr FwdTuning fwd_tuning(int head_dim) {
   }
 }
 
+inline constexpr int kMaxHeadDimOfList = 192;  // a kernel of wider heads would spill
+
 // The tuning of the kernel that goes through a list of tiles, for 16-bit inputs. Lists are of many groups of a few
 // hundred rows each: a tile of 192 rows would be a half empty one for most of them, and to begin and to end an item
 // takes as long as its tiles. At 32 two blocks share a multiprocessor, and one works while the other begins.
@@ -115,7 +117,7 @@ constexpr FwdTuning fwd_tuning_of_list(int head_dim) {
   }
 }
 
-// What work items of a block take, in tenths of a microsecond of an H200 (bench/results/h200/many-groups.txt).
+// What work items of a block take, in tenths of a microsecond of an H200 (docs/kernels/forward.md, diary).
 struct FwdCost {
   int key_tile, rest;
 };

@@ -116,9 +116,12 @@ void launch_fwd(const FwdParams& params, const FwdPlan& plan) {
   } else if (plan.form == FwdForm::kMasked) {
     launch_mask(params, plan.masked_keys);
     launch_tiles<FwdConfig<Element, kHeadDim, kLimbs, FwdForm::kMasked>>(params, plan);
-  } else if (plan.form == FwdForm::kListed) {
-    launch_tiles<FwdConfig<Element, kHeadDim, kLimbs, FwdForm::kListed>>(params, plan);
   } else {
+    if constexpr (kHeadDim <= kMaxHeadDimOfList) {
+      if (plan.form == FwdForm::kListed) {
+        return launch_tiles<FwdConfig<Element, kHeadDim, kLimbs, FwdForm::kListed>>(params, plan);
+      }
+    }
     launch_tiles<Config>(params, plan);
   }
   if (plan.partial_out != nullptr) launch_combine<Element, Config::kBlockM>(params, plan);
