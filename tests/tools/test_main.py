@@ -1,5 +1,6 @@
 """What the package says about itself, and how it behaves without its compiled part and its extras."""
 
+import json
 import os
 import re
 import subprocess
@@ -24,6 +25,47 @@ def run(code_or_module, *, module=False, **variables):
     return subprocess.run([sys.executable, *arguments], capture_output=True, text=True, env=environment, check=False)
 
 
+VARIABLES = ["MIXED_ATTENTION_CPU", "MIXED_ATTENTION_GPU"]
+IN_VAIN = ["typo", "Portable", " portable"]
+GRANTED = ["portable", ""]
+
+# The report of one environment after the other, each by a child that has what its parent has imported.
+REPORTS = """
+import json, os, sys, tempfile
+from mixed_attention import __main__ as main
+
+def report(variables):
+    with tempfile.TemporaryFile("w+") as out, tempfile.TemporaryFile("w+") as err:
+        child = os.fork()
+        if child == 0:
+            sys.stdout, sys.stderr = out, err
+            os.environ.update(variables)
+            try:
+                code = main.main()
+            except SystemExit as error:
+                code = error.code
+            out.flush(), err.flush()
+            os._exit(code or 0)
+        code = os.waitstatus_to_exitcode(os.waitpid(child, 0)[1])
+        out.seek(0), err.seek(0)
+        return code, out.read(), err.read()
+
+print(json.dumps([report(variables) for variables in json.loads(sys.argv[1])]))
+"""
+
+
+@pytest.fixture(scope="module")
+def reports():
+    """What the module prints where a variable has a value: exit status, standard output and error."""
+    asked = [(variable, value) for variable in VARIABLES for value in IN_VAIN + GRANTED]
+    given = json.dumps([{variable: value} for variable, value in asked])
+    command = [sys.executable, "-c", REPORTS, given]
+    environment = {**os.environ, "PYTHONPATH": str(ROOT)}
+    result = subprocess.run(command, capture_output=True, text=True, env=environment, check=False)
+    assert result.returncode == 0, result.stderr
+    return dict(zip(asked, json.loads(result.stdout)))
+
+
 def test_report_of_this_machine():
     result = run("mixed_attention", module=True)
     assert result.returncode == 0, result.stderr
@@ -31,26 +73,23 @@ def test_report_of_this_machine():
         assert fact in result.stdout
 
 
-VARIABLES = ["MIXED_ATTENTION_CPU", "MIXED_ATTENTION_GPU"]
+@pytest.mark.parametrize("variable", VARIABLES)
+@pytest.mark.parametrize("value", IN_VAIN)
+def test_report_of_an_environment_that_asks_in_vain_is_one_line(variable, value, reports):
+    code, out, err = reports[variable, value]
+    assert code == 1
+    assert out == ""
+    assert re.fullmatch(rf"{variable}: expected one of .*portable.*, got {value}\n", err)
 
 
 @pytest.mark.parametrize("variable", VARIABLES)
-@pytest.mark.parametrize("value", ["typo", "Portable", " portable"])
-def test_report_of_an_environment_that_asks_in_vain_is_one_line(variable, value):
-    result = run("mixed_attention", module=True, **{variable: value})
-    assert result.returncode == 1
-    assert result.stdout == ""
-    assert re.fullmatch(rf"{variable}: expected one of .*portable.*, got {value}\n", result.stderr)
-
-
-@pytest.mark.parametrize("variable", VARIABLES)
-@pytest.mark.parametrize("value", ["portable", ""])
-def test_environments_that_ask_for_what_there_is(variable, value):
-    result = run("mixed_attention", module=True, **{variable: value})
-    assert result.returncode == 0, result.stderr
-    assert "CUDA" in result.stdout  # whether or not there is a GPU whose kernels it could name
+@pytest.mark.parametrize("value", GRANTED)
+def test_environments_that_ask_for_what_there_is(variable, value, reports):
+    code, out, err = reports[variable, value]
+    assert code == 0, err
+    assert "CUDA" in out  # whether or not there is a GPU whose kernels it could name
     if variable == "MIXED_ATTENTION_CPU":
-        assert value in result.stdout
+        assert value in out
 
 
 ON_A_CPU = """

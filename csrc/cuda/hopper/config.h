@@ -104,7 +104,8 @@ constexpr FwdTuning fwd_tuning(int head_dim) {
   }
 }
 
-inline constexpr int kMaxHeadDimOfList = 192;  // a kernel of wider heads would spill
+// The head_dims, of the kernels, that have one for lists; it would spill at 256, and each takes its time to compile.
+constexpr bool has_list(int head_dim) { return head_dim == 32 || head_dim == 64 || head_dim == 128; }
 
 // The tuning of the kernel that goes through a list of tiles, for 16-bit inputs. Lists are of many groups of a few
 // hundred rows each: a tile of 192 rows would be a half empty one for most of them, and to begin and to end an item

@@ -117,7 +117,7 @@ void launch_fwd(const FwdParams& params, const FwdPlan& plan) {
     launch_mask(params, plan.masked_keys);
     launch_tiles<FwdConfig<Element, kHeadDim, kLimbs, FwdForm::kMasked>>(params, plan);
   } else {
-    if constexpr (kHeadDim <= kMaxHeadDimOfList) {
+    if constexpr (has_list(kHeadDim)) {
       if (plan.form == FwdForm::kListed) {
         return launch_tiles<FwdConfig<Element, kHeadDim, kLimbs, FwdForm::kListed>>(params, plan);
       }

@@ -56,8 +56,8 @@ bool pays_to_list(const AttentionParams& params, const WorkTable& table, const H
 
 Form make_form(const FwdParams& params) {
   Form made{};
-  const bool may_list =
-      params.dtype != DType::kFloat32 && params.head_dim <= kMaxHeadDimOfList && params.key_padding_mask == nullptr;
+  const bool may_list = params.dtype != DType::kFloat32 && params.key_padding_mask == nullptr &&
+                        with_fwd_kernel(params, []<typename, int kHeadDim, int>() { return has_list(kHeadDim); });
   const bool fits = fits_work_table(params);
   made.exists = fits || (may_list && are_counted_in_32_bits(params));
   if (!made.exists) return made;
