@@ -62,8 +62,8 @@ without_function_modes = torch._C.DisableTorchFunction
 def assume_constant_result(function: Callable[P, R]) -> Callable[P, R]:
     """Marks a function that the compiler calls while it traces, and whose result it then takes for a constant.
 
-    :func:`torch.compiler.assume_constant_result` does the same, and imports the compiler for it, which takes longer than
-    all of this package: in every program that imports it.
+    :func:`torch.compiler.assume_constant_result` does the same, and imports the compiler for it, which takes longer
+    than all of this package: in every program that imports it.
     """
     function._dynamo_marked_constant = True  # type: ignore[attr-defined]
     return function
