@@ -1,4 +1,4 @@
-"""What ours is measured against: the attention operators of others, called once per pattern.
+"""What ours is measured against: the attention operators of others, called once per pattern or once for all.
 
 A peer gets q, k, v ``(B, N, H, D)`` and a plan, and returns the outputs of the plan's query segments, each
 ``(B, n, H, D)``. Rows are gathered as a user of that peer has to: slices, and ``torch.cat`` where a union is not
@@ -19,6 +19,7 @@ from torch import Tensor
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
 import mixed_attention as ma
+from bench import varlen
 
 Dense = Callable[[Tensor, Tensor, Tensor], Tensor]
 Attention = Callable[[Tensor, Tensor, Tensor, ma.AttentionPlan], Sequence[Tensor]]
@@ -117,14 +118,16 @@ def _torch_peer(backend: SDPBackend, dtypes: tuple[torch.dtype, ...], *, graphed
     return Peer(PerPattern(sdpa), partial(sdpa_kernel, [backend]), dtypes=dtypes, graphed=graphed, is_torch=True)
 
 
+FA3, FA4 = "fa3_fwd_interface", "flash_attn.cute.interface"
+
+
 def _imported_peer(module: str, passes: tuple[str, ...]) -> Peer:
     function = importlib.import_module(module).flash_attn_func
-    return Peer(PerPattern(partial(_first_of, function)), passes=passes, dtypes=HALF)
+    return Peer(PerPattern(lambda q, k, v: varlen.first_of(function(q, k, v))), passes=passes, dtypes=HALF)
 
 
-def _first_of(function: Callable[..., object], q: Tensor, k: Tensor, v: Tensor) -> Tensor:
-    out = function(q, k, v)
-    return out[0] if isinstance(out, tuple) else out
+def _varlen_peer(make: Callable[[], Attention], passes: tuple[str, ...] = (FORWARD, BACKWARD)) -> Peer:
+    return Peer(make(), passes=passes, dtypes=HALF, graphed=True)
 
 
 def _flex_peer(passes: tuple[str, ...] = (FORWARD, BACKWARD)) -> Peer:
@@ -140,8 +143,11 @@ PEERS: dict[str, Callable[[], Peer]] = {
     "fa2": lambda: _torch_peer(SDPBackend.FLASH_ATTENTION, HALF, graphed=True),
     "efficient": lambda: _torch_peer(SDPBackend.EFFICIENT_ATTENTION, (torch.float32,), graphed=False),
     "flex": _flex_peer,
-    "fa3": lambda: _imported_peer("fa3_fwd_interface", (FORWARD,)),
-    "fa4": lambda: _imported_peer("flash_attn.cute.interface", (FORWARD, BACKWARD)),
+    "fa3": lambda: _imported_peer(FA3, (FORWARD,)),
+    "fa4": lambda: _imported_peer(FA4, (FORWARD, BACKWARD)),
+    "torch varlen": lambda: _varlen_peer(varlen.of_torch),
+    "fa3 varlen": lambda: _varlen_peer(partial(varlen.of_flash_attention, FA3), (FORWARD,)),
+    "fa4 varlen": lambda: _varlen_peer(partial(varlen.of_flash_attention, FA4)),
 }
 
 CPU_PEERS: dict[str, Callable[[], Peer]] = {

@@ -19,6 +19,9 @@ NAMES = {
     "fa2": "FA2",
     "fa3": "FA3",
     "fa4": "FA4",
+    "torch varlen": "varlen_attn",
+    "fa3 varlen": "FA3 varlen",
+    "fa4 varlen": "FA4 varlen",
     "flex": "FlexAttention",
     "cudnn, one batch": "cuDNN, one batch",
     "efficient": "memory-efficient",
@@ -41,7 +44,9 @@ This page answers one question a section. `python -m bench.report` writes it fro
 - Numbers are medians. Quartiles, all columns and all cases stand on the page that each section links to.
 - A rate counts attended pairs only: 4·B·H·D operations a pair forward, 2.5 times that backward. The rate of a layer
   counts the operations of its attention alone.
-- The others are called once per pattern, through their public interface.
+- The others are called through their public interface. `varlen_attn` of torch, FA3 varlen and FA4 varlen get all
+  patterns in one call, each as a sequence: keys are read in place where they lie in front of one another, and are
+  gathered before where they do not. All others are called once per pattern.
 - On a GPU, calls follow each other without a pause over inputs in rotation. Neither an idle device nor a warm L2 cache
   helps anybody. Since commit 86931a5 each sample is run once before it is timed.
 - Where the GPU is faster than its host, the eager rate is the host's rate. "Graph" is the same call, replayed from a
@@ -114,7 +119,7 @@ def _details(path: Path) -> str:
 def _questions() -> Iterator[Question]:
     yield Question(
         "How fast is the operator in bf16?",
-        "TFLOP/s. The last column divides the best other's time by ours, both eager.",
+        "TFLOP/s. The last columns divide the best other's time by ours, eager and by graph.",
         ("operator-bf16",),
         _operator,
     )
@@ -258,10 +263,11 @@ def _compared(compare: Callable[[Sequence[Row]], str], mode: str = "eager") -> C
 
 def _operator(rows: Sequence[Row]) -> Iterator[str]:
     ours, *others = _everybody(_rate)
-    from_graph = _column("ours", _rate, "ours, graph", mode="graph")
+    graphs = [_column(who, _rate, f"{NAMES[who]}, graph", mode="graph") for who in ("ours", "fa4 varlen")]
+    ratios = [("ours / best other", _compared(tables.ahead)), ("by graph", _compared(tables.ahead, "graph"))]
     for (passed,), group in grouped(rows_of(rows, "operator"), "pass"):
         yield f"### {passed.capitalize()}\n"
-        yield _by_case(group, [ours, from_graph, *others, ("ours / best other", _compared(tables.ahead))])
+        yield _by_case(group, [ours, *others, *graphs, *ratios])
 
 
 def _groups(rows: Sequence[Row]) -> Iterator[str]:

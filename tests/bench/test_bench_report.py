@@ -171,6 +171,7 @@ def some_results():
     rates = {"pass": "forward", "gflops_per_second": 1e5}
     rows = [row("operator", who, median, **rates) for who, median in (("ours", 10), ("fa4", 15), ("cudnn", 20))]
     rows += [row("operator", "ours", 8, mode="graph", **rates | {"gflops_per_second": 2e5})]
+    rows += [row("operator", "fa4 varlen", 12, mode="graph", **rates)]
     result = facts.of_run("bench", torch.device("cpu"), "0123456789abcdef") | {"rows": rows}
     return {Path("a/operator-bf16.json"): result | {"date": "2026-01-01"}, Path("b/unasked.json"): result}
 
@@ -178,8 +179,8 @@ def some_results():
 def test_the_page_answers_a_question_with_its_source():
     page = report.page(some_results())
     section = next(part for part in page.split("\n## ") if part.startswith("How fast is the operator in bf16?"))
-    assert "| case | ours | ours, graph | cuDNN | FA4 | ours / best other |" in section
-    assert "| some case | 100 | 200 | 100 | 100 | 1.50 × FA4 |" in section
+    assert "| case | ours | cuDNN | FA4 | ours, graph | FA4 varlen, graph | ours / best other | by graph |" in section
+    assert "| some case | 100 | 100 | 100 | 200 | 100 | 1.50 × FA4 | 1.50 × FA4 varlen |" in section
     assert "2026-01-01, commit 0123456789ab; [all numbers](performance/a-operator-bf16.md)" in section
     assert some_results()[Path("a/operator-bf16.json")]["command"] in section
 
