@@ -1,6 +1,7 @@
 // Which kernel family serves a call.
 #include "cuda/launch.h"
 
+#include <algorithm>
 #include <utility>
 
 #include "cuda/hopper/launch.h"
@@ -52,6 +53,18 @@ Launch<Params> plan(Choice choice, const Params& params, Launch<Params> (*portab
   return plan<Params>(std::move(choice), params, no_refusal, portable_launch, portable_launch);
 }
 
+// The tangents' launch behind that of the forward, which is faster alone. Both have the workspace in turn.
+Launch<JvpParams> behind(Launch<FwdParams> forward, Launch<JvpParams> tangents) {
+  tangents.workspace_size = std::max(tangents.workspace_size, forward.workspace_size);
+  tangents.run = [forward = std::move(forward.run), tangents = std::move(tangents.run)](const JvpParams& params) {
+    forward(params);
+    JvpParams known = params;
+    known.lse_is_known = true;
+    tangents(known);
+  };
+  return tangents;
+}
+
 }  // namespace
 
 Choice choose_fwd(const Problem& problem) { return choose(problem, hopper::refusal_fwd(problem)); }
@@ -78,7 +91,11 @@ Launch<BwdParams> plan_bwd(const BwdParams& params) {
 }
 
 Launch<JvpParams> plan_jvp(const JvpParams& params) {
-  return plan(choose_jvp(problem_of(params)), params, portable::launch_of_jvp);
+  Launch<JvpParams> tangents = plan(choose_jvp(problem_of(params)), params, portable::launch_of_jvp);
+  if (params.lse_is_known || tangents.choice.family == Family::kNone) return tangents;
+  Launch<FwdParams> forward = plan_fwd(params);
+  if (forward.choice.family == Family::kPortable && portable::jvp_serves_forward(params)) return tangents;
+  return behind(std::move(forward), std::move(tangents));
 }
 
 Launch<BwdJvpParams> plan_bwd_jvp(const BwdJvpParams& params) {

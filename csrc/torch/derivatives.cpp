@@ -145,13 +145,6 @@ std::tuple<Tensor, Tensor, Tensor, Tensor> forward_jvp(const Tensor& q, const Te
                                                        const OptionalTensor& v_dot, at::IntArrayRef segments,
                                                        double softmax_scale, const OptionalTensor& key_padding_mask,
                                                        double dropout_p, const OptionalTensor& dropout_seed) {
-  if (!q.is_cpu()) {  // whose forward may be of a faster family than the kernels of tangents
-    check_tangents(q, k, v, q_dot, k_dot, v_dot);
-    const auto [out, lse] = forward(q, k, v, segments, softmax_scale, key_padding_mask, dropout_p, dropout_seed);
-    const auto [out_dot, lse_dot] =
-        jvp(q, k, v, out, lse, q_dot, k_dot, v_dot, segments, softmax_scale, key_padding_mask, dropout_p, dropout_seed);
-    return {out, lse, out_dot, lse_dot};
-  }
   const Call call =
       prepare(Pass::kForward, q, k, v, segments, softmax_scale, key_padding_mask, dropout_p, dropout_seed);
   const int64_t count = check_tangents(q, k, v, q_dot, k_dot, v_dot);

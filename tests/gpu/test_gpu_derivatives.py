@@ -53,6 +53,25 @@ def test_a_part_that_all_tangents_share_is_not_rounded(device):
     check(moving)
 
 
+@pytest.mark.parametrize("moves", ["q", "qkv"])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16], ids=["fp32", "bf16", "fp16"])
+def test_the_output_beside_tangents_has_what_sums_do_not_hold(dtype, moves, device, monkeypatch):
+    """Sums of the largest values overflow on their way to a mean that does not; an infinite key may weigh nothing."""
+    monkeypatch.setenv("MIXED_ATTENTION_GPU", "portable")
+    case = Case((70, 150), "a>ab b>a", batch_size=2, num_heads=2, head_dim=32, dtype=dtype)
+    moving = make_moving(case, moves, 1, device)
+    i = moving.inputs
+    i.v.fill_(torch.finfo(dtype).max)
+    i.q[..., 0] = i.q[..., 0].abs() + 1
+    i.k[:, 3, :, 0] = -torch.inf
+    expected = torch.ops.mixed_attention.forward(i.q, i.k, i.v, *moving.call)
+    got = torch.ops.mixed_attention.forward_jvp(i.q, i.k, i.v, *moving.tangents, *moving.call)[:2]
+    assert expected[0].isfinite().all()
+    assert expected[1].isfinite().all()
+    for ours, theirs in zip(got, expected):
+        torch.testing.assert_close(ours, theirs, rtol=4 * torch.finfo(dtype).eps, atol=1e-5)
+
+
 @pytest.mark.sanitizer
 @pytest.mark.every_kind
 @pytest.mark.parametrize("dtype", ["fp32", "bf16"])

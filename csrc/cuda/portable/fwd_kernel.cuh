@@ -5,7 +5,7 @@
 
 #include "cuda/common/log_sum_exp.cuh"
 #include "cuda/portable/config.h"
-#include "cuda/portable/plain_row.cuh"
+#include "cuda/portable/repair_rows.cuh"
 #include "cuda/portable/scores.cuh"
 #include "cuda/portable/softmax.cuh"
 #include "cuda/portable/tensor_core.cuh"
@@ -23,25 +23,6 @@ struct FwdArguments {
   float* partial_out;  // FwdBuffers
   RowLse* row_lses;
 };
-
-// Those of a warp's rows that exist and have an output that is not finite: bit i stands for row i. Rows without a sum
-// are as they should be.
-template <int kTilesM, int kTilesN>
-__device__ unsigned rows_to_repair(const float (&out)[kTilesM][kTilesN][4], const RowLse (&row_lses)[2 * kTilesM],
-                                   int num_rows) {
-  unsigned rows = 0;
-#pragma unroll
-  for (int i = 0; i < 2 * kTilesM; ++i) {
-    float zero = 0;
-#pragma unroll
-    for (int n = 0; n < kTilesN; ++n) {
-      zero = fmaf(out[i / 2][n][i % 2 * 2], 0.0f, fmaf(out[i / 2][n][i % 2 * 2 + 1], 0.0f, zero));
-    }
-    const int row = threadIdx.x % 32 / 4 + 8 * i;
-    if (zero != 0 && row_lses[i].has_sum() && row < num_rows) rows |= 1u << row;
-  }
-  return __reduce_or_sync(0xFFFFFFFF, rows);
-}
 
 template <Arithmetic kArithmetic, int kHeadDim>
 struct FwdShared {
@@ -179,32 +160,7 @@ __global__ void __launch_bounds__(fwd_tile(kArithmetic, kHeadDim).num_threads(),
     store_rows<kTile.warp_rows, kHeadDim>(shared.q, warp_row, 0, o, first_row, num_rows);
   }
 
-  // Rows to repair
-  for (; repairs != 0; repairs &= repairs - 1) {
-    const int row = __ffs(static_cast<int>(repairs)) - 1;
-    const auto for_each_key = [&](const auto& visit) {
-      const DropoutParams marks{args.dropout.seed, args.dropout.threshold, 1.0f};
-#pragma unroll 1
-      for (BlockWalk<kTile.block_rows> blocks(work, item, args.work.num_splits); !blocks.done(); blocks.advance()) {
-        const Block block = blocks.block();
-        const WorkRange& range = blocks.range_of(block);
-#pragma unroll 1
-        for (int key = block.row_begin; key < block.row_begin + block.num_rows; ++key) {
-          if (mask != nullptr && !mask[key]) continue;
-          const auto factor = [&] {
-            if (!drops) return 1.0f;
-            const Dropout dropout(marks, static_cast<int>(batch_head));
-            return dropout.factor_at(first_row + row, range.range_index, key - range.begin);
-          };
-          if (!visit(k.row(key), v.row(key), factor)) return;
-        }
-      }
-    };
-    PlainRow<Element, kHeadDim> plain(q.row(first_row + row), q.num_cols, v.num_cols, args.scale_log2);
-    const RowLse row_lse = plain.compute(for_each_key);
-    if (isnan(row_lse.sum_log2)) continue;
-    const float factor = drops ? args.dropout.inverse_keep_probability : 1.0f;
-    __syncwarp();  // what is replaced has been written
+  const auto store_repaired = [&](int row, const auto& plain, const RowLse& row_lse, float factor) {
     if (is_split) {
       plain.store(partial_out + static_cast<int64_t>(row) * params.head_dim_v, factor);
       if (threadIdx.x % 32 == 0) args.row_lses[split_row + row] = row_lse;
@@ -213,7 +169,9 @@ __global__ void __launch_bounds__(fwd_tile(kArithmetic, kHeadDim).num_threads(),
       float* const lse = static_cast<float*>(params.lse) + batch_head * params.seqlen_q;
       if (threadIdx.x % 32 == 0) lse[first_row + row] = log_sum_exp(row_lse, args.scale);
     }
-  }
+  };
+  repair_rows<kTile.block_rows, kHeadDim>(repairs, args, work, item, static_cast<int>(batch_head), mask, q, k, v,
+                                          first_row, store_repaired);
 }
 
 }  // namespace mixed_attention::cuda::portable

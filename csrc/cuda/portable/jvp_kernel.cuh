@@ -7,13 +7,15 @@
 // those before: so neither a part that all s' of a row share cancels in rounded sums, nor the s' of a key that has
 // nearly all of the weight. Dropout's factors are on h and p in a, and in out, but not in r and l.
 //
-// p and the output are computed as the forward does it, although log-sum-exps are known: that takes the MMAs of p with
-// v, and none of what large log-sum-exps would want.
+// p and the output are computed as the forward does it, also where they are known: that takes the MMAs of p with v, and
+// none of what large log-sum-exps would want. So the kernel can write both, instead of a forward before it.
 #pragma once
 
+#include "cuda/common/log_sum_exp.cuh"
 #include "cuda/portable/block_context.cuh"
 #include "cuda/portable/config.h"
 #include "cuda/portable/dropout_marks.cuh"
+#include "cuda/portable/repair_rows.cuh"
 #include "cuda/portable/scores.cuh"
 #include "cuda/portable/softmax.cuh"
 #include "cuda/portable/tangent_config.h"
@@ -238,10 +240,14 @@ __global__ void __launch_bounds__(jvp_tile(kArithmetic, kHeadDim, kMoving).num_t
   const float factor = drops ? args.dropout.inverse_keep_probability : 1.0f;
   softmax.finish(out, row_lses, factor);
 
+  const int num_rows = min(kTile.warp_rows, item.num_rows - warp_row), first_row = item.row_begin + warp_row;
+  const bool writes_primal = !params.lse_is_known;
+  unsigned repairs = 0;
+  if (kArithmetic != Arithmetic::kFloat16 && writes_primal) repairs = rows_to_repair(out, row_lses, num_rows);
+
   ptx::cp_async_wait_all();  // of the queries, where there was no key
   __syncthreads();
   const int64_t first_number = context.batch_head() * params.seqlen_q + item.row_begin;
-  const int num_rows = min(kTile.warp_rows, item.num_rows - warp_row), first_row = item.row_begin + warp_row;
   // Rows through shared memory, to be written whole. A warp meets only its own rows there.
   const auto store = [&](const auto& sums, const auto& target) {
     __syncwarp();
@@ -258,6 +264,11 @@ __global__ void __launch_bounds__(jvp_tile(kArithmetic, kHeadDim, kMoving).num_t
       if (threadIdx.x % 4 == 0 && row < item.num_rows) static_cast<float*>(numbers)[first + row] = number;
     }
   };
+  const auto o = context.rows(params.out, params.out_strides, params.head_dim_v);
+  if (writes_primal) {
+    store(out, o);
+    store_numbers(params.lse, first_number, [&](int i) { return log_sum_exp(row_lses[i], args.scale); });
+  }
 #pragma unroll
   for (int t = 0; t < kDirections; ++t) {
     if (t >= tangents.count) continue;
@@ -283,6 +294,16 @@ __global__ void __launch_bounds__(jvp_tile(kArithmetic, kHeadDim, kMoving).num_t
     store_numbers(params.lse_dot, t * params.lse_dot_step + first_number,
                   [&](int i) { return mass[i] == 0 ? 0.0f : shift[i] + each.mean[i]; });
   }
+
+  const auto store_repaired = [&](int row, const auto& plain, const RowLse& row_lse, float factor) {
+    plain.store(o.row(first_row + row), factor);
+    float* const lse = static_cast<float*>(params.lse) + first_number + warp_row;
+    if (threadIdx.x % 32 == 0) lse[row] = log_sum_exp(row_lse, args.scale);
+  };
+  repair_rows<kTile.block_rows, kHeadDim>(repairs, args, context.work, item, static_cast<int>(context.batch_head()),
+                                          mask, q, context.rows(params.k, params.k_strides, params.head_dim),
+                                          context.rows(params.v, params.v_strides, params.head_dim_v), first_row,
+                                          store_repaired);
 }
 
 }  // namespace mixed_attention::cuda::portable

@@ -22,13 +22,14 @@ void launch_moving(const JvpArguments& args, const GridWork& by_query) {
   check(cudaGetLastError(), "portable_jvp_kernel");
 }
 
-// One of a call's directions.
+// One of a call's directions; the first one's launch writes what none has written yet.
 inline JvpParams direction_of(JvpParams params, int t, int64_t element_size) {
   const auto move = [&](const void*& data, int64_t step) {
     if (data != nullptr) data = static_cast<const char*>(data) + t * step * element_size;
   };
   Tangents& tangents = params.tangents;
   tangents.count = 1;
+  params.lse_is_known |= t > 0;
   move(tangents.q, tangents.q_step);
   move(tangents.k, tangents.k_step);
   move(tangents.v, tangents.v_step);
@@ -55,7 +56,8 @@ void launch_jvp(const JvpParams& params, const GridWork& by_query) {
       std::max(static_cast<float>(scale_log2), std::numeric_limits<float>::denorm_min()),
       static_cast<float>(params.softmax_scale),
       aligned(params.q, params.q_strides) && aligned(params.k, params.k_strides) &&
-          aligned(params.v, params.v_strides) && aligned(params.out_dot, params.out_dot_strides, params.out_dot_step) &&
+          aligned(params.v, params.v_strides) && aligned(params.out, params.out_strides) &&
+          aligned(params.out_dot, params.out_dot_strides, params.out_dot_step) &&
           aligned(tangents.q, tangents.q_strides, tangents.q_step) &&
           aligned(tangents.k, tangents.k_strides, tangents.k_step) &&
           aligned(tangents.v, tangents.v_strides, tangents.v_step),

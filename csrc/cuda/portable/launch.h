@@ -27,6 +27,8 @@ Launch<BwdParams> launch_of_bwd(const BwdParams& params);
 // The same of tangents.
 std::string refusal_of_tangents(const Problem& problem);
 Launch<JvpParams> launch_of_jvp(const JvpParams& params);
+// Whether that launch, which can write out and lse, does so as fast as a forward: its walks over keys are never split.
+bool jvp_serves_forward(const JvpParams& params);
 Launch<BwdJvpParams> launch_of_bwd_jvp(const BwdJvpParams& params);
 
 }  // namespace mixed_attention::cuda::portable

@@ -39,6 +39,8 @@ std::string refusal_of_tangents(const Problem& problem) {
   return "head_dim: " + std::to_string(head_dim) + " has no kernels of tangents";
 }
 
+bool jvp_serves_forward(const JvpParams& params) { return plan_fwd(params).by_query.pass->num_splits == 1; }
+
 JvpPlan plan_jvp(const JvpParams& params) {
   auto plan = plan_of<JvpPlan>(params);
   const Moving moving = moving_of(plan.arithmetic, plan.head_dim, params.tangents);
