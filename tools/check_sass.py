@@ -3,8 +3,8 @@
 ptxas is free to move the exponentials of a tile behind the wait for the product that they are meant to hide under, and
 does so unless the source holds it back. Each kernel must have one exponential for every score of a thread at least
 where an MMA is in flight; where none is, there may be one tile's at most, as before a loop, and
-another one's in the forward, which weighs a tile again where weights overflowed. The forward of bf16 may have twice as
-many: its second way through the items, for outputs that overflowed, goes tile by tile.
+another one's in the forward and its tangent, which weigh a tile again where weights overflowed. The forward of bf16 may
+have twice as many: its second way through the items, for outputs that overflowed, goes tile by tile.
 
 Usage: check_sass.py object...   (needs cuobjdump and nvdisasm: CUDA's, or of the wheels that requirements.txt names)
 """
@@ -20,7 +20,7 @@ FUNCTION = re.compile(r"Function : (\S+)")
 SCORES = re.compile(r"HGMMA\.64x(\d+)x16\S* R\d+, (?:R\d+, )?gdesc\[UR\d+\], RZ, !UPT")
 WAIT_FOR_ALL = re.compile(r"WARPGROUP\.DEPBAR\.LE gsb0, 0x0\b")
 RESCALING = 2  # exponentials beside those of the scores
-FORWARD = "hopper_attention_fwd_kernel"
+FORWARD, TANGENT = "hopper_attention_fwd_kernel", "hopper_attention_jvp_kernel"
 
 
 def disassemble(path: str) -> str:
@@ -61,7 +61,7 @@ def main(objects: list[str]) -> int:
                 continue
             hidden, exposed, scores = count_exponentials(sass)
             ways = 2 if FORWARD in name and "nv_bfloat16" in name else 1
-            tiles = 2 if FORWARD in name else 1
+            tiles = 2 if FORWARD in name or TANGENT in name else 1
             good = hidden >= scores > 0 and exposed <= ways * (tiles * scores + RESCALING)
             print(
                 f"{'ok' if good else 'FAILED'}: {hidden} exponentials under a product, {exposed} under none, "

@@ -13,10 +13,11 @@ namespace {
 
 using Family = Choice::Family;
 
-Choice choose(const Problem& problem, std::string hopper_refusal) {
+Choice choose(const Problem& problem, std::string hopper_refusal,
+              std::string (*refusal_of_portable)(const Problem&) = portable::refusal) {
   if (asks_for_portable_gpu_kernels()) hopper_refusal = "MIXED_ATTENTION_GPU asks for the portable kernels";
   if (hopper_refusal.empty()) return {Family::kHopper, ""};
-  std::string portable_refusal = portable::refusal(problem);
+  std::string portable_refusal = refusal_of_portable(problem);
   if (!portable_refusal.empty()) return {Family::kNone, std::move(portable_refusal)};
   return {Family::kPortable, std::move(hopper_refusal)};
 }
@@ -71,14 +72,16 @@ Choice choose_fwd(const Problem& problem) { return choose(problem, hopper::refus
 
 Choice choose_bwd(const Problem& problem) { return choose(problem, hopper::refusal_bwd(problem)); }
 
-// Hopper has no kernels of its own for tangents.
 Choice choose_jvp(const Problem& problem) {
+  return choose(problem, hopper::refusal_jvp(problem), portable::refusal_of_tangents);
+}
+
+// Hopper has no kernels of its own for gradients of tangents.
+Choice choose_bwd_jvp(const Problem& problem) {
   asks_for_portable_gpu_kernels();
   std::string why = portable::refusal_of_tangents(problem);
   return {why.empty() ? Family::kPortable : Family::kNone, std::move(why)};
 }
-
-Choice choose_bwd_jvp(const Problem& problem) { return choose_jvp(problem); }
 
 Launch<FwdParams> plan_fwd(const FwdParams& params) {
   return plan(choose_fwd(problem_of(params)), params, hopper::refusal_of_fwd, hopper::launch_of_fwd,
@@ -91,8 +94,10 @@ Launch<BwdParams> plan_bwd(const BwdParams& params) {
 }
 
 Launch<JvpParams> plan_jvp(const JvpParams& params) {
-  Launch<JvpParams> tangents = plan(choose_jvp(problem_of(params)), params, portable::launch_of_jvp);
-  if (params.lse_is_known || tangents.choice.family == Family::kNone) return tangents;
+  Launch<JvpParams> tangents = plan(choose_jvp(problem_of(params)), params, hopper::refusal_of_jvp,
+                                    hopper::launch_of_jvp, portable::launch_of_jvp);
+  const Family family = tangents.choice.family;
+  if (params.lse_is_known || family == Family::kNone || family == Family::kHopper) return tangents;
   Launch<FwdParams> forward = plan_fwd(params);
   if (forward.choice.family == Family::kPortable && portable::jvp_serves_forward(params)) return tangents;
   return behind(std::move(forward), std::move(tangents));

@@ -5,8 +5,10 @@ namespace mixed_attention::cuda::hopper {
 
 constexpr const char* kScaleIsZero = "softmax_scale is zero, or as small in fp32";
 constexpr const char* kDropsOut = "there is dropout";
+constexpr const char* kMasks = "there is a key_padding_mask";
 constexpr const char* kMasksFp32 = "there is a key_padding_mask, and the dtype is fp32";
 constexpr const char* kIsNotAligned = "rows of a tensor do not lie at multiples of 16 bytes, or stand for several";
 constexpr const char* kPlanIsTooLarge = "the plan has more segments and ranges than fit the parameters of a kernel";
+constexpr const char* kWantsSplits = "there are few queries of many keys, whose walks want to be split";
 
 }  // namespace mixed_attention::cuda::hopper

@@ -1,0 +1,120 @@
+#include <cuda_bf16.h>
+#include <cuda_fp16.h>
+
+#include <algorithm>
+#include <memory>
+#include <string>
+#include <tuple>
+#include <utility>
+
+#include "cuda/common/device.h"
+#include "cuda/common/kept.h"
+#include "cuda/hopper/fwd/split_items.h"
+#include "cuda/hopper/jvp/config.h"
+#include "cuda/hopper/jvp/launch.h"
+#include "cuda/hopper/jvp/tensors.h"
+#include "cuda/hopper/launch.h"
+#include "cuda/hopper/layout.h"
+#include "cuda/hopper/plan/query_table.h"
+#include "cuda/hopper/refusals.h"
+#include "schedule.h"
+
+namespace mixed_attention::cuda::hopper {
+namespace {
+
+bool moves_keys(const Tangents& tangents) { return tangents.k != nullptr || tangents.v != nullptr; }
+
+// What is decided about a call, made once for all that are alike.
+struct Plan {
+  const char* refusal = nullptr;
+  WorkTable table{};
+};
+
+// These kernels have no splits. Where these would save more time than the kernels themselves do over portable ones,
+// which have, those serve.
+bool wants_splits(WorkTable table, int num_blocks) {
+  constexpr int kTimesFaster = 3;
+  const int64_t steps_of_whole = steps_of_launch(table, num_blocks);
+  split_items(table, num_blocks);
+  return steps_of_whole > kTimesFaster * steps_of_launch(table, num_blocks);
+}
+
+Plan make_plan(const JvpParams& params) {
+  if (!fits_work_table(params)) return {kPlanIsTooLarge};
+  const JvpTuning tuning = jvp_tuning(moves_keys(params.tangents));
+  Plan plan{.table = make_work_table(params, tuning.block_m(), tuning.block_n)};
+  if (wants_splits(plan.table, num_multiprocessors(params.device))) plan.refusal = kWantsSplits;
+  return plan;
+}
+
+std::shared_ptr<const Plan> plan_of(const JvpParams& params) {
+  using Key = std::tuple<uint64_t, bool, int64_t, int64_t, int>;
+  static auto* kept = new Kept<Key, Plan>(256);  // never freed: threads may outlive static objects
+  const Key key{params.schedule->id, moves_keys(params.tangents), params.batch_size, params.num_heads, params.device};
+  return kept->of(key, [&] { return make_plan(params); });
+}
+
+bool can_map(const MovingView& tensor) {
+  return can_map(tensor.still) && (tensor.dot.data == nullptr || can_map(tensor.dot));
+}
+
+// Whether rows lie where the kernels can read and write them.
+bool is_aligned(const JvpParams& params) {
+  for (int direction = 0; direction < params.tangents.count; ++direction) {
+    const JvpTensors tensors = jvp_tensors(params, direction);
+    if (!can_map(tensors.q) || !can_map(tensors.k) || !can_map(tensors.v)) return false;
+    const auto* out_dot = static_cast<const uint16_t*>(params.out_dot) + direction * params.out_dot_step;
+    if (!can_store(out_dot, params.out_dot_strides)) return false;
+  }
+  return params.lse_is_known || can_store(params.out, params.out_strides);
+}
+
+}  // namespace
+
+JvpTensors jvp_tensors(const JvpParams& params, int direction) {
+  const Tangents& tangents = params.tangents;
+  const auto view = [&](const void* data, int64_t seqlen, const Strides& strides) {
+    return TensorView{data, params.dtype, params.batch_size, seqlen, params.num_heads, params.head_dim, strides};
+  };
+  const auto in_direction = [&](const void* data, int64_t step) {
+    return data == nullptr ? nullptr : static_cast<const uint16_t*>(data) + direction * step;
+  };
+  return {{view(params.q, params.seqlen_q, params.q_strides),
+           view(in_direction(tangents.q, tangents.q_step), params.seqlen_q, tangents.q_strides)},
+          {view(params.k, params.seqlen_k, params.k_strides),
+           view(in_direction(tangents.k, tangents.k_step), params.seqlen_k, tangents.k_strides)},
+          {view(params.v, params.seqlen_k, params.v_strides),
+           view(in_direction(tangents.v, tangents.v_step), params.seqlen_k, tangents.v_strides)}};
+}
+
+std::string refusal_jvp(const Problem& problem) {
+  if (problem.dtype == DType::kFloat32) return "the dtype is fp32";
+  if (std::string refusal = refusal_fwd(problem); !refusal.empty()) return refusal;
+  if (problem.head_dim > kJvpHeadDim) {
+    return "head_dim is " + std::to_string(problem.head_dim) + ", above " + std::to_string(kJvpHeadDim);
+  }
+  return "";
+}
+
+const char* refusal_of_jvp(const JvpParams& params) {
+  if (static_cast<float>(params.softmax_scale) == 0) return kScaleIsZero;  // as in the forward
+  if (params.dropout_p != 0) return kDropsOut;
+  if (params.key_padding_mask != nullptr) return kMasks;
+  if (!is_aligned(params)) return kIsNotAligned;
+  return plan_of(params)->refusal;
+}
+
+Launch<JvpParams> launch_of_jvp(const JvpParams& params) {
+  const std::shared_ptr<const Plan> plan = plan_of(params);
+  const JvpTuning tuning = jvp_tuning(moves_keys(params.tangents));
+  return {.layout = layout_of(params, params.schedule->query_segments, tuning.block_m(), tuning.block_n),
+          .run = [plan](const JvpParams& params) {
+            const auto launch = [&]<typename Element>(Element) {
+              moves_keys(params.tangents) ? launch_jvp<Element, true>(params, plan->table)
+                                          : launch_jvp<Element, false>(params, plan->table);
+            };
+            params.dtype == DType::kBFloat16 ? launch(__nv_bfloat16{}) : launch(__half{});
+          }};
+}
+
+}  // namespace mixed_attention::cuda::hopper

@@ -1,0 +1,74 @@
+// Tile sizes of the Hopper kernels for tangents of the forward, and the shared memory of a block.
+#pragma once
+
+#include <cstdint>
+
+#include "cuda/hopper/config.h"
+#include "cuda/hopper/tile/pipe.h"
+
+namespace mixed_attention::cuda::hopper {
+
+// Columns of the kernels; narrower heads get columns of zeros, which are never stored.
+inline constexpr int kJvpHeadDim = 64;
+
+// A thread of a consumer holds scores, their tangents, and both as operands, and the output and its tangent: 184
+// registers with 80 keys, which leaves two warpgroups.
+struct JvpTuning {
+  int block_n, stages;
+
+  static constexpr int kConsumers = 2;
+  constexpr int block_m() const { return kConsumers * kWarpgroupRows; }
+};
+
+// moves_keys: whether tangents of k and v stream as well.
+constexpr JvpTuning jvp_tuning(bool moves_keys) { return moves_keys ? JvpTuning{80, 3} : JvpTuning{80, 4}; }
+
+template <typename Element_, bool kMovesKeys_>
+struct JvpConfig {
+  using Element = Element_;
+  static constexpr bool kMovesKeys = kMovesKeys_;  // or queries alone
+  static constexpr int kHeadDim = kJvpHeadDim;
+  static constexpr JvpTuning kTuning = jvp_tuning(kMovesKeys);
+  static constexpr int kConsumers = kTuning.kConsumers, kBlockM = kTuning.block_m(), kBlockN = kTuning.block_n;
+  static constexpr int kStages = kTuning.stages, kQueryBuffers = 2;
+  static constexpr int kProducerRegisters = 40, kConsumerRegisters = 232;
+  static constexpr int kThreads = (1 + kConsumers) * kWarpgroup;
+  static constexpr int kBlocks = 1;
+
+  // One slab each.
+  static constexpr int kTileBytesM = kBlockM * kRowBytes;
+  static constexpr int kTileBytesN = kBlockN * kRowBytes;
+
+  static_assert(kHeadDim * sizeof(Element) == kRowBytes, "a tile is one slab");
+  static_assert(kProducerRegisters + kConsumers * kConsumerRegisters <= 65536 / kThreads / 8 * 8 * (1 + kConsumers),
+                "the warpgroups ask for more registers than the launch gives, and would wait for ever");
+};
+
+// A tensor's tiles and those of its tangent, which come and go together.
+template <typename Element, int kCount, int kRows, bool kMoves>
+struct MovingTiles {
+  alignas(1024) Element still[kCount][kRows * kJvpHeadDim];
+  alignas(1024) Element dot[kCount][kRows * kJvpHeadDim];
+};
+
+template <typename Element, int kCount, int kRows>
+struct MovingTiles<Element, kCount, kRows, false> {
+  alignas(1024) Element still[kCount][kRows * kJvpHeadDim];
+};
+
+template <typename Config>
+struct JvpSharedStorage {
+  using Element = typename Config::Element;
+
+  MovingTiles<Element, Config::kQueryBuffers, Config::kBlockM, true> q;
+  MovingTiles<Element, Config::kStages, Config::kBlockN, Config::kMovesKeys> k;
+  MovingTiles<Element, Config::kStages, Config::kBlockN, Config::kMovesKeys> v;
+
+  Pipe<Config::kQueryBuffers> q_pipe;
+  Pipe<Config::kStages> k_pipe;
+  Pipe<Config::kStages> v_pipe;
+
+  float bases[2][Config::kBlockM];  // of the rows of two items, by turns: RowBases
+};
+
+}  // namespace mixed_attention::cuda::hopper

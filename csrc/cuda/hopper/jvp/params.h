@@ -1,0 +1,33 @@
+// The parameters of the kernels for tangents of the forward as they travel to the device.
+#pragma once
+
+#include <cuda.h>
+
+#include <cstdint>
+
+#include "cuda/hopper/plan/query_table.h"
+#include "params.h"
+
+namespace mixed_attention::cuda::hopper {
+
+// A tensor and its tangent in one direction, as TMA reads them: tensor_map.h.
+struct MovingMaps {
+  CUtensorMap still, dot;
+  int still_batch_step, dot_batch_step;  // 1, or 0 where one sequence serves the whole batch
+  bool moves;                            // else there is no map of a tangent
+};
+
+struct JvpKernelParams {
+  MovingMaps q, k, v;
+  void* out;   // (batch_size, seqlen_q, num_heads, head_dim); null where it is known
+  float* lse;  // (batch_size, num_heads, seqlen_q), likewise
+  void* out_dot;
+  float* lse_dot;
+  Strides out_strides, out_dot_strides;
+  int64_t seqlen_q;
+  int head_dim;  // at most the kernel's
+  float softmax_scale, softmax_scale_log2;
+  WorkTable table;
+};
+
+}  // namespace mixed_attention::cuda::hopper
