@@ -3,8 +3,8 @@
 ptxas is free to move the exponentials of a tile behind the wait for the product that they are meant to hide under, and
 does so unless the source holds it back. Each kernel must have one exponential for every score of a thread at least
 where an MMA is in flight; where none is, there may be one tile's at most, as before a loop, and
-another one's in the forward and its tangent, which weigh a tile again where weights overflowed. The forward of bf16 may
-have twice as many: its second way through the items, for outputs that overflowed, goes tile by tile.
+another one's in the forward and its tangent, which weigh a tile again where weights overflowed. Those of bf16 may have
+twice as many: their second way through the items, for outputs that overflowed, goes tile by tile.
 
 Usage: check_sass.py object...   (needs cuobjdump and nvdisasm: CUDA's, or of the wheels that requirements.txt names)
 """
@@ -60,8 +60,9 @@ def main(objects: list[str]) -> int:
             if "HGMMA" not in sass:
                 continue
             hidden, exposed, scores = count_exponentials(sass)
-            ways = 2 if FORWARD in name and "nv_bfloat16" in name else 1
-            tiles = 2 if FORWARD in name or TANGENT in name else 1
+            is_forward = FORWARD in name or TANGENT in name
+            ways = 2 if is_forward and "nv_bfloat16" in name else 1
+            tiles = 2 if is_forward else 1
             good = hidden >= scores > 0 and exposed <= ways * (tiles * scores + RESCALING)
             print(
                 f"{'ok' if good else 'FAILED'}: {hidden} exponentials under a product, {exposed} under none, "

@@ -16,8 +16,8 @@ template <typename Config>
 inline constexpr bool kMayOverflow = std::is_same_v<typename Config::Element, __nv_bfloat16>;
 
 // Takes note of outputs of a thread's two rows that are not finite; exists: of each row.
-template <typename Config>
-__device__ inline void note_overflow(FwdSharedStorage<Config>& shared, const float (&o)[Config::kHeadDim / 2],
+template <template <typename> typename SharedStorage, typename Config>
+__device__ inline void note_overflow(SharedStorage<Config>& shared, const float (&o)[Config::kHeadDim / 2],
                                      const bool (&exists)[2]) {
   float zero[2] = {};  // NaN of a row that has such an output
 #pragma unroll

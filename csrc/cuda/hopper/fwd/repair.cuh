@@ -20,16 +20,16 @@ namespace mixed_attention::cuda::hopper {
 
 // True if the block has to go through its work items once more. Producers and consumers ask behind their last item, and
 // wait for the last consumer.
-template <typename Config>
-__device__ inline bool must_repair(FwdSharedStorage<Config>& shared) {
+template <template <typename> typename SharedStorage, typename Config>
+__device__ inline bool must_repair(SharedStorage<Config>& shared) {
   if constexpr (!kMayOverflow<Config>) return false;
   ptx::mbarrier_wait(shared.finished, 0);
   return shared.has_overflowed != 0;
 }
 
 // Tells that this consumer warp has done its work items.
-template <typename Config>
-__device__ inline void finish_items(FwdSharedStorage<Config>& shared) {
+template <template <typename> typename SharedStorage, typename Config>
+__device__ inline void finish_items(SharedStorage<Config>& shared) {
   __syncwarp();
   if (kMayOverflow<Config> && threadIdx.x % 32 == 0) ptx::mbarrier_arrive(shared.finished);
 }

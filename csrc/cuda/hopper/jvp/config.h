@@ -69,6 +69,8 @@ struct JvpSharedStorage {
   Pipe<Config::kStages> v_pipe;
 
   float bases[2][Config::kBlockM];  // of the rows of two items, by turns: RowBases
+  uint64_t finished;                // all consumer warps, with all of their items
+  int has_overflowed;               // whether a result has: fwd/overflow.cuh
 };
 
 }  // namespace mixed_attention::cuda::hopper

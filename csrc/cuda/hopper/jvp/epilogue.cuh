@@ -1,57 +1,79 @@
-// Stores the results of a finished item.
+// Results of a finished item: what sums come to, and how that leaves.
 #pragma once
 
 #include <cstdint>
 
 #include "cuda/common/log_sum_exp.cuh"
+#include "cuda/hopper/fwd/overflow.cuh"
 #include "cuda/hopper/fwd/softmax.cuh"
+#include "cuda/hopper/jvp/config.h"
 #include "cuda/hopper/jvp/params.h"
 #include "cuda/hopper/jvp/softmax.cuh"
 #include "cuda/hopper/plan/work_items.cuh"
+#include "cuda/hopper/tile/fragment_values.cuh"
 #include "cuda/hopper/tile/store_rows.cuh"
 
 namespace mixed_attention::cuda::hopper {
 
-// Writes this warp's 16 rows of a tile, those that exist. The sums become the results.
-template <typename Element, int kCount>
-__device__ inline void store_tangents(const JvpKernelParams& params, const ItemRows& tile, int first_row,
-                                      float (&out)[kCount], float (&out_dot)[kCount], OnlineSoftmax softmax,
-                                      const TangentSums& tangents, const RowBases& bases) {
-  const int lane = threadIdx.x % 32;
-  const int row_begin = tile.row_begin + first_row + lane / 4;
-  const int64_t first_number = (int64_t{tile.batch} * params.table.num_heads + tile.head) * params.seqlen_q + row_begin;
-  const auto row_of_tensor = [&](void* data, const Strides& strides) {
-    return static_cast<Element*>(data) + tile.batch * strides.batch + tile.head * strides.head +
-           row_begin * strides.row;
-  };
-  softmax.finish();
-  float shift[2];
+// Makes the output and its tangent of their sums, all zeros in rows without a weight; softmax is finished. Returns the
+// tangents of log-sum-exps.
+template <int kCount>
+__device__ inline RowNumbers finish_tangents(float (&out)[kCount], float (&out_dot)[kCount],
+                                             const OnlineSoftmax& softmax, const TangentSums& tangents) {
+  float inverse[2], shift[2];
+  RowNumbers lse_dot;
 #pragma unroll
-  for (int i = 0; i < 2; ++i) {
-    const float mass = softmax.row_sum[i], sum = quad_sum(tangents.sum[i]);
-    shift[i] = mass == 0 ? 0 : __fdividef(sum, mass);
+  for (int row = 0; row < 2; ++row) {
+    const float sum = quad_sum(tangents.sum[row]);
+    const bool is_empty = softmax.row_sum[row] == 0;
+    inverse[row] = is_empty ? 0 : __fdividef(1, softmax.row_sum[row]);
+    shift[row] = is_empty ? 0 : sum * inverse[row];
+    lse_dot.of_row[row] = is_empty ? 0 : shift[row] + tangents.mean[row];
   }
 #pragma unroll
   for (int i = 0; i < kCount; ++i) {
     const int row = row_of(i);
-    const float mass = softmax.row_sum[row], inverse = mass == 0 ? 0 : __fdividef(1, mass);
-    out[i] *= inverse;
-    out_dot[i] = mass == 0 ? 0 : fmaf(out_dot[i], inverse, -shift[row] * out[i]);
+    out[i] *= inverse[row];
+    out_dot[i] = inverse[row] == 0 ? 0 : fmaf(out_dot[i], inverse[row], -shift[row] * out[i]);
   }
+  return lse_dot;
+}
+
+// The first of a thread's two rows of a tile, in a tensor of outputs; row: among all of its head.
+template <typename Element>
+__device__ inline Element* row_of_output(void* data, const Strides& strides, const ItemRows& tile, int row) {
+  return static_cast<Element*>(data) + tile.batch * strides.batch + tile.head * strides.head + row * strides.row;
+}
+
+// Writes this warp's 16 rows of a tile, those that exist. Sums become results.
+template <typename Config>
+__device__ inline void store_tangents(const JvpKernelParams& params, JvpSharedStorage<Config>& shared,
+                                      const ItemRows& tile, int first_row, float (&out)[Config::kHeadDim / 2],
+                                      float (&out_dot)[Config::kHeadDim / 2], OnlineSoftmax softmax,
+                                      const TangentSums& tangents, const RowBases& bases) {
+  using Element = typename Config::Element;
+  const int lane = threadIdx.x % 32;
+  const int row = tile.row_begin + first_row + lane / 4;
+  const bool exists[2] = {row < tile.row_end, row + 8 < tile.row_end};
+  softmax.finish();
+  const RowNumbers lse_dot = finish_tangents(out, out_dot, softmax, tangents);
+  // An output that overflowed makes its tangent NaN.
+  if constexpr (kMayOverflow<Config>) note_overflow(shared, out_dot, exists);
+  const int64_t first_number = (int64_t{tile.batch} * params.table.num_heads + tile.head) * params.seqlen_q + row;
 #pragma unroll
   for (int i = 0; i < 2; ++i) {
-    const bool exists = row_begin + 8 * i < tile.row_end;
-    const auto store = [&](void* data, const Strides& strides, const float (&result)[kCount]) {
-      store_row(row_of_tensor(data, strides) + 8 * i * strides.row, params.head_dim, result, i, 1, exists);
+    const auto store = [&](void* data, const Strides& strides, const float (&result)[Config::kHeadDim / 2]) {
+      store_row(row_of_output<Element>(data, strides, tile, row) + 8 * i * strides.row, params.head_dim, result, i, 1,
+                exists[i]);
     };
     if (params.out != nullptr) store(params.out, params.out_strides, out);
     store(params.out_dot, params.out_dot_strides, out_dot);
-    if (!exists || lane % 4 != 0) continue;
-    const int64_t number = first_number + 8 * i;
+    if (!exists[i] || lane % 4 != 0) continue;
     if (params.lse != nullptr) {
-      params.lse[number] = log_sum_exp(softmax.template lse<WithTangents<Element>>(i, bases), params.softmax_scale);
+      params.lse[first_number + 8 * i] =
+          log_sum_exp(softmax.template lse<WithTangents<Element>>(i, bases), params.softmax_scale);
     }
-    params.lse_dot[number] = softmax.row_sum[i] == 0 ? 0 : shift[i] + tangents.mean[i];
+    params.lse_dot[first_number + 8 * i] = lse_dot.of_row[i];
   }
 }
 

@@ -16,6 +16,7 @@
 #include "cuda/hopper/jvp/epilogue.cuh"
 #include "cuda/hopper/jvp/mma.cuh"
 #include "cuda/hopper/jvp/params.h"
+#include "cuda/hopper/jvp/repair.cuh"
 #include "cuda/hopper/jvp/softmax.cuh"
 #include "cuda/hopper/plan/work_items.cuh"
 #include "cuda/hopper/tile/load_tile.cuh"
@@ -32,10 +33,9 @@
 namespace mixed_attention::cuda::hopper {
 
 template <typename Config>
-__device__ inline void produce_moving(const JvpKernelParams& params, JvpSharedStorage<Config>& shared) {
+__device__ inline void produce_moving(const JvpKernelParams& params, JvpSharedStorage<Config>& shared,
+                                      uint32_t& num_loaded, RingUse<Config::kQueryBuffers>& q_use) {
   using Ring = RingUse<Config::kStages>;
-  uint32_t num_loaded = 0;
-  RingUse<Config::kQueryBuffers> q_use{0};
   for (ItemWalk<Config::kBlockM> items(params.table); items.next_with_keys(); ++q_use.count) {
     const TileShare share = items.share();
     const ItemRows queries = items.rows();
@@ -143,10 +143,7 @@ __device__ inline void consume_moving(const JvpKernelParams& params, JvpSharedSt
     mma.take_factors();
   };
   const auto add_tile = [&] {
-    tangents.add_tile(softmax, [&](const float (&change)[2]) {
-      add_rows(mma.x, mma.s, change);
-      add_rows(mma.out_dot, mma.out, change);
-    });
+    tangents.add_tile(softmax, [&](const float (&change)[2]) { mma.move_means(change); });
     softmax.add_tile();
     mma.take_factors();
   };
@@ -184,8 +181,7 @@ __device__ inline void consume_moving(const JvpKernelParams& params, JvpSharedSt
         finish_scores(tile);
         softmax.raise<Numbers, 0>(mma.s, scale_log2, factor, bases_of(q_use.count));
         softmax.settle<Numbers>();
-        scale_rows(mma.out, factor);
-        scale_rows(mma.out_dot, factor);
+        mma.scale_sums(factor);
         tangents.scale(factor);
         weigh();
       }
@@ -220,16 +216,19 @@ __device__ inline void consume_moving(const JvpKernelParams& params, JvpSharedSt
       mma.wait();
     }
     release(shared.v_pipe, v_use);
-    store_tangents<typename Config::Element>(params, finished.rows(), first_row, mma.out, mma.out_dot, total, total_dot,
-                                             bases_of(q_use.count - 1));
+    store_tangents(params, shared, finished.rows(), first_row, mma.out, mma.out_dot, total, total_dot,
+                   bases_of(q_use.count - 1));
   }
   // Items without keys
   for (bool is_left = items.item < params.table.num_items; is_left; is_left = items.next()) {
     clear(mma.out);
     clear(mma.out_dot);
-    store_tangents<typename Config::Element>(params, items.rows(), first_row, mma.out, mma.out_dot, OnlineSoftmax{},
-                                             TangentSums{}, bases_of(0));
+    store_tangents(params, shared, items.rows(), first_row, mma.out, mma.out_dot, OnlineSoftmax{}, TangentSums{},
+                   bases_of(0));
   }
+  // Second walk after an overflow
+  finish_items(shared);
+  if (must_repair(shared)) repair_tangents(params, shared, mma, q_use, k_use, first_row);
 }
 
 // Zeros for tangents of what does not move: they stay, as no copy comes.
@@ -266,10 +265,16 @@ __global__ void __launch_bounds__(Config::kThreads, Config::kBlocks)
     init_pipe(shared.q_pipe, 1, kConsumerWarps);
     init_pipe(shared.k_pipe, 1, kConsumerWarps);
     init_pipe(shared.v_pipe, 1, kConsumerWarps);
+    ptx::mbarrier_init(shared.finished, kConsumerWarps);
+    shared.has_overflowed = 0;
     ptx::mbarrier_fence_init();
   };
   const auto produce = [&](int warp) {
-    if (warp == 0 && ptx::elect_one()) produce_moving(params, shared);
+    if (warp != 0 || !ptx::elect_one()) return;
+    uint32_t num_loaded = 0;  // key tiles
+    RingUse<Config::kQueryBuffers> q_use{0};
+    produce_moving(params, shared, num_loaded, q_use);
+    if (must_repair(shared)) produce_moving(params, shared, num_loaded, q_use);
   };
   run_roles<Config>(prepare, produce, [&](int consumer) { consume_moving(params, shared, consumer); });
 }

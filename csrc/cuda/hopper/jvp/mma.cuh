@@ -7,8 +7,10 @@
 
 #include <cstdint>
 
+#include "cuda/hopper/fwd/mma.cuh"
 #include "cuda/hopper/jvp/config.h"
 #include "cuda/hopper/jvp/params.h"
+#include "cuda/hopper/jvp/softmax.cuh"
 #include "cuda/hopper/tile/mma.cuh"
 #include "cuda/ptx/wgmma.cuh"
 
@@ -66,6 +68,18 @@ struct JvpMma {
   }
 
   __device__ void wait() { ptx::wgmma_wait<0>(out, out_dot, s, x); }
+
+  // Rows of both sums by the factors of a thread's two rows.
+  __device__ void scale_sums(const float (&factor)[2]) {
+    scale_rows(out, factor);
+    scale_rows(out_dot, factor);
+  }
+
+  // Takes the last tile's h, and those before, to means that are lower by the changes of a thread's two rows.
+  __device__ void move_means(const float (&change)[2]) {
+    add_rows(x, s, change);
+    add_rows(out_dot, out, change);
+  }
 
   // Makes factors of p and h, which have taken the places of s and x.
   __device__ void take_factors() {

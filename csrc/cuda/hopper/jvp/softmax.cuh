@@ -18,6 +18,8 @@ template <typename Element>
 struct WithTangents {};
 template <>
 constexpr float kMaxTileSum<WithTangents<__half>> = 0x1p6f;
+template <>
+constexpr float kExactBaseLog2OfP<WithTangents<__nv_bfloat16>> = kExactBaseLog2OfP<__nv_bfloat16>;
 
 // Adds rows times the numbers of a thread's two rows.
 template <int kCount>
