@@ -35,6 +35,53 @@ struct BwdJvpArguments {
   float* partial_dq_dot;  // BwdJvpBuffers
 };
 
+// Tiles of the tensors whose rows are queries, and of those whose rows are keys. One kernel owns a tile of the former
+// and streams the latter, the other one does it the other way round.
+template <class Tile>
+struct QuerySide {
+  Tile q, q_dot, dout, dout_dot;
+};
+template <class Tile>
+struct KeySide {
+  Tile k, v, k_dot, v_dot;
+};
+
+// Starts to load rows of a tensor, unless it is null: then it is not there, and nobody reads the tile.
+template <int kThreads, class Element, class Tile>
+__device__ void load_present(Tile& tile, const BlockContext<Element, BwdArguments>& context, const void* tensor,
+                             const Strides& strides, int64_t num_cols, int row_begin, int num_rows,
+                             const bool* mask = nullptr) {
+  if (tensor == nullptr) return;
+  load_tile<kThreads>(tile, context.rows(tensor, strides, num_cols), row_begin, num_rows, mask);
+}
+
+template <int kThreads, class Element, class Tile>
+__device__ void load_side(QuerySide<Tile>& side, const BlockContext<Element, BwdArguments>& context,
+                          const BwdJvpArguments& args, int row_begin, int num_rows) {
+  const BwdParams& params = args.bwd.params;
+  const auto load = [&](Tile& tile, const void* tensor, const Strides& strides, int64_t num_cols) {
+    load_present<kThreads>(tile, context, tensor, strides, num_cols, row_begin, num_rows);
+  };
+  load(side.q, params.q, params.q_strides, params.head_dim);
+  load(side.q_dot, args.tangents.q, args.tangents.q_strides, params.head_dim);
+  load(side.dout, params.dout, params.dout_strides, params.head_dim_v);
+  load(side.dout_dot, args.dout_dot, args.dout_dot_strides, params.head_dim_v);
+}
+
+// Rows that the mask blocks become zero.
+template <int kThreads, class Element, class Tile>
+__device__ void load_side(KeySide<Tile>& side, const BlockContext<Element, BwdArguments>& context,
+                          const BwdJvpArguments& args, int row_begin, int num_rows, const bool* mask) {
+  const BwdParams& params = args.bwd.params;
+  const auto load = [&](Tile& tile, const void* tensor, const Strides& strides, int64_t num_cols) {
+    load_present<kThreads>(tile, context, tensor, strides, num_cols, row_begin, num_rows, mask);
+  };
+  load(side.k, params.k, params.k_strides, params.head_dim);
+  load(side.v, params.v, params.v_strides, params.head_dim_v);
+  load(side.k_dot, args.tangents.k, args.tangents.k_strides, params.head_dim);
+  load(side.v_dot, args.tangents.v, args.tangents.v_strides, params.head_dim_v);
+}
+
 // What becomes of the scores of a pair. On entry p bears the marks of dropped ones, and e and x, which are products of
 // gradients with values, dropout's factors; z is s' but for the scale.
 struct PairGradients {

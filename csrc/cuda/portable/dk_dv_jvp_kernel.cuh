@@ -19,8 +19,8 @@ struct DkDvJvpShared {
     float lse_log2[kTile.block_rows], mu[kTile.block_rows], eps[kTile.block_rows], gamma[kTile.block_rows];
   };
 
-  Owned k, v, k_dot, v_dot;  // k and v: and dk, dv, at the end
-  Streamed q[kTile.stages], q_dot[kTile.stages], dout[kTile.stages], dout_dot[kTile.stages];
+  KeySide<Owned> owned;  // k and v: and dk, dv, at the end
+  QuerySide<Streamed> streamed[kTile.stages];
   Numbers numbers[kTile.stages];
 };
 
@@ -42,8 +42,9 @@ __global__ void __launch_bounds__(bwd_jvp_tile(kArithmetic, kHeadDim).num_thread
   const Tangents& tangents = args.tangents;
   const BlockContext<Element, BwdArguments> context(bwd, in_parameters, kTile.rows);
   const WorkItem& item = context.item;
-  const bool* mask = context.mask;
-  const int64_t first_query = context.batch_head() * params.seqlen_q;
+  const bool* mask = context.mask();
+  const int64_t batch_head = context.batch_head();
+  const int64_t first_query = batch_head * params.seqlen_q;
   const int warp_row = threadIdx.x / 32 * kTile.warp_rows;
   const int thread_row = warp_row + threadIdx.x % 32 / 4;
 
@@ -51,14 +52,7 @@ __global__ void __launch_bounds__(bwd_jvp_tile(kArithmetic, kHeadDim).num_thread
   BlockWalk<kTile.block_rows> walk(context.work, item, bwd.work.num_splits);
   const auto load_next = [&](int stage) {
     const Block block = walk.block();
-    const auto load = [&](auto* tiles, const void* tensor, const Strides& strides, int64_t num_cols) {
-      if (tensor == nullptr) return;
-      load_tile<kThreads>(tiles[stage], context.rows(tensor, strides, num_cols), block.row_begin, block.num_rows);
-    };
-    load(shared.q, params.q, params.q_strides, params.head_dim);
-    load(shared.q_dot, tangents.q, tangents.q_strides, params.head_dim);
-    load(shared.dout, params.dout, params.dout_strides, params.head_dim_v);
-    load(shared.dout_dot, args.dout_dot, args.dout_dot_strides, params.head_dim_v);
+    load_side<kThreads>(shared.streamed[stage], context, args, block.row_begin, block.num_rows);
     static_assert(kThreads >= kTile.block_rows);
     if (threadIdx.x < kTile.block_rows) {
       const int bytes = threadIdx.x < block.num_rows ? 4 : 0;
@@ -70,14 +64,7 @@ __global__ void __launch_bounds__(bwd_jvp_tile(kArithmetic, kHeadDim).num_thread
       ptx::cp_async_4(&numbers.gamma[threadIdx.x], bwd.delta + row, bytes);
     }
   };
-  const auto load_owned = [&](auto& tile, const void* tensor, const Strides& strides, int64_t num_cols) {
-    if (tensor == nullptr) return;
-    load_tile<kThreads>(tile, context.rows(tensor, strides, num_cols), item.row_begin, item.num_rows, mask);
-  };
-  load_owned(shared.k, params.k, params.k_strides, params.head_dim);
-  load_owned(shared.v, params.v, params.v_strides, params.head_dim_v);
-  load_owned(shared.k_dot, tangents.k, tangents.k_strides, params.head_dim);
-  load_owned(shared.v_dot, tangents.v, tangents.v_strides, params.head_dim_v);
+  load_side<kThreads>(shared.owned, context, args, item.row_begin, item.num_rows, mask);
   if (!walk.done()) load_next(0);
 
   // Rows behind the tile's end or blocked by the mask: what comes of their zeroed values is nobody's gradient.
@@ -91,31 +78,32 @@ __global__ void __launch_bounds__(bwd_jvp_tile(kArithmetic, kHeadDim).num_thread
   const bool moves_scores = tangents.q != nullptr || tangents.k != nullptr;  // else all z are 0
   const bool some_references = *bwd.has_references != 0;
 
-  const LaneTile lane_k(shared.k);
+  const LaneTile lane_k(shared.owned.k);
   float dk[kTilesM][kHeadDim / 8][4] = {}, dv[kTilesM][kHeadDim / 8][4] = {};
   for (int stage = 0; !walk.done(); stage = (stage + 1) % kTile.stages) {
     ptx::cp_async_wait_all();
     __syncthreads();
     const Block block = walk.block();
     walk.advance();
+    const auto& streamed = shared.streamed[stage];
 
     float p[kTilesM][kTilesN][4] = {}, z[kTilesM][kTilesN][4] = {};
     float e[kTilesM][kTilesN][4] = {}, x[kTilesM][kTilesN][4] = {};
     const auto multiply = [&](auto& result, const auto& owned, const auto& streamed) {
       multiply_rows<Mma>(result, lane_k.at(owned), warp_row, lane_k.at(streamed));
     };
-    multiply(p, shared.k, shared.q[stage]);
+    multiply(p, shared.owned.k, streamed.q);
     if (some_references) {
       relate_columns<Mma::kLosesInfinities>(p, bwd.references + first_query + block.row_begin, block.num_rows);
     }
     if constexpr (!Mma::kLosesInfinities) {
       if (block.num_rows < kTile.block_rows) clear_columns(p, block.num_rows);
     }
-    if (tangents.q != nullptr) multiply(z, shared.k, shared.q_dot[stage]);
-    if (tangents.k != nullptr) multiply(z, shared.k_dot, shared.q[stage]);
-    multiply(e, shared.v, shared.dout_dot[stage]);
-    if (params.dout != nullptr) multiply(x, shared.v, shared.dout[stage]);
-    if (tangents.v != nullptr) multiply(x, shared.v_dot, shared.dout_dot[stage]);
+    if (tangents.q != nullptr) multiply(z, shared.owned.k, streamed.q_dot);
+    if (tangents.k != nullptr) multiply(z, shared.owned.k_dot, streamed.q);
+    multiply(e, shared.owned.v, streamed.dout_dot);
+    if (params.dout != nullptr) multiply(x, shared.owned.v, streamed.dout);
+    if (tangents.v != nullptr) multiply(x, shared.owned.v_dot, streamed.dout_dot);
     // Behind the MMAs, whose last results take a while.
     if (kTile.stages == 2 && !walk.done()) load_next(stage ^ 1);
 
@@ -124,8 +112,7 @@ __global__ void __launch_bounds__(bwd_jvp_tile(kArithmetic, kHeadDim).num_thread
     if (drops) {
       const WorkRange& range = walk.range_of(block);
       const int key = item.row_begin + thread_row - context.work.segments[item.segment].row_begin + range.range_offset;
-      mark_dropped(p, Dropout(bwd.dropout, static_cast<int>(context.batch_head())), block.row_begin, range.range_index,
-                   key);
+      mark_dropped(p, Dropout(bwd.dropout, static_cast<int>(batch_head)), block.row_begin, range.range_index, key);
       drop_marked(e, p, bwd.dropout.inverse_keep_probability);
       drop_marked(x, p, bwd.dropout.inverse_keep_probability);
     }
@@ -150,10 +137,10 @@ __global__ void __launch_bounds__(bwd_jvp_tile(kArithmetic, kHeadDim).num_thread
       zero_where_dropped(z, p);
       zero_dropped(p);
     }
-    multiply_scores<Mma>(dk, x, lane_k.at(shared.q[stage]));
-    if (tangents.q != nullptr) multiply_scores<Mma>(dk, e, lane_k.at(shared.q_dot[stage]));
-    if (moves_scores) multiply_scores<Mma>(dv, z, lane_k.at(shared.dout_dot[stage]));
-    if (params.dout != nullptr) multiply_scores<Mma>(dv, p, lane_k.at(shared.dout[stage]));
+    multiply_scores<Mma>(dk, x, lane_k.at(streamed.q));
+    if (tangents.q != nullptr) multiply_scores<Mma>(dk, e, lane_k.at(streamed.q_dot));
+    if (moves_scores) multiply_scores<Mma>(dv, z, lane_k.at(streamed.dout_dot));
+    if (params.dout != nullptr) multiply_scores<Mma>(dv, p, lane_k.at(streamed.dout));
     if (kTile.stages == 1 && !walk.done()) {
       __syncthreads();
       load_next(0);
@@ -166,11 +153,12 @@ __global__ void __launch_bounds__(bwd_jvp_tile(kArithmetic, kHeadDim).num_thread
   ptx::cp_async_wait_all();  // of the keys, where there was no query
   __syncthreads();
   const auto store = [&](auto& grad, float factor, float* partial, auto& staging, const auto& target) {
-    if (partial != nullptr) partial += context.split_batch_head() * params.seqlen_k * target.num_cols;
+    if (partial != nullptr) partial += context.split_batch_head(batch_head) * params.seqlen_k * target.num_cols;
     store_grad<kTile.warp_rows>(grad, factor, partial, staging, target, warp_row, 0, item);
   };
-  store(dk, bwd.softmax_scale, bwd.partial_dk, shared.k, context.rows(params.dk, params.dk_strides, params.head_dim));
-  store(dv, drops ? bwd.dropout.inverse_keep_probability : 1.0f, bwd.partial_dv, shared.v,
+  store(dk, bwd.softmax_scale, bwd.partial_dk, shared.owned.k,
+        context.rows(params.dk, params.dk_strides, params.head_dim));
+  store(dv, drops ? bwd.dropout.inverse_keep_probability : 1.0f, bwd.partial_dv, shared.owned.v,
         context.rows(params.dv, params.dv_strides, params.head_dim_v));
 }
 

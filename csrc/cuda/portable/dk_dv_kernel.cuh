@@ -5,6 +5,7 @@
 // Beside that it may add dsᵀ k, its keys' share of dq, to dq_accum.
 #pragma once
 
+#include "ceil_div.h"
 #include "cuda/portable/block_context.cuh"
 #include "cuda/portable/bwd_arguments.cuh"
 #include "cuda/portable/config.h"
@@ -141,7 +142,7 @@ __global__ void __launch_bounds__(dk_dv_tile(kArithmetic, kHeadDim).num_threads(
   const WorkItem& item = context.item;
   const auto q = context.rows(params.q, params.q_strides, params.head_dim);
   const auto dout = context.rows(params.dout, params.dout_strides, params.head_dim_v);
-  const bool* mask = context.mask;
+  const bool* mask = context.mask();
   const int64_t batch_head = context.batch_head();
   const int64_t first_query = batch_head * params.seqlen_q;  // of lse_log2, delta and dq_accum
   // A warp's keys; among the warps that share them, its part of the gradients' columns and of a block's queries
@@ -207,7 +208,7 @@ __global__ void __launch_bounds__(dk_dv_tile(kArithmetic, kHeadDim).num_threads(
         multiply_scores<Mma>(grad, scores, tile, query);
       }
     };
-    const int num_turns = kTurns == 1 ? 1 : (block.num_rows + kScoreRows - 1) / kScoreRows;
+    const int num_turns = kTurns == 1 ? 1 : ceil_div(block.num_rows, kScoreRows);
 #pragma unroll 1
     for (int turn = 0; turn < num_turns; ++turn) {
       // Scores, and dp
@@ -269,8 +270,9 @@ __global__ void __launch_bounds__(dk_dv_tile(kArithmetic, kHeadDim).num_threads(
   }
   ptx::cp_async_wait_all();  // of the keys, where there was no query
   __syncthreads();
+  const int64_t split_batch_head = context.split_batch_head(batch_head);
   const auto partial_of = [&](float* partial, int64_t num_cols) {
-    return partial == nullptr ? nullptr : partial + context.split_batch_head() * params.seqlen_k * num_cols;
+    return partial == nullptr ? nullptr : partial + split_batch_head * params.seqlen_k * num_cols;
   };
   if constexpr (kWantsDk) {
     store_grad<kTile.warp_rows>(dk, args.softmax_scale, partial_of(args.partial_dk, params.head_dim), shared.k,

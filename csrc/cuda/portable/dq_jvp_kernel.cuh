@@ -12,8 +12,8 @@ struct DqJvpShared {
   using Owned = SharedTile<Element, kTile.rows, kHeadDim>;
   using Streamed = SharedTile<Element, kTile.block_rows, kHeadDim>;
 
-  Owned q, q_dot, dout, dout_dot;  // q and q_dot: and their gradients, at the end
-  Streamed k[kTile.stages], v[kTile.stages], k_dot[kTile.stages], v_dot[kTile.stages];
+  QuerySide<Owned> owned;  // q and q_dot: and their gradients, at the end
+  KeySide<Streamed> streamed[kTile.stages];
 };
 
 template <Arithmetic kArithmetic, int kHeadDim>
@@ -34,33 +34,20 @@ __global__ void __launch_bounds__(bwd_jvp_tile(kArithmetic, kHeadDim).num_thread
   const Tangents& tangents = args.tangents;
   const BlockContext<Element, BwdArguments> context(bwd, in_parameters, kTile.rows);
   const WorkItem& item = context.item;
-  const bool* mask = context.mask;
+  const bool* mask = context.mask();
+  const int64_t batch_head = context.batch_head();
   const int warp_row = threadIdx.x / 32 * kTile.warp_rows;
   const int thread_row = warp_row + threadIdx.x % 32 / 4;
 
   BlockWalk<kTile.block_rows> walk(context.work, item, bwd.work.num_splits);
   const auto load_next = [&](int stage) {
     const Block block = walk.block();
-    const auto load = [&](auto* tiles, const void* tensor, const Strides& strides, int64_t num_cols) {
-      if (tensor == nullptr) return;
-      load_tile<kThreads>(tiles[stage], context.rows(tensor, strides, num_cols), block.row_begin, block.num_rows, mask);
-    };
-    load(shared.k, params.k, params.k_strides, params.head_dim);
-    load(shared.v, params.v, params.v_strides, params.head_dim_v);
-    load(shared.k_dot, tangents.k, tangents.k_strides, params.head_dim);
-    load(shared.v_dot, tangents.v, tangents.v_strides, params.head_dim_v);
+    load_side<kThreads>(shared.streamed[stage], context, args, block.row_begin, block.num_rows, mask);
   };
-  const auto load_owned = [&](auto& tile, const void* tensor, const Strides& strides, int64_t num_cols) {
-    if (tensor != nullptr)
-      load_tile<kThreads>(tile, context.rows(tensor, strides, num_cols), item.row_begin, item.num_rows);
-  };
-  load_owned(shared.q, params.q, params.q_strides, params.head_dim);
-  load_owned(shared.q_dot, tangents.q, tangents.q_strides, params.head_dim);
-  load_owned(shared.dout, params.dout, params.dout_strides, params.head_dim_v);
-  load_owned(shared.dout_dot, args.dout_dot, args.dout_dot_strides, params.head_dim_v);
+  load_side<kThreads>(shared.owned, context, args, item.row_begin, item.num_rows);
   if (!walk.done()) load_next(0);
 
-  const int64_t first_row = context.batch_head() * params.seqlen_q + item.row_begin + thread_row;
+  const int64_t first_row = batch_head * params.seqlen_q + item.row_begin + thread_row;
   float lse_log2[2 * kTilesM], mu[2 * kTilesM], eps[2 * kTilesM], gamma[2 * kTilesM];
   bool has_reference = false;
 #pragma unroll
@@ -76,28 +63,29 @@ __global__ void __launch_bounds__(bwd_jvp_tile(kArithmetic, kHeadDim).num_thread
   has_reference = __any_sync(0xFFFFFFFF, has_reference);
   const bool drops = bwd.dropout.seed != nullptr;
 
-  const LaneTile lane_q(shared.q);
+  const LaneTile lane_q(shared.owned.q);
   float dq[kTilesM][kHeadDim / 8][4] = {}, dq_dot[kTilesM][kHeadDim / 8][4] = {};
   for (int stage = 0; !walk.done(); stage = (stage + 1) % kTile.stages) {
     ptx::cp_async_wait_all();
     __syncthreads();
     const Block block = walk.block();
     walk.advance();
+    const auto& streamed = shared.streamed[stage];
 
     float p[kTilesM][kTilesN][4] = {}, z[kTilesM][kTilesN][4] = {};
     float e[kTilesM][kTilesN][4] = {}, x[kTilesM][kTilesN][4] = {};
     const auto multiply = [&](auto& result, const auto& owned, const auto& streamed) {
       multiply_rows<Mma>(result, lane_q.at(owned), warp_row, lane_q.at(streamed));
     };
-    multiply(p, shared.q, shared.k[stage]);
+    multiply(p, shared.owned.q, streamed.k);
     if (has_reference) {
       relate_rows<Mma::kLosesInfinities>(p, bwd.references + first_row, item.num_rows - thread_row);
     }
-    if (tangents.q != nullptr) multiply(z, shared.q_dot, shared.k[stage]);
-    if (tangents.k != nullptr) multiply(z, shared.q, shared.k_dot[stage]);
-    multiply(e, shared.dout_dot, shared.v[stage]);
-    if (params.dout != nullptr) multiply(x, shared.dout, shared.v[stage]);
-    if (tangents.v != nullptr) multiply(x, shared.dout_dot, shared.v_dot[stage]);
+    if (tangents.q != nullptr) multiply(z, shared.owned.q_dot, streamed.k);
+    if (tangents.k != nullptr) multiply(z, shared.owned.q, streamed.k_dot);
+    multiply(e, shared.owned.dout_dot, streamed.v);
+    if (params.dout != nullptr) multiply(x, shared.owned.dout, streamed.v);
+    if (tangents.v != nullptr) multiply(x, shared.owned.dout_dot, streamed.v_dot);
     // Behind the MMAs, whose last results take a while.
     if (kTile.stages == 2 && !walk.done()) load_next(stage ^ 1);
 
@@ -119,7 +107,7 @@ __global__ void __launch_bounds__(bwd_jvp_tile(kArithmetic, kHeadDim).num_thread
     }
     if (drops) {
       const WorkRange& range = walk.range_of(block);
-      mark_dropped_columns(p, Dropout(bwd.dropout, static_cast<int>(context.batch_head())), item.row_begin + thread_row,
+      mark_dropped_columns(p, Dropout(bwd.dropout, static_cast<int>(batch_head)), item.row_begin + thread_row,
                            range.range_index, block.row_begin - range.begin);
       drop_marked(e, p, bwd.dropout.inverse_keep_probability);
       drop_marked(x, p, bwd.dropout.inverse_keep_probability);
@@ -138,9 +126,9 @@ __global__ void __launch_bounds__(bwd_jvp_tile(kArithmetic, kHeadDim).num_thread
         }
       }
     }
-    multiply_scores<Mma>(dq, x, lane_q.at(shared.k[stage]));
-    if (tangents.k != nullptr) multiply_scores<Mma>(dq, e, lane_q.at(shared.k_dot[stage]));
-    if (args.dq_dot != nullptr) multiply_scores<Mma>(dq_dot, e, lane_q.at(shared.k[stage]));
+    multiply_scores<Mma>(dq, x, lane_q.at(streamed.k));
+    if (tangents.k != nullptr) multiply_scores<Mma>(dq, e, lane_q.at(streamed.k_dot));
+    if (args.dq_dot != nullptr) multiply_scores<Mma>(dq_dot, e, lane_q.at(streamed.k));
     if (kTile.stages == 1 && !walk.done()) {
       __syncthreads();
       load_next(0);
@@ -150,12 +138,12 @@ __global__ void __launch_bounds__(bwd_jvp_tile(kArithmetic, kHeadDim).num_thread
   ptx::cp_async_wait_all();  // of the queries, where there was no key
   __syncthreads();
   const auto store = [&](auto& grad, float* partial, auto& staging, void* target, const Strides& strides) {
-    if (partial != nullptr) partial += context.split_batch_head() * params.seqlen_q * params.head_dim;
+    if (partial != nullptr) partial += context.split_batch_head(batch_head) * params.seqlen_q * params.head_dim;
     store_grad<kTile.warp_rows>(grad, bwd.softmax_scale, partial, staging,
                                 context.rows(target, strides, params.head_dim), warp_row, 0, item);
   };
-  store(dq, bwd.partial_dq, shared.q, params.dq, params.dq_strides);
-  if (args.dq_dot != nullptr) store(dq_dot, args.partial_dq_dot, shared.q_dot, args.dq_dot, args.dq_dot_strides);
+  store(dq, bwd.partial_dq, shared.owned.q, params.dq, params.dq_strides);
+  if (args.dq_dot != nullptr) store(dq_dot, args.partial_dq_dot, shared.owned.q_dot, args.dq_dot, args.dq_dot_strides);
 }
 
 }  // namespace mixed_attention::cuda::portable

@@ -36,7 +36,7 @@ __global__ void __launch_bounds__(dq_tile(kArithmetic, kHeadDim).num_threads(), 
   const WorkItem& item = context.item;
   const auto k = context.rows(params.k, params.k_strides, params.head_dim);
   const auto v = context.rows(params.v, params.v_strides, params.head_dim_v);
-  const bool* mask = context.mask;
+  const bool* mask = context.mask();
   const int64_t batch_head = context.batch_head();
   const int warp_row = threadIdx.x / 32 * kTile.warp_rows;
   const int thread_row = warp_row + threadIdx.x % 32 / 4;
@@ -120,7 +120,7 @@ __global__ void __launch_bounds__(dq_tile(kArithmetic, kHeadDim).num_threads(), 
   ptx::cp_async_wait_all();  // of the queries, where there was no key
   __syncthreads();
   float* partial = args.partial_dq;
-  if (partial != nullptr) partial += context.split_batch_head() * params.seqlen_q * params.head_dim;
+  if (partial != nullptr) partial += context.split_batch_head(batch_head) * params.seqlen_q * params.head_dim;
   store_grad<kTile.warp_rows>(dq, args.softmax_scale, partial, shared.q,
                               context.rows(params.dq, params.dq_strides, params.head_dim), warp_row, 0, item);
 }

@@ -128,8 +128,8 @@ __global__ void __launch_bounds__(jvp_tile(kArithmetic, kHeadDim, kMoving).num_t
   const Tangents& tangents = params.tangents;
   const BlockContext<Element, JvpArguments> context(args, in_parameters, kTile.rows);
   const WorkItem& item = context.item;
+  const bool* mask = context.mask();
   const auto q = context.rows(params.q, params.q_strides, params.head_dim);
-  const bool* mask = context.mask;
   const bool drops = args.dropout.seed != nullptr;
   const bool moves_k = kMovesKeys && tangents.k != nullptr, moves_v = kMovesKeys && tangents.v != nullptr;
   const int warp_row = threadIdx.x / 32 * kTile.warp_rows;
