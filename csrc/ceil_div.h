@@ -9,4 +9,10 @@ constexpr auto ceil_div(Count count, Size size) {
   return (count + size - 1) / size;
 }
 
+// The least multiple that is not less.
+template <typename Count, typename Size>
+constexpr auto round_up(Count count, Size multiple) {
+  return ceil_div(count, multiple) * multiple;
+}
+
 }  // namespace mixed_attention

@@ -5,6 +5,7 @@
 
 #include <cstdint>
 
+#include "ceil_div.h"
 #include "derivatives_params.h"
 #include "params.h"
 #include "schedule.h"
@@ -18,8 +19,6 @@ inline constexpr int64_t kColumnBlock = 16;
 inline constexpr int64_t kFwdBlockM = 384, kFwdBlockN = 128;
 // Backward: four packed tiles of kBwdBlockN keys and two accumulators, four tiles of kBwdBlockM queries.
 inline constexpr int64_t kBwdBlockM = 96, kBwdBlockN = 192;
-
-constexpr int64_t round_up(int64_t value, int64_t multiple) { return (value + multiple - 1) / multiple * multiple; }
 
 // Up to here what the exponents of weights are relative to, to base 2, may be rounded: weights are off by that
 // rounding, which takes eight of their bits at most. Beyond it scores have it subtracted before they are scaled.

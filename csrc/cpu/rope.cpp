@@ -1,5 +1,6 @@
 #include <algorithm>
 
+#include "ceil_div.h"
 #include "cpu/kernels.h"
 #include "cpu/launch.h"
 #include "cpu/workers.h"
@@ -10,7 +11,7 @@ namespace {
 template <class Params>
 void run_rows(const Params& params, void (*kernel)(const Params&, int64_t batch, Range rows), int64_t operations) {
   constexpr int64_t kRows = 256;
-  const int64_t tiles = (params.seqlen + kRows - 1) / kRows, num_items = params.batch_size * tiles;
+  const int64_t tiles = ceil_div(params.seqlen, kRows), num_items = params.batch_size * tiles;
   operations *= params.batch_size * params.seqlen * params.num_heads * params.head_dim;
   for_each_item(params.parallel_for, num_workers(params, num_items, operations), num_items, 0,
                 [&](int64_t index, void*) {

@@ -46,7 +46,7 @@ BwdPlan make_bwd_plan(const Schedule& schedule, int64_t keys_of_item) {
   std::vector<int64_t> first_tile;  // by query segment
   for (const QuerySegment& segment : segments) {
     first_tile.push_back(plan.tiles_per_head);
-    plan.tiles_per_head += (segment.rows.size() + kBwdBlockM - 1) / kBwdBlockM;
+    plan.tiles_per_head += ceil_div(segment.rows.size(), kBwdBlockM);
   }
   std::vector<int> rank(segments.size(), 0);
   const auto segment_of = [&](const Range& queries) {

@@ -5,6 +5,7 @@
 #include <cstdint>
 #include <vector>
 
+#include "ceil_div.h"
 #include "cpu/kernels.h"
 #include "cpu/workers.h"
 
@@ -57,7 +58,7 @@ void for_each_tile(const AttentionParams& params, const BwdPlan& plan, int64_t o
 template <class Run>
 void for_each_rows(const AttentionParams& params, int64_t operations, Run run) {
   constexpr int64_t kRows = 1024;
-  const int64_t tiles = (params.seqlen_q + kRows - 1) / kRows, num_items = params.batch_size * params.num_heads * tiles;
+  const int64_t tiles = ceil_div(params.seqlen_q, kRows), num_items = params.batch_size * params.num_heads * tiles;
   for_each_item(params.parallel_for, num_workers(params, num_items, operations), num_items, 0,
                 [&](int64_t index, void*) {
                   const int64_t begin = index % tiles * kRows, batch_head = index / tiles;

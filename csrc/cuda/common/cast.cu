@@ -5,6 +5,7 @@
 #include <algorithm>
 #include <cstdint>
 
+#include "ceil_div.h"
 #include "cuda/common/check.h"
 #include "cuda/launch.h"
 #include "cuda/ptx/convert.cuh"
@@ -41,7 +42,7 @@ void run_cast(const CastParams& params) {
   for (int i = 0; i < params.num_tensors; ++i) most = std::max(most, params.tensors[i].count);
   if (most == 0) return;
   constexpr int64_t kOfBlock = kThreads * kVector;
-  const dim3 grid(static_cast<unsigned>(std::min((most + kOfBlock - 1) / kOfBlock, kMostBlocks)), params.num_tensors);
+  const dim3 grid(static_cast<unsigned>(std::min(ceil_div(most, kOfBlock), kMostBlocks)), params.num_tensors);
   const auto stream = static_cast<cudaStream_t>(params.stream);
   if (params.dtype == DType::kFloat16) {
     cast_kernel<__half><<<grid, kThreads, 0, stream>>>(params);

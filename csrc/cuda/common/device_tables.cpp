@@ -8,6 +8,9 @@
 #include <unordered_map>
 #include <utility>
 
+#include "ceil_div.h"
+#include "cuda/common/scratch.h"
+
 namespace mixed_attention::cuda {
 namespace {
 
@@ -17,33 +20,51 @@ constexpr int kMostStores = 4;  // on a device
 
 using Upload = std::function<void(char* memory, void* stream)>;
 
-// Memory of a stream. Tables lie one behind the other; when it is full, all are forgotten.
+// Where in the memory of a store tables lie: one behind the other.
+class Places {
+ public:
+  std::optional<size_t> find(uint64_t id) const {
+    const auto found = places_.find(id);
+    return found == places_.end() ? std::nullopt : std::optional(found->second);
+  }
+
+  bool has_room(size_t bytes) const { return end_ + bytes <= kStoreBytes; }
+  size_t next() const { return end_; }
+
+  void add(uint64_t id, size_t bytes) {
+    places_.emplace(id, end_);
+    end_ += round_up(bytes, kPartAlignment);
+  }
+
+  void forget_all() { *this = {}; }
+
+ private:
+  std::unordered_map<uint64_t, size_t> places_;
+  size_t end_ = 0;
+};
+
+// Memory of a stream. When it is full, all tables are forgotten.
 class Store {
  public:
   explicit Store(char* memory) : memory_(memory) {}
 
   HeldTable hold(uint64_t id, size_t bytes, cudaStream_t stream, const Upload& upload) {
     HeldTable table{nullptr, std::unique_lock(mutex_)};
-    if (const auto found = places_.find(id); found != places_.end()) {
-      table.memory = memory_ + found->second;
+    if (const auto place = places_.find(id)) {
+      table.memory = memory_ + *place;
       return table;
     }
-    if (end_ + bytes > kStoreBytes) {
-      places_.clear();
-      end_ = 0;
-    }
-    table.memory = memory_ + end_;
+    if (!places_.has_room(bytes)) places_.forget_all();
+    table.memory = memory_ + places_.next();
     upload(table.memory, stream);
-    places_.emplace(id, end_);  // behind the upload, which may throw
-    end_ += (bytes + 255) / 256 * 256;
+    places_.add(id, bytes);  // behind the upload, which may throw
     return table;
   }
 
  private:
   char* const memory_;
   std::recursive_mutex mutex_;
-  std::unordered_map<uint64_t, size_t> places_;
-  size_t end_ = 0;
+  Places places_;
 };
 
 // Others may be capturing graphs, or this thread: what follows has nothing to do with that.
@@ -72,22 +93,21 @@ class GraphStore {
  public:
   char* find_or_bring(uint64_t id, size_t bytes, const Upload& upload) {
     const std::lock_guard lock(mutex_);
-    if (const auto found = places_.find(id); found != places_.end()) return memory_ + found->second;
+    if (const auto place = places_.find(id)) return memory_ + *place;
     if (memory_ == nullptr) memory_ = allocate();
-    if (memory_ == nullptr || end_ + bytes > kStoreBytes) return nullptr;
+    if (memory_ == nullptr || !places_.has_room(bytes)) return nullptr;
     const BesideCaptures relaxed;
     if (stream_ == nullptr && cudaStreamCreateWithFlags(&stream_, cudaStreamNonBlocking) != cudaSuccess) {
       cudaGetLastError();
       return nullptr;
     }
-    upload(memory_ + end_, stream_);
+    char* const table = memory_ + places_.next();
+    upload(table, stream_);
     if (cudaStreamSynchronize(stream_) != cudaSuccess) {
       cudaGetLastError();
       return nullptr;
     }
-    places_.emplace(id, end_);
-    char* table = memory_ + end_;
-    end_ += (bytes + 255) / 256 * 256;
+    places_.add(id, bytes);
     return table;
   }
 
@@ -95,8 +115,7 @@ class GraphStore {
   std::mutex mutex_;
   char* memory_ = nullptr;
   cudaStream_t stream_ = nullptr;
-  std::unordered_map<uint64_t, size_t> places_;
-  size_t end_ = 0;
+  Places places_;
 };
 
 // NOTE: never freed, as threads may outlive static objects.

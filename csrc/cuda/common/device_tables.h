@@ -20,7 +20,7 @@ namespace mixed_attention::cuda {
 // meanwhile. One thread may hold several; then each table is good for what is enqueued before the next one is asked
 // for.
 struct HeldTable {
-  char* memory = nullptr;  // 256-byte aligned; null where none is kept, and nothing was enqueued
+  char* memory = nullptr;  // aligned as parts of scratch memory; null where none is kept, and nothing was enqueued
   std::unique_lock<std::recursive_mutex> held;
 };
 

@@ -5,6 +5,7 @@
 #include <limits>
 #include <type_traits>
 
+#include "ceil_div.h"
 #include "cuda/common/check.h"
 #include "cuda/common/pairs.cuh"
 #include "cuda/launch.h"
@@ -103,7 +104,7 @@ void launch(const RmsRopeParams& params) {
   const auto chunks = static_cast<unsigned>(params.head_dim / (2 * kPairs));
   const int lanes = std::min(kWarp, static_cast<int>(std::bit_ceil(chunks)));
   const int64_t threads = params.batch_size * params.seqlen * params.num_heads * lanes;
-  const auto blocks = static_cast<unsigned>((threads + kBlock - 1) / kBlock);
+  const auto blocks = static_cast<unsigned>(ceil_div(threads, kBlock));
   const auto stream = static_cast<cudaStream_t>(params.stream);
   params.rows == nullptr
       ? rms_rope_kernel<Element, kPairs, kAligned, false><<<blocks, kBlock, 0, stream>>>(params, lanes)

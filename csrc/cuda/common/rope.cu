@@ -2,6 +2,7 @@
 #include <cstdint>
 #include <type_traits>
 
+#include "ceil_div.h"
 #include "cuda/common/check.h"
 #include "cuda/common/pairs.cuh"
 #include "cuda/launch.h"
@@ -49,7 +50,7 @@ void launch(const RopeParams& params) {
   const int64_t threads = params.batch_size * params.seqlen * (params.head_dim / (2 * kPairs));
   constexpr int kBlock = 128;
   rope_kernel<Element, kPairs, kAligned>
-      <<<static_cast<unsigned>((threads + kBlock - 1) / kBlock), kBlock, 0, static_cast<cudaStream_t>(params.stream)>>>(
+      <<<static_cast<unsigned>(ceil_div(threads, kBlock)), kBlock, 0, static_cast<cudaStream_t>(params.stream)>>>(
           params);
   check(cudaGetLastError(), "rope_kernel");
 }

@@ -4,9 +4,14 @@
 #include <cstddef>
 #include <cstdint>
 
+#include "ceil_div.h"
+
 namespace mixed_attention::cuda {
 
-// Hands out 256-byte aligned parts of the workspace; without one it counts their bytes.
+// Where a part of some memory may begin: at multiples of this many bytes, as what cudaMalloc returns.
+inline constexpr size_t kPartAlignment = 256;
+
+// Hands out aligned parts of the workspace; without one it counts their bytes.
 class Scratch {
  public:
   explicit Scratch(void* workspace) : base_(static_cast<char*>(workspace)) {}
@@ -14,7 +19,7 @@ class Scratch {
   template <class T>
   T* take(int64_t count) {
     T* part = base_ ? reinterpret_cast<T*>(base_ + bytes_) : nullptr;
-    bytes_ += (static_cast<size_t>(count) * sizeof(T) + 255) / 256 * 256;
+    bytes_ += round_up(static_cast<size_t>(count) * sizeof(T), kPartAlignment);
     return part;
   }
 

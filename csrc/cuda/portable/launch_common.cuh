@@ -5,6 +5,7 @@
 
 #include <cstdint>
 
+#include "ceil_div.h"
 #include "cuda/common/allow_shared_memory.cuh"
 #include "cuda/common/check.h"
 #include "cuda/portable/config.h"
@@ -20,7 +21,7 @@ inline bool is_aligned(const void* data, const Strides& strides, int element_siz
 }
 
 inline unsigned blocks_for(int64_t threads, int block_size) {
-  return static_cast<unsigned>((threads + block_size - 1) / block_size);
+  return static_cast<unsigned>(ceil_div(threads, block_size));
 }
 
 }  // namespace mixed_attention::cuda::portable

@@ -3,6 +3,7 @@
 #include <algorithm>
 #include <tuple>
 
+#include "ceil_div.h"
 #include "cuda/common/device.h"
 #include "cuda/common/kept.h"
 #include "cuda/common/table_id.h"
@@ -115,8 +116,8 @@ void take_workspace(const BwdParams& params, BwdPlan& plan) {
   plan.buffers.references = scratch.take<RowReference>(num_batch_heads * params.seqlen_q);
   plan.buffers.has_references = scratch.take<int>(1);
   if (plan.adds_dq) {
-    plan.buffers.dq_accum_cols = static_cast<int>((params.head_dim + 7) / 8 * 8);
-    plan.buffers.dq_accum_size = (num_batch_heads * params.seqlen_q + 7) / 8 * 8 * plan.buffers.dq_accum_cols;
+    plan.buffers.dq_accum_cols = static_cast<int>(round_up(params.head_dim, 8));
+    plan.buffers.dq_accum_size = round_up(num_batch_heads * params.seqlen_q, 8) * plan.buffers.dq_accum_cols;
     plan.buffers.dq_accum = scratch.take<float>(plan.buffers.dq_accum_size);
   } else {
     plan.by_query.take(scratch);

@@ -1,6 +1,7 @@
 // Which rows a work item owns and which blocks it visits: the only device code that knows the form of the work table.
 #pragma once
 
+#include "ceil_div.h"
 #include "cuda/portable/work_table.h"
 
 namespace mixed_attention::cuda {
@@ -85,7 +86,7 @@ class BlockWalk {
   __device__ void seek(int block) {
     for (; true; ++range_) {
       const WorkRange& range = ranges_[range_];
-      const int in_range = (range.end - range.begin + kBlockRows - 1) / kBlockRows;
+      const int in_range = ceil_div(range.end - range.begin, kBlockRows);
       if (block < in_range) break;
       block -= in_range;
     }

@@ -4,6 +4,7 @@
 #include <iterator>
 
 #include "ceil_div.h"
+#include "cuda/common/scratch.h"
 
 namespace mixed_attention::cuda {
 namespace {
@@ -34,7 +35,7 @@ void number_tiles(HostWork& work, int tile_rows) {
 
 }  // namespace
 
-size_t HostWork::segment_bytes() const { return (segments.size() * sizeof(WorkSegment) + 255) / 256 * 256; }
+size_t HostWork::segment_bytes() const { return round_up(segments.size() * sizeof(WorkSegment), kPartAlignment); }
 
 size_t HostWork::device_bytes() const { return segment_bytes() + ranges.size() * sizeof(WorkRange); }
 

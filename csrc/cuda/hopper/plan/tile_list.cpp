@@ -2,6 +2,8 @@
 
 #include <algorithm>
 
+#include "ceil_div.h"
+#include "cuda/common/scratch.h"
 #include "cuda/common/table_id.h"
 #include "cuda/hopper/plan/key_tiles.h"
 #include "schedule.h"
@@ -9,13 +11,13 @@
 namespace mixed_attention::cuda::hopper {
 namespace {
 
-int64_t whole_lines(size_t bytes) { return static_cast<int64_t>((bytes + 255) / 256 * 256); }
+int64_t aligned_bytes(size_t bytes) { return static_cast<int64_t>(round_up(bytes, kPartAlignment)); }
 
 }  // namespace
 
-int64_t HostTileList::tile_bytes() const { return whole_lines(tiles.size() * sizeof(ListedTile)); }
+int64_t HostTileList::tile_bytes() const { return aligned_bytes(tiles.size() * sizeof(ListedTile)); }
 
-int64_t HostTileList::device_bytes() const { return tile_bytes() + whole_lines(ranges.size() * sizeof(KeyTiles)); }
+int64_t HostTileList::device_bytes() const { return tile_bytes() + aligned_bytes(ranges.size() * sizeof(KeyTiles)); }
 
 WorkTable HostTileList::table(const AttentionParams& params) const {
   WorkTable table{};
