@@ -18,15 +18,17 @@ def explain(
     batch_size: int = 1,
     num_heads: int = 1,
     head_dim: int = 64,
+    head_dim_v: int | None = None,
 ) -> str:
     """The plan in words: which rows attend to which, and who reads which keys.
 
     For a GPU (``device="cuda"``) also which kernels compute a call of these shapes, in which tiles, and how often
-    their number fills the device.
+    their number fills the device. ``head_dim_v`` is the width of values, if that is not the one of queries and keys.
     """
     lines = list(_rows(plan))
     if torch.device(device).type == "cuda":
-        shape = {"batch_size": batch_size, "num_heads": num_heads, "head_dim": head_dim}
+        width_v = head_dim if head_dim_v is None else head_dim_v
+        shape = {"batch_size": batch_size, "num_heads": num_heads, "head_dim": head_dim, "head_dim_v": width_v}
         lines += _kernels(plan, device=torch.device(device), dtype=dtype, **shape)
     return "\n".join(lines)
 
@@ -64,7 +66,14 @@ def _unread_rows(plan: AttentionPlan) -> Iterator[tuple[int, int]]:
 
 
 def _kernels(
-    plan: AttentionPlan, *, device: torch.device, dtype: torch.dtype, batch_size: int, num_heads: int, head_dim: int
+    plan: AttentionPlan,
+    *,
+    device: torch.device,
+    dtype: torch.dtype,
+    batch_size: int,
+    num_heads: int,
+    head_dim: int,
+    head_dim_v: int,
 ) -> Iterator[str]:
     """One line for the forward, one for the backward; before them one for derivatives beyond.
 
@@ -72,10 +81,10 @@ def _kernels(
         plan: The plan.
         device: A GPU.
         dtype: That of the tensors; fp64 is the reference's.
-        batch_size, num_heads, head_dim: Those of the call.
+        batch_size, num_heads, head_dim, head_dim_v: Those of the call.
     """
     served = ops.has_kernels("cuda", dtype)
-    why = ops.why_no_tangent_kernels(dtype, head_dim, head_dim, device) if served else ""
+    why = ops.why_no_tangent_kernels(dtype, head_dim, head_dim_v, device) if served else ""
     by = "portable kernels" if served and not why else f"the reference, for {why}" if why else "the reference"
     yield f"  tangents and gradients of them: {by}"
     for backward in (False, True):
@@ -83,7 +92,7 @@ def _kernels(
         if not ops.has_kernels("cuda", dtype):
             yield f"  {direction}: the reference"
             continue
-        shape = {"batch_size": batch_size, "num_heads": num_heads, "head_dim": head_dim}
+        shape = {"batch_size": batch_size, "num_heads": num_heads, "head_dim": head_dim, "head_dim_v": head_dim_v}
         launch = ops.cuda_launch(plan, **shape, dtype=dtype, device=device, backward=backward)
         if launch.family == "none":
             yield f"  {direction}: no kernel, for {launch.why}"

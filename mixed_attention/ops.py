@@ -105,14 +105,21 @@ def _index_of(device: torch.device) -> int:
     return torch.cuda.current_device() if torch.cuda.is_available() else 0
 
 
-def cuda_kernel(dtype: torch.dtype, head_dim: int, device: torch.device, *, backward: bool) -> tuple[str, str]:
+def cuda_kernel(
+    dtype: torch.dtype, head_dim: int, device: torch.device, *, backward: bool, head_dim_v: int | None = None
+) -> tuple[str, str]:
     """Which family of kernels serves a call on a GPU, and why not a faster one; for people to read.
+
+    Args:
+        dtype, head_dim, device: Those of queries and keys.
+        backward: Which pass.
+        head_dim_v: Width of values; None for that of queries and keys.
 
     Returns:
         ``"hopper"``, ``"portable"`` or ``"none"``, and a reason, empty where nothing was refused.
     """
     _require_compiled()
-    return _C.cuda_kernel(dtype, head_dim, head_dim, _index_of(device), backward)
+    return _C.cuda_kernel(dtype, head_dim, head_dim_v or head_dim, _index_of(device), backward)
 
 
 class CudaLaunch(NamedTuple):
@@ -148,10 +155,14 @@ def cuda_launch(
     dtype: torch.dtype,
     device: torch.device,
     backward: bool,
+    head_dim_v: int | None = None,
 ) -> CudaLaunch:
     """How a GPU serves a call of contiguous tensors without mask and dropout, as the call itself would decide it."""
     _require_compiled()
-    shape = (batch_size, num_heads, plan.num_queries, plan.num_keys, head_dim, head_dim)
+    width_v = head_dim_v or head_dim
+    if width_v < head_dim and _fills_up(dtype, head_dim, width_v, device):
+        width_v = head_dim
+    shape = (batch_size, num_heads, plan.num_queries, plan.num_keys, head_dim, width_v)
     return CudaLaunch(*_C.cuda_launch(dtype, shape, plan.flat(), _index_of(device), backward))
 
 
@@ -253,8 +264,7 @@ def attention(
     Args:
         q: Queries ``(B, Nq, H, D)``; fp32, fp64, bf16 or fp16; last dim contiguous, other strides free.
         k: Keys ``(B or 1, Nk, H, D)``, dtype and device of ``q``. With 1, one sequence serves the whole batch.
-        v: Values ``(B or 1, Nk, H, Dv)``, likewise. Where kernels are made for values as wide as queries, narrower ones
-            are filled up with zeros.
+        v: Values ``(B or 1, Nk, H, Dv)``, likewise; Dv may be another width than D.
         plan: The compiled patterns; ``plan.num_queries`` = Nq, ``plan.num_keys`` = Nk.
         softmax_scale: Factor on the products q·k; default ``D ** -0.5``. A number, which must be finite; or a
             floating-point tensor on the device of ``q``, of shape ``()`` or ``(1,)``, or ``(H,)`` or ``(1, 1, H, 1)``
@@ -372,7 +382,7 @@ def check_tensors(**arguments: Any) -> None:
 def _fills_up(dtype: torch.dtype, head_dim: int, head_dim_v: int, device: torch.device) -> bool:
     """Whether faster kernels serve values as wide as queries and keys, which zeros make of narrower ones.
 
-    Hopper's kernels do. All others take values of any width as they are.
+    Hopper's kernels load rows of multiples of 8 alone. All others take values of any width as they are.
     """
     if device.type != "cuda":
         return False

@@ -308,6 +308,7 @@ class AttentionPlan:
             batch_size: int = 1,
             num_heads: int = 1,
             head_dim: int = 64,
+            head_dim_v: int | None = None,
         ) -> str:
             """See :func:`mixed_attention.explain.explain`."""
 

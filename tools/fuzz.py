@@ -191,7 +191,7 @@ def _for_hopper(case: Case) -> Case:
     least, most = (40, 128) if is_fp32 else (8, 256)
     return case.with_(
         head_dim=min(max(case.head_dim // 8 * 8, least), most),
-        head_dim_v=None,
+        head_dim_v=None if case.head_dim_v is None else min(max(case.head_dim_v // 8 * 8, 8), most),
         layout="spaced" if case.layout in ("strided", "offset") else case.layout,
         mask=None if is_fp32 else case.mask,
         softmax_scale=None if case.scale <= 0 else case.softmax_scale,
@@ -662,10 +662,10 @@ def _kinds_of_kernels(trial: Trial, device: torch.device) -> Iterator[str]:
         or case.dropout_p > 0
         or case.layout in ("strided", "offset")
         or (case.dtype == torch.float32 and case.mask is not None)
-        or case.head_dim_v not in (None, case.head_dim)
     )
+    widths = {"head_dim": case.head_dim, "head_dim_v": case.head_dim_v}
     for backward in (False, True):
-        family, _ = ops.cuda_kernel(case.dtype, case.head_dim, device, backward=backward)
+        family, _ = ops.cuda_kernel(case.dtype, device=device, backward=backward, **widths)
         name = "backward" if backward else "forward"
         if family == "hopper" and is_refused:
             yield f"{name}: portable"
@@ -673,7 +673,7 @@ def _kinds_of_kernels(trial: Trial, device: torch.device) -> Iterator[str]:
         if family == "none" or 0 in (case.batch_size, case.num_heads, case.plan.num_queries, case.plan.num_keys):
             yield f"{name}: {family}"
             continue
-        shape = {"batch_size": case.batch_size, "num_heads": case.num_heads, "head_dim": case.head_dim}
+        shape = {"batch_size": case.batch_size, "num_heads": case.num_heads, **widths}
         launch = ops.cuda_launch(case.plan, **shape, dtype=case.dtype, device=device, backward=backward)
         yield f"{name}: {launch.family}"
         if launch.num_splits > 1:

@@ -24,7 +24,7 @@ pytestmark = [
 FP16, BF16, FP32 = torch.float16, torch.bfloat16, torch.float32
 SIZES = Case((300, 200, 65), "ab>ab c>acc", batch_size=2, num_heads=2)
 SPLIT = Case((40, 5000), "ab>ab", cached="b")  # few queries of many keys: cut into parts
-# Strided rows, values of another width and odd ones are the portable kernels', on every GPU.
+# Strided rows and odd widths are the portable kernels', on every GPU.
 CASES = {
     **{f"hopper, {width}": SIZES.with_(head_dim=width) for width in (32, 64, 96, 128, 192, 256)},
     "hopper, masked": SIZES.with_(head_dim=64, mask="random"),

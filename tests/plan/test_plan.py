@@ -204,6 +204,20 @@ def test_explain_names_the_kernels_of_a_gpu(monkeypatch):
     assert lines == ["  forward: the reference", "  backward: the reference"]
 
 
+@pytest.mark.parametrize(("width", "seen"), [(None, 72), (64, 64), (20, 72), (80, 80)])
+def test_explain_asks_about_the_width_of_values(monkeypatch, width, seen):
+    """As a call would be served: values that Hopper's kernels cannot load are filled up to where they can."""
+    asked = []
+    monkeypatch.setattr(ops, "has_kernels", lambda *_: True)
+    monkeypatch.setattr(ops._C, "cuda_kernel", lambda *call: ("portable" if call[2] % 8 else "hopper", ""))
+    monkeypatch.setattr(
+        ops._C, "cuda_launch", lambda dtype, shape, *_: asked.append(shape[4:]) or ("hopper", "", 1, 1, 1, 1, 1, 0)
+    )
+    plan = ma.AttentionPlan.compile([A, B], [pattern("ab", "a")])
+    assert "forward: hopper kernel" in plan.explain(device="cuda:0", head_dim=72, head_dim_v=width)
+    assert asked == [(72, seen)] * 2
+
+
 def test_no_tokens_at_all():
     plan = ma.AttentionPlan.compile([], [])
     assert (plan.num_queries, plan.num_keys, plan.flat(), plan.num_pairs()) == (0, 0, [], 0)

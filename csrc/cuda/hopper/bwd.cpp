@@ -49,7 +49,7 @@ std::shared_ptr<const Plan> plan_of(const BwdParams& params) {
   static auto* kept = new Kept<Key, Plan>(256);  // never freed: threads may outlive static objects
   const Key key{params.schedule->id,
                 params.dtype,
-                params.head_dim,
+                widest_head_dim(params),
                 params.batch_size,
                 params.num_heads,
                 params.device,
@@ -64,7 +64,8 @@ std::shared_ptr<const Plan> plan_of(const BwdParams& params) {
 }
 
 Layout layout_bwd(const BwdParams& params, const BwdPlan& plan) {
-  Layout layout = layout_of(params, params.schedule->key_segments, key_tile_rows(params.head_dim), kQueryTileRows);
+  const int tile_rows = key_tile_rows(widest_head_dim(params));
+  Layout layout = layout_of(params, params.schedule->key_segments, tile_rows, kQueryTileRows);
   layout.num_splits = plan.shares.front().splits;
   if (layout.num_splits > 1) layout.num_split_tiles = layout.num_tiles;
   layout.num_tiles *= layout.num_splits;
@@ -85,18 +86,15 @@ void move_dq(const BwdParams& params, const BwdWorkspace& workspace) {
 BwdTensors bwd_tensors(const BwdParams& params, const BwdWorkspace& workspace) {
   BwdTensors tensors = bwd_tensors(params);
   if (params.key_padding_mask != nullptr) {
-    tensors.k = masked_view(params, workspace.masked_keys, workspace.masked_keys.keys);
-    tensors.v = masked_view(params, workspace.masked_keys, workspace.masked_keys.values);
+    tensors.k = masked_view(params, workspace.masked_keys, workspace.masked_keys.keys, params.head_dim);
+    tensors.v = masked_view(params, workspace.masked_keys, workspace.masked_keys.values, params.head_dim_v);
   }
   return tensors;
 }
 
 std::string refusal_bwd(const Problem& problem) {
   if (std::string refusal = refusal_fwd(problem); !refusal.empty()) return refusal;
-  if (problem.dtype == DType::kFloat32 && problem.head_dim > kFp32BwdHeadDim) {
-    return "head_dim is " + std::to_string(problem.head_dim) + ", above " + std::to_string(kFp32BwdHeadDim);
-  }
-  return "";
+  return problem.dtype == DType::kFloat32 ? refusal_above(problem, kFp32BwdHeadDim) : "";
 }
 
 const char* refusal_of_bwd(const BwdParams& params) {
@@ -123,7 +121,7 @@ Launch<BwdParams> launch_of_bwd(const BwdParams& params) {
   launch.workspace_size = bwd_workspace(params, plan->runs, plan->plan).size;
   launch.can_overwrite_inputs = can_move_dq(params) || plan->plan.dq_form != DqForm::kSeparate;
   launch.run = [plan](const BwdParams& params) {
-    with_bwd_head_dim(params.head_dim, [&]<int kHeadDim>() {
+    with_bwd_head_dim(widest_head_dim(params), [&]<int kHeadDim>() {
       params.dtype == DType::kBFloat16 ? launch_bwd<__nv_bfloat16, kHeadDim>(params, plan->runs, plan->plan)
                                        : launch_bwd<__half, kHeadDim>(params, plan->runs, plan->plan);
     });

@@ -4,6 +4,7 @@
 #include <cuda_bf16.h>
 #include <cuda_fp16.h>
 
+#include <algorithm>
 #include <array>
 #include <cstddef>
 #include <cstdint>
@@ -34,6 +35,13 @@ inline constexpr int kKeyBitWords = 4;
 inline constexpr int kFwdHeadDims[] = {32, 64, 96, 128, 192, 256};
 inline constexpr int kMaxFwdHeadDim = 256;
 
+// The width that a kernel has to have: that of queries and keys, or that of values, whichever is larger. To the other
+// ones TMA adds columns of zeros, too. Sizes: AttentionParams or a Problem.
+template <typename Sizes>
+constexpr int64_t widest_head_dim(const Sizes& sizes) {
+  return std::max(sizes.head_dim, sizes.head_dim_v);
+}
+
 // Calls visit.operator()<kHeadDim>() with the first of kHeadDims that is not less than head_dim.
 template <const auto& kHeadDims, size_t kIndex = 0, typename Visit>
 auto with_head_dim_of(int64_t head_dim, const Visit& visit) {
@@ -60,11 +68,11 @@ auto with_limbs(const AttentionParams& params, const Visit& visit) {
 template <typename Visit>
 auto with_fwd_kernel(const FwdParams& params, const Visit& visit) {
   if (params.dtype == DType::kFloat32) {
-    return with_head_dim_of<kFp32HeadDims>(params.head_dim, [&]<int kHeadDim>() {
+    return with_head_dim_of<kFp32HeadDims>(widest_head_dim(params), [&]<int kHeadDim>() {
       return with_limbs(params, [&]<int kLimbs>() { return visit.template operator()<float, kHeadDim, kLimbs>(); });
     });
   }
-  return with_head_dim_of<kFwdHeadDims>(params.head_dim, [&]<int kHeadDim>() {
+  return with_head_dim_of<kFwdHeadDims>(widest_head_dim(params), [&]<int kHeadDim>() {
     return params.dtype == DType::kBFloat16 ? visit.template operator()<__nv_bfloat16, kHeadDim, 1>()
                                             : visit.template operator()<__half, kHeadDim, 1>();
   });

@@ -43,12 +43,14 @@ std::string refusal_fwd(const Problem& problem) {
   const bool is_fp32 = problem.dtype == DType::kFloat32;
   const int64_t least = is_fp32 ? kMinFp32HeadDim : kHeadDimStep;
   const int64_t most = is_fp32 ? kMaxFp32HeadDim : kMaxFwdHeadDim;
-  if (problem.head_dim < least || problem.head_dim > most || problem.head_dim % kHeadDimStep != 0) {
-    return "head_dim is " + std::to_string(problem.head_dim) + ", not a multiple of " + std::to_string(kHeadDimStep) +
-           " from " + std::to_string(least) + " to " + std::to_string(most);
-  }
-  if (problem.head_dim_v != problem.head_dim) return "v is of another width than q and k";
-  return "";
+  const auto refusal = [&](const char* name, int64_t head_dim) -> std::string {
+    const int64_t least_of_own = head_dim < widest_head_dim(problem) ? kHeadDimStep : least;
+    if (head_dim >= least_of_own && head_dim <= most && head_dim % kHeadDimStep == 0) return "";
+    return name + (" is " + std::to_string(head_dim)) + ", not a multiple of " + std::to_string(kHeadDimStep) +
+           " from " + std::to_string(least_of_own) + " to " + std::to_string(most);
+  };
+  std::string why = refusal("head_dim", problem.head_dim);
+  return why.empty() ? refusal("head_dim of v", problem.head_dim_v) : why;
 }
 
 const char* refusal_of_fwd(const FwdParams& params) {

@@ -6,11 +6,22 @@
 
 #include "cuda/hopper/plan/key_table.h"
 #include "cuda/hopper/plan/query_table.h"
+#include "params.h"
 #include "problem.h"
 
 namespace walks {
 
 namespace hopper = ma::cuda::hopper;
+
+// Makes values, or queries and keys, narrower than the width that both have, or leaves them.
+inline void narrow(const Problem& problem, ma::AttentionParams& params) {
+  const int64_t width = 8 * (1 + problem.dice[15] / 3 % (params.head_dim / 8));
+  switch (problem.choose(15, 3)) {
+    case 0: params.head_dim_v = width; break;
+    case 1: params.head_dim = width; break;
+    default: break;
+  }
+}
 
 // A copy of a table in which whatever lies behind the last segment and the last range is seen when a walk meets it:
 // rows that no plan lists. num_items: whole ones.

@@ -44,6 +44,22 @@ void expect_turns(const std::vector<std::vector<Addition>>& of_blocks, int64_t n
   expect(num_left == 0, "blocks wait for turns to add to dq that never come");
 }
 
+int64_t bytes_of_rows(const ma::BwdParams& params, int64_t head_dim) {
+  return 2 * params.batch_size * params.num_heads * params.seqlen_q * head_dim;
+}
+
+int64_t bytes_of_out(const ma::BwdParams& params) { return bytes_of_rows(params, params.head_dim_v); }
+
+// Whether gradients of queries that a kernel owns, where they cannot lie in their place at once, have room.
+void check_dq(const ma::BwdParams& params, const BwdWorkspace& workspace) {
+  const void* dq = workspace.dq.data;
+  if (params.dq != params.q) return expect(dq == params.dq, "dq is written apart from its place");
+  const bool is_spare = dq == params.spare_out;
+  const int64_t begin = is_spare ? 0 : bytes_between(params.workspace, dq);
+  const int64_t end = is_spare ? bytes_of_out(params) : static_cast<int64_t>(workspace.size);
+  expect(0 <= begin && begin + bytes_of_rows(params, params.head_dim) <= end, "dq leaves its memory");
+}
+
 // A share of a call, as the kernels behind the statistics get it.
 class ShareCheck {
  public:
@@ -164,9 +180,10 @@ class ShareCheck {
       expect_same(whole.dv, params_.dv, whole.dv_strides);
     }
     if (owners_.empty()) return;
-    const int64_t tile_bytes = hopper::kQueryTileRows * sizeof(float) *
-                               hopper::with_bwd_head_dim(params_.head_dim, []<int kHeadDim>() { return kHeadDim; });
-    const int64_t spare_bytes = 2 * whole.batch_size * whole.num_heads * whole.seqlen_q * whole.head_dim;
+    const int64_t tile_bytes =
+        hopper::kQueryTileRows * sizeof(float) *
+        hopper::with_bwd_head_dim(hopper::widest_head_dim(params_), []<int kHeadDim>() { return kHeadDim; });
+    const int64_t spare_bytes = bytes_of_out(whole);
     const auto end = static_cast<int64_t>(workspace.size);
     expect(sums_.num_spare * tile_bytes <= (whole.spare_out == nullptr ? 0 : spare_bytes), "sums leave spare memory");
     expect(bytes_between(whole.workspace, sums_.others) + sums_.num_others * tile_bytes <= end, "sums leave memory");
@@ -235,6 +252,7 @@ void check_plan(const Problem& problem, const Visits& listed, const ma::BwdParam
                 const hopper::BwdPlan& plan) {
   const std::vector<hopper::QueryRun> runs = hopper::make_query_runs(*params.schedule);
   const BwdWorkspace workspace = hopper::bwd_workspace(params, runs, plan);
+  if (plan.dq_form == DqForm::kSeparate && params.dtype != ma::DType::kFloat32) check_dq(params, workspace);
   Visits visits;
   Rows dq, dk, dv;
   for (const BwdShare& share : plan.shares) {
@@ -242,7 +260,7 @@ void check_plan(const Problem& problem, const Visits& listed, const ma::BwdParam
     if (params.dtype == ma::DType::kFloat32) {
       check.walk_keys<hopper::Fp32DkDvConfig<1>>(dk, dv);
     } else {
-      walk_16_bit(check, plan.dq_form, share.splits, hopper::is_wide(params.head_dim), dk, dv);
+      walk_16_bit(check, plan.dq_form, share.splits, hopper::is_wide(hopper::widest_head_dim(params)), dk, dv);
     }
     if (plan.dq_form != DqForm::kSeparate) check.read_sums(plan.dq_form, dq);
   }
@@ -254,7 +272,7 @@ void check_plan(const Problem& problem, const Visits& listed, const ma::BwdParam
   } else if (params.dtype == ma::DType::kFloat32) {
     check_dq_kernel<hopper::Fp32DqConfig<1>, hopper::WorkTable>(problem, listed, params);
   } else {
-    hopper::with_bwd_head_dim(params.head_dim, [&]<int kHeadDim>() {
+    hopper::with_bwd_head_dim(hopper::widest_head_dim(params), [&]<int kHeadDim>() {
       check_dq_kernel<hopper::DqConfig<__half, kHeadDim, false>, hopper::UncutWorkTable>(problem, listed, params);
     });
   }
@@ -265,7 +283,7 @@ hopper::BwdPlan forced_plan(const Problem& problem, const ma::BwdParams& params)
   const int64_t size = params.batch_size == 1 ? params.num_heads : params.batch_size;
   const bool is_masked = params.key_padding_mask != nullptr;
   hopper::BwdPlan plan{DqForm::kSeparate, {{0, size, 1}}};
-  if (params.dtype == ma::DType::kFloat32 || !hopper::can_add_dq(params.head_dim)) return plan;
+  if (params.dtype == ma::DType::kFloat32 || !hopper::can_add_dq(hopper::widest_head_dim(params))) return plan;
   plan.dq_form = problem.choose(10, {DqForm::kSeparate, DqForm::kAtomic, DqForm::kOrdered, DqForm::kOrdered});
   if (plan.dq_form == DqForm::kSeparate) return plan;
   const auto splits = [&](int die) {
@@ -287,13 +305,14 @@ void check_hopper_bwd(const Problem& problem) {
   ma::BwdParams params{};
   fill(params, problem, schedule, is_fp32 ? ma::DType::kFloat32 : ma::DType::kFloat16,
        is_fp32 ? 64 : problem.choose(5, {8, 32, 48, 64, 64, 96, 128, 192, 256}), !is_fp32 && problem.choose(6, 4) == 0);
+  narrow(problem, params);
   params.out = address(3);
   params.dout = address(4);
-  params.dq = address(5);
+  params.dq = problem.choose(15, 2) == 0 ? address(0) : address(5);
   params.dk = address(6);
   params.dv = address(7);
-  const int64_t row = params.num_heads * params.head_dim;
-  params.out_strides = params.dout_strides = {params.seqlen_q * row, row, params.head_dim};
+  const int64_t row = params.num_heads * params.head_dim_v;
+  params.out_strides = params.dout_strides = {params.seqlen_q * row, row, params.head_dim_v};
   params.dq_strides = params.q_strides;
   params.dk_strides = params.dv_strides = params.k_strides;
   if (problem.choose(7, 3) == 0) params.k_strides.batch = params.v_strides.batch = 0;

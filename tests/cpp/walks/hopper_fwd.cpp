@@ -115,7 +115,7 @@ template <int kBlockM>
 void check_workspace(const hopper::FwdPlan& plan, const ma::FwdParams& params) {
   const int64_t num_rows = int64_t{plan.table.splits.num_items()} * kBlockM;
   if (num_rows == 0) return;
-  const int64_t out_end = bytes_between(params.workspace, plan.partial_out + num_rows * params.head_dim);
+  const int64_t out_end = bytes_between(params.workspace, plan.partial_out + num_rows * params.head_dim_v);
   const int64_t splits_begin = bytes_between(params.workspace, plan.row_lses);
   const int64_t splits_end = bytes_between(params.workspace, plan.row_lses + num_rows);
   expect(out_end <= splits_begin && splits_end <= static_cast<int64_t>(plan.workspace_size),
@@ -146,6 +146,7 @@ void check_hopper_fwd(const Problem& problem) {
   fill(params, problem, schedule, is_fp32 ? ma::DType::kFloat32 : ma::DType::kBFloat16,
        is_fp32 ? problem.choose(1, {64, 128}) : problem.choose(1, {8, 64, 96, 128, 192, 256}),
        !is_fp32 && problem.choose(2, 4) == 0);
+  narrow(problem, params);
   params.allow_tf32 = problem.choose(3, 2) == 0;
   const Visits listed = listed_visits(problem);
   hopper::with_fwd_kernel(params, [&]<typename Element, int kHeadDim, int kLimbs>() {

@@ -192,27 +192,27 @@ __device__ inline void consume(const DkDvKernelParams& params, DkDvSharedStorage
     }
 
     // Stores of dv and dk, or exchange within the cluster
-    const auto store = [&](float (&grad)[kHeadDim / 2], void* tensor, const Strides& strides) {
+    const auto store = [&](float (&grad)[kHeadDim / 2], void* tensor, const Strides& strides, int num_columns) {
       if constexpr (Config::kIsMasked) clear_other_keys(grad, find_own_keys());
       Element* target = static_cast<Element*>(tensor) + item.batch * strides.batch + row_begin * strides.row +
                         item.head * strides.head;
-      store_rows<Element, kHeadDim>(staging, grad, target, strides.row, num_rows, params.head_dim);
+      store_rows<Element, kHeadDim>(staging, grad, target, strides.row, num_rows, num_columns);
     };
     if constexpr (Config::kSplits == 1) {
-      store(dv, params.dv, params.dv_strides);
-      store(dk, params.dk, params.dk_strides);
+      store(dv, params.dv, params.dv_strides, params.head_dim_v);
+      store(dk, params.dk, params.dk_strides, params.head_dim);
     } else {
       const auto finish = [&](const float (&sent)[kHeadDim / 2], float (&kept)[kHeadDim / 2], void* tensor,
-                              const Strides& strides) {
+                              const Strides& strides, int num_columns) {
         const bool is_read = item.tiles().num_tiles > 0;
         if (is_read) exchange_sums(shared, num_exchanges++, reinterpret_cast<float*>(staging), sent, kept);
-        store(kept, tensor, strides);
+        store(kept, tensor, strides, num_columns);
         if (is_read) release_sums(shared);
       };
       if (QueryShare<Config>::block_rank() == 0) {
-        finish(dk, dv, params.dv, params.dv_strides);
+        finish(dk, dv, params.dv, params.dv_strides, params.head_dim_v);
       } else {
-        finish(dv, dk, params.dk, params.dk_strides);
+        finish(dv, dk, params.dk, params.dk_strides, params.head_dim);
       }
     }
   }

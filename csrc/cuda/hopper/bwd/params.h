@@ -54,12 +54,12 @@ ScoreSource score_source(const BwdParams& params, RowReference* references);
 struct BwdStatsKernelParams {
   static constexpr int kMaxRuns = WorkTable::kMaxSegments;
 
-  const void* out;   // (batch_size, seqlen_q, num_heads, head_dim)
+  const void* out;   // (batch_size, seqlen_q, num_heads, head_dim_v)
   const void* dout;  // likewise
   Strides out_strides, dout_strides;
   const float* lse;   // (batch_size, num_heads, seqlen_q)
   const float* dlse;  // likewise; or null
-  int num_heads, head_dim;
+  int num_heads, head_dim_v;
   int64_t seqlen_q;
   QueryStats stats;
   float* delta_of_rows;  // delta once more as (batch_size, num_heads, seqlen_q); or null
@@ -71,19 +71,19 @@ struct BwdStatsKernelParams {
   QueryRun runs[kMaxRuns];
 };
 
-// head_dim: of the tensors, up to that of the kernel. *_batch_step: 1, or 0 where one sequence serves the whole batch.
-// Maps: tensor_map.h.
+// head_dim, head_dim_v: of the tensors, up to that of the kernel. *_batch_step: 1, or 0 where one sequence serves the
+// whole batch. Maps: tensor_map.h.
 template <typename Stats>
 struct DkDvParamsOf {
-  CUtensorMap q, dout;  // (batch_size, seqlen_q, num_heads, head_dim)
-  CUtensorMap k, v;     // (batch_size, seqlen_k, num_heads, head_dim)
+  CUtensorMap q, dout;  // (batch_size, seqlen_q, num_heads, head_dim or head_dim_v)
+  CUtensorMap k, v;     // (batch_size, seqlen_k, num_heads, head_dim or head_dim_v)
   int q_batch_step, dout_batch_step, k_batch_step, v_batch_step;
   void* dk;  // (batch_size, seqlen_k, num_heads, head_dim)
-  void* dv;  // likewise
+  void* dv;  // (batch_size, seqlen_k, num_heads, head_dim_v)
   Strides dk_strides, dv_strides;
   Stats stats;
   DqAccum dq_accum;  // none where another kernel computes dq
-  int head_dim;
+  int head_dim, head_dim_v;
   const uint32_t* key_mask_bits;  // (num_sequences, num_words): mask.h; null without a mask
   int key_mask_step;
   float softmax_scale, softmax_scale_log2;
@@ -109,8 +109,8 @@ struct DqAccumKernelParams {
 struct UncutWorkTable : WorkTable {};
 
 struct DqKernelParams {
-  CUtensorMap q, dout;  // (batch_size, seqlen_q, num_heads, head_dim)
-  CUtensorMap k, v;     // (batch_size, seqlen_k, num_heads, head_dim)
+  CUtensorMap q, dout;  // (batch_size, seqlen_q, num_heads, head_dim or head_dim_v)
+  CUtensorMap k, v;     // (batch_size, seqlen_k, num_heads, head_dim or head_dim_v)
   int q_batch_step, dout_batch_step, k_batch_step, v_batch_step;
   void* dq;  // (batch_size, seqlen_q, num_heads, head_dim)
   Strides dq_strides;

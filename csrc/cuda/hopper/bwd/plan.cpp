@@ -9,7 +9,7 @@ namespace {
 class StepCount {
  public:
   StepCount(const BwdParams& params, const std::vector<QueryRun>& runs)
-      : block_n_(key_tile_rows(params.head_dim)),
+      : block_n_(key_tile_rows(widest_head_dim(params))),
         num_blocks_(num_multiprocessors(params.device)),
         is_masked_(params.key_padding_mask != nullptr),
         table_(make_key_work_table(params, runs, block_n_)) {}
@@ -70,7 +70,7 @@ int64_t num_before(const BwdShare& share, const BwdParams& params) {
 
 BwdPlan plan_bwd(const BwdParams& params, const std::vector<QueryRun>& runs) {
   const BwdShare whole{0, params.batch_size == 1 ? params.num_heads : params.batch_size, 1};
-  if (params.dtype == DType::kFloat32 || !can_add_dq(params.head_dim)) return {DqForm::kSeparate, {whole}};
+  if (params.dtype == DType::kFloat32 || !can_add_dq(widest_head_dim(params))) return {DqForm::kSeparate, {whole}};
   const StepCount count(params, runs);
   if (params.deterministic && !can_be_ordered(params, runs, count)) return {DqForm::kSeparate, {whole}};
   const DqForm form = params.deterministic ? DqForm::kOrdered : DqForm::kAtomic;

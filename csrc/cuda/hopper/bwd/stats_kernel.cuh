@@ -94,7 +94,7 @@ __global__ void __launch_bounds__(BwdStatsShape<Element, kHeadDim>::kThreads)
       return *reinterpret_cast<const uint4*>(static_cast<const char*>(tensor) + bytes_before(strides));
     };
     float delta = 0;
-    if (exists && chunk * 8 < params.head_dim) {
+    if (exists && chunk * 8 < params.head_dim_v) {
       delta = dot<Element>(chunk_of(params.out, params.out_strides), chunk_of(params.dout, params.dout_strides));
       if (params.dq_accum.num_spare > 0) {
         auto* spare = reinterpret_cast<char*>(params.dq_accum.spare) + bytes_before(params.out_strides);

@@ -49,7 +49,8 @@ __device__ inline void release_keys(WideDkDvSharedStorage<Config>& shared) {
 // Writes this warp's rows of dk or dv.
 template <typename Config, int kCount>
 __device__ inline void store_gradient(const DkDvKernelParams& params, const ItemRows& item, int first_row,
-                                      float (&gradient)[kCount], void* tensor, const Strides& strides) {
+                                      float (&gradient)[kCount], void* tensor, const Strides& strides,
+                                      int num_columns) {
   using Element = typename Config::Element;
   const int row_begin = item.row_begin + first_row;
   const int num_rows = item.row_end - row_begin;
@@ -58,7 +59,7 @@ __device__ inline void store_gradient(const DkDvKernelParams& params, const Item
   }
   Element* target =
       static_cast<Element*>(tensor) + item.batch * strides.batch + row_begin * strides.row + item.head * strides.head;
-  store_rows_directly(gradient, target, strides.row, num_rows, params.head_dim);
+  store_rows_directly(gradient, target, strides.row, num_rows, num_columns);
 }
 
 // An owner's place in the tile of keys, and its rings of queries and output gradients.
@@ -153,7 +154,7 @@ __device__ inline void own_dv(const DkDvKernelParams& params, WideDkDvSharedStor
       ptx::wgmma_wait<0>(dv);
       sync_and_release(shared.dout_pipe, dout);
     }
-    store_gradient<Config>(params, items.rows(), owner.first_row, dv, params.dv, params.dv_strides);
+    store_gradient<Config>(params, items.rows(), owner.first_row, dv, params.dv, params.dv_strides, params.head_dim_v);
   }
 }
 
@@ -221,7 +222,7 @@ __device__ inline void own_dk(const DkDvKernelParams& params, WideDkDvSharedStor
       sync_and_release(shared.q_pipe, q);
       scale_all(dk, params.softmax_scale);
     }
-    store_gradient<Config>(params, items.rows(), owner.first_row, dk, params.dk, params.dk_strides);
+    store_gradient<Config>(params, items.rows(), owner.first_row, dk, params.dk, params.dk_strides, params.head_dim);
   }
 }
 

@@ -17,9 +17,6 @@ int64_t num_batch_heads(const BwdParams& params) { return params.batch_size * pa
 
 int64_t num_rows(const BwdParams& params) { return num_batch_heads(params) * params.seqlen_q; }
 
-// How many numbers q has, and whatever has its shape.
-int64_t num_elements(const BwdParams& params) { return num_rows(params) * params.head_dim; }
-
 // The accumulators of the largest share serve all.
 DqAccum take_dq_accum(const BwdParams& params, const BwdPlan& plan, const std::vector<QueryRun>& runs,
                       Scratch& scratch) {
@@ -27,11 +24,11 @@ DqAccum take_dq_accum(const BwdParams& params, const BwdPlan& plan, const std::v
   const int64_t num_tiles = is_ordered ? num_reader_tiles(*params.schedule) : num_query_tiles(runs);
   const int64_t num_all = num_batch_heads(params_of(plan.shares.front(), params)) * num_tiles;
   const int64_t tile_floats =
-      kQueryTileRows * with_bwd_head_dim(params.head_dim, []<int kHeadDim>() { return kHeadDim; });
+      kQueryTileRows * with_bwd_head_dim(widest_head_dim(params), []<int kHeadDim>() { return kHeadDim; });
   DqAccum accum{};
   accum.num_tiles = static_cast<int>(num_tiles);
   accum.spare = static_cast<float*>(params.spare_out);
-  const int64_t spare_floats = accum.spare == nullptr ? 0 : num_elements(params) / 2;
+  const int64_t spare_floats = accum.spare == nullptr ? 0 : num_rows(params) * params.head_dim_v / 2;
   accum.num_spare = std::min(num_all, spare_floats / tile_floats);
   accum.num_others = num_all - accum.num_spare;
   accum.others = scratch.take<float>(accum.num_others * tile_floats);
@@ -45,17 +42,20 @@ DqTensor take_dq(const BwdParams& params, Scratch& scratch) {
   if (params.dq != params.q) return {params.dq, params.dq_strides};
   const int64_t row = params.num_heads * params.head_dim;
   const Strides strides{params.seqlen_q * row, row, params.head_dim};
-  return {params.spare_out != nullptr ? params.spare_out : scratch.take<uint16_t>(num_elements(params)), strides};
+  const bool fits_spare = params.spare_out != nullptr && params.head_dim <= params.head_dim_v;
+  return {fits_spare ? params.spare_out : scratch.take<uint16_t>(params.seqlen_q * params.batch_size * row), strides};
 }
 
 }  // namespace
 
 BwdTensors bwd_tensors(const BwdParams& params) {
-  const auto view = [&](const void* data, int64_t seqlen, const Strides& strides) {
-    return TensorView{data, params.dtype, params.batch_size, seqlen, params.num_heads, params.head_dim, strides};
+  const auto view = [&](const void* data, int64_t seqlen, int64_t head_dim, const Strides& strides) {
+    return TensorView{data, params.dtype, params.batch_size, seqlen, params.num_heads, head_dim, strides};
   };
-  return {view(params.q, params.seqlen_q, params.q_strides), view(params.k, params.seqlen_k, params.k_strides),
-          view(params.v, params.seqlen_k, params.v_strides), view(params.dout, params.seqlen_q, params.dout_strides)};
+  return {view(params.q, params.seqlen_q, params.head_dim, params.q_strides),
+          view(params.k, params.seqlen_k, params.head_dim, params.k_strides),
+          view(params.v, params.seqlen_k, params.head_dim_v, params.v_strides),
+          view(params.dout, params.seqlen_q, params.head_dim_v, params.dout_strides)};
 }
 
 BwdWorkspace bwd_workspace(const BwdParams& params, const std::vector<QueryRun>& runs, BwdPlan plan) {

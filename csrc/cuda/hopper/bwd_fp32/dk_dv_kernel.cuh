@@ -170,13 +170,14 @@ __device__ inline void consume(const Fp32DkDvKernelParams& params, Fp32DkDvShare
     }
 
     // Stores of dv and dk
-    const auto store = [&](const float (&gradient)[kHeadDim / 2], void* tensor, const Strides& strides) {
+    const auto store = [&](const float (&gradient)[kHeadDim / 2], void* tensor, const Strides& strides,
+                           int num_columns) {
       float* target =
           static_cast<float*>(tensor) + item.batch * strides.batch + row_begin * strides.row + item.head * strides.head;
-      store_fp32_rows(gradient, target, strides.row, num_rows, params.head_dim);
+      store_fp32_rows(gradient, target, strides.row, num_rows, num_columns);
     };
-    store(dv, params.dv, params.dv_strides);
-    store(dk, params.dk, params.dk_strides);
+    store(dv, params.dv, params.dv_strides, params.head_dim_v);
+    store(dk, params.dk, params.dk_strides, params.head_dim);
   }
 }
 

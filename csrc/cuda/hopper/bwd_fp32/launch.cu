@@ -49,7 +49,7 @@ void launch_stats(const BwdParams& params, const Fp32BwdWorkspace& workspace, co
       .lse = static_cast<const float*>(params.lse),
       .dlse = static_cast<const float*>(params.dlse),
       .num_heads = static_cast<int>(params.num_heads),
-      .head_dim = static_cast<int>(params.head_dim),
+      .head_dim_v = static_cast<int>(params.head_dim_v),
       .seqlen_q = params.seqlen_q,
       .q_scales = workspace.q.row_scales,
       .dout_scales = workspace.dout.row_scales,

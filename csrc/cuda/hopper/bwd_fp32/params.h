@@ -19,7 +19,7 @@ struct Fp32QueryStats {
 };
 
 // What the limbs of the inputs need beside their maps, which are those of all limbs: (num_limbs * num_sequences,
-// seqlen, num_heads, head_dim).
+// seqlen, num_heads, head_dim or head_dim_v).
 struct Fp32Inputs {
   const float *q_scales, *dout_scales, *k_scales, *v_scales;  // (num_sequences, num_heads, seqlen)
   LimbSteps limb_steps;
@@ -29,12 +29,12 @@ struct Fp32Inputs {
 struct Fp32BwdStatsKernelParams {
   static constexpr int kMaxRuns = WorkTable::kMaxSegments;
 
-  const float* out;   // (batch_size, seqlen_q, num_heads, head_dim)
+  const float* out;   // (batch_size, seqlen_q, num_heads, head_dim_v)
   const float* dout;  // likewise
   Strides out_strides, dout_strides;
   const float* lse;   // (batch_size, num_heads, seqlen_q)
   const float* dlse;  // likewise; or null
-  int num_heads, head_dim;
+  int num_heads, head_dim_v;
   int64_t seqlen_q;
   const float *q_scales, *dout_scales;  // (num_sequences, num_heads, seqlen_q)
   int q_batch_step, dout_batch_step;    // 1, or 0 where one sequence serves the whole batch

@@ -48,7 +48,7 @@ __global__ void __launch_bounds__(kFp32StatsThreads)
 #pragma unroll
     for (int i = 0; i < kFp32BwdHeadDim; i += 4 * kFp32StatsThreadsPerRow) {
       const int column = i + 4 * thread_of_row;
-      if (column < params.head_dim) {
+      if (column < params.head_dim_v) {
         const float4 a = *reinterpret_cast<const float4*>(out + column);
         const float4 b = *reinterpret_cast<const float4*>(dout + column);
         delta += a.x * b.x + a.y * b.y + a.z * b.z + a.w * b.w;

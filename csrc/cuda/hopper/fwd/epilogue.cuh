@@ -51,7 +51,7 @@ __device__ inline void store_result(const FwdKernelParams& params, FwdSharedStor
   float* lse = params.lse + (int64_t{tile.batch} * params.table.num_heads + tile.head) * params.seqlen_q + row_begin;
 #pragma unroll
   for (int i = 0; i < 2; ++i) {
-    store_row(out + 8 * i * params.out_strides.row, params.head_dim, o, i, inverse_of<Config>(softmax.row_sum[i]),
+    store_row(out + 8 * i * params.out_strides.row, params.head_dim_v, o, i, inverse_of<Config>(softmax.row_sum[i]),
               exists[i]);
     if (exists[i] && lane % 4 == 0) {
       const RowLse row_lse = softmax.template lse<Element>(i, bases);
@@ -71,12 +71,12 @@ __device__ inline void store_split(const FwdKernelParams& params, FwdSharedStora
   if constexpr (kMayOverflow<Config>) note_overflow(shared, o, {true, true});
 #pragma unroll
   for (int i = 0; i < 2; ++i) {
-    float* out = params.partial_out + (row + 8 * i) * params.head_dim + lane % 4 * 2;
+    float* out = params.partial_out + (row + 8 * i) * params.head_dim_v + lane % 4 * 2;
     const float inverse = inverse_of<Config>(softmax.row_sum[i]);
 #pragma unroll
     for (int column = 0; column < Config::kHeadDim; column += 8) {
       const float* pair = o + column / 2 + 2 * i;
-      if (column < params.head_dim) {
+      if (column < params.head_dim_v) {
         *reinterpret_cast<float2*>(out + column) = make_float2(pair[0] * inverse, pair[1] * inverse);
       }
     }

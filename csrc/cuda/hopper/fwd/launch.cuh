@@ -17,7 +17,9 @@ namespace mixed_attention::cuda::hopper {
 template <typename Config>
 FwdKernelParams make_fwd_kernel_params(const FwdParams& params, const FwdPlan& plan) {
   FwdTensors tensors = fwd_tensors(params);
-  if constexpr (Config::kIsMasked) tensors.v = masked_view(params, plan.masked_keys, plan.masked_keys.values);
+  if constexpr (Config::kIsMasked) {
+    tensors.v = masked_view(params, plan.masked_keys, plan.masked_keys.values, params.head_dim_v);
+  }
   const int v_batch_step = batch_step(tensors.v.strides);
   if constexpr (Config::kHasRowScales) {
     tensors = {limbs_view(tensors.q, plan.q_limbs), limbs_view(tensors.k, plan.k_limbs),
@@ -34,7 +36,7 @@ FwdKernelParams make_fwd_kernel_params(const FwdParams& params, const FwdPlan& p
       .lse = static_cast<float*>(params.lse),
       .out_strides = params.out_strides,
       .seqlen_q = params.seqlen_q,
-      .head_dim = static_cast<int>(params.head_dim),
+      .head_dim_v = static_cast<int>(params.head_dim_v),
       .partial_out = plan.partial_out,
       .row_lses = plan.row_lses,
       .key_mask_bits = plan.masked_keys.key_mask_bits,

@@ -24,7 +24,7 @@ struct FwdPlan {
   WorkTable table;            // of a list without its places in memory
   int64_t list_bytes = 0;     // of a list
   char* list_room = nullptr;  // where it lies for want of a kept one: device_tables.h
-  // Results of splits: (splits, kBlockM, head_dim), normalised, and (splits, kBlockM); null where there are none.
+  // Results of splits: (splits, kBlockM, head_dim_v), normalised, and (splits, kBlockM); null where there are none.
   float* partial_out = nullptr;
   RowLse* row_lses = nullptr;
   MaskedKeys masked_keys{};                   // none without a mask

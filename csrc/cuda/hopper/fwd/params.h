@@ -19,17 +19,17 @@ struct FwdRowScales {
 };
 
 struct FwdKernelParams {
-  // Maps of (batch_size, seqlen_q, num_heads, head_dim) and (batch_size, seqlen_k, num_heads, head_dim), limbs of fp32
-  // one behind the other as sequences: tensor_map.h.
+  // Maps of (batch_size, seqlen_q, num_heads, head_dim) and (batch_size, seqlen_k, num_heads, head_dim or head_dim_v),
+  // limbs of fp32 one behind the other as sequences: tensor_map.h.
   CUtensorMap q, k, v;
   // 1, or 0 where one sequence serves the whole batch.
   int q_batch_step, k_batch_step, v_batch_step;
-  void* out;   // (batch_size, seqlen_q, num_heads, head_dim)
+  void* out;   // (batch_size, seqlen_q, num_heads, head_dim_v)
   float* lse;  // (batch_size, num_heads, seqlen_q)
   Strides out_strides;
   int64_t seqlen_q;
-  int head_dim;                   // at most the kernel's
-  float* partial_out;             // (splits, kBlockM, head_dim): FwdPlan; null without splits
+  int head_dim_v;                 // at most the kernel's head_dim
+  float* partial_out;             // (splits, kBlockM, head_dim_v): FwdPlan; null without splits
   RowLse* row_lses;               // (splits, kBlockM), likewise
   const uint32_t* key_mask_bits;  // (num_sequences, num_words): mask.h; null without a mask
   int key_mask_step;              // words from one sequence to the next

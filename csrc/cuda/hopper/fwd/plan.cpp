@@ -18,11 +18,12 @@
 namespace mixed_attention::cuda::hopper {
 
 FwdTensors fwd_tensors(const FwdParams& params) {
-  const auto view = [&](const void* data, int64_t seqlen, const Strides& strides) {
-    return TensorView{data, params.dtype, params.batch_size, seqlen, params.num_heads, params.head_dim, strides};
+  const auto view = [&](const void* data, int64_t seqlen, int64_t head_dim, const Strides& strides) {
+    return TensorView{data, params.dtype, params.batch_size, seqlen, params.num_heads, head_dim, strides};
   };
-  return {view(params.q, params.seqlen_q, params.q_strides), view(params.k, params.seqlen_k, params.k_strides),
-          view(params.v, params.seqlen_k, params.v_strides)};
+  return {view(params.q, params.seqlen_q, params.head_dim, params.q_strides),
+          view(params.k, params.seqlen_k, params.head_dim, params.k_strides),
+          view(params.v, params.seqlen_k, params.head_dim_v, params.v_strides)};
 }
 
 namespace {
@@ -83,8 +84,8 @@ Form make_form(const FwdParams& params) {
 std::shared_ptr<const Form> form_of(const FwdParams& params) {
   using Key = std::tuple<uint64_t, DType, bool, bool, int64_t, int64_t, int64_t, int>;
   static auto* kept = new Kept<Key, Form>(256);  // never freed: threads may outlive static objects
-  const Key key{params.schedule->id, params.dtype,      params.allow_tf32, params.key_padding_mask != nullptr,
-                params.head_dim,     params.batch_size, params.num_heads,  params.device};
+  const Key key{params.schedule->id,     params.dtype,      params.allow_tf32, params.key_padding_mask != nullptr,
+                widest_head_dim(params), params.batch_size, params.num_heads,  params.device};
   return kept->of(key, [&] { return make_form(params); });
 }
 
@@ -110,7 +111,7 @@ void take_workspace(const FwdParams& params, FwdPlan& plan) {
     Scratch scratch(params.workspace);
     if (plan.form == FwdForm::kListed) plan.list_room = scratch.take<char>(plan.list_bytes);
     if (const int64_t num_splits = plan.table.splits.num_items(); num_splits > 0) {
-      plan.partial_out = scratch.take<float>(num_splits * kBlockM * params.head_dim);
+      plan.partial_out = scratch.take<float>(num_splits * kBlockM * params.head_dim_v);
       plan.row_lses = scratch.take<RowLse>(num_splits * kBlockM);
     }
     if (params.key_padding_mask != nullptr) plan.masked_keys = plan_masked_keys(params, scratch, false);

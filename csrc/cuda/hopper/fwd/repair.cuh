@@ -65,12 +65,12 @@ __device__ inline void replace_item(const FwdKernelParams& params, const Walk<Co
     const float inverse = inverse_of<Config>(softmax.row_sum[i]);
     if (splits.has(item.item)) {
       const int64_t split_row = int64_t{splits.place(item.item)} * Config::kBlockM + row;
-      replace_row(params.partial_out + split_row * params.head_dim, params.head_dim, o, i, inverse);
+      replace_row(params.partial_out + split_row * params.head_dim_v, params.head_dim_v, o, i, inverse);
     } else if (rows.row_begin + row < rows.row_end) {
       const Strides& strides = params.out_strides;
       Element* out = static_cast<Element*>(params.out) + rows.batch * strides.batch + rows.head * strides.head +
                      (rows.row_begin + row) * strides.row;
-      replace_row(out, params.head_dim, o, i, inverse);
+      replace_row(out, params.head_dim_v, o, i, inverse);
     }
   }
 }

@@ -63,7 +63,7 @@ __device__ inline void store_tangents(const JvpKernelParams& params, JvpSharedSt
 #pragma unroll
   for (int i = 0; i < 2; ++i) {
     const auto store = [&](void* data, const Strides& strides, const float (&result)[Config::kHeadDim / 2]) {
-      store_row(row_of_output<Element>(data, strides, tile, row) + 8 * i * strides.row, params.head_dim, result, i, 1,
+      store_row(row_of_output<Element>(data, strides, tile, row) + 8 * i * strides.row, params.head_dim_v, result, i, 1,
                 exists[i]);
     };
     if (params.out != nullptr) store(params.out, params.out_strides, out);

@@ -43,7 +43,7 @@ JvpKernelParams make_jvp_kernel_params(const JvpParams& params, int direction, c
       .out_strides = params.out_strides,
       .out_dot_strides = params.out_dot_strides,
       .seqlen_q = params.seqlen_q,
-      .head_dim = static_cast<int>(params.head_dim),
+      .head_dim_v = static_cast<int>(params.head_dim_v),
       .softmax_scale = static_cast<float>(params.softmax_scale),
       .softmax_scale_log2 = static_cast<float>(params.softmax_scale * std::numbers::log2e),
       .table = table,

@@ -19,13 +19,13 @@ struct MovingMaps {
 
 struct JvpKernelParams {
   MovingMaps q, k, v;
-  void* out;   // (batch_size, seqlen_q, num_heads, head_dim); null where it is known
+  void* out;   // (batch_size, seqlen_q, num_heads, head_dim_v); null where it is known
   float* lse;  // (batch_size, num_heads, seqlen_q), likewise
   void* out_dot;
   float* lse_dot;
   Strides out_strides, out_dot_strides;
   int64_t seqlen_q;
-  int head_dim;  // at most the kernel's
+  int head_dim_v;  // at most the kernel's head_dim
   float softmax_scale, softmax_scale_log2;
   WorkTable table;
 };

@@ -28,10 +28,10 @@ __device__ inline void replace_tangents(const JvpKernelParams& params, const Ite
     const int row = first + 8 * i;
     if (row >= tile.row_end) continue;
     if (params.out != nullptr) {
-      replace_row(row_of_output<Element>(params.out, params.out_strides, tile, row), params.head_dim, mma.out, i, 1);
+      replace_row(row_of_output<Element>(params.out, params.out_strides, tile, row), params.head_dim_v, mma.out, i, 1);
     }
-    replace_row(row_of_output<Element>(params.out_dot, params.out_dot_strides, tile, row), params.head_dim, mma.out_dot,
-                i, 1);
+    replace_row(row_of_output<Element>(params.out_dot, params.out_dot_strides, tile, row), params.head_dim_v,
+                mma.out_dot, i, 1);
   }
 }
 

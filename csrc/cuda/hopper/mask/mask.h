@@ -13,8 +13,8 @@ namespace mixed_attention::cuda::hopper {
 // zero, but what they hold may be infinite.
 struct MaskedKeys {
   uint32_t* key_mask_bits;  // (num_sequences, num_words)
-  void* values;             // (num_sequences, seqlen_k, num_heads, head_dim)
-  void* keys;               // likewise; null in the forward, which selects among the scores
+  void* values;             // (num_sequences, seqlen_k, num_heads, head_dim_v)
+  void* keys;               // likewise, of head_dim; null in the forward, which selects among the scores
   int num_sequences;        // one for each sequence, or one for all
   int num_words;            // with kSpareWords behind the last key, which may be read
 
@@ -26,8 +26,8 @@ struct MaskedKeys {
 
 MaskedKeys plan_masked_keys(const AttentionParams& params, Scratch& scratch, bool copies_keys);
 
-// One of the copies.
-TensorView masked_view(const AttentionParams& params, const MaskedKeys& keys, const void* copy);
+// One of the copies, of heads of such a width.
+TensorView masked_view(const AttentionParams& params, const MaskedKeys& keys, const void* copy, int64_t head_dim);
 
 // Enqueues the kernel that writes all of it.
 void launch_mask(const AttentionParams& params, const MaskedKeys& keys);

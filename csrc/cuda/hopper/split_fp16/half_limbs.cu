@@ -109,7 +109,9 @@ void launch_half_limbs(std::span<const HalfLimbsTask> tasks, void* stream) {
   if (tasks.size() > kMaxHalfLimbsTasks) throw std::logic_error("launch_half_limbs: too many tasks");
   HalfLimbsParams params{};
   std::copy(tasks.begin(), tasks.end(), params.tasks);
-  params.threads_of_row = static_cast<int>(std::bit_ceil(static_cast<uint64_t>(tasks[0].source.head_dim / kChunk)));
+  int64_t widest = 0;
+  for (const HalfLimbsTask& task : tasks) widest = std::max(widest, task.source.head_dim);
+  params.threads_of_row = static_cast<int>(std::bit_ceil(static_cast<uint64_t>(widest / kChunk)));
   const int64_t rows_of_block = kThreads / params.threads_of_row;
   int64_t num_blocks = 0, depth = 0;
   for (const HalfLimbsTask& task : tasks) {

@@ -55,7 +55,7 @@ struct HalfLimbsTask {
 
 inline constexpr int kMaxHalfLimbsTasks = 8;
 
-// Enqueues one kernel that makes the limbs of all, which have the same head_dim; stream: cudaStream_t.
+// Enqueues one kernel that makes the limbs of all; stream: cudaStream_t.
 void launch_half_limbs(std::span<const HalfLimbsTask> tasks, void* stream);
 
 }  // namespace mixed_attention::cuda::hopper

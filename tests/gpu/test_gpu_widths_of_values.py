@@ -1,0 +1,180 @@
+"""Values narrower, or wider, than queries and keys, on the kernels of Hopper; nothing beside them is touched."""
+
+from __future__ import annotations
+
+import random
+
+import pytest
+import torch
+from cases import NAMES, Case, make_inputs
+from compare import Results, check, deterministic, judge
+from tangents import check as check_tangents
+from tangents import make_moving
+from torch import Tensor
+
+import mixed_attention as ma
+
+pytestmark = [pytest.mark.gpu, pytest.mark.parametrize("device", ["cuda"], indirect=True, scope="session")]
+
+FP16, BF16, FP32 = torch.float16, torch.bfloat16, torch.float32
+MODES = {"fp16": (FP16, "highest"), "bf16": (BF16, "highest"), "fp32": (FP32, "highest"), "tf32": (FP32, "high")}
+
+# Widths of queries and keys, and of values: for every width of a kernel a pair; whole slabs of columns less, or a few.
+WIDTHS = [(32, 8), (64, 56), (72, 64), (96, 40), (128, 64), (192, 8), (256, 184), (40, 64), (24, 96), (136, 256)]
+
+
+@pytest.fixture(params=MODES.values(), ids=MODES)
+def dtype(request):
+    """A dtype of which products are as exact as they can be, and fp32 once more with products of TF32."""
+    dtype, precision = request.param
+    torch.set_float32_matmul_precision(precision)
+    yield dtype
+    torch.set_float32_matmul_precision("highest")
+
+
+@pytest.fixture(params=[False, True], ids=["any order", "deterministic"])
+def order(request):
+    """Gradients that blocks add up as they come, or in a fixed order."""
+    torch.use_deterministic_algorithms(request.param)
+    yield
+    torch.use_deterministic_algorithms(False)
+
+
+def is_served(case: Case, *, backward: bool) -> bool:
+    """Whether Hopper's kernels say that they serve such a call."""
+    widths = case.head_dim, case.head_dim_v or case.head_dim
+    least, most = (8, 256) if case.dtype != FP32 else (40, 64 if backward else 128)
+    return all(width % 8 == 0 for width in widths) and least <= max(widths) <= most
+
+
+@pytest.mark.parametrize("head_dim", range(8, 257, 8))
+def test_every_width(head_dim, dtype, order, device):
+    """Each with the narrowest values, the next narrower ones, and others; tensors also between columns of NaN."""
+    rng = random.Random(head_dim)
+    for head_dim_v in sorted({8, max(8, head_dim - 8), rng.randrange(8, head_dim + 8, 8), rng.randrange(8, 257, 8)}):
+        case = Case((77, 130, 65), "a>b bc>ac", num_heads=2, head_dim=head_dim, head_dim_v=head_dim_v, dtype=dtype)
+        check(case, device)
+        check(case.with_(layout="spaced", batch_size=2, shared=rng.choice(["", "k", "v", "kv"])), device)
+
+
+def many_groups(count: int) -> Case:
+    """More ranges than fit a kernel's parameters: a group attends to itself, to the next one and to a common one."""
+    names = NAMES[:count]
+    attends = " ".join(f"{name}>{name}{names[(i + 1) % count]}{names[7]}" for i, name in enumerate(names))
+    return Case(tuple(37 * i % 200 for i in range(count)), attends, num_heads=2)
+
+
+# Keys that are cut into parts, many key tiles, queries that read several segments of keys, lists, padding masks.
+SCENES = {
+    "parts": Case((40, 9000), "ab>ab", cached="b"),
+    "parts of the longest": Case((40, 9000, 500), "ab>ab c>c", num_heads=3, cached="b"),
+    "rounds": Case((1500, 1300), "a>a b>b", num_heads=8),
+    "unions": Case((300, 700, 900, 500), "a>bcd b>acd c>abd d>abc", num_heads=3),
+    "many groups": many_groups(60),
+    "heavy tails": Case((200, 330), "a>ab b>b", 2, num_heads=2, heavy_tails=True),
+    "large logits": Case((200, 130), "a>b b>a", num_heads=2, magnitude=300.0),
+    "random mask": Case((77, 730), "a>b b>ab", 2, num_heads=2, mask="random"),
+    "blocked mask": Case((77, 730), "a>b b>ab", 2, num_heads=2, mask="blocked", shared="kv"),
+    "shared mask": Case((77, 730), "a>b b>ab", 3, num_heads=2, mask="shared", layout="packed"),
+    "one sequence of keys": Case((77, 130), "a>b b>ab", 3, num_heads=2, shared="kv", layout="spaced"),
+    "heads before rows": Case((77, 130), "a>b b>ab", 3, num_heads=2, layout="transposed"),
+}
+
+
+@pytest.mark.parametrize(("head_dim", "head_dim_v"), WIDTHS)
+@pytest.mark.parametrize("case", SCENES.values(), ids=SCENES)
+def test_every_way_through_the_kernels(case, head_dim, head_dim_v, dtype, order, device):
+    if (case.magnitude > 100 or case.heavy_tails) and dtype == FP32:
+        pytest.skip("scores of TF32 may be off by more than a little, which is more than the judge's first order knows")
+    check(case.with_(head_dim=head_dim, head_dim_v=head_dim_v, dtype=dtype), device)
+
+
+def beside_poison(like: Tensor, poison: float) -> tuple[Tensor, Tensor]:
+    """Room for a result between rows, heads and columns that must keep what they hold; and all of that memory."""
+    batch, rows, heads, width = like.shape
+    memory = torch.full((batch, rows + 2, heads + 1, width + 16), poison, dtype=like.dtype, device=like.device)
+    return memory[:, 1:-1, :-1, 8:-8], memory
+
+
+@pytest.mark.parametrize(("head_dim", "head_dim_v"), WIDTHS)
+@pytest.mark.parametrize("mask", [None, "random"])
+def test_nothing_is_written_beside_gradients(mask, head_dim, head_dim_v, dtype, order, device):
+    widths = {"head_dim": head_dim, "head_dim_v": head_dim_v}
+    case = Case((77, 130, 165), "a>b bc>ac", 2, num_heads=2, mask=mask, layout="spaced", dtype=dtype, **widths)
+    inputs = make_inputs(case, device)
+    q, k, v = (t.detach() for t in (inputs.q, inputs.k, inputs.v))
+    rest = case.plan.flat(), case.scale, inputs.key_padding_mask
+    out, lse = torch.ops.mixed_attention.forward(q, k, v, *rest)
+    out_room, out_memory = beside_poison(out, torch.nan)
+    out_room.copy_(out)
+    found = {}
+    for poison in (torch.nan, -3.0):  # NaN would not show where NaN is written beside
+        rooms = [beside_poison(t, poison) for t in (q, k, v)]
+        grads = [room for room, _ in rooms]
+        torch.ops.mixed_attention.backward_out(
+            inputs.dout, inputs.dlse, q, k, v, out_room, lse, *rest, 0.0, None, *grads
+        )
+        judge(Results(out, lse, *grads), inputs)
+        for name, (room, memory) in zip(("dq", "dk", "dv"), rooms):
+            room.fill_(poison)
+            found[name, poison] = int((memory.nan_to_num(-3.0) != -3.0).sum())
+    assert not any(found.values()), f"numbers beside gradients that were overwritten: {found}"
+    assert torch.equal(out_room, out)
+    out_room.fill_(torch.nan)
+    assert out_memory.isnan().all()
+
+
+@pytest.mark.parametrize(("head_dim", "head_dim_v"), [(head_dim, v) for head_dim, v in WIDTHS if head_dim <= 96])
+@pytest.mark.parametrize(("moves", "count"), [("q", 1), ("qkv", 2), ("v", 1)])
+@pytest.mark.parametrize("layout", ["contiguous", "spaced"])
+def test_tangents(layout, moves, count, head_dim, head_dim_v, dtype, device):
+    widths = {"head_dim": head_dim, "head_dim_v": head_dim_v}
+    case = Case((133, 240), "a>ab b>a", 2, num_heads=2, layout=layout, dtype=dtype, **widths)
+    check_tangents(make_moving(case, moves, count, device))
+
+
+def kernels_of(function) -> set[str]:
+    """The names of what a call launches."""
+    function()
+    with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CUDA]) as profile:
+        function()
+        torch.cuda.synchronize()
+    return {event.name for event in profile.events()}
+
+
+@pytest.mark.parametrize(("head_dim", "head_dim_v"), [*WIDTHS, (64, 20), (20, 8), (64, 100)])
+def test_who_serves_it_is_what_a_plan_says(head_dim, head_dim_v, dtype, device):
+    """Of v as a slice of a wider projection; narrower values of odd widths are filled up first."""
+    if torch.cuda.get_device_capability(device) != (9, 0):
+        pytest.skip("the device has no kernels of its own")
+    case = Case((300, 200), "a>ab b>b", num_heads=2, head_dim=head_dim, head_dim_v=head_dim_v, dtype=dtype)
+    inputs = make_inputs(case.with_(layout="spaced"), device)
+    names = kernels_of(lambda: run_once(inputs))
+    text = case.plan.explain(device=device, dtype=dtype, num_heads=2, head_dim=head_dim, head_dim_v=head_dim_v)
+    filled = case.with_(head_dim_v=head_dim) if head_dim_v < head_dim and head_dim_v % 8 else case
+    for backward, name in ((False, "fwd_kernel"), (True, "dk_dv_kernel")):
+        expected = is_served(filled, backward=backward)
+        (line,) = (line for line in text.splitlines() if f"{'backward' if backward else 'forward'}: " in line)
+        assert ("hopper kernel" in line) == expected, line
+        launched = {kernel for kernel in names if name in kernel}
+        assert launched and all(("hopper" in kernel) == expected for kernel in launched), names
+
+
+def run_once(inputs) -> None:
+    out = ma.attention(inputs.q, inputs.k, inputs.v, inputs.case.plan)
+    torch.autograd.grad(out, (inputs.q, inputs.k, inputs.v), inputs.dout)
+
+
+@pytest.mark.parametrize(("head_dim", "head_dim_v"), WIDTHS)
+def test_deterministic_gradients_have_equal_bits(head_dim, head_dim_v, dtype, device):
+    case = Case((700, 900), "a>ab b>ab", num_heads=3, head_dim=head_dim, head_dim_v=head_dim_v, dtype=dtype)
+    inputs = make_inputs(case, device)
+    with deterministic():
+        first, second = ([*_gradients(inputs)] for _ in range(2))
+    for name, a, b in zip(("dq", "dk", "dv"), first, second):
+        assert torch.equal(a, b), name
+
+
+def _gradients(inputs) -> tuple[Tensor, ...]:
+    out = ma.attention(inputs.q, inputs.k, inputs.v, inputs.case.plan)
+    return torch.autograd.grad(out, (inputs.q, inputs.k, inputs.v), inputs.dout)
