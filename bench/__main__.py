@@ -9,13 +9,27 @@ from pathlib import Path
 
 import torch
 
-from bench import derivatives, facts, files, groups, host, layer, memory, operator, ragged, repeats, tables, timeline
+from bench import (
+    bias,
+    derivatives,
+    facts,
+    files,
+    groups,
+    host,
+    layer,
+    memory,
+    operator,
+    ragged,
+    repeats,
+    tables,
+    timeline,
+)
 from bench.cases import QUICK, Case, suite
 from bench.peers import BACKWARD, FORWARD, peers
 from bench.rows import PRECISIONS, Row, dtype_of
 
 OURS = ("ours", "ours, deterministic")
-WHAT = ("operator", "layer", "host", "memory", "groups", "ragged", "repeats", "timeline", "derivatives")
+WHAT = ("operator", "layer", "host", "memory", "groups", "ragged", "repeats", "timeline", "derivatives", "bias")
 PASSES = {"fwd": FORWARD, "bwd": BACKWARD}
 
 
@@ -67,6 +81,8 @@ def _measure(args: argparse.Namespace, cases: tuple[Case, ...], device: torch.de
                 yield from layer.measure(case, device, precision, layers)
             if "derivatives" in args.what:
                 yield from derivatives.measure(case, device, precision, args.rounds)
+            if "bias" in args.what:
+                yield from bias.measure(case, device, precision, args.rounds)
             if "timeline" in args.what and (args.case or case.name in timeline.CASES):
                 yield from timeline.measure(case, device, precision, args.peers, args.rounds)
             if "memory" in args.what and device.type == "cuda":

@@ -41,6 +41,8 @@ def line(row: Row) -> str:
         more = f", {row['backwards']:.2f} backwards" if "backwards" in row else ""
         peak = f"{row['peak_bytes'] / 2**20:10.1f} MiB" if "peak_bytes" in row else ""
         return f"{what}{row['milliseconds']['median']:10.4f} ms{row['ratio']:8.2f} of our {unit}{more}{peak}"
+    if row["kind"] == "bias":
+        return f"{what}{row['milliseconds']['median']:10.4f} ms{row['ratio']:8.3f} of the same without"
     rate = f"{row['gflops_per_second']:12.1f} GFLOP/s" if "gflops_per_second" in row else ""
     host = f"{row['host_microseconds']:8.0f} us of host" if "host_microseconds" in row else ""
     return f"{what}{row['milliseconds']['median']:10.4f} ms{rate}{host}"
@@ -83,6 +85,7 @@ def _sections(rows: Sequence[Row]) -> Iterator[str]:
     ):
         for key, group in grouped(rows_of(rows, kind, has=_FIELDS[kind]), "dtype", "pass"):
             yield f"### {title}, {TITLES[key[0]]}, {key[1]}\n\n{markdown(group, cell, *columns)}"
+    yield from _extra_sections(rows)
     yield from _derivative_sections(rows)
     yield from _kernel_sections(rows)
     yield from _model_sections(rows)
@@ -91,6 +94,22 @@ def _sections(rows: Sequence[Row]) -> Iterator[str]:
     }
     if absent:
         yield "### Not measured\n\n" + "\n".join(sorted(absent)) + "\n"
+
+
+def _extra_sections(rows: Sequence[Row]) -> Iterator[str]:
+    """Tables of what a call does beside: its time over that of the same without."""
+    for (dtype, passed), group in grouped(rows_of(rows, "bias"), "dtype", "pass"):
+        table = markdown(group, lambda row: f"{row['ratio']:.3f}")
+        yield f"### A bias of squared distances, {TITLES[dtype]}, {passed}, over the same call without\n\n{table}"
+    for (dtype,), group in grouped(rows_of(rows, "layer"), "dtype"):
+        lines = []
+        for (case, passed, mode), same in grouped(group, "case", "pass", "mode"):
+            plain, normalised = named(same, "ours"), named(same, "ours, qk_norm")
+            if plain and normalised:
+                ratio = median_of(normalised) / median_of(plain)
+                lines.append({"case": case, "who": passed + TITLES[mode], "text": f"{ratio:.3f}"})
+        if lines:
+            yield f"### The layer with qk_norm, {TITLES[dtype]}, over ours without\n\n{markdown(lines, text)}"
 
 
 def _derivative_sections(rows: Sequence[Row]) -> Iterator[str]:

@@ -3,7 +3,7 @@
 import pytest
 import torch
 
-from bench import layer
+from bench import facts, layer, tables
 from bench.cases import Case
 
 SKIPPING = Case("some queries", 2, 3, 16, {"a": 40, "q": 30}, ((("a", "q"), ("a",)),))
@@ -31,3 +31,5 @@ def test_rows():
         (passed, name) for passed in ("forward", "forward + backward") for name in who
     ]
     assert all(row["error"] < 1e-5 for row in rows if row["who"] not in ("ours, qk_norm", "ours, attention alone"))
+    table = tables.tables({**facts.of_run("bench", torch.device("cpu"), "a commit"), "rows": rows})
+    assert "### The layer with qk_norm, fp32, over ours without\n\n| case | forward | forward + backward |" in table
