@@ -79,14 +79,15 @@ def _measure(args: argparse.Namespace, cases: tuple[Case, ...], device: torch.de
                 yield from operator.measure(case, device, precision, wanted, what)
             if "layer" in args.what:
                 yield from layer.measure(case, device, precision, layers)
-            if "derivatives" in args.what:
-                yield from derivatives.measure(case, device, precision, args.rounds)
             if "bias" in args.what:
                 yield from bias.measure(case, device, precision, args.rounds)
             if "timeline" in args.what and (args.case or case.name in timeline.CASES):
                 yield from timeline.measure(case, device, precision, args.peers, args.rounds)
             if "memory" in args.what and device.type == "cuda":
                 yield operator.gpu_memory(case, device, precision, everybody["ours"]())
+        if "derivatives" in args.what:
+            for case in (*cases, *_wanted(derivatives.CASES, args)):
+                yield from derivatives.measure(case, device, precision, args.rounds)
         if "groups" in args.what:
             yield from groups.measure(device, precision, args.rounds)
         if "ragged" in args.what:
@@ -101,12 +102,16 @@ def _measure(args: argparse.Namespace, cases: tuple[Case, ...], device: torch.de
                 yield memory.measure(num_tokens, dtype_of(precision))
 
 
+def _wanted(cases: tuple[Case, ...], args: argparse.Namespace) -> tuple[Case, ...]:
+    return tuple(case for case in cases if not args.case or case.name in args.case)
+
+
 def main() -> int:
     """Runs the command line; 1 if ours was absent from something, or not equal to itself where it promises to be."""
     args = _arguments()
     device = torch.device(args.device)
     torch.manual_seed(0)
-    cases = tuple(case for case in suite(device.type) if not args.case or case.name in args.case)
+    cases = _wanted(suite(device.type), args)
     result = facts.of_run("bench", device, args.commit)
     try:
         for row in _measure(args, cases, device):

@@ -5,6 +5,7 @@ On GPUs rows have the peak of memory, too.
 
 from __future__ import annotations
 
+import importlib
 import os
 from collections.abc import Callable, Iterator, Sequence
 from functools import partial
@@ -35,6 +36,11 @@ UNITS = {
     "double backward of queries": "training",
     "double backward of all": "training",
 }
+# A peer in Triton, and its passes: its gradients of gradients are not offered.
+FLASH = "jvp-flash-attention"
+OF_FLASH = ("forward", "jvp of all", "training")
+# Beside the suite, as that peer's attention is dense.
+CASES = (Case("dense-16k", 1, 3, 64, {"a": 16384}, ((("a",), ("a",)),)),)
 # Torch's own attention in framework operators holds all scores, several times.
 LARGEST_OF_TORCH = int(os.environ.get("MIXED_ATTENTION_BENCH_MATH_PAIRS", 2**27))
 
@@ -49,13 +55,22 @@ def measure(case: Case, device: torch.device, precision: str, rounds: int) -> It
     who: dict[str, Attention] = {"ours": lambda q, k, v: ma.attention(q, k, v, case.plan)}
     if case.batch_size * case.num_heads * case.plan.num_pairs() <= LARGEST_OF_TORCH:
         who["torch, math"] = partial(_by_torch, case)
+    if device.type == "cuda":
+        try:
+            who[FLASH] = partial(_by_segment, case, _flash())
+        except ImportError as error:
+            yield absent_row(case.name, FLASH, precision, error)
     calls: dict[tuple[str, str], Calls] = {}
     with in_precision(precision):
         for name, attention in who.items():
             for passed, call in _passes(attention, (q, k, v)).items():
+                if name == FLASH and passed not in OF_FLASH:
+                    continue
                 try:
                     call()
-                except (RuntimeError, NotImplementedError) as error:  # out of memory, or not offered
+                except Exception as error:  # out of memory, not offered, or whatever foreign code raises
+                    if name == "ours":
+                        raise
                     yield absent_row(case.name, name, precision, error, **{"pass": passed})
                 else:
                     calls[name, passed] = Calls(call)
@@ -101,12 +116,21 @@ def _passes(attention: Attention, qkv: Sequence[Tensor]) -> dict[str, Callable[[
 
 
 def _by_torch(case: Case, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
-    """Torch's own attention, once for each pattern, by the one of its backends that has these derivatives."""
-    outs = []
+    """Torch's own attention, by the one of its backends that has these derivatives."""
     with sdpa_kernel(SDPBackend.MATH):
-        for segment in case.plan.query_segments:
-            rows = q[:, segment.start : segment.end]
-            keys, values = (torch.cat([x[:, a:b] for a, b in segment.key_ranges], 1) for x in (k, v))
-            attended = F.scaled_dot_product_attention(*(x.transpose(1, 2) for x in (rows, keys, values)))
-            outs.append(attended.transpose(1, 2))
+        return _by_segment(case, F.scaled_dot_product_attention, q, k, v)
+
+
+def _flash() -> Attention:
+    """The attention of jvp-flash-attention, which computes tangents beside outputs."""
+    return importlib.import_module("jvp_flash_attention.jvp_attention").JVPAttn.fwd_dual
+
+
+def _by_segment(case: Case, attention: Attention, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+    """Calls an attention of heads before rows once for each pattern."""
+    outs = []
+    for segment in case.plan.query_segments:
+        rows = q[:, segment.start : segment.end]
+        keys, values = (torch.cat([x[:, a:b] for a, b in segment.key_ranges], 1) for x in (k, v))
+        outs.append(attention(*(x.transpose(1, 2) for x in (rows, keys, values))).transpose(1, 2))
     return torch.cat(outs, 1)

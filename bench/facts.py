@@ -18,7 +18,7 @@ import torch
 import mixed_attention as ma
 from bench import files, tables
 
-PEER_PACKAGES = ("triton", "fa3_fwd", "flash-attn-4", "nvidia-cutlass-dsl", "emmiai-noether")
+PEER_PACKAGES = ("triton", "fa3_fwd", "flash-attn-4", "nvidia-cutlass-dsl", "jvp-flash-attention", "emmiai-noether")
 
 
 def of_run(module: str, device: torch.device, commit: str | None) -> dict[str, Any]:
