@@ -22,7 +22,8 @@ struct Tangents {
   int64_t q_step, k_step, v_step;
 };
 
-// How out and lse move with q, k and v. With lse_is_known, out and lse are there and may be read; else they are written.
+// How out and lse move with q, k and v. With lse_is_known, out and lse are there and may be read; else they are
+// written.
 struct JvpParams : FwdParams {
   Tangents tangents;
   bool lse_is_known;

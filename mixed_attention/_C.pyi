@@ -14,7 +14,12 @@ def cuda_kernel(
     dtype: dtype, head_dim: int, head_dim_v: int, device: int, backward: bool, tangents: bool = False
 ) -> tuple[str, str]: ...
 def cuda_launch(
-    dtype: dtype, shape: tuple[int, int, int, int, int, int], segments: Sequence[int], device: int, backward: bool
+    dtype: dtype,
+    shape: tuple[int, int, int, int, int, int],
+    segments: Sequence[int],
+    device: int,
+    backward: bool,
+    tangents: bool = False,
 ) -> tuple[str, str, int, int, int, int, int, int]: ...
 def check_forward(
     q: Tensor,

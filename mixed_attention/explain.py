@@ -65,6 +65,14 @@ def _unread_rows(plan: AttentionPlan) -> Iterator[tuple[int, int]]:
         yield reached, plan.num_keys
 
 
+# What serves tangents and gradients of them, by the family that serves tangents.
+_OF_TANGENTS = {
+    "hopper": "hopper kernels, and portable ones",
+    "portable": "portable kernels",
+    "none": "no kernel",
+}
+
+
 def _kernels(
     plan: AttentionPlan,
     *,
@@ -84,16 +92,21 @@ def _kernels(
         batch_size, num_heads, head_dim, head_dim_v: Those of the call.
     """
     served = ops.has_kernels("cuda", dtype)
+    shape = {"batch_size": batch_size, "num_heads": num_heads, "head_dim": head_dim, "head_dim_v": head_dim_v}
     why = ops.why_no_tangent_kernels(dtype, head_dim, head_dim_v, device) if served else ""
-    by = "portable kernels" if served and not why else f"the reference, for {why}" if why else "the reference"
+    by = f"the reference, for {why}" if why else "the reference"
+    if served and not why:
+        launch = ops.cuda_launch(plan, **shape, dtype=dtype, device=device, backward=False, tangents=True)
+        by = _OF_TANGENTS[launch.family]
+        if launch.why:
+            by += f"{'' if launch.family == 'none' else '; no faster ones'}, for {launch.why}"
     yield f"  tangents and gradients of them: {by}"
     for backward in (False, True):
         direction = "backward" if backward else "forward"
         if not ops.has_kernels("cuda", dtype):
             yield f"  {direction}: the reference"
             continue
-        shape = {"batch_size": batch_size, "num_heads": num_heads, "head_dim": head_dim, "head_dim_v": head_dim_v}
-        launch = ops.cuda_launch(plan, **shape, dtype=dtype, device=device, backward=backward)
+        launch = ops.cuda_launch(plan, **shape, dtype=dtype, device=device, backward=backward, tangents=False)
         if launch.family == "none":
             yield f"  {direction}: no kernel, for {launch.why}"
             continue

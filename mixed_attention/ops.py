@@ -156,14 +156,18 @@ def cuda_launch(
     device: torch.device,
     backward: bool,
     head_dim_v: int | None = None,
+    tangents: bool = False,
 ) -> CudaLaunch:
-    """How a GPU serves a call of contiguous tensors without mask and dropout, as the call itself would decide it."""
+    """How a GPU serves a call of contiguous tensors without mask and dropout, as the call itself would decide it.
+
+    With ``tangents`` it is a call of the operators of derivatives beyond the first, in one direction.
+    """
     _require_compiled()
     width_v = head_dim_v or head_dim
     if width_v < head_dim and _fills_up(dtype, head_dim, width_v, device):
         width_v = head_dim
     shape = (batch_size, num_heads, plan.num_queries, plan.num_keys, head_dim, width_v)
-    return CudaLaunch(*_C.cuda_launch(dtype, shape, plan.flat(), _index_of(device), backward))
+    return CudaLaunch(*_C.cuda_launch(dtype, shape, plan.flat(), _index_of(device), backward, tangents))
 
 
 @cache

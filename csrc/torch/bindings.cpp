@@ -258,8 +258,10 @@ void define_questions(py::module_& m) {
   m.def(
       "cuda_launch",
       [](at::ScalarType dtype, std::array<int64_t, 6> shape, const std::vector<int64_t>& segments, int device,
-         bool backward) { return mixed_attention::cuda_launch(dtype, shape, segments, device, backward); },
+         bool backward,
+         bool tangents) { return mixed_attention::cuda_launch(dtype, shape, segments, device, backward, tangents); },
       py::arg("dtype"), py::arg("shape"), py::arg("segments"), py::arg("device"), py::arg("backward"),
+      py::arg("tangents") = false,
       "How the CUDA kernels serve a call: family, why no faster one, and its tiles: rows, rows taken up at a time, "
       "parts, number, at a time, cut.");
 }

@@ -579,7 +579,7 @@ std::pair<std::string, std::string> cuda_kernel(at::ScalarType dtype, int64_t he
 }
 
 CudaLaunch cuda_launch(at::ScalarType dtype, std::array<int64_t, 6> shape, at::IntArrayRef segments, int device,
-                       bool backward) {
+                       bool backward, bool tangents) {
   TORCH_CHECK_NOT_IMPLEMENTED(kernels::are_there(), kernels::why_none());
   const auto [batch_size, num_heads, seqlen_q, seqlen_k, head_dim, head_dim_v] = shape;
   const auto schedule = kernels::make_schedule(segments.data(), segments.size(), seqlen_q, seqlen_k);
@@ -587,7 +587,7 @@ CudaLaunch cuda_launch(at::ScalarType dtype, std::array<int64_t, 6> shape, at::I
   const auto contiguous = [heads = num_heads](int64_t seqlen, int64_t columns) {
     return Strides{seqlen * heads * columns, heads * columns, columns};
   };
-  BwdParams params{};
+  BwdJvpParams params{};
   params.dtype = to_dtype("dtype", dtype);
   params.batch_size = batch_size;
   params.num_heads = num_heads;
@@ -604,10 +604,13 @@ CudaLaunch cuda_launch(at::ScalarType dtype, std::array<int64_t, 6> shape, at::I
   params.device = device;
   params.allow_tf32 = allows_tf32();
   params.deterministic = at::globalContext().deterministicAlgorithms();
-  if (backward) return described(kernels::plan(params));
-  FwdParams fwd{static_cast<const AttentionParams&>(params)};
-  fwd.out_strides = params.out_strides;
-  return described(kernels::plan(fwd));
+  params.tangents.count = 1;
+  if (backward && tangents) return described(kernels::plan(params));
+  if (backward) return described(kernels::plan(static_cast<const BwdParams&>(params)));
+  JvpParams jvp{{static_cast<const AttentionParams&>(params)}};
+  jvp.out_strides = jvp.out_dot_strides = params.out_strides;
+  jvp.tangents = params.tangents;
+  return tangents ? described(kernels::plan(jvp)) : described(kernels::plan(static_cast<const FwdParams&>(jvp)));
 }
 
 }  // namespace mixed_attention

@@ -68,9 +68,10 @@ std::pair<std::string, std::string> cuda_kernel(at::ScalarType dtype, int64_t he
 
 // How a call of contiguous tensors is served: the family, why no faster one, and how it goes about it: rows of a tile,
 // rows that it takes up at a time, parts that its walk is cut into, tiles, how many of them the device works on at a
-// time, and how many are cut. shape: batch_size, num_heads, seqlen_q, seqlen_k, head_dim, head_dim_v.
+// time, and how many are cut. shape: batch_size, num_heads, seqlen_q, seqlen_k, head_dim, head_dim_v. With tangents: of
+// the operators of derivatives beyond the first, in one direction.
 using CudaLaunch = std::tuple<std::string, std::string, int, int, int, int64_t, int, int64_t>;
 CudaLaunch cuda_launch(at::ScalarType dtype, std::array<int64_t, 6> shape, at::IntArrayRef segments, int device,
-                       bool backward);
+                       bool backward, bool tangents);
 
 }  // namespace mixed_attention

@@ -1,4 +1,4 @@
-"""The forward and its tangent by the kernels of Hopper: what moves, tiles, layouts, infinities, and which calls they take."""
+"""The forward and its tangent by Hopper's kernels: what moves, tiles, layouts, infinities, which calls they take."""
 
 from __future__ import annotations
 
@@ -120,7 +120,8 @@ def test_logits_beyond_what_an_offset_holds(base, device):
     lifted = k.clone()
     lifted[..., 0] = base * 8
     small, large = (
-        operators.forward_jvp(q, keys, v, q_dot, None, None, plan.flat(), 0.125, None, 0.0, None) for keys in (k, lifted)
+        operators.forward_jvp(q, keys, v, q_dot, None, None, plan.flat(), 0.125, None, 0.0, None)
+        for keys in (k, lifted)
     )
     # A score is rounded to fp32 of its size, and weights by as much.
     lost = base * 2.0**-23
@@ -192,7 +193,8 @@ def test_keys_of_minus_infinity_weigh_nothing(moves, dtype, device):
     kept = ~blocked
     plan = ma.AttentionPlan.from_segments([(0, i.q.shape[1], [(0, int(kept.sum()))])], int(kept.sum()))
     k, v, k_dot, v_dot = (
-        None if x is None else x[..., kept, :, :].contiguous() for x in (i.k, i.v, moving.tangents[1], moving.tangents[2])
+        None if x is None else x[..., kept, :, :].contiguous()
+        for x in (i.k, i.v, moving.tangents[1], moving.tangents[2])
     )
     out, lse = operators.forward(i.q, k, v, plan.flat(), i.case.scale)
     expected = operators.jvp(i.q, k, v, out, lse, None, k_dot, v_dot, plan.flat(), i.case.scale)

@@ -179,13 +179,22 @@ def test_explain_names_the_kernels_of_a_gpu(monkeypatch):
     none = ops.CudaLaunch("none", "head_dim: 264 is not supported, expected at most 256", 0, 0, 1, 0, 0, 0)
     monkeypatch.setattr(ops, "has_kernels", lambda device_type, dtype: dtype != torch.float64)
     launch = ops.CudaLaunch("hopper", "", 192, 128, num_splits=2, num_tiles=198, num_slots=132, num_split_tiles=99)
-    monkeypatch.setattr(ops, "cuda_launch", lambda plan, *, backward, **call: none if backward else launch)
+    of_tangents = ops.CudaLaunch("portable", "", 128, 64, num_splits=1, num_tiles=99, num_slots=132, num_split_tiles=0)
+
+    def choose(plan, *, backward, tangents=False, **call):
+        return of_tangents if tangents else none if backward else launch
+
+    monkeypatch.setattr(ops, "cuda_launch", choose)
     monkeypatch.setattr(
         ops, "why_no_tangent_kernels", lambda dtype, head_dim, *_: "" if head_dim <= 64 else "its heads"
     )
     plan = ma.AttentionPlan.compile([A, B], [pattern("ab", "a")])
     tangents = "  tangents and gradients of them: "
     assert plan.explain(device="cuda").splitlines()[-3] == f"{tangents}portable kernels"
+    of_tangents = of_tangents._replace(why="a reason")
+    assert plan.explain(device="cuda").splitlines()[-3] == f"{tangents}portable kernels; no faster ones, for a reason"
+    of_tangents = of_tangents._replace(family="hopper", why="")
+    assert plan.explain(device="cuda").splitlines()[-3] == f"{tangents}hopper kernels, and portable ones"
     assert plan.explain(device="cuda", head_dim=72).splitlines()[-3] == f"{tangents}the reference, for its heads"
     assert plan.explain(device="cuda", dtype=torch.float64).splitlines()[-3] == f"{tangents}the reference"
     assert plan.explain(device="cuda").splitlines()[-2:] == [

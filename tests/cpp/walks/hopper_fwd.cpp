@@ -1,4 +1,4 @@
-// The forward on Hopper: items, their splits, and what combines these.
+// The forward on Hopper and its tangents: items, their splits, and what combines these.
 #include <algorithm>
 #include <memory>
 #include <vector>
@@ -7,6 +7,7 @@
 #include "cuda/hopper/fwd/launch.h"
 #include "cuda/hopper/fwd/rows_of_splits.cuh"
 #include "cuda/hopper/fwd/split_items.h"
+#include "cuda/hopper/jvp/config.h"
 #include "cuda/hopper/plan/persistent_blocks.h"
 #include "cuda/hopper/plan/tile_list.h"
 #include "hopper.h"
@@ -110,6 +111,14 @@ void check_list(const Problem& problem, const Visits& listed, const ma::FwdParam
   check_launch<hopper::ListWalk<kBlockM>, kBlockM, kBlockN>(problem, listed, table);
 }
 
+// The walks of hopper_attention_jvp_kernel (jvp/kernel.cuh), which has no splits.
+template <bool kMovesKeys>
+void check_tangents(const Problem& problem, const Visits& listed, const ma::FwdParams& params) {
+  constexpr hopper::JvpTuning kTuning = hopper::jvp_tuning(kMovesKeys);
+  constexpr int kBlockM = kTuning.block_m(), kBlockN = kTuning.block_n;
+  check_table<kBlockM, kBlockN>(problem, listed, hopper::make_work_table(params, kBlockM, kBlockN));
+}
+
 // What the host has made room for.
 template <int kBlockM>
 void check_workspace(const hopper::FwdPlan& plan, const ma::FwdParams& params) {
@@ -154,6 +163,8 @@ void check_hopper_fwd(const Problem& problem) {
     constexpr hopper::FwdTuning kOfList = hopper::fwd_tuning_of_list(kHeadDim);
     if (!is_fp32) check_list<kOfList.block_m(), kOfList.block_n>(problem, listed, params);
     if (!hopper::fits_work_table(params)) return;
+    check_tangents<false>(problem, listed, params);
+    check_tangents<true>(problem, listed, params);
     const hopper::FwdPlan plan = hopper::plan_fwd(params);
     check_workspace<Config::kBlockM>(plan, params);
     if (plan.form != hopper::FwdForm::kListed) {
