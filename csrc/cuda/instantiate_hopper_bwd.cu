@@ -11,7 +11,7 @@ using fp16 = __half;
 
 #define INSTANTIATE(DTYPE)                                                                              \
   template void launch_bwd<DTYPE, HEAD_DIM>(const BwdParams& params, const std::vector<QueryRun>& runs, \
-                                            const BwdPlan& plan);
+                                            const BwdPlan& plan, const char* list);
 DTYPES
 
 }  // namespace mixed_attention::cuda::hopper

@@ -8,7 +8,9 @@
 #include <vector>
 
 #include "cuda/common/check.h"
+#include "cuda/common/device_tables.h"
 #include "cuda/common/kept.h"
+#include "cuda/common/upload.h"
 #include "cuda/hopper/bwd/config.h"
 #include "cuda/hopper/bwd/launch.h"
 #include "cuda/hopper/bwd/plan.h"
@@ -16,7 +18,6 @@
 #include "cuda/hopper/launch.h"
 #include "cuda/hopper/layout.h"
 #include "cuda/hopper/plan/key_table.h"
-#include "cuda/hopper/plan/query_table.h"
 #include "cuda/hopper/refusals.h"
 #include "schedule.h"
 
@@ -39,6 +40,7 @@ bool is_aligned(const BwdParams& params) {
 }
 
 struct Plan {
+  bool exists;
   std::vector<QueryRun> runs;
   BwdPlan plan;
 };
@@ -57,10 +59,33 @@ std::shared_ptr<const Plan> plan_of(const BwdParams& params) {
                 params.spare_out != nullptr,
                 params.deterministic};
   return kept->of(key, [&] {
+    if (!has_bwd_plan(params)) return Plan{};
     std::vector<QueryRun> runs = make_query_runs(*params.schedule);
     BwdPlan plan = plan_bwd(params, runs);
-    return Plan{std::move(runs), std::move(plan)};
+    return Plan{true, std::move(runs), std::move(plan)};
   });
+}
+
+// A plan's list where kernels read it.
+struct BroughtList {
+  HeldTable held;
+  const char* list = nullptr;
+};
+
+// Enqueues what the list of a plan, if there is one, needs to be on the device. room: for want of a place where it is
+// kept.
+BroughtList bring(const BwdList* list, const BwdParams& params, char* room) {
+  if (list == nullptr) return {};
+  const auto bring_to = [&](char* memory, void* stream) {
+    upload(memory, list->bytes.data(), list->bytes.size(), stream);
+  };
+  BroughtList brought{hold_table(list->id, list->bytes.size(), params.device, params.stream, bring_to)};
+  brought.list = brought.held.memory;
+  if (brought.list == nullptr) {
+    bring_to(room, params.stream);
+    brought.list = room;
+  }
+  return brought;
 }
 
 Layout layout_bwd(const BwdParams& params, const BwdPlan& plan) {
@@ -103,7 +128,7 @@ const char* refusal_of_bwd(const BwdParams& params) {
   const bool is_fp32 = params.dtype == DType::kFloat32;
   if (is_fp32 && params.key_padding_mask != nullptr) return kMasksFp32;
   if (!(is_fp32 ? is_fp32_bwd_aligned(params) : is_aligned(params))) return kIsNotAligned;
-  return fits_work_table(params) && fits_key_work_table(params) ? nullptr : kPlanIsTooLarge;
+  return plan_of(params)->exists ? nullptr : kPlanIsTooLarge;
 }
 
 // Gradients may be where the inputs are: the last kernel that reads keys and values is the one for their gradients.
@@ -121,9 +146,12 @@ Launch<BwdParams> launch_of_bwd(const BwdParams& params) {
   launch.workspace_size = bwd_workspace(params, plan->runs, plan->plan).size;
   launch.can_overwrite_inputs = can_move_dq(params) || plan->plan.dq_form != DqForm::kSeparate;
   launch.run = [plan](const BwdParams& params) {
+    char* const room = bwd_workspace(params, plan->runs, plan->plan).list_room;
+    const BroughtList brought = bring(plan->plan.list.get(), params, room);
     with_bwd_head_dim(widest_head_dim(params), [&]<int kHeadDim>() {
-      params.dtype == DType::kBFloat16 ? launch_bwd<__nv_bfloat16, kHeadDim>(params, plan->runs, plan->plan)
-                                       : launch_bwd<__half, kHeadDim>(params, plan->runs, plan->plan);
+      const auto launch =
+          params.dtype == DType::kBFloat16 ? launch_bwd<__nv_bfloat16, kHeadDim> : launch_bwd<__half, kHeadDim>;
+      launch(params, plan->runs, plan->plan, brought.list);
     });
   };
   return launch;

@@ -1,8 +1,11 @@
 // The backward on Hopper: key tiles and the queries that read them, in every form; dq by queries, or by its sums.
 #include <algorithm>
+#include <memory>
 #include <vector>
 
 #include "cuda/hopper/bwd/launch.h"
+#include "cuda/hopper/bwd/list.h"
+#include "cuda/hopper/bwd/listed_walk.cuh"
 #include "cuda/hopper/bwd/query_walk.cuh"
 #include "cuda/hopper/bwd/wide_dk_dv_config.h"
 #include "cuda/hopper/bwd_fp32/config.h"
@@ -208,14 +211,12 @@ class ShareCheck {
 };
 
 // As the blocks of hopper_dq_kernel go, and those for fp32.
-template <typename Config, typename Table>
-void check_dq_kernel(const Problem& problem, const Visits& listed, const ma::BwdParams& params) {
-  const auto copy = with_poison(problem, hopper::make_work_table(params, Config::kBlockM, Config::kBlockN));
-  const Table table{*copy};
+template <typename Config, typename Walk, typename Table>
+void walk_queries(const Problem& problem, const Visits& listed, const Table& table) {
   Visits visits;
   Rows dq;
   for_each_block(hopper::num_persistent_blocks(table.num_items, kDevice, Config::kSplits), [&] {
-    for (hopper::WorkItems<Config::kBlockM, Table> item(table); item.next();) {
+    for (hopper::ItemsOf<Walk> item(table); item.next();) {
       const int64_t sequence = int64_t{item.batch} * problem.num_heads + item.head;
       const ma::Range rows{item.row_begin, std::min(item.row_begin + Config::kBlockM, item.tiles().row_end)};
       dq.add(sequence, rows);
@@ -234,6 +235,167 @@ void check_dq_kernel(const Problem& problem, const Visits& listed, const ma::Bwd
   dq.expect_all(problem.num_sequences(), problem.seqlen_q(), "dq on Hopper");
 }
 
+template <typename Config, typename Table>
+void check_dq_kernel(const Problem& problem, const Visits& listed, const ma::BwdParams& params) {
+  const auto copy = with_poison(problem, hopper::make_work_table(params, Config::kBlockM, Config::kBlockN));
+  walk_queries<Config, hopper::ItemWalk<Config::kBlockM, Table>>(problem, listed, Table{*copy});
+}
+
+// A list as the device has it.
+class ListCheck {
+ public:
+  ListCheck(const Problem& problem, const Visits& listed, const ma::BwdParams& params,
+            const std::vector<hopper::QueryRun>& runs, const hopper::BwdPlan& plan)
+      : problem_(problem),
+        listed_(listed),
+        params_(params),
+        host_(*plan.list),
+        form_(plan.dq_form),
+        list_(host_.bytes.data()),
+        num_tiles_(hopper::num_query_tiles(runs)),
+        shared_(problem.num_sequences() * host_.num_shared_tiles, -1) {
+    check_workspace(runs, plan);
+  }
+
+  void run() {
+    hopper::with_bwd_head_dim(hopper::widest_head_dim(params_), [&]<int kHeadDim>() {
+      form_ == DqForm::kSeparate ? walk_keys<hopper::DkDvConfig<__half, kHeadDim, false, DqForm::kSeparate, 1, true>>()
+                                 : walk_keys<hopper::DkDvConfig<__half, kHeadDim, false, DqForm::kAtomic, 1, true>>();
+      if (form_ == DqForm::kSeparate) {
+        using Config = hopper::DqConfig<__half, kHeadDim, false, true>;
+        walk_queries<Config, hopper::ListWalk<Config::kBlockM>>(problem_, listed_, host_.dq_table(params_, list_));
+      }
+    });
+    visits_.expect_equal(listed_, "dk and dv of a list on Hopper");
+    dk_.expect_all(problem_.num_sequences(), problem_.seqlen_k, "dk of a list on Hopper");
+    if (form_ == DqForm::kSeparate) return;
+    clear_unread();
+    read_shared();
+    dq_.expect_all(problem_.num_sequences(), problem_.seqlen_q(), "dq of a list on Hopper");
+  }
+
+ private:
+  // Sums of a query tile that a block adds up by itself: whose they are, which visits have come.
+  struct Slot {
+    int64_t tile = -1;
+    bool is_open = false;
+  };
+
+  // As the blocks of hopper_dk_dv_kernel go; which of them takes an item is told by nobody.
+  template <typename Config>
+  void walk_keys() {
+    uint32_t next_item = 0;
+    const hopper::KeyList list = host_.key_list(params_, list_, &next_item);
+    std::vector<Slot> slots(host_.num_slots);
+    for (int number = 0; number < list.num_items; ++number) {
+      const hopper::UnitOfList unit(list, number);
+      expect(unit.begin < unit.end, "a unit has no tile of keys");
+      const int64_t sequence = int64_t{unit.batch} * problem_.num_heads + unit.head;
+      for (int i = unit.begin; i < unit.end; ++i) {
+        const hopper::ListedKeys& tile = list.keys[i];
+        const ma::Range keys{tile.row_begin, std::min(tile.row_begin + Config::kBlockN, tile.row_end)};
+        expect(keys.size() > 0, "a tile of keys has no rows");
+        dk_.add(sequence, keys);
+        if (tile.num_tiles == 0) continue;
+        hopper::ListedQueryIterator queries(list.runs, tile.first_run, tile.is_first, tile.is_last);
+        for (int j = 0; j < tile.num_tiles; ++j) {
+          const hopper::QueryTile query = queries.next();
+          check_tile(query);
+          expect(tile.first_query <= query.index && query.index < tile.end_query, "who looks for references misses it");
+          const ma::Range rows{query.row_begin, query.row_begin + query.num_rows};
+          visits_.add(sequence, rows, keys);
+          if constexpr (Config::kAddsDq) add(sequence, query, queries.visit(query), rows, slots);
+        }
+      }
+      for (const Slot& slot : slots) expect(!slot.is_open, "sums of dq that a block has begun never leave");
+    }
+  }
+
+  void add(int64_t sequence, const hopper::QueryTile& query, const hopper::DqVisit& visit, ma::Range rows,
+           std::vector<Slot>& slots) {
+    const int64_t tile = sequence * num_tiles_ + query.index;
+    expect(visit.row_begin == rows.begin && visit.num_rows == rows.size(), "dq leaves to other rows");
+    if (visit.shares()) {
+      int64_t& owner = shared_.at(sequence * host_.num_shared_tiles + visit.place);
+      expect(owner == -1 || owner == tile, "two query tiles share the place of their sums of dq");
+      owner = tile;
+      return;
+    }
+    Slot& slot = slots.at(visit.place);
+    expect(slot.is_open != visit.begins(), "sums of dq begin twice, or have not begun");
+    if (visit.begins()) slot = {tile, true};
+    expect(slot.tile == tile, "two query tiles share a slot");
+    if (!visit.ends()) return;
+    slot.is_open = false;
+    dq_.add(sequence, rows);
+  }
+
+  void check_tile(const hopper::QueryTile& query) const {
+    expect(0 <= query.index && query.index < num_tiles_, "a query tile has statistics that nobody makes");
+    const hopper::QueryTile same = tile_of(query.index);
+    expect(same.row_begin == query.row_begin && same.num_rows == query.num_rows, "a tile has another one's statistics");
+    expect(0 < query.num_rows && query.num_rows <= hopper::kQueryTileRows, "a query tile has no rows or too many");
+  }
+
+  hopper::QueryTile tile_of(int index) const {
+    return hopper::find_tile(host_.part<hopper::ListedQueries>(list_, host_.queries), index).queries;
+  }
+
+  // As hopper_bwd_stats_kernel does.
+  void clear_unread() {
+    const auto* queries = host_.part<hopper::ListedQueries>(list_, host_.queries);
+    for (int64_t sequence = 0; sequence < problem_.num_sequences(); ++sequence) {
+      for (int index = 0; index < num_tiles_; ++index) {
+        if (queries[index].is_unread == 0) continue;
+        const hopper::QueryTile tile = tile_of(index);
+        dq_.add(sequence, {tile.row_begin, tile.row_begin + tile.num_rows});
+      }
+    }
+  }
+
+  // As hopper_dq_accum_kernel does.
+  void read_shared() {
+    const int* tiles = host_.part<int>(list_, host_.shared_tiles);
+    for (int64_t sequence = 0; sequence < problem_.num_sequences(); ++sequence) {
+      for (int i = 0; i < host_.num_shared_tiles; ++i) {
+        const hopper::QueryTile tile = tile_of(tiles[i]);
+        expect(shared_.at(sequence * host_.num_shared_tiles + i) == sequence * num_tiles_ + tiles[i],
+               "sums of dq are read as another tile's");
+        dq_.add(sequence, {tile.row_begin, tile.row_begin + tile.num_rows});
+      }
+    }
+  }
+
+  void check_workspace(const std::vector<hopper::QueryRun>& runs, const hopper::BwdPlan& plan) const {
+    const BwdWorkspace workspace = hopper::bwd_workspace(params_, runs, plan);
+    const auto end_of = [&](const auto* part, int64_t count) { return bytes_between(params_.workspace, part + count); };
+    const int64_t tile_floats =
+        hopper::kQueryTileRows * hopper::with_bwd_head_dim(hopper::widest_head_dim(params_), []<int kHeadDim>() { return kHeadDim; });
+    const int num_blocks =
+        hopper::num_persistent_blocks(static_cast<int>(host_.num_units * problem_.num_sequences()), kDevice);
+    const hopper::DqAccum& accum = workspace.dq_accum;
+    const auto end = static_cast<int64_t>(workspace.size);
+    expect(end_of(workspace.own_sums, num_blocks * host_.num_slots * tile_floats) <= end, "own sums leave memory");
+    expect(end_of(workspace.list_room, static_cast<int64_t>(host_.bytes.size())) <=
+               bytes_between(params_.workspace, workspace.next_item),
+           "a list leaves memory");
+    expect(end_of(accum.others, accum.num_others * tile_floats) <= end, "sums leave memory");
+    expect(accum.num_spare + accum.num_others == problem_.num_sequences() * host_.num_shared_tiles,
+           "there is other room for shared sums than there are sums");
+  }
+
+  const Problem& problem_;
+  const Visits& listed_;
+  const ma::BwdParams& params_;
+  const hopper::BwdList& host_;
+  const DqForm form_;
+  const char* const list_;
+  const int64_t num_tiles_;
+  std::vector<int64_t> shared_;  // of places of shared sums: which tile of all sequences has added there
+  Visits visits_;
+  Rows dq_, dk_;
+};
+
 void walk_16_bit(ShareCheck& check, DqForm form, int splits, bool is_wide, Rows& dk, Rows& dv) {
   using Element = __half;
   if (is_wide) return check.walk_keys<hopper::WideDkDvConfig<Element, 192, false>>(dk, dv);
@@ -251,6 +413,7 @@ void walk_16_bit(ShareCheck& check, DqForm form, int splits, bool is_wide, Rows&
 void check_plan(const Problem& problem, const Visits& listed, const ma::BwdParams& params,
                 const hopper::BwdPlan& plan) {
   const std::vector<hopper::QueryRun> runs = hopper::make_query_runs(*params.schedule);
+  if (plan.list != nullptr) return ListCheck(problem, listed, params, runs, plan).run();
   const BwdWorkspace workspace = hopper::bwd_workspace(params, runs, plan);
   if (plan.dq_form == DqForm::kSeparate && params.dtype != ma::DType::kFloat32) check_dq(params, workspace);
   Visits visits;
@@ -276,6 +439,18 @@ void check_plan(const Problem& problem, const Visits& listed, const ma::BwdParam
       check_dq_kernel<hopper::DqConfig<__half, kHeadDim, false>, hopper::UncutWorkTable>(problem, listed, params);
     });
   }
+}
+
+// A list, whether it pays or not.
+hopper::BwdPlan listed_plan(const Problem& problem, const ma::BwdParams& params) {
+  const int64_t size = params.batch_size == 1 ? params.num_heads : params.batch_size;
+  const DqForm form = hopper::can_add_dq(hopper::widest_head_dim(params)) ? problem.choose(10, {DqForm::kSeparate, DqForm::kAtomic})
+                                                          : DqForm::kSeparate;
+  const std::vector<hopper::QueryRun> runs = hopper::make_query_runs(*params.schedule);
+  return {
+      form,
+      {{0, size, 1}},
+      std::make_shared<const hopper::BwdList>(hopper::make_bwd_list(params, runs, form, problem.num_multiprocessors))};
 }
 
 // A form, splits and shares that the kernels have, whatever is quick.
@@ -318,8 +493,16 @@ void check_hopper_bwd(const Problem& problem) {
   if (problem.choose(7, 3) == 0) params.k_strides.batch = params.v_strides.batch = 0;
   if (problem.choose(8, 2) == 0) params.spare_out = address(3);
   params.deterministic = problem.choose(9, 2) == 0;
-  if (!hopper::fits_work_table(params) || !hopper::fits_key_work_table(params)) return;
   const Visits listed = listed_visits(problem);
+  const auto has_list = []<int kHeadDim>() { return hopper::has_list(kHeadDim); };
+  if (!is_fp32 && params.key_padding_mask == nullptr && params.seqlen_q > 0 &&
+      hopper::with_bwd_head_dim(hopper::widest_head_dim(params), has_list)) {
+    check_plan(problem, listed, params, listed_plan(problem, params));
+  }
+  if (!hopper::has_bwd_plan(params)) return;
+  if (!hopper::fits_work_table(params) || !hopper::fits_key_work_table(params)) {
+    return check_plan(problem, listed, params, hopper::plan_bwd(params, hopper::make_query_runs(schedule)));
+  }
   check_plan(problem, listed, params, hopper::plan_bwd(params, hopper::make_query_runs(schedule)));
   check_plan(problem, listed, params, forced_plan(problem, params));
 }

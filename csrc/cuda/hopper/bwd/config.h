@@ -2,7 +2,9 @@
 #pragma once
 
 #include <cstdint>
+#include <type_traits>
 
+#include "cuda/hopper/bwd/listed_shared.h"
 #include "cuda/hopper/config.h"
 #include "cuda/hopper/tile/pipe.h"
 
@@ -53,6 +55,7 @@ struct BwdTiles {
   static constexpr int kSlabBytesM = kBlockM * kRowBytes, kLimbBytesM = kHeadDim / kSlabColumns * kSlabBytesM;
   static constexpr int kSlabBytesN = kBlockN * kRowBytes, kLimbBytesN = kHeadDim / kSlabColumns * kSlabBytesN;
   static constexpr int kTileBytesM = kLimbs * kLimbBytesM, kTileBytesN = kLimbs * kLimbBytesN;
+  static constexpr bool kIsListed = false;  // whether the items stand in a list on the device
 
   static_assert(sizeof(Element) == 2 && kHeadDim % kSlabColumns == 0, "tiles are whole slabs of 16-bit elements");
 };
@@ -61,16 +64,21 @@ struct BwdTiles {
 // buffer for three steps, one of output gradients for one.
 constexpr int dk_dv_stages(int head_dim) { return head_dim <= 96 ? 5 : 4; }
 
+// How many tiles of keys, and of values, it holds where they stand in a list: items are of a few query tiles each, and
+// the next one's keys come under them. Wide heads leave no room for that.
+constexpr int num_key_buffers_of_list(int head_dim) { return head_dim < 64 ? 2 : 1; }
+
 // Who computes dq: another kernel, or a third warpgroup, which adds what the key tile contributes atomically, as blocks
 // come, or in a fixed order.
 enum class DqForm { kSeparate, kAtomic, kOrdered };
 
 // Each warpgroup owns 64 keys of a tile. kIsMasked: by a key padding mask. The queries of a tile are split over the
-// kSplits blocks of a cluster.
-template <typename Element, int kHeadDim, bool kIsMasked_, DqForm kDqForm, int kSplits_ = 1>
+// kSplits blocks of a cluster. kIsListed: the items stand in a list on the device.
+template <typename Element, int kHeadDim, bool kIsMasked_, DqForm kDqForm, int kSplits_ = 1, bool kIsListed_ = false>
 struct DkDvConfig : BwdTiles<Element, kHeadDim, kQueryTileRows, key_tile_rows(kHeadDim)> {
   using Tiles = BwdTiles<Element, kHeadDim, kQueryTileRows, key_tile_rows(kHeadDim)>;
-  static constexpr bool kIsMasked = kIsMasked_;
+  static constexpr bool kIsMasked = kIsMasked_, kIsListed = kIsListed_;
+  static constexpr int kKeyBuffers = kIsListed ? num_key_buffers_of_list(kHeadDim) : 1;
   static constexpr int kStagesQ = dk_dv_stages(kHeadDim), kStagesDout = dk_dv_stages(kHeadDim);
   static constexpr int kConsumers = Tiles::kBlockN / kWarpgroupRows;
   static constexpr int kScoreBytes = Tiles::kBlockN * Tiles::kBlockM * sizeof(Element);
@@ -79,8 +87,11 @@ struct DkDvConfig : BwdTiles<Element, kHeadDim, kQueryTileRows, key_tile_rows(kH
   static constexpr bool kAddsDq = kDqForm != DqForm::kSeparate, kIsOrdered = kDqForm == DqForm::kOrdered;
   static constexpr int kSplits = kSplits_;
   static constexpr int kThreads = (1 + kConsumers + kAddsDq) * kWarpgroup;
-  static constexpr int kProducerRegisters = kSplits > 1 ? 48 : kAddsDq ? 32 : 24, kDqRegisters = 96;
-  static constexpr int kConsumerRegisters = !kAddsDq ? 240 : kSplits > 1 ? 184 : 192;
+  // Who takes items from a list has more to hold than a producer.
+  static constexpr bool kLeavesRegisters = kIsListed && kHeadDim <= 64;
+  static constexpr int kProducerRegisters = kSplits > 1 ? 48 : kAddsDq ? 32 : kLeavesRegisters ? 40 : 24;
+  static constexpr int kDqRegisters = 96;
+  static constexpr int kConsumerRegisters = !kAddsDq ? (kLeavesRegisters ? 232 : 240) : kSplits > 1 ? 184 : 192;
   // The registers hold some inputs as well: 1 for a consumer's own values, 2 for these and its keys. A mask's bits take
   // the last registers.
   static constexpr int kKeptInputs = kHeadDim > 64 || kSplits > 1 ? 0
@@ -95,15 +106,16 @@ struct DkDvConfig : BwdTiles<Element, kHeadDim, kQueryTileRows, key_tile_rows(kH
 
   static_assert(Tiles::kBlockM * sizeof(Element) == hopper::kRowBytes, "rows of ds fill the widest swizzle");
   static_assert(kSplits == 1 || kSplits == 2, "blocks of a cluster exchange sums in pairs");
+  static_assert(!kIsListed || (!kIsMasked && !kIsOrdered && kSplits == 1), "no list has masks, turns or splits");
 };
 
 // The shared memory that the third warpgroup reads and writes. If dq is ordered, a query tile's sums wait in their
 // buffer for their turn.
-template <typename Config, bool kAddsDq = Config::kAddsDq>
+template <typename Config, bool kAddsDq = Config::kAddsDq, bool kIsListed = Config::kIsListed>
 struct DqExchange {};
 
 template <typename Config>
-struct DqExchange<Config, true> {
+struct DqExchange<Config, true, false> {
   static constexpr int kStages = 2;
   static constexpr int kStagings = Config::kIsOrdered && Config::kSplits == 1 ? 3 : 2;
 
@@ -114,13 +126,26 @@ struct DqExchange<Config, true> {
   Pipe<kStagings> staging_pipe;
 };
 
+// Where items stand in a list, sums leave from registers, and rows of dq, by warp, through shared memory.
+template <typename Config>
+struct DqExchange<Config, true, true> {
+  static constexpr int kStages = 2;
+
+  alignas(1024) typename Config::Element ds[kStages][Config::kBlockN * Config::kBlockM];
+  Pipe<kStages> ds_pipe;
+  alignas(128) typename Config::Element rows[kWarpgroup / 32][kWarpRows * kQueryTileRows];
+  DqVisitRing visits;
+};
+
+struct NoItemRing {};
+
 // Tiles are slabs of (rows, kSlabColumns) elements, one after the other, as TMA's swizzle writes them.
 template <typename Config>
 struct DkDvSharedStorage {
   using Element = typename Config::Element;
 
-  alignas(1024) Element k[Config::kBlockN * Config::kHeadDim];
-  alignas(1024) Element v[Config::kBlockN * Config::kHeadDim];
+  alignas(1024) Element k[Config::kKeyBuffers * Config::kBlockN * Config::kHeadDim];
+  alignas(1024) Element v[Config::kKeyBuffers * Config::kBlockN * Config::kHeadDim];
   alignas(1024) Element q[Config::kStagesQ][Config::kBlockM * Config::kHeadDim];
   alignas(1024) Element dout[Config::kStagesDout][Config::kBlockM * Config::kHeadDim];
   // By warp: 16 rows of a result on their way out, or, where queries are split, its fp32 sums of the other block.
@@ -128,12 +153,13 @@ struct DkDvSharedStorage {
   alignas(128) float q_stats[Config::kStagesQ][kStatsTileFloats];       // log-sum-exps in base 2, and a mark
   alignas(128) float dout_stats[Config::kStagesDout][Config::kBlockM];  // delta
 
-  SingleBufferPipe kv_pipe;
+  std::conditional_t<Config::kIsListed, Pipe<Config::kKeyBuffers>, SingleBufferPipe> kv_pipe;
   Pipe<Config::kStagesQ> q_pipe;
   Pipe<Config::kStagesDout> dout_pipe;
 
   DqExchange<Config> dq_exchange;
   uint64_t peer_full, peer_empty;  // of the other block's sums
+  [[no_unique_address]] std::conditional_t<Config::kIsListed, ItemRing, NoItemRing> items;
 };
 
 // Two warpgroups of 64 query rows. Keys wait in their buffer for two steps, values for one.
@@ -155,11 +181,11 @@ constexpr DqTuning dq_tuning(int head_dim) {
   }
 }
 
-template <typename Element, int kHeadDim, bool kIsMasked_>
+template <typename Element, int kHeadDim, bool kIsMasked_, bool kIsListed_ = false>
 struct DqConfig : BwdTiles<Element, kHeadDim, kDqTileRows, dq_tuning(kHeadDim).block_n> {
   static constexpr int kStagesK = dq_tuning(kHeadDim).stages_k, kStagesV = dq_tuning(kHeadDim).stages_v;
   static constexpr int kSplits = 1;
-  static constexpr bool kIsMasked = kIsMasked_;
+  static constexpr bool kIsMasked = kIsMasked_, kIsListed = kIsListed_;
   static constexpr int kConsumers = kDqTileRows / kWarpgroupRows;
   static constexpr int kThreads = (1 + kConsumers) * kWarpgroup;
   static constexpr int kProducerRegisters = kIsMasked ? 40 : 24, kConsumerRegisters = kIsMasked ? 232 : 240;

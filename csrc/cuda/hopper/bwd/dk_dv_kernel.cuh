@@ -22,8 +22,12 @@
 
 #include "cuda/hopper/bwd/cluster_sums.cuh"
 #include "cuda/hopper/bwd/config.h"
+#include "cuda/hopper/bwd/dk_dv_items.cuh"
 #include "cuda/hopper/bwd/dq_adder.cuh"
 #include "cuda/hopper/bwd/dq_sender.cuh"
+#include "cuda/hopper/bwd/listed_dq.cuh"
+#include "cuda/hopper/bwd/listed_items.cuh"
+#include "cuda/hopper/bwd/listed_producer.cuh"
 #include "cuda/hopper/bwd/own_keys.cuh"
 #include "cuda/hopper/bwd/own_rows.cuh"
 #include "cuda/hopper/bwd/params.h"
@@ -43,18 +47,20 @@ namespace mixed_attention::cuda::hopper {
 template <typename Config>
 __device__ inline void init_barriers(DkDvSharedStorage<Config>& shared) {
   constexpr int kConsumerWarps = Config::kConsumers * kWarpgroup / 32;
-  init_input_barriers<Config>(shared, Config::kAddsDq ? kConsumerWarps + kWarpgroup / 32 : kConsumerWarps);
+  constexpr int kReaders = kConsumerWarps + (Config::kAddsDq ? kWarpgroup / 32 : 0);  // of keys and values
+  init_input_barriers<Config>(shared, kReaders);
   if constexpr (Config::kAddsDq) init_barriers(shared.dq_exchange);
   if constexpr (Config::kIsOrdered) {
     init_pipe(shared.dq_exchange.staging_pipe, kWarpgroup / 32, 1);
   }
+  if constexpr (Config::kIsListed) init_list_barriers(shared, kReaders);
   ptx::mbarrier_init(shared.peer_full, kConsumerWarps);
   ptx::mbarrier_init(shared.peer_empty, kConsumerWarps);
   ptx::mbarrier_fence_init();
 }
 
 template <typename Config>
-__device__ inline void consume(const DkDvKernelParams& params, DkDvSharedStorage<Config>& shared, int consumer) {
+__device__ inline void consume(const DkDvParams<Config>& params, DkDvSharedStorage<Config>& shared, int consumer) {
   using Element = typename Config::Element;
   using Operand = ptx::SlabOperand<Config::kRowBytes>;
   using QRing = RingUse<Config::kStagesQ>;
@@ -73,12 +79,12 @@ __device__ inline void consume(const DkDvKernelParams& params, DkDvSharedStorage
   const auto tile_of = [](Operand ring, int stage) { return ring.advance(stage * Config::kTileBytesM); };
 
   uint32_t num_used = 0;  // query tiles, over all items
-  uint32_t kv_parity = 0;
   [[maybe_unused]] uint32_t num_exchanges = 0;
-  for (KeyItems<Config> item(params.table); item.next();) {
-    const int num_tiles = QueryShare<Config>(item.tiles()).count;
+  for (DkDvItems<Config> items(params, shared); items.next();) {
+    const int num_tiles = items.num_query_tiles();
+    const ItemRows item = items.rows();
     const int row_begin = item.row_begin + first_row;
-    const int num_rows = item.tiles().row_end - row_begin;
+    const int num_rows = item.row_end - row_begin;
     const auto find_own_keys = [&] { return OwnKeys<Config::kIsMasked>(params, item.batch, row_begin, num_rows); };
     float dk[kHeadDim / 2] = {}, dv[kHeadDim / 2] = {};
 
@@ -88,14 +94,18 @@ __device__ inline void consume(const DkDvKernelParams& params, DkDvSharedStorage
       uint32_t p_operand[kBlockM / 4], ds_operand[kBlockM / 4] = {};
       [[maybe_unused]] bool is_rare = false;
       if constexpr (Config::kSeparatesRareItems) {  // read while keys and values are on their way
-        is_rare = sees_reference(params.stats, int64_t{item.batch} * params.table.num_heads + item.head);
+        is_rare = items.sees_reference(params);
       }
       // Keys and values of the item
-      wait_full(shared.kv_pipe, kv_parity);
-      kv_parity ^= 1;
+      items.wait_for_keys(shared);
+      [[maybe_unused]] const int buffer = items.buffer() * Config::kBlockN * kHeadDim;
+      if constexpr (Config::kKeyBuffers > 1) {
+        k.move_to(shared.k + buffer, consumer * kWarpgroupRows);
+        v.move_to(shared.v + buffer, consumer * kWarpgroupRows);
+      }
       if constexpr (Config::kSeparatesRareItems) {
         static_assert(kHeadDim == Config::kSlabColumns, "sees_infinity looks at one slab");
-        const Element* rows = shared.k + first_row * kHeadDim;
+        const Element* rows = shared.k + buffer + first_row * kHeadDim;
         is_rare = is_rare_item(consumer, sees_infinity<Element, Config::kRowBytes>(rows) || is_rare);
       }
       k.load(first_row);
@@ -179,7 +189,7 @@ __device__ inline void consume(const DkDvKernelParams& params, DkDvSharedStorage
         go_through_tiles.template operator()<true>();
       }
 
-      sync_and_release(shared.kv_pipe);
+      items.sync_and_release_keys(shared);
       // dk of the last tile
       const QRing last{num_used - 1};
       issue_column_mma<Element>(dk, ds_operand, tile_of(q_ring, last.stage()));
@@ -194,9 +204,17 @@ __device__ inline void consume(const DkDvKernelParams& params, DkDvSharedStorage
     // Stores of dv and dk, or exchange within the cluster
     const auto store = [&](float (&grad)[kHeadDim / 2], void* tensor, const Strides& strides, int num_columns) {
       if constexpr (Config::kIsMasked) clear_other_keys(grad, find_own_keys());
-      Element* target = static_cast<Element*>(tensor) + item.batch * strides.batch + row_begin * strides.row +
-                        item.head * strides.head;
-      store_rows<Element, kHeadDim>(staging, grad, target, strides.row, num_rows, num_columns);
+      const auto store_at = [&](const ItemRows& item, int row_begin, int num_rows) {
+        Element* target = static_cast<Element*>(tensor) + item.batch * strides.batch + row_begin * strides.row +
+                          item.head * strides.head;
+        store_rows<Element, kHeadDim>(staging, grad, target, strides.row, num_rows, num_columns);
+      };
+      if constexpr (Config::kIsListed) {  // read anew, so that no registers hold it
+        const ItemRows item = items.rows();
+        store_at(item, item.row_begin + first_row, item.row_end - item.row_begin - first_row);
+      } else {
+        store_at(item, row_begin, num_rows);
+      }
     };
     if constexpr (Config::kSplits == 1) {
       store(dv, params.dv, params.dv_strides, params.head_dim_v);
@@ -204,7 +222,7 @@ __device__ inline void consume(const DkDvKernelParams& params, DkDvSharedStorage
     } else {
       const auto finish = [&](const float (&sent)[kHeadDim / 2], float (&kept)[kHeadDim / 2], void* tensor,
                               const Strides& strides, int num_columns) {
-        const bool is_read = item.tiles().num_tiles > 0;
+        const bool is_read = items.is_read();
         if (is_read) exchange_sums(shared, num_exchanges++, reinterpret_cast<float*>(staging), sent, kept);
         store(kept, tensor, strides, num_columns);
         if (is_read) release_sums(shared);
@@ -220,7 +238,7 @@ __device__ inline void consume(const DkDvKernelParams& params, DkDvSharedStorage
 
 template <typename Config>
 __global__ void __launch_bounds__(Config::kThreads, 1)
-    hopper_dk_dv_kernel(const __grid_constant__ DkDvKernelParams params) {
+    hopper_dk_dv_kernel(const __grid_constant__ DkDvParams<Config> params) {
   extern __shared__ __align__(1024) unsigned char memory[];
   DkDvSharedStorage<Config>& shared = *reinterpret_cast<DkDvSharedStorage<Config>*>(memory);
 
@@ -229,7 +247,15 @@ __global__ void __launch_bounds__(Config::kThreads, 1)
     init_barriers(shared);
   };
   const auto produce_as_warp = [&](int warp) {
-    if (warp == 0) {
+    if constexpr (Config::kIsListed) {
+      if (warp == 0) {
+        take_items<Config>(params, shared.items);
+      } else if (warp == 1) {
+        if (ptx::elect_one()) produce_listed_keys(params, shared);
+      } else if (warp == 2) {
+        if (ptx::elect_one()) produce_listed_queries(params, shared);
+      }
+    } else if (warp == 0) {
       if (ptx::elect_one()) produce_queries<Config>(params, shared);
     } else if constexpr (Config::kIsOrdered) {
       if (warp <= DqExchange<Config>::kStagings && ptx::elect_one()) send_dq(params, shared, warp - 1);
@@ -237,7 +263,13 @@ __global__ void __launch_bounds__(Config::kThreads, 1)
   };
   const auto consume_as = [&](int consumer) { consume(params, shared, consumer); };
   if constexpr (Config::kAddsDq) {
-    run_roles<Config, Config::kSplits>(prepare, produce_as_warp, consume_as, [&] { add_dq(params, shared); });
+    run_roles<Config, Config::kSplits>(prepare, produce_as_warp, consume_as, [&] {
+      if constexpr (Config::kIsListed) {
+        add_listed_dq(params, shared);
+      } else {
+        add_dq(params, shared);
+      }
+    });
   } else {
     run_roles<Config, Config::kSplits>(prepare, produce_as_warp, consume_as);
   }

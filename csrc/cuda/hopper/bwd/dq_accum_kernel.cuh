@@ -34,6 +34,24 @@ __device__ inline void load_accumulators(float4 (&sums)[kCount], const DqAccumKe
   }
 }
 
+// The same of sums that lie in a row, without runs; index: among those.
+template <int kCount>
+__device__ inline void load_accumulators(float4 (&sums)[kCount], const ListedDqAccumKernelParams& params,
+                                         int64_t batch_head, int index) {
+  const int64_t place = batch_head * params.dq_accum.num_tiles + index;
+  const auto* parts =
+      reinterpret_cast<const float4*>(params.dq_accum.of_tile(place, 4 * kCount * kWarpgroup)) + threadIdx.x;
+#pragma unroll
+  for (int chunk = 0; chunk < kCount; ++chunk) sums[chunk] = parts[chunk * kWarpgroup];
+}
+
+__device__ inline QueryTile tile_of_sums(const DqAccumKernelParams& params, int index) {
+  return find_tile(params, index).queries;
+}
+__device__ inline QueryTile tile_of_sums(const ListedDqAccumKernelParams& params, int index) {
+  return find_tile(params.queries, params.shared_tiles[index]).queries;
+}
+
 // Puts together the rows of dq, (kQueryTileRows, kRowElements), from sums of dqᵀ (kHeadDim, kQueryTileRows).
 template <int kHeadDim, int kRowElements, int kCount, typename Element>
 __device__ inline void transpose_accumulators(Element* rows, const float4 (&sums)[kCount], float scale) {
@@ -68,9 +86,8 @@ __device__ inline void order_accumulators(Element* rows, const float4 (&sums)[kC
 
 // One block to a tile of queries of one head. The rows of dq are put together in shared memory, apart from each other
 // by as many bytes as keep banks from clashing.
-template <typename Element, int kHeadDim>
-__global__ void __launch_bounds__(kWarpgroup)
-    hopper_dq_accum_kernel(const __grid_constant__ DqAccumKernelParams params) {
+template <typename Element, int kHeadDim, typename Params>
+__global__ void __launch_bounds__(kWarpgroup) hopper_dq_accum_kernel(const __grid_constant__ Params params) {
   ptx::allow_next_grid();
   ptx::wait_for_grids_before();
   constexpr int kRowElements = kHeadDim + 8;
@@ -78,10 +95,10 @@ __global__ void __launch_bounds__(kWarpgroup)
   __shared__ __align__(16) Element rows[kQueryTileRows * kRowElements];
   const int64_t batch_head = blockIdx.x / params.num_tiles;
   const int index = blockIdx.x % params.num_tiles;
-  const QueryTile tile = query_tile(params.runs, run_of_tile(params.runs, params.num_runs, index), index);
+  const QueryTile tile = tile_of_sums(params, index);
 
   float4 sums[kQueryTileRows * kHeadDim / 4 / kWarpgroup] = {};
-  load_accumulators(sums, params, batch_head, tile.index);
+  load_accumulators(sums, params, batch_head, index);
   if constexpr (transposes_dq(kHeadDim)) {
     transpose_accumulators<kHeadDim, kRowElements>(rows, sums, params.softmax_scale);
   } else {

@@ -2,6 +2,7 @@
 #pragma once
 
 #include <cstdint>
+#include <type_traits>
 
 #include "cuda/hopper/bwd/config.h"
 #include "cuda/hopper/bwd/params.h"
@@ -13,7 +14,8 @@
 namespace mixed_attention::cuda::hopper {
 
 template <typename Config>
-using QueryItems = WorkItems<Config::kBlockM, UncutWorkTable>;
+using QueryItems = ItemsOf<
+    std::conditional_t<Config::kIsListed, ListWalk<Config::kBlockM>, ItemWalk<Config::kBlockM, UncutWorkTable>>>;
 
 // num_key_producers: who brings the tiles of keys, and what belongs to them.
 template <typename Config, typename SharedStorage>

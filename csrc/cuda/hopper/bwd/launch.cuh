@@ -30,14 +30,10 @@ void launch_persistent(const char* name, const KernelParams& kernel_params, cons
   launch_kernel<kKernel, kSharedBytes>(name, shape, params.stream, kernel_params);
 }
 
-template <typename Element, int kHeadDim>
-void launch_stats(const BwdParams& params, const QueryStats& stats, const BwdWorkspace& workspace,
-                  const std::vector<QueryRun>& runs) {
-  const int64_t num_batch_heads = params.num_heads * params.batch_size;
-  const int64_t num_blocks = stats.num_tiles * num_batch_heads;
-  if (num_blocks == 0) return;
-  const bool is_ordered = workspace.dq_accum.turns != nullptr;
-  BwdStatsKernelParams kernel_params{
+template <typename Scores>
+BwdStatsParamsOf<Scores> make_stats_params(const BwdParams& params, const QueryStats& stats,
+                                           const BwdWorkspace& workspace, const Scores& scores) {
+  return {
       .out = params.out,
       .dout = params.dout,
       .out_strides = params.out_strides,
@@ -49,22 +45,39 @@ void launch_stats(const BwdParams& params, const QueryStats& stats, const BwdWor
       .seqlen_q = params.seqlen_q,
       .stats = stats,
       .delta_of_rows = workspace.delta_of_rows,
-      .scores = score_source(params, workspace.references),
-      .dq_accum = is_ordered ? DqAccum{} : workspace.dq_accum,
-      .dq_turns = workspace.dq_accum.turns,
-      .num_dq_turns = is_ordered ? int64_t{workspace.dq_accum.num_tiles} * num_batch_heads : 0,
-      .num_runs = static_cast<int>(runs.size()),
+      .scores = scores,
+      .dq_accum = workspace.dq_accum,
   };
-  std::copy(runs.begin(), runs.end(), kernel_params.runs);
+}
+
+template <typename Element, int kHeadDim, typename KernelParams>
+void launch_stats_kernel(const BwdParams& params, int64_t num_blocks, const KernelParams& kernel_params) {
   const LaunchShape shape{static_cast<unsigned>(num_blocks), BwdStatsShape<Element, kHeadDim>::kThreads};
-  launch_kernel<hopper_bwd_stats_kernel<Element, kHeadDim>>("launch of hopper_bwd_stats_kernel", shape, params.stream,
-                                                            kernel_params);
+  launch_kernel<hopper_bwd_stats_kernel<Element, kHeadDim, KernelParams>>("launch of hopper_bwd_stats_kernel", shape,
+                                                                          params.stream, kernel_params);
+}
+
+template <typename Element, int kHeadDim>
+void launch_stats(const BwdParams& params, const QueryStats& stats, const BwdWorkspace& workspace,
+                  const std::vector<QueryRun>& runs) {
+  const int64_t num_batch_heads = params.num_heads * params.batch_size;
+  const int64_t num_blocks = stats.num_tiles * num_batch_heads;
+  if (num_blocks == 0) return;
+  const bool is_ordered = workspace.dq_accum.turns != nullptr;
+  BwdStatsKernelParams kernel_params{
+      make_stats_params(params, stats, workspace, score_source(params, workspace.references))};
+  kernel_params.dq_accum = is_ordered ? DqAccum{} : workspace.dq_accum;
+  kernel_params.dq_turns = workspace.dq_accum.turns;
+  kernel_params.num_dq_turns = is_ordered ? int64_t{workspace.dq_accum.num_tiles} * num_batch_heads : 0;
+  kernel_params.num_runs = static_cast<int>(runs.size());
+  std::copy(runs.begin(), runs.end(), kernel_params.runs);
+  launch_stats_kernel<Element, kHeadDim>(params, num_blocks, kernel_params);
 }
 
 // tensors: the inputs; mapped: the same as TMA reads them, or their limbs.
-template <typename Config, typename Stats>
-DkDvParamsOf<Stats> make_dk_dv_params(const BwdParams& params, const BwdTensors& tensors, const BwdTensors& mapped,
-                                      const Stats& stats, const std::vector<QueryRun>& runs) {
+template <typename Config, typename Stats, typename Table>
+DkDvParamsOf<Stats, Table> make_dk_dv_params(const BwdParams& params, const BwdTensors& tensors,
+                                             const BwdTensors& mapped, const Stats& stats, const Table& table) {
   return {
       .q = make_clipped_tile_map(mapped.q, Config::kBlockM, Config::kSlabColumns),
       .dout = make_clipped_tile_map(mapped.dout, Config::kBlockM, Config::kSlabColumns),
@@ -83,7 +96,7 @@ DkDvParamsOf<Stats> make_dk_dv_params(const BwdParams& params, const BwdTensors&
       .head_dim_v = static_cast<int>(params.head_dim_v),
       .softmax_scale = static_cast<float>(params.softmax_scale),
       .softmax_scale_log2 = static_cast<float>(params.softmax_scale * std::numbers::log2e),
-      .table = make_key_work_table(params, runs, Config::kBlockN),
+      .table = table,
   };
 }
 
@@ -91,7 +104,8 @@ template <typename Config>
 DkDvKernelParams make_dk_dv_kernel_params(const BwdParams& params, const QueryStats& stats,
                                           const BwdWorkspace& workspace, const std::vector<QueryRun>& runs) {
   const BwdTensors tensors = bwd_tensors(params, workspace);
-  DkDvKernelParams kernel_params = make_dk_dv_params<Config>(params, tensors, tensors, stats, runs);
+  DkDvKernelParams kernel_params =
+      make_dk_dv_params<Config>(params, tensors, tensors, stats, make_key_work_table(params, runs, Config::kBlockN));
   kernel_params.dq_accum = workspace.dq_accum;
   kernel_params.key_mask_bits = workspace.masked_keys.key_mask_bits;
   kernel_params.key_mask_step = workspace.masked_keys.key_mask_step();
@@ -116,7 +130,8 @@ void launch_wide_dk_dv(const BwdParams& params, const QueryStats& stats, const B
 // tensors and mapped: as for dk and dv.
 template <typename Config>
 DqKernelParams make_dq_params(const BwdParams& params, const BwdTensors& tensors, const BwdTensors& mapped,
-                              const DqTensor& dq, const float* delta, const RowReference* references) {
+                              const DqTensor& dq, const float* delta, const RowReference* references,
+                              const WorkTable& table) {
   return {
       .q = make_tile_map(mapped.q, Config::kBlockM, Config::kSlabColumns),
       .dout = make_tile_map(mapped.dout, Config::kBlockM, Config::kSlabColumns),
@@ -135,19 +150,39 @@ DqKernelParams make_dq_params(const BwdParams& params, const BwdTensors& tensors
       .head_dim = static_cast<int>(params.head_dim),
       .softmax_scale = static_cast<float>(params.softmax_scale),
       .softmax_scale_log2 = static_cast<float>(params.softmax_scale * std::numbers::log2e),
-      .table = {make_work_table(params, Config::kBlockM, Config::kBlockN)},
+      .table = {table},
   };
 }
 
 template <typename Config>
-void launch_dq(const BwdParams& params, const BwdWorkspace& workspace) {
+void launch_dq(const BwdParams& params, const BwdWorkspace& workspace, const WorkTable& table) {
   const BwdTensors tensors = bwd_tensors(params, workspace);
-  DqKernelParams kernel_params =
-      make_dq_params<Config>(params, tensors, tensors, workspace.dq, workspace.delta_of_rows, workspace.references);
+  DqKernelParams kernel_params = make_dq_params<Config>(params, tensors, tensors, workspace.dq, workspace.delta_of_rows,
+                                                        workspace.references, table);
   kernel_params.key_mask_bits = workspace.masked_keys.key_mask_bits;
   kernel_params.key_mask_step = workspace.masked_keys.key_mask_step();
   launch_persistent<Config, DqSharedStorage<Config>, hopper_dq_kernel<Config>>("launch of hopper_dq_kernel",
                                                                                kernel_params, params);
+}
+
+template <typename Element, int kHeadDim, typename KernelParams>
+void launch_dq_accum_kernel(const BwdParams& params, int64_t num_blocks, const KernelParams& kernel_params) {
+  launch_kernel<hopper_dq_accum_kernel<Element, kHeadDim, KernelParams>>(
+      "launch of hopper_dq_accum_kernel", {static_cast<unsigned>(num_blocks), kWarpgroup}, params.stream,
+      kernel_params);
+}
+
+inline DqAccumParams make_dq_accum_params(const BwdParams& params, const BwdWorkspace& workspace, int num_tiles) {
+  return {
+      .dq_accum = workspace.dq_accum,
+      .leaves_zeros = false,
+      .dq = params.dq,
+      .dq_strides = params.dq_strides,
+      .softmax_scale = static_cast<float>(params.softmax_scale),
+      .num_heads = static_cast<int>(params.num_heads),
+      .head_dim = static_cast<int>(params.head_dim),
+      .num_tiles = num_tiles,
+  };
 }
 
 // leaves_zeros: for the next share's sums.
@@ -156,24 +191,14 @@ void launch_dq_accum(const BwdParams& params, const QueryStats& stats, const Bwd
                      const std::vector<QueryRun>& runs, bool leaves_zeros) {
   const int64_t num_blocks = stats.num_tiles * params.num_heads * params.batch_size;
   if (num_blocks == 0) return;
-  DqAccumKernelParams kernel_params{
-      .dq_accum = workspace.dq_accum,
-      .leaves_zeros = leaves_zeros,
-      .dq = params.dq,
-      .dq_strides = params.dq_strides,
-      .softmax_scale = static_cast<float>(params.softmax_scale),
-      .num_heads = static_cast<int>(params.num_heads),
-      .head_dim = static_cast<int>(params.head_dim),
-      .num_tiles = stats.num_tiles,
-      .num_runs = static_cast<int>(runs.size()),
-  };
+  DqAccumKernelParams kernel_params{make_dq_accum_params(params, workspace, stats.num_tiles)};
+  kernel_params.leaves_zeros = leaves_zeros;
+  kernel_params.num_runs = static_cast<int>(runs.size());
   std::copy(runs.begin(), runs.end(), kernel_params.runs);
   const std::vector<DqAccumRun> accum_runs = make_dq_accum_runs(*params.schedule, runs, workspace.plan.dq_form);
   std::copy(accum_runs.begin(), accum_runs.end(), kernel_params.accum_runs);
   kernel_params.num_accum_runs = static_cast<int>(accum_runs.size());
-  launch_kernel<hopper_dq_accum_kernel<Element, kHeadDim>>("launch of hopper_dq_accum_kernel",
-                                                           {static_cast<unsigned>(num_blocks), kWarpgroup},
-                                                           params.stream, kernel_params);
+  launch_dq_accum_kernel<Element, kHeadDim>(params, num_blocks, kernel_params);
 }
 
 // All gradients of the shares.
@@ -209,7 +234,8 @@ void launch_tiles(const BwdParams& params, const QueryStats& stats, const BwdWor
     }
   }
   // In this order, as the second one may write where the first one reads keys and values.
-  launch_dq<DqConfig<Element, kHeadDim, kIsMasked>>(params, workspace);
+  using Config = DqConfig<Element, kHeadDim, kIsMasked>;
+  launch_dq<Config>(params, workspace, make_work_table(params, Config::kBlockM, Config::kBlockN));
   if constexpr (is_wide(kHeadDim)) {
     launch_wide_dk_dv<WideDkDvConfig<Element, kHeadDim, kIsMasked>>(params, stats, workspace, runs);
   } else {
@@ -218,10 +244,65 @@ void launch_tiles(const BwdParams& params, const QueryStats& stats, const BwdWor
   move_dq(params, workspace);
 }
 
+// The kernel over a list of keys.
+template <typename Config>
+void launch_listed_dk_dv(const BwdParams& params, const QueryStats& stats, const BwdWorkspace& workspace,
+                         const char* list) {
+  const BwdList& host = *workspace.plan.list;
+  const BwdTensors tensors = bwd_tensors(params);
+  ListedDkDvKernelParams kernel_params{
+      make_dk_dv_params<Config>(params, tensors, tensors, stats, host.key_list(params, list, workspace.next_item))};
+  kernel_params.dq_accum = workspace.dq_accum;
+  kernel_params.dq = params.dq;
+  kernel_params.dq_strides = params.dq_strides;
+  kernel_params.own_sums = workspace.own_sums;
+  kernel_params.num_slots = host.num_slots;
+  launch_persistent<Config, DkDvSharedStorage<Config>, hopper_dk_dv_kernel<Config>>("launch of hopper_dk_dv_kernel",
+                                                                                    kernel_params, params);
+}
+
+// All kernels of a plan that has a list.
 template <typename Element, int kHeadDim>
-void launch_bwd(const BwdParams& params, const std::vector<QueryRun>& runs, const BwdPlan& plan) {
+void launch_listed(const BwdParams& params, const QueryStats& stats, const BwdWorkspace& workspace, const char* list) {
+  const BwdList& host = *workspace.plan.list;
+  const auto* const queries = host.part<ListedQueries>(list, host.queries);
+  const int64_t num_batch_heads = params.batch_size * params.num_heads;
+
+  ListedBwdStatsKernelParams stats_params{make_stats_params(
+      params, stats, workspace,
+      ListedScoreSource{score_inputs(params, workspace.references), host.part<int>(list, host.first_ranges),
+                        host.part<ListedRange>(list, host.ranges)})};
+  stats_params.queries = queries;
+  stats_params.next_item = workspace.next_item;
+  stats_params.dq = params.dq;
+  stats_params.dq_strides = params.dq_strides;
+  stats_params.head_dim = static_cast<int>(params.head_dim);
+  launch_stats_kernel<Element, kHeadDim>(params, stats.num_tiles * num_batch_heads, stats_params);
+
+  if (workspace.plan.dq_form == DqForm::kSeparate) {
+    launch_dq<DqConfig<Element, kHeadDim, false, true>>(params, workspace, host.dq_table(params, list));
+    launch_listed_dk_dv<DkDvConfig<Element, kHeadDim, false, DqForm::kSeparate, 1, true>>(params, stats, workspace,
+                                                                                          list);
+    return move_dq(params, workspace);
+  }
+  if constexpr (can_add_dq(kHeadDim)) {
+    launch_listed_dk_dv<DkDvConfig<Element, kHeadDim, false, DqForm::kAtomic, 1, true>>(params, stats, workspace, list);
+    if (host.num_shared_tiles == 0) return;
+    ListedDqAccumKernelParams accum_params{make_dq_accum_params(params, workspace, host.num_shared_tiles)};
+    accum_params.queries = queries;
+    accum_params.shared_tiles = host.part<int>(list, host.shared_tiles);
+    launch_dq_accum_kernel<Element, kHeadDim>(params, host.num_shared_tiles * num_batch_heads, accum_params);
+  }
+}
+
+template <typename Element, int kHeadDim>
+void launch_bwd(const BwdParams& params, const std::vector<QueryRun>& runs, const BwdPlan& plan,
+                [[maybe_unused]] const char* list) {
   const BwdWorkspace workspace = bwd_workspace(params, runs, plan);
   const QueryStats stats{workspace.lse_log2, workspace.delta, num_query_tiles(runs)};
+  if constexpr (has_list(kHeadDim)) {
+    if (plan.list != nullptr) return launch_listed<Element, kHeadDim>(params, stats, workspace, list);
+  }
   launch_stats<Element, kHeadDim>(params, stats, workspace, runs);
   if (params.key_padding_mask != nullptr) {
     launch_mask(params, workspace.masked_keys);

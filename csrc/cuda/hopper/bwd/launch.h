@@ -35,6 +35,9 @@ struct BwdWorkspace {
   DqAccum dq_accum;          // of a share; turns of all
   DqTensor dq;  // as the kernel that owns it writes it: the result, or apart from the queries where these lie there
   MaskedKeys masked_keys;  // none without a mask
+  char* list_room;         // where a list lies for want of a kept one: device_tables.h
+  uint32_t* next_item;     // KeyList
+  float* own_sums;         // ListedDkDvKernelParams
   size_t size;
 };
 
@@ -52,8 +55,9 @@ void move_dq(const BwdParams& params, const BwdWorkspace& workspace);
 BwdTensors bwd_tensors(const BwdParams& params);
 BwdTensors bwd_tensors(const BwdParams& params, const BwdWorkspace& workspace);
 
-// Instantiated by cuda/instantiate_hopper_bwd.cu, one object per element type and head_dim.
+// Instantiated by cuda/instantiate_hopper_bwd.cu, one object per element type and head_dim. list: where the device has
+// the plan's.
 template <typename Element, int kHeadDim>
-void launch_bwd(const BwdParams& params, const std::vector<QueryRun>& runs, const BwdPlan& plan);
+void launch_bwd(const BwdParams& params, const std::vector<QueryRun>& runs, const BwdPlan& plan, const char* list);
 
 }  // namespace mixed_attention::cuda::hopper

@@ -13,7 +13,8 @@ template <bool kIsMasked>
 class OwnKeys {
  public:
   // The warp's keys start at row_begin, num_rows of them exist.
-  __device__ OwnKeys(const DkDvKernelParams& params, int batch, int row_begin, int num_rows) : state_(num_rows) {
+  template <typename Params>
+  __device__ OwnKeys(const Params& params, int batch, int row_begin, int num_rows) : state_(num_rows) {
     if constexpr (kIsMasked) {
       const uint32_t* key_mask_bits = params.key_mask_bits + int64_t{batch} * params.key_mask_step;
       int bits = 0;

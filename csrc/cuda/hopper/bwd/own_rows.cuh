@@ -18,9 +18,13 @@ class OwnRows {
   using Operand = ptx::SlabOperand<Config::kRowBytes>;
 
   // first_row: of the consumer in the tile.
-  __device__ OwnRows(const Element* tile, int first_row)
-      : tile_(tile),
-        shared_(Operand::make(tile).advance(kKeptSlabs * Config::kSlabBytesN + first_row * Config::kRowBytes)) {}
+  __device__ OwnRows(const Element* tile, int first_row) : tile_(tile), shared_(operand(tile, first_row)) {}
+
+  // Goes to another tile: that of the item, where there are several buffers.
+  __device__ void move_to(const Element* tile, int first_row) {
+    tile_ = tile;
+    shared_ = operand(tile, first_row);
+  }
 
   // Loads the rows as soon as the tile of an item is there; first_row is that of this warp in it.
   __device__ void load(int first_row) {
@@ -42,6 +46,10 @@ class OwnRows {
  private:
   static constexpr int kKeptSlabs = kKeptColumns / Config::kSlabColumns;
   static_assert(kKeptColumns % Config::kSlabColumns == 0, "slabs are in registers as a whole or not at all");
+
+  __device__ static Operand operand(const Element* tile, int first_row) {
+    return Operand::make(tile).advance(kKeptSlabs * Config::kSlabBytesN + first_row * Config::kRowBytes);
+  }
 
   const Element* tile_;
   Operand shared_;

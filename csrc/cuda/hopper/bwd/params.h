@@ -5,6 +5,7 @@
 
 #include "cuda/common/row_reference.h"
 #include "cuda/hopper/bwd/dq_accum.h"
+#include "cuda/hopper/plan/key_list.h"
 #include "cuda/hopper/plan/key_table.h"
 #include "cuda/hopper/plan/query_table.h"
 #include "params.h"
@@ -31,11 +32,7 @@ constexpr LimbSteps limb_steps(const Params&) {
 }
 
 // The inputs of scores that are computed once more, and the place of their references.
-struct ScoreSource {
-  struct KeyRange {
-    int begin, end;
-  };
-
+struct ScoreInputs {
   const void* q;  // (batch_size, seqlen_q, num_heads, head_dim)
   const void* k;  // (batch_size, seqlen_k, num_heads, head_dim)
   Strides q_strides, k_strides;
@@ -45,15 +42,24 @@ struct ScoreSource {
   float scale_log2;
   float unit;                // by how much tensor cores may be off, relative to the sum of the products' sizes
   RowReference* references;  // (batch_size, num_heads, seqlen_q), and a tile more
-  int first_range[WorkTable::kMaxSegments + 1];  // of every run of queries
-  KeyRange ranges[WorkTable::kMaxRanges];
 };
 
+struct ScoreSource : ScoreInputs {
+  int first_range[WorkTable::kMaxSegments + 1];  // of every run of queries
+  ListedRange ranges[WorkTable::kMaxRanges];
+};
+
+// The same of a list.
+struct ListedScoreSource : ScoreInputs {
+  const int* first_range;
+  const ListedRange* ranges;
+};
+
+ScoreInputs score_inputs(const BwdParams& params, RowReference* references);
 ScoreSource score_source(const BwdParams& params, RowReference* references);
 
-struct BwdStatsKernelParams {
-  static constexpr int kMaxRuns = WorkTable::kMaxSegments;
-
+template <typename Scores>
+struct BwdStatsParamsOf {
   const void* out;   // (batch_size, seqlen_q, num_heads, head_dim_v)
   const void* dout;  // likewise
   Strides out_strides, dout_strides;
@@ -63,17 +69,30 @@ struct BwdStatsKernelParams {
   int64_t seqlen_q;
   QueryStats stats;
   float* delta_of_rows;  // delta once more as (batch_size, num_heads, seqlen_q); or null
-  ScoreSource scores;
+  Scores scores;
   DqAccum dq_accum;    // set to zero; none where dq is ordered
   uint32_t* dq_turns;  // likewise, num_dq_turns of them; or null
   int64_t num_dq_turns;
+};
+
+struct BwdStatsKernelParams : BwdStatsParamsOf<ScoreSource> {
+  static constexpr int kMaxRuns = WorkTable::kMaxSegments;
+
   int num_runs;
   QueryRun runs[kMaxRuns];
 };
 
+struct ListedBwdStatsKernelParams : BwdStatsParamsOf<ListedScoreSource> {
+  const ListedQueries* queries;
+  uint32_t* next_item;  // of KeyList, set to zero
+  void* dq;             // (batch_size, seqlen_q, num_heads, head_dim), set to zero where nobody computes it
+  Strides dq_strides;
+  int head_dim;
+};
+
 // head_dim, head_dim_v: of the tensors, up to that of the kernel. *_batch_step: 1, or 0 where one sequence serves the
 // whole batch. Maps: tensor_map.h.
-template <typename Stats>
+template <typename Stats, typename Table = KeyWorkTable>
 struct DkDvParamsOf {
   CUtensorMap q, dout;  // (batch_size, seqlen_q, num_heads, head_dim or head_dim_v)
   CUtensorMap k, v;     // (batch_size, seqlen_k, num_heads, head_dim or head_dim_v)
@@ -87,22 +106,37 @@ struct DkDvParamsOf {
   const uint32_t* key_mask_bits;  // (num_sequences, num_words): mask.h; null without a mask
   int key_mask_step;
   float softmax_scale, softmax_scale_log2;
-  KeyWorkTable table;
+  Table table;
 };
 
 using DkDvKernelParams = DkDvParamsOf<QueryStats>;
 
-struct DqAccumKernelParams {
+struct ListedDkDvKernelParams : DkDvParamsOf<QueryStats, KeyList> {
+  void* dq;  // (batch_size, seqlen_q, num_heads, head_dim); none where another kernel computes it
+  Strides dq_strides;
+  float* own_sums;  // (blocks, num_slots, kQueryTileRows * head_dim of the kernel)
+  int num_slots;
+};
+
+struct DqAccumParams {
   DqAccum dq_accum;
   bool leaves_zeros;  // where sums were
   void* dq;           // (batch_size, seqlen_q, num_heads, head_dim)
   Strides dq_strides;
   float softmax_scale;
   int num_heads, head_dim, num_tiles;
+};
+
+struct DqAccumKernelParams : DqAccumParams {
   int num_runs;
   QueryRun runs[BwdStatsKernelParams::kMaxRuns];
   int num_accum_runs;
   DqAccumRun accum_runs[KeyWorkTable::kMaxRanges];  // of one tile, all are added
+};
+
+struct ListedDqAccumKernelParams : DqAccumParams {
+  const ListedQueries* queries;
+  const int* shared_tiles;  // which of them have sums that blocks share
 };
 
 // A WorkTable whose items are never split; it selects the cheaper look-up in work_items.cuh.

@@ -1,6 +1,11 @@
 #include "cuda/hopper/bwd/plan.h"
 
+#include <optional>
+#include <utility>
+
 #include "cuda/common/device.h"
+#include "cuda/hopper/plan/key_tiles.h"
+#include "cuda/hopper/plan/query_table.h"
 
 namespace mixed_attention::cuda::hopper {
 namespace {
@@ -61,6 +66,33 @@ std::vector<BwdShare> make_shares(const BwdParams& params, const std::vector<Que
   return steps_of_shares <= steps + steps / 100 ? std::vector{first, second} : std::vector{all};
 }
 
+bool fits_tables(const AttentionParams& params) { return fits_work_table(params) && fits_key_work_table(params); }
+
+bool may_list(const BwdParams& params) {
+  return params.dtype != DType::kFloat32 && params.key_padding_mask == nullptr && params.seqlen_q > 0 &&
+         with_bwd_head_dim(widest_head_dim(params), []<int kHeadDim>() { return has_list(kHeadDim); }) &&
+         are_counted_in_32_bits(params) && are_keys_counted_in_32_bits(params);
+}
+
+// The plan that goes through a list, where there is one and it has to be, or pays.
+std::optional<BwdPlan> plan_list(const BwdParams& params, const std::vector<QueryRun>& runs, const BwdShare& whole) {
+  const bool must_list = !fits_tables(params), adds_dq = can_add_dq(widest_head_dim(params));
+  if (!may_list(params) || !(must_list || adds_dq)) return {};
+  const int num_blocks = num_multiprocessors(params.device);
+  if (adds_dq) {
+    BwdList list = make_bwd_list(params, runs, DqForm::kAtomic, num_blocks);
+    // Sums that blocks add to as they come have other bits every time.
+    const bool is_allowed = !params.deterministic || list.num_shared_tiles == 0;
+    if ((must_list && is_allowed) || pays_to_list(list, params, num_blocks)) {
+      return BwdPlan{DqForm::kAtomic, {whole}, std::make_shared<const BwdList>(std::move(list))};
+    }
+    if (!must_list) return {};
+  }
+  return BwdPlan{DqForm::kSeparate,
+                 {whole},
+                 std::make_shared<const BwdList>(make_bwd_list(params, runs, DqForm::kSeparate, num_blocks))};
+}
+
 // How many (sequence, head) come before it.
 int64_t num_before(const BwdShare& share, const BwdParams& params) {
   return share.first * (params.batch_size == 1 ? 1 : params.num_heads);
@@ -68,8 +100,11 @@ int64_t num_before(const BwdShare& share, const BwdParams& params) {
 
 }  // namespace
 
+bool has_bwd_plan(const BwdParams& params) { return fits_tables(params) || may_list(params); }
+
 BwdPlan plan_bwd(const BwdParams& params, const std::vector<QueryRun>& runs) {
   const BwdShare whole{0, params.batch_size == 1 ? params.num_heads : params.batch_size, 1};
+  if (std::optional<BwdPlan> plan = plan_list(params, runs, whole)) return *std::move(plan);
   if (params.dtype == DType::kFloat32 || !can_add_dq(widest_head_dim(params))) return {DqForm::kSeparate, {whole}};
   const StepCount count(params, runs);
   if (params.deterministic && !can_be_ordered(params, runs, count)) return {DqForm::kSeparate, {whole}};

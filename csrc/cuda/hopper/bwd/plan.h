@@ -2,10 +2,12 @@
 #pragma once
 
 #include <cstdint>
+#include <memory>
 #include <vector>
 
 #include "cuda/hopper/bwd/config.h"
 #include "cuda/hopper/bwd/dq_accum.h"
+#include "cuda/hopper/bwd/list.h"
 #include "cuda/hopper/bwd/params.h"
 #include "cuda/hopper/plan/key_table.h"
 #include "params.h"
@@ -21,7 +23,11 @@ struct BwdShare {
 struct BwdPlan {
   DqForm dq_form;
   std::vector<BwdShare> shares;  // one after the other, adding up their dq in the same memory; the first is the largest
+  std::shared_ptr<const BwdList> list{};  // null where tables in the parameters of kernels hold the plan
 };
+
+// True if kernels can go about a call at all: its plan fits tables, or there are kernels that go through a list.
+bool has_bwd_plan(const BwdParams& params);
 
 // Pointers count only by whether there is a mask and whether there is spare memory. To measure another form, this is
 // the place to change.

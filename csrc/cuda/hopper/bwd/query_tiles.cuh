@@ -2,6 +2,7 @@
 #pragma once
 
 #include "cuda/hopper/bwd/config.h"
+#include "cuda/hopper/plan/key_list.h"
 #include "cuda/hopper/plan/key_table.h"
 
 namespace mixed_attention::cuda::hopper {
@@ -22,6 +23,23 @@ __device__ inline int run_of_tile(const QueryRun* runs, int num_runs, int index)
 __device__ inline QueryTile query_tile(const QueryRun* runs, int run, int index) {
   const int row_begin = runs[run].row_begin + (index - runs[run].first_tile) * kQueryTileRows;
   return {row_begin, min(kQueryTileRows, runs[run].row_end - row_begin), index};
+}
+
+// A tile of queries and the segment that it belongs to.
+struct TileOfSegment {
+  int segment;
+  QueryTile queries;
+};
+
+// That of this index, where the runs of all queries are in the parameters of the kernel, or in a list.
+template <typename Params>
+__device__ inline TileOfSegment find_tile(const Params& params, int index) {
+  const int run = run_of_tile(params.runs, params.num_runs, index);
+  return {run, query_tile(params.runs, run, index)};
+}
+__device__ inline TileOfSegment find_tile(const ListedQueries* queries, int index) {
+  const ListedQueries tile = queries[index];
+  return {tile.segment, {tile.row_begin, min(kQueryTileRows, tile.row_end - tile.row_begin), index}};
 }
 
 struct QueryTileIterator {

@@ -16,6 +16,11 @@
 
 namespace mixed_attention::cuda::hopper {
 
+// True if a query of a tile, of those of all batch_heads, has a reference.
+__device__ inline bool is_rare_tile(const QueryStats& stats, int64_t tile) {
+  return stats.lse_log2[tile * kStatsTileFloats + kMarkPlace] == kHasReferences;
+}
+
 // True if this thread sees a query with a reference; each of a warpgroup's threads looks at some tiles of a batch_head.
 __device__ inline bool sees_reference(const QueryStats& stats, int64_t batch_head) {
   const float* const first = stats.lse_log2 + batch_head * stats.num_tiles * kStatsTileFloats;

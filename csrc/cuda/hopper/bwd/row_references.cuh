@@ -12,8 +12,8 @@ namespace mixed_attention::cuda::hopper {
 
 // Finds those of a tile's queries, by all threads of a block. lse, references: from the tile's on. keep(row, number)
 // takes the log-sum-exp in base 2, relative to the reference, of a row that has one; row: of the tile.
-template <typename Element, typename Keep>
-__device__ inline void find_references(const ScoreSource& source, int run, const QueryTile& queries, int64_t batch,
+template <typename Element, typename Source, typename Keep>
+__device__ inline void find_references(const Source& source, int run, const QueryTile& queries, int64_t batch,
                                        int64_t head, const float* lse, RowReference* references, const Keep& keep) {
   const auto head_of = [&](const void* tensor, const Strides& strides) {
     return static_cast<const Element*>(tensor) + batch * strides.batch + head * strides.head;

@@ -7,6 +7,7 @@
 
 #include <bit>
 #include <numbers>
+#include <type_traits>
 
 #include "cuda/hopper/bwd/config.h"
 #include "cuda/hopper/bwd/params.h"
@@ -53,18 +54,33 @@ struct BwdStatsShape {
   static constexpr int kThreads = kQueryTileRows * kThreadsPerRow / 2;
 };
 
-template <typename Element, int kHeadDim>
+__device__ inline TileOfSegment tile_of_stats(const BwdStatsKernelParams& params, int tile) {
+  return find_tile(params, tile);
+}
+__device__ inline TileOfSegment tile_of_stats(const ListedBwdStatsKernelParams& params, int tile) {
+  return find_tile(params.queries, tile);
+}
+
+template <typename Element, int kHeadDim, typename Params>
 __global__ void __launch_bounds__(BwdStatsShape<Element, kHeadDim>::kThreads)
-    hopper_bwd_stats_kernel(const __grid_constant__ BwdStatsKernelParams params) {
+    hopper_bwd_stats_kernel(const __grid_constant__ Params params) {
   ptx::allow_next_grid();
   ptx::wait_for_grids_before();
   using Shape = BwdStatsShape<Element, kHeadDim>;
   const int tile = blockIdx.x % params.stats.num_tiles;
   const int64_t batch_head = blockIdx.x / params.stats.num_tiles;
   const int64_t head = batch_head % params.num_heads, batch = batch_head / params.num_heads;
-  const int run = run_of_tile(params.runs, params.num_runs, tile);
-  const QueryTile queries = query_tile(params.runs, run, tile);
+  constexpr bool kIsListed = std::is_same_v<Params, ListedBwdStatsKernelParams>;
+  const TileOfSegment own = tile_of_stats(params, tile);
+  const int run = own.segment;
+  const QueryTile queries = own.queries;
   const int chunk = threadIdx.x % Shape::kThreadsPerRow;
+
+  [[maybe_unused]] bool clears_dq = false;
+  if constexpr (kIsListed) {
+    if (blockIdx.x == 0 && threadIdx.x == 0) *params.next_item = 0;
+    clears_dq = params.queries[tile].is_unread != 0;
+  }
 
   const int64_t first_other = params.dq_accum.num_spare;
   if (blockIdx.x >= first_other && blockIdx.x < first_other + params.dq_accum.num_others) {
@@ -99,6 +115,11 @@ __global__ void __launch_bounds__(BwdStatsShape<Element, kHeadDim>::kThreads)
       if (params.dq_accum.num_spare > 0) {
         auto* spare = reinterpret_cast<char*>(params.dq_accum.spare) + bytes_before(params.out_strides);
         *reinterpret_cast<uint4*>(spare) = uint4{};
+      }
+    }
+    if constexpr (kIsListed) {
+      if (clears_dq && exists && chunk * 8 < params.head_dim) {
+        *reinterpret_cast<uint4*>(static_cast<char*>(params.dq) + bytes_before(params.dq_strides)) = uint4{};
       }
     }
 #pragma unroll

@@ -3,6 +3,7 @@
 #include <utility>
 #include <vector>
 
+#include "cuda/common/device.h"
 #include "cuda/common/scratch.h"
 #include "cuda/hopper/bwd/config.h"
 #include "cuda/hopper/bwd/launch.h"
@@ -21,7 +22,9 @@ int64_t num_rows(const BwdParams& params) { return num_batch_heads(params) * par
 DqAccum take_dq_accum(const BwdParams& params, const BwdPlan& plan, const std::vector<QueryRun>& runs,
                       Scratch& scratch) {
   const bool is_ordered = plan.dq_form == DqForm::kOrdered;
-  const int64_t num_tiles = is_ordered ? num_reader_tiles(*params.schedule) : num_query_tiles(runs);
+  const int64_t num_tiles = plan.list != nullptr ? plan.list->num_shared_tiles
+                            : is_ordered         ? num_reader_tiles(*params.schedule)
+                                                 : num_query_tiles(runs);
   const int64_t num_all = num_batch_heads(params_of(plan.shares.front(), params)) * num_tiles;
   const int64_t tile_floats =
       kQueryTileRows * with_bwd_head_dim(widest_head_dim(params), []<int kHeadDim>() { return kHeadDim; });
@@ -34,6 +37,15 @@ DqAccum take_dq_accum(const BwdParams& params, const BwdPlan& plan, const std::v
   accum.others = scratch.take<float>(accum.num_others * tile_floats);
   if (is_ordered) accum.turns = scratch.take<uint32_t>(num_batch_heads(params) * num_tiles);
   return accum;
+}
+
+// Those of all blocks that may run.
+float* take_own_sums(const BwdParams& params, const BwdList& list, Scratch& scratch) {
+  const int64_t num_blocks =
+      std::min<int64_t>(list.num_units * num_batch_heads(params), num_multiprocessors(params.device));
+  const int64_t tile_floats =
+      kQueryTileRows * with_bwd_head_dim(widest_head_dim(params), []<int kHeadDim>() { return kHeadDim; });
+  return scratch.take<float>(num_blocks * list.num_slots * tile_floats);
 }
 
 // The kernel for dq reads all keys and values, the one for dk and dv all queries: whichever runs first cannot write
@@ -74,6 +86,11 @@ BwdWorkspace bwd_workspace(const BwdParams& params, const std::vector<QueryRun>&
     workspace.dq = take_dq(params, scratch);
   }
   if (params.key_padding_mask != nullptr) workspace.masked_keys = plan_masked_keys(params, scratch, true);
+  if (const BwdList* list = workspace.plan.list.get()) {
+    workspace.list_room = scratch.take<char>(static_cast<int64_t>(list->bytes.size()));
+    workspace.next_item = scratch.take<uint32_t>(1);
+    workspace.own_sums = take_own_sums(params, *list, scratch);
+  }
   workspace.size = scratch.bytes();
   return workspace;
 }
@@ -82,10 +99,10 @@ RowReference* take_references(const BwdParams& params, Scratch& scratch) {
   return scratch.take<RowReference>(num_rows(params) + kQueryTileRows);
 }
 
-ScoreSource score_source(const BwdParams& params, RowReference* references) {
+ScoreInputs score_inputs(const BwdParams& params, RowReference* references) {
   // By mode: what is multiplied, and what tensor cores cut off when they add.
   const float unit = params.dtype != DType::kFloat32 ? 0x1p-21f : params.allow_tf32 ? 0x1p-10f : 0x1p-20f;
-  ScoreSource source{
+  return {
       .q = params.q,
       .k = params.k,
       .q_strides = params.q_strides,
@@ -97,6 +114,10 @@ ScoreSource score_source(const BwdParams& params, RowReference* references) {
       .unit = unit,
       .references = references,
   };
+}
+
+ScoreSource score_source(const BwdParams& params, RowReference* references) {
+  ScoreSource source{score_inputs(params, references), {}, {}};
   int run = 0, num_ranges = 0;
   for (const QuerySegment& segment : params.schedule->query_segments) {
     for (const Range& keys : segment.keys) {

@@ -71,7 +71,8 @@ void launch_dk_dv(const BwdParams& params, const BwdTensors& tensors, const Fp32
                   const Fp32QueryStats& stats, const std::vector<QueryRun>& runs) {
   using Config = Fp32DkDvConfig<kLimbs>;
   const Fp32DkDvKernelParams kernel_params{
-      make_dk_dv_params<Config>(params, tensors, limbs_of(tensors, workspace), stats, runs),
+      make_dk_dv_params<Config>(params, tensors, limbs_of(tensors, workspace), stats,
+                                make_key_work_table(params, runs, Config::kBlockN)),
       fp32_inputs(params, workspace)};
   launch_persistent<Config, Fp32DkDvSharedStorage<Config>, hopper_fp32_dk_dv_kernel<Config>>(
       "launch of hopper_fp32_dk_dv_kernel", kernel_params, params);
@@ -82,7 +83,8 @@ void launch_dq(const BwdParams& params, const BwdTensors& tensors, const Fp32Bwd
   using Config = Fp32DqConfig<kLimbs>;
   const Fp32DqKernelParams kernel_params{
       make_dq_params<Config>(params, tensors, limbs_of(tensors, workspace), DqTensor{params.dq, params.dq_strides},
-                             workspace.delta, workspace.references),
+                             workspace.delta, workspace.references,
+                             make_work_table(params, Config::kBlockM, Config::kBlockN)),
       fp32_inputs(params, workspace)};
   launch_persistent<Config, Fp32DqSharedStorage<Config>, hopper_fp32_dq_kernel<Config>>(
       "launch of hopper_fp32_dq_kernel", kernel_params, params);

@@ -54,19 +54,24 @@ int64_t num_reader_tiles(const Schedule& schedule) {
   return num_tiles;
 }
 
-bool fits_key_work_table(const AttentionParams& params) {
-  const std::vector<KeySegment>& segments = params.schedule->key_segments;
-  if (segments.size() > KeyWorkTable::kMaxSegments) return false;
-  size_t num_readers = 0;
-  int64_t num_items = 0;
-  for (const KeySegment& segment : segments) {
-    num_readers += segment.readers.size();
+bool are_keys_counted_in_32_bits(const AttentionParams& params) {
+  int64_t num_items = 0, num_readers = 0;
+  for (const KeySegment& segment : params.schedule->key_segments) {
+    num_readers += static_cast<int64_t>(segment.readers.size());
     num_items += ceil_div(segment.rows.size(), kWarpgroupRows) * params.num_heads * params.batch_size;
     int64_t num_queries = 0;
     for (const Reader& reader : segment.readers) num_queries += reader.queries.size();
     if (num_queries >= kMaxInt) return false;
   }
-  return num_readers <= KeyWorkTable::kMaxRanges && num_items < kMaxInt / 2;
+  return num_readers < kMaxInt && num_items < kMaxInt / 2;
+}
+
+bool fits_key_work_table(const AttentionParams& params) {
+  const std::vector<KeySegment>& segments = params.schedule->key_segments;
+  if (segments.size() > KeyWorkTable::kMaxSegments) return false;
+  size_t num_readers = 0;
+  for (const KeySegment& segment : segments) num_readers += segment.readers.size();
+  return num_readers <= KeyWorkTable::kMaxRanges && are_keys_counted_in_32_bits(params);
 }
 
 KeyWorkTable make_key_work_table(const AttentionParams& params, const std::vector<QueryRun>& runs, int block_n) {

@@ -50,6 +50,9 @@ std::vector<QueryRun> make_reader_runs(const Schedule& schedule, const std::vect
 // How many tiles they have together.
 int64_t num_reader_tiles(const Schedule& schedule);
 
+// True if the query tiles of a key segment, and the items of a launch, are counted in 32 bits.
+bool are_keys_counted_in_32_bits(const AttentionParams& params);
+
 // True if the schedule of a call fits a table.
 bool fits_key_work_table(const AttentionParams& params);
 

@@ -118,16 +118,16 @@ struct ListWalk {
   }
 };
 
-// The walk with the rows of each item at hand: for (WorkItems<kTileRows> item(table); item.next();) ...
-template <int kTileRows, typename Table = WorkTable, int kSharers = 1>
-struct WorkItems : ItemWalk<kTileRows, Table, kSharers> {
+// A walk with the rows of each item at hand: for (WorkItems<kTileRows> item(table); item.next();) ...
+template <typename Walk>
+struct ItemsOf : Walk {
   int row_begin = 0;
   int head = 0, batch = 0;
 
-  using ItemWalk<kTileRows, Table, kSharers>::ItemWalk;
+  using Walk::Walk;
 
   __device__ bool next() {
-    if (!ItemWalk<kTileRows, Table, kSharers>::next()) return false;
+    if (!Walk::next()) return false;
     const ItemRows rows = this->rows();
     row_begin = rows.row_begin;
     head = rows.head;
@@ -135,6 +135,9 @@ struct WorkItems : ItemWalk<kTileRows, Table, kSharers> {
     return true;
   }
 };
+
+template <int kTileRows, typename Table = WorkTable, int kSharers = 1>
+using WorkItems = ItemsOf<ItemWalk<kTileRows, Table, kSharers>>;
 
 struct KeyTile {
   int row_begin, num_rows;

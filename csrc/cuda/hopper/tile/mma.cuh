@@ -65,15 +65,17 @@ __device__ inline void issue_column_mma(float (&d)[kCount], const uint32_t (&a)[
   ptx::wgmma_commit();
 }
 
-// d = aᵀ b, summed over the kDepth rows of both: 64 columns at a, one slab, as many columns at b as d has.
-template <typename Element, int kDepth, int kCount, int kRowBytesA, int kRowBytesB>
+// d = aᵀ b, or with kAdds d += aᵀ b, summed over the kDepth rows of both: 64 columns at a, one slab, as many columns at
+// b as d has.
+template <typename Element, int kDepth, bool kAdds = false, int kCount, int kRowBytesA, int kRowBytesB>
 __device__ inline void issue_transposed_mma(float (&d)[kCount], ptx::SlabOperand<kRowBytesA> a,
                                             ptx::SlabOperand<kRowBytesB> b) {
   ptx::wgmma_fence();
 #pragma unroll
   for (int step = 0; step < kDepth / 16; ++step) {
     ptx::Wgmma<Element, 2 * kCount>::template ss<true>(d, a.advance(step * 16 * kRowBytesA).descriptor(),
-                                                       b.advance(step * 16 * kRowBytesB).descriptor(), step > 0);
+                                                       b.advance(step * 16 * kRowBytesB).descriptor(),
+                                                       kAdds || step > 0);
   }
   ptx::wgmma_commit();
 }
