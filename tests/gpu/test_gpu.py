@@ -87,9 +87,45 @@ def many_groups(count: int, **changes: object) -> Case:
 def test_plans_of_many_ranges(dtype, head_dim, magnitude, case, device):
     case = case.with_(dtype=dtype, head_dim=head_dim, magnitude=magnitude)
     check(case, device)
-    forward, _ = case.plan.explain(device=device, dtype=dtype, head_dim=head_dim).split("backward: ")
     is_hopper = torch.cuda.get_device_capability(device) == (9, 0)
-    assert ("hopper kernel" in forward) == (is_hopper and head_dim in (8, 32, 40, 64, 128))
+    for passes in case.plan.explain(device=device, dtype=dtype, head_dim=head_dim).split("backward: "):
+        assert ("hopper kernel" in passes) == (is_hopper and head_dim in (8, 32, 40, 64, 128))
+
+
+# Groups of all sizes around tiles, some of them empty; how they see each other decides who adds up their dq on Hopper:
+# a block by itself where few hundred rows see each other alone, else all blocks together.
+MANY_SIZES = (*EDGES, *(37 * i % 200 for i in range(len(NAMES) - len(EDGES))))
+LAST = NAMES[-1]
+CLIQUE, ALONE = NAMES[14:27], NAMES[:14] + NAMES[27:]
+LISTS = {
+    "alone": Case(MANY_SIZES, " ".join(f"{name}>{name}" for name in NAMES), 3, num_heads=2),
+    "alone, twice": Case(MANY_SIZES, " ".join(f"{name}>{name}{name}{name}" for name in NAMES), num_heads=5),
+    "pairs": Case(MANY_SIZES, " ".join(f"{a}>{a}{b} {b}>{b}{a}{a}" for a, b in zip(NAMES[::2], NAMES[1::2])), 2, 2),
+    "without keys": Case(
+        MANY_SIZES, " ".join(f"{name}>{NAMES[14] if i % 3 else name}" for i, name in enumerate(NAMES)), 2, num_heads=3
+    ),
+    "pooled": Case((*MANY_SIZES[:-1], 700), " ".join(f"{name}>{name}{LAST}{LAST}" for name in NAMES), num_heads=3),
+    "own and shared": Case(
+        MANY_SIZES,
+        " ".join([f"{CLIQUE}>{CLIQUE}", *(f"{name}>{name}{name}{name}" for name in ALONE)]),
+        num_heads=4,
+    ),
+}
+
+
+@pytest.mark.parametrize("case", LISTS.values(), ids=LISTS)
+@pytest.mark.parametrize("head_dim", [16, 32, 48, 64, 128])
+@pytest.mark.parametrize("dtype", [FP16, BF16], ids=["fp16", "bf16"])
+def test_gradients_of_many_groups(dtype, head_dim, case, device):
+    case = case.with_(dtype=dtype, head_dim=head_dim)
+    check(case, device)
+    check(case.with_(layout="packed", magnitude=100.0), device)
+    check(case.with_(layout="spaced", heavy_tails=True, shared="kv"), device)
+    inputs = make_inputs(case, device)
+    with deterministic():
+        results = run(inputs)
+        judge(results, inputs)
+        assert_equal_bits(run(inputs), results)
 
 
 @each_dtype
