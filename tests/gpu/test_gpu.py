@@ -100,7 +100,7 @@ CLIQUE, ALONE = NAMES[14:27], NAMES[:14] + NAMES[27:]
 LISTS = {
     "alone": Case(MANY_SIZES, " ".join(f"{name}>{name}" for name in NAMES), 3, num_heads=2),
     "alone, twice": Case(MANY_SIZES, " ".join(f"{name}>{name}{name}{name}" for name in NAMES), num_heads=5),
-    "pairs": Case(MANY_SIZES, " ".join(f"{a}>{a}{b} {b}>{b}{a}{a}" for a, b in zip(NAMES[::2], NAMES[1::2])), 2, 2),
+    "pairs": Case(MANY_SIZES, " ".join(f"{a}>{a}{b}{a} {b}>{b}{a}{a}" for a, b in zip(NAMES[::2], NAMES[1::2])), 2, 2),
     "without keys": Case(
         MANY_SIZES, " ".join(f"{name}>{NAMES[14] if i % 3 else name}" for i, name in enumerate(NAMES)), 2, num_heads=3
     ),

@@ -370,7 +370,8 @@ class ListCheck {
     const BwdWorkspace workspace = hopper::bwd_workspace(params_, runs, plan);
     const auto end_of = [&](const auto* part, int64_t count) { return bytes_between(params_.workspace, part + count); };
     const int64_t tile_floats =
-        hopper::kQueryTileRows * hopper::with_bwd_head_dim(hopper::widest_head_dim(params_), []<int kHeadDim>() { return kHeadDim; });
+        hopper::kQueryTileRows *
+        hopper::with_bwd_head_dim(hopper::widest_head_dim(params_), []<int kHeadDim>() { return kHeadDim; });
     const int num_blocks =
         hopper::num_persistent_blocks(static_cast<int>(host_.num_units * problem_.num_sequences()), kDevice);
     const hopper::DqAccum& accum = workspace.dq_accum;
@@ -444,8 +445,9 @@ void check_plan(const Problem& problem, const Visits& listed, const ma::BwdParam
 // A list, whether it pays or not.
 hopper::BwdPlan listed_plan(const Problem& problem, const ma::BwdParams& params) {
   const int64_t size = params.batch_size == 1 ? params.num_heads : params.batch_size;
-  const DqForm form = hopper::can_add_dq(hopper::widest_head_dim(params)) ? problem.choose(10, {DqForm::kSeparate, DqForm::kAtomic})
-                                                          : DqForm::kSeparate;
+  const DqForm form = hopper::can_add_dq(hopper::widest_head_dim(params))
+                          ? problem.choose(10, {DqForm::kSeparate, DqForm::kAtomic})
+                          : DqForm::kSeparate;
   const std::vector<hopper::QueryRun> runs = hopper::make_query_runs(*params.schedule);
   return {
       form,

@@ -125,8 +125,8 @@ class Maker {
       components_[component_of_queries_[queries]].num_slots += num_query_tiles(runs_[queries]);
     }
     if (form_ == DqForm::kSeparate) return;
-    const int64_t tile_bytes =
-        kQueryTileRows * sizeof(float) * with_bwd_head_dim(widest_head_dim(params_), []<int kHeadDim>() { return kHeadDim; });
+    const int64_t tile_bytes = kQueryTileRows * sizeof(float) *
+                               with_bwd_head_dim(widest_head_dim(params_), []<int kHeadDim>() { return kHeadDim; });
     const int64_t num_batch_heads = params_.batch_size * params_.num_heads;
     for (Component& component : components_) {
       // No block may have much more to do than its share.
@@ -241,9 +241,9 @@ class Maker {
   }
 
   void add_dq_tiles(BwdList& list) const {
-    const HostTileList tiles =
-        make_tile_list(params_, kDqTileRows,
-                       with_bwd_head_dim(widest_head_dim(params_), []<int kHeadDim>() { return dq_tuning(kHeadDim).block_n; }));
+    const HostTileList tiles = make_tile_list(
+        params_, kDqTileRows,
+        with_bwd_head_dim(widest_head_dim(params_), []<int kHeadDim>() { return dq_tuning(kHeadDim).block_n; }));
     list.num_dq_tiles = static_cast<int>(tiles.tiles.size());
     list.dq_tiles = append(list, tiles.tiles);
     list.dq_ranges = append(list, tiles.ranges);
