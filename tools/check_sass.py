@@ -20,7 +20,7 @@ FUNCTION = re.compile(r"Function : (\S+)")
 SCORES = re.compile(r"HGMMA\.64x(\d+)x16\S* R\d+, (?:R\d+, )?gdesc\[UR\d+\], RZ, !UPT")
 WAIT_FOR_ALL = re.compile(r"WARPGROUP\.DEPBAR\.LE gsb0, 0x0\b")
 RESCALING = 2  # exponentials beside those of the scores
-FORWARD, TANGENT = "hopper_attention_fwd_kernel", "hopper_attention_jvp_kernel"
+FORWARD, TANGENT = "hopper_attention_fwd_kernel", "hopper_attention_jvp_"
 
 
 def disassemble(path: str) -> str:

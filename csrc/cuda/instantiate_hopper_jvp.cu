@@ -11,9 +11,7 @@ static_assert(HEAD_DIM == kJvpHeadDim, "there are kernels of one width");
 
 }  // namespace
 
-#define INSTANTIATE(DTYPE)                                                                 \
-  template void launch_jvp<DTYPE, false>(const JvpParams& params, const WorkTable& table); \
-  template void launch_jvp<DTYPE, true>(const JvpParams& params, const WorkTable& table);
+#define INSTANTIATE(DTYPE) template void launch_jvp<DTYPE>(const JvpParams& params, const WorkTable& table);
 DTYPES
 
 }  // namespace mixed_attention::cuda::hopper

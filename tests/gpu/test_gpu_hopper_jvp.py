@@ -16,7 +16,7 @@ import mixed_attention as ma
 pytestmark = [pytest.mark.gpu, pytest.mark.parametrize("device", ["cuda"], indirect=True, scope="session")]
 
 operators = torch.ops.mixed_attention
-KERNEL = "hopper_attention_jvp_kernel"
+KERNEL, OF_THREE = "hopper_attention_jvp_kernel", "hopper_attention_jvp_directions_kernel"
 
 CASES = {
     "joint": Case((40, 61, 20, 33), "abcd>ac", batch_size=2, num_heads=2, head_dim=64),
@@ -47,7 +47,7 @@ def kernels_of(call, device: torch.device) -> Counter:
     with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CUDA]) as profile:
         call()
         torch.cuda.synchronize(device)
-    names = ("hopper_attention_jvp_kernel", "portable_jvp_kernel")
+    names = (KERNEL, OF_THREE, "portable_jvp_kernel")
     return Counter(name for event in profile.events() for name in names if name in event.name)
 
 
@@ -206,7 +206,9 @@ def test_keys_of_minus_infinity_weigh_nothing(moves, dtype, device):
     ("case", "moves", "count", "expected"),
     [
         (CASES["joint"], "q", 1, {KERNEL: 1}),
-        (CASES["joint"], "q", 3, {KERNEL: 3}),
+        (CASES["joint"], "q", 2, {KERNEL: 2}),
+        (CASES["joint"], "q", 3, {OF_THREE: 1}),
+        (CASES["joint"], "q", 4, {OF_THREE: 1, KERNEL: 1}),
         (CASES["joint"], "qkv", 2, {KERNEL: 2}),
         (CASES["packed"], "kv", 1, {KERNEL: 1}),
         (CASES["many tiles"], "v", 1, {KERNEL: 1}),

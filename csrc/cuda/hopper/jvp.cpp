@@ -22,8 +22,6 @@
 namespace mixed_attention::cuda::hopper {
 namespace {
 
-bool moves_keys(const Tangents& tangents) { return tangents.k != nullptr || tangents.v != nullptr; }
-
 // What is decided about a call, made once for all that are alike.
 struct Plan {
   const char* refusal = nullptr;
@@ -41,16 +39,16 @@ bool wants_splits(WorkTable table, int num_blocks) {
 
 Plan make_plan(const JvpParams& params) {
   if (!fits_work_table(params)) return {kPlanIsTooLarge};
-  const JvpTuning tuning = jvp_tuning(moves_keys(params.tangents));
+  const JvpTuning tuning = jvp_tuning(jvp_form(params.tangents));
   Plan plan{.table = make_work_table(params, tuning.block_m(), tuning.block_n)};
   if (wants_splits(plan.table, num_multiprocessors(params.device))) plan.refusal = kWantsSplits;
   return plan;
 }
 
 std::shared_ptr<const Plan> plan_of(const JvpParams& params) {
-  using Key = std::tuple<uint64_t, bool, int64_t, int64_t, int>;
+  using Key = std::tuple<uint64_t, JvpForm, int64_t, int64_t, int>;
   static auto* kept = new Kept<Key, Plan>(256);  // never freed: threads may outlive static objects
-  const Key key{params.schedule->id, moves_keys(params.tangents), params.batch_size, params.num_heads, params.device};
+  const Key key{params.schedule->id, jvp_form(params.tangents), params.batch_size, params.num_heads, params.device};
   return kept->of(key, [&] { return make_plan(params); });
 }
 
@@ -103,14 +101,11 @@ const char* refusal_of_jvp(const JvpParams& params) {
 
 Launch<JvpParams> launch_of_jvp(const JvpParams& params) {
   const std::shared_ptr<const Plan> plan = plan_of(params);
-  const JvpTuning tuning = jvp_tuning(moves_keys(params.tangents));
+  const JvpTuning tuning = jvp_tuning(jvp_form(params.tangents));
   return {.layout = layout_of(params, params.schedule->query_segments, tuning.block_m(), tuning.block_n),
           .run = [plan](const JvpParams& params) {
-            const auto launch = [&]<typename Element>(Element) {
-              moves_keys(params.tangents) ? launch_jvp<Element, true>(params, plan->table)
-                                          : launch_jvp<Element, false>(params, plan->table);
-            };
-            params.dtype == DType::kBFloat16 ? launch(__nv_bfloat16{}) : launch(__half{});
+            params.dtype == DType::kBFloat16 ? launch_jvp<__nv_bfloat16>(params, plan->table)
+                                             : launch_jvp<__half>(params, plan->table);
           }};
 }
 

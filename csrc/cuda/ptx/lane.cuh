@@ -1,4 +1,4 @@
-// The lane of a thread.
+// The numbers of a thread.
 #pragma once
 
 namespace mixed_attention::cuda::ptx {
@@ -9,6 +9,13 @@ __device__ inline int lane_anew() {
   int lane;
   asm volatile("mov.u32 %0, %%laneid;\n" : "=r"(lane));
   return lane;
+}
+
+// threadIdx.x, likewise.
+__device__ inline int thread_anew() {
+  int thread;
+  asm volatile("mov.u32 %0, %%tid.x;\n" : "=r"(thread));
+  return thread;
 }
 
 }  // namespace mixed_attention::cuda::ptx

@@ -65,8 +65,8 @@ struct Wgmma;
 
 // The instruction names every register it accumulates in, so that its text depends on N.
 #define WGMMA_REGISTERS_16 "%0, %1, %2, %3, %4, %5, %6, %7, %8, %9, %10, %11, %12, %13, %14, %15"
-#define WGMMA_REGISTERS_32 \
-  WGMMA_REGISTERS_16 ", %16, %17, %18, %19, %20, %21, %22, %23, %24, %25, %26, %27, %28, %29, %30, %31"
+#define WGMMA_REGISTERS_24 WGMMA_REGISTERS_16 ", %16, %17, %18, %19, %20, %21, %22, %23"
+#define WGMMA_REGISTERS_32 WGMMA_REGISTERS_24 ", %24, %25, %26, %27, %28, %29, %30, %31"
 #define WGMMA_REGISTERS_40 WGMMA_REGISTERS_32 ", %32, %33, %34, %35, %36, %37, %38, %39"
 #define WGMMA_REGISTERS_48 WGMMA_REGISTERS_40 ", %40, %41, %42, %43, %44, %45, %46, %47"
 #define WGMMA_REGISTERS_56 WGMMA_REGISTERS_48 ", %48, %49, %50, %51, %52, %53, %54, %55"
@@ -84,7 +84,8 @@ struct Wgmma;
   "+f"(d[i]), "+f"(d[i + 1]), "+f"(d[i + 2]), "+f"(d[i + 3]), "+f"(d[i + 4]), "+f"(d[i + 5]), "+f"(d[i + 6]), \
       "+f"(d[i + 7])
 #define WGMMA_ACCUMULATORS_16(d) WGMMA_8(d, 0), WGMMA_8(d, 8)
-#define WGMMA_ACCUMULATORS_32(d) WGMMA_ACCUMULATORS_16(d), WGMMA_8(d, 16), WGMMA_8(d, 24)
+#define WGMMA_ACCUMULATORS_24(d) WGMMA_ACCUMULATORS_16(d), WGMMA_8(d, 16)
+#define WGMMA_ACCUMULATORS_32(d) WGMMA_ACCUMULATORS_24(d), WGMMA_8(d, 24)
 #define WGMMA_ACCUMULATORS_40(d) WGMMA_ACCUMULATORS_32(d), WGMMA_8(d, 32)
 #define WGMMA_ACCUMULATORS_48(d) WGMMA_ACCUMULATORS_40(d), WGMMA_8(d, 40)
 #define WGMMA_ACCUMULATORS_56(d) WGMMA_ACCUMULATORS_48(d), WGMMA_8(d, 48)
@@ -133,6 +134,8 @@ struct Wgmma;
 
 WGMMA_DEFINE(32, __nv_bfloat16, "bf16", 16, "16", "17", "18", "19", "20", "21", "22")
 WGMMA_DEFINE(32, __half, "f16", 16, "16", "17", "18", "19", "20", "21", "22")
+WGMMA_DEFINE(48, __nv_bfloat16, "bf16", 24, "24", "25", "26", "27", "28", "29", "30")
+WGMMA_DEFINE(48, __half, "f16", 24, "24", "25", "26", "27", "28", "29", "30")
 WGMMA_DEFINE(64, __nv_bfloat16, "bf16", 32, "32", "33", "34", "35", "36", "37", "38")
 WGMMA_DEFINE(64, __half, "f16", 32, "32", "33", "34", "35", "36", "37", "38")
 WGMMA_DEFINE(80, __nv_bfloat16, "bf16", 40, "40", "41", "42", "43", "44", "45", "46")
@@ -159,6 +162,7 @@ WGMMA_DEFINE(256, __half, "f16", 128, "128", "129", "130", "131", "132", "133", 
 #undef WGMMA_ACCUMULATORS_48
 #undef WGMMA_ACCUMULATORS_40
 #undef WGMMA_ACCUMULATORS_32
+#undef WGMMA_ACCUMULATORS_24
 #undef WGMMA_ACCUMULATORS_16
 #undef WGMMA_8
 #undef WGMMA_REGISTERS_128
@@ -171,6 +175,7 @@ WGMMA_DEFINE(256, __half, "f16", 128, "128", "129", "130", "131", "132", "133", 
 #undef WGMMA_REGISTERS_48
 #undef WGMMA_REGISTERS_40
 #undef WGMMA_REGISTERS_32
+#undef WGMMA_REGISTERS_24
 #undef WGMMA_REGISTERS_16
 
 }  // namespace mixed_attention::cuda::ptx

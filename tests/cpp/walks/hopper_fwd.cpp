@@ -111,10 +111,10 @@ void check_list(const Problem& problem, const Visits& listed, const ma::FwdParam
   check_launch<hopper::ListWalk<kBlockM>, kBlockM, kBlockN>(problem, listed, table);
 }
 
-// The walks of hopper_attention_jvp_kernel (jvp/kernel.cuh), which has no splits.
-template <bool kMovesKeys>
+// The walks of the tangents' kernels (jvp), which have no splits.
+template <hopper::JvpForm kForm>
 void check_tangents(const Problem& problem, const Visits& listed, const ma::FwdParams& params) {
-  constexpr hopper::JvpTuning kTuning = hopper::jvp_tuning(kMovesKeys);
+  constexpr hopper::JvpTuning kTuning = hopper::jvp_tuning(kForm);
   constexpr int kBlockM = kTuning.block_m(), kBlockN = kTuning.block_n;
   check_table<kBlockM, kBlockN>(problem, listed, hopper::make_work_table(params, kBlockM, kBlockN));
 }
@@ -163,8 +163,8 @@ void check_hopper_fwd(const Problem& problem) {
     constexpr hopper::FwdTuning kOfList = hopper::fwd_tuning_of_list(kHeadDim);
     if (!is_fp32) check_list<kOfList.block_m(), kOfList.block_n>(problem, listed, params);
     if (!hopper::fits_work_table(params)) return;
-    check_tangents<false>(problem, listed, params);
-    check_tangents<true>(problem, listed, params);
+    check_tangents<hopper::JvpForm::kQuery>(problem, listed, params);
+    check_tangents<hopper::JvpForm::kQueries>(problem, listed, params);
     const hopper::FwdPlan plan = hopper::plan_fwd(params);
     check_workspace<Config::kBlockM>(plan, params);
     if (plan.form != hopper::FwdForm::kListed) {

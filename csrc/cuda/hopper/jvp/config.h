@@ -5,14 +5,25 @@
 
 #include "cuda/hopper/config.h"
 #include "cuda/hopper/tile/pipe.h"
+#include "derivatives_params.h"
 
 namespace mixed_attention::cuda::hopper {
 
 // Columns of the kernels; narrower heads get columns of zeros, which are never stored.
 inline constexpr int kJvpHeadDim = 64;
 
-// A thread of a consumer holds scores, their tangents, and both as operands, and the output and its tangent: 184
-// registers with 80 keys, which leaves two warpgroups.
+// What moves in a launch: queries alone, in one direction or in kMaxTangents of them, or anything, in one.
+enum class JvpForm { kQuery, kQueries, kAll };
+
+// A launch takes so many directions.
+constexpr int directions_of(JvpForm form) { return form == JvpForm::kQueries ? kMaxTangents : 1; }
+
+// That of a call's launches, of which there are more where it has more directions.
+constexpr JvpForm jvp_form(const Tangents& tangents) {
+  if (tangents.k != nullptr || tangents.v != nullptr) return JvpForm::kAll;
+  return tangents.count == kMaxTangents ? JvpForm::kQueries : JvpForm::kQuery;
+}
+
 struct JvpTuning {
   int block_n, stages;
 
@@ -20,15 +31,23 @@ struct JvpTuning {
   constexpr int block_m() const { return kConsumers * kWarpgroupRows; }
 };
 
-// moves_keys: whether tangents of k and v stream as well.
-constexpr JvpTuning jvp_tuning(bool moves_keys) { return moves_keys ? JvpTuning{80, 3} : JvpTuning{80, 4}; }
+// A thread of a consumer holds scores, their tangents, and both as operands, and the output and its tangent: 184
+// registers with 80 keys, which leaves two warpgroups. The output and three tangents take 128: with 48 keys, scores and
+// their tangents in one direction at a time, and operands of both, take 72.
+constexpr JvpTuning jvp_tuning(JvpForm form) {
+  switch (form) {
+    case JvpForm::kQuery: return {80, 4};
+    case JvpForm::kQueries: return {48, 4};
+    default: return {80, 3};
+  }
+}
 
-template <typename Element_, bool kMovesKeys_>
+template <typename Element_, JvpForm kForm>
 struct JvpConfig {
   using Element = Element_;
-  static constexpr bool kMovesKeys = kMovesKeys_;  // or queries alone
+  static constexpr bool kMovesKeys = kForm == JvpForm::kAll;  // or queries alone
   static constexpr int kHeadDim = kJvpHeadDim;
-  static constexpr JvpTuning kTuning = jvp_tuning(kMovesKeys);
+  static constexpr JvpTuning kTuning = jvp_tuning(kForm);
   static constexpr int kConsumers = kTuning.kConsumers, kBlockM = kTuning.block_m(), kBlockN = kTuning.block_n;
   static constexpr int kStages = kTuning.stages, kQueryBuffers = 2;
   static constexpr int kProducerRegisters = 40, kConsumerRegisters = 232;

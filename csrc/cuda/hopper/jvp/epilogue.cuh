@@ -4,6 +4,7 @@
 #include <cstdint>
 
 #include "cuda/common/log_sum_exp.cuh"
+#include "cuda/hopper/fwd/mma.cuh"
 #include "cuda/hopper/fwd/overflow.cuh"
 #include "cuda/hopper/fwd/softmax.cuh"
 #include "cuda/hopper/jvp/config.h"
@@ -15,26 +16,33 @@
 
 namespace mixed_attention::cuda::hopper {
 
-// Makes the output and its tangent of their sums, all zeros in rows without a weight; softmax is finished. Returns the
+// The factors of a thread's finished rows, 0 of rows without a weight.
+__device__ inline RowNumbers inverse_of_rows(const OnlineSoftmax& softmax) {
+  RowNumbers inverse;
+#pragma unroll
+  for (int row = 0; row < 2; ++row) {
+    inverse.of_row[row] = softmax.row_sum[row] == 0 ? 0 : __fdividef(1, softmax.row_sum[row]);
+  }
+  return inverse;
+}
+
+// Makes the tangent of the output of its sums, beside the finished output; zeros in rows without a weight. Returns the
 // tangents of log-sum-exps.
 template <int kCount>
-__device__ inline RowNumbers finish_tangents(float (&out)[kCount], float (&out_dot)[kCount],
-                                             const OnlineSoftmax& softmax, const TangentSums& tangents) {
-  float inverse[2], shift[2];
+__device__ inline RowNumbers finish_tangent(float (&out_dot)[kCount], const float (&out)[kCount],
+                                            const RowNumbers& inverse, const TangentSums& tangents) {
+  float shift[2];
   RowNumbers lse_dot;
 #pragma unroll
   for (int row = 0; row < 2; ++row) {
-    const float sum = quad_sum(tangents.sum[row]);
-    const bool is_empty = softmax.row_sum[row] == 0;
-    inverse[row] = is_empty ? 0 : __fdividef(1, softmax.row_sum[row]);
-    shift[row] = is_empty ? 0 : sum * inverse[row];
-    lse_dot.of_row[row] = is_empty ? 0 : shift[row] + tangents.mean[row];
+    const float sum = quad_sum(tangents.sum[row]), factor = inverse.of_row[row];
+    shift[row] = factor == 0 ? 0 : sum * factor;
+    lse_dot.of_row[row] = factor == 0 ? 0 : shift[row] + tangents.mean[row];
   }
 #pragma unroll
   for (int i = 0; i < kCount; ++i) {
     const int row = row_of(i);
-    out[i] *= inverse[row];
-    out_dot[i] = inverse[row] == 0 ? 0 : fmaf(out_dot[i], inverse[row], -shift[row] * out[i]);
+    out_dot[i] = inverse[i] == 0 ? 0 : fmaf(out_dot[i], inverse[i], -shift[row] * out[i]);
   }
   return lse_dot;
 }
@@ -56,7 +64,9 @@ __device__ inline void store_tangents(const JvpKernelParams& params, JvpSharedSt
   const int row = tile.row_begin + first_row + lane / 4;
   const bool exists[2] = {row < tile.row_end, row + 8 < tile.row_end};
   softmax.finish();
-  const RowNumbers lse_dot = finish_tangents(out, out_dot, softmax, tangents);
+  const RowNumbers inverse = inverse_of_rows(softmax);
+  scale_rows(out, inverse.of_row);
+  const RowNumbers lse_dot = finish_tangent(out_dot, out, inverse, tangents);
   // An output that overflowed makes its tangent NaN.
   if constexpr (kMayOverflow<Config>) note_overflow(shared, out_dot, exists);
   const int64_t first_number = (int64_t{tile.batch} * params.table.num_heads + tile.head) * params.seqlen_q + row;

@@ -4,6 +4,7 @@
 #include <numbers>
 
 #include "cuda/common/allow_shared_memory.cuh"
+#include "cuda/hopper/jvp/directions_kernel.cuh"
 #include "cuda/hopper/jvp/kernel.cuh"
 #include "cuda/hopper/jvp/launch.h"
 #include "cuda/hopper/jvp/tensors.h"
@@ -50,17 +51,66 @@ JvpKernelParams make_jvp_kernel_params(const JvpParams& params, int direction, c
   };
 }
 
-template <typename Element, bool kMovesKeys>
-void launch_jvp(const JvpParams& params, const WorkTable& table) {
-  using Config = JvpConfig<Element, kMovesKeys>;
-  constexpr auto kKernel = hopper_attention_jvp_kernel<Config>;
-  constexpr int kSharedBytes = sizeof(JvpSharedStorage<Config>);
-  if (table.num_items == 0) return;
-  allow_shared_memory<kKernel>(kSharedBytes, params.device, "cudaFuncSetAttribute(hopper_attention_jvp_kernel)");
+template <typename Config>
+DirectionsKernelParams make_directions_kernel_params(const JvpParams& params, const WorkTable& table) {
+  const JvpTensors tensors = jvp_tensors(params, 0);
+  DirectionsKernelParams made{
+      .q = make_tile_map(tensors.q.still, Config::kBlockM),
+      .k = make_clipped_tile_map(tensors.k.still, Config::kBlockN),
+      .v = make_clipped_tile_map(tensors.v.still, Config::kBlockN),
+      .q_dot = {},
+      .q_batch_step = batch_step(tensors.q.still.strides),
+      .k_batch_step = batch_step(tensors.k.still.strides),
+      .v_batch_step = batch_step(tensors.v.still.strides),
+      .q_dot_batch_step = batch_step(tensors.q.dot.strides),
+      .out = params.lse_is_known ? nullptr : params.out,
+      .lse = params.lse_is_known ? nullptr : static_cast<float*>(params.lse),
+      .out_dot = params.out_dot,
+      .lse_dot = static_cast<float*>(params.lse_dot),
+      .out_strides = params.out_strides,
+      .out_dot_strides = params.out_dot_strides,
+      .out_dot_step = params.out_dot_step,
+      .lse_dot_step = params.lse_dot_step,
+      .seqlen_q = params.seqlen_q,
+      .head_dim_v = static_cast<int>(params.head_dim_v),
+      .softmax_scale = static_cast<float>(params.softmax_scale),
+      .softmax_scale_log2 = static_cast<float>(params.softmax_scale * std::numbers::log2e),
+      .table = table,
+  };
+  for (int t = 0; t < Config::kDirections; ++t) {
+    made.q_dot[t] = make_tile_map(jvp_tensors(params, t).q.dot, Config::kBlockM);
+  }
+  return made;
+}
+
+template <auto kKernel, typename Config, typename SharedStorage, typename Params>
+void launch_tangents(const char* name, const JvpParams& params, const WorkTable& table, const Params& of_kernel) {
+  constexpr int kSharedBytes = sizeof(SharedStorage);
+  allow_shared_memory<kKernel>(kSharedBytes, params.device, name);
   const LaunchShape shape{num_persistent_blocks(table.num_items, params.device), Config::kThreads};
+  launch_kernel<kKernel, kSharedBytes>(name, shape, params.stream, of_kernel);
+}
+
+template <typename Config>
+void launch_each_direction(const JvpParams& params, const WorkTable& table) {
   for (int direction = 0; direction < params.tangents.count; ++direction) {
-    launch_kernel<kKernel, kSharedBytes>("launch of hopper_attention_jvp_kernel", shape, params.stream,
-                                         make_jvp_kernel_params<Config>(params, direction, table));
+    launch_tangents<hopper_attention_jvp_kernel<Config>, Config, JvpSharedStorage<Config>>(
+        "hopper_attention_jvp_kernel", params, table, make_jvp_kernel_params<Config>(params, direction, table));
+  }
+}
+
+template <typename Element>
+void launch_jvp(const JvpParams& params, const WorkTable& table) {
+  if (table.num_items == 0) return;
+  switch (jvp_form(params.tangents)) {
+    case JvpForm::kQuery: return launch_each_direction<JvpConfig<Element, JvpForm::kQuery>>(params, table);
+    case JvpForm::kAll: return launch_each_direction<JvpConfig<Element, JvpForm::kAll>>(params, table);
+    case JvpForm::kQueries: {
+      using Config = DirectionsConfig<Element>;
+      launch_tangents<hopper_attention_jvp_directions_kernel<Config>, Config, DirectionsSharedStorage<Config>>(
+          "hopper_attention_jvp_directions_kernel", params, table,
+          make_directions_kernel_params<Config>(params, table));
+    }
   }
 }
 

@@ -6,9 +6,9 @@
 
 namespace mixed_attention::cuda::hopper {
 
-// Instantiated by cuda/instantiate_hopper_jvp.cu, for calls that move keys or values and for those of queries alone. It
-// enqueues a launch for every direction.
-template <typename Element, bool kMovesKeys>
+// Instantiated by cuda/instantiate_hopper_jvp.cu. It enqueues a launch for every direction, or one for three. table: of
+// the tiles of the call's form (config.h).
+template <typename Element>
 void launch_jvp(const JvpParams& params, const WorkTable& table);
 
 }  // namespace mixed_attention::cuda::hopper

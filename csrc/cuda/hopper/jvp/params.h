@@ -6,6 +6,7 @@
 #include <cstdint>
 
 #include "cuda/hopper/plan/query_table.h"
+#include "derivatives_params.h"
 #include "params.h"
 
 namespace mixed_attention::cuda::hopper {
@@ -26,6 +27,22 @@ struct JvpKernelParams {
   Strides out_strides, out_dot_strides;
   int64_t seqlen_q;
   int head_dim_v;  // at most the kernel's head_dim
+  float softmax_scale, softmax_scale_log2;
+  WorkTable table;
+};
+
+// Of three directions in which queries alone move.
+struct DirectionsKernelParams {
+  CUtensorMap q, k, v, q_dot[kMaxTangents];
+  int q_batch_step, k_batch_step, v_batch_step, q_dot_batch_step;
+  void* out;
+  float* lse;
+  void* out_dot;
+  float* lse_dot;
+  Strides out_strides, out_dot_strides;
+  int64_t out_dot_step, lse_dot_step;  // from one direction to the next
+  int64_t seqlen_q;
+  int head_dim_v;
   float softmax_scale, softmax_scale_log2;
   WorkTable table;
 };

@@ -22,7 +22,9 @@ __device__ inline void replace_tangents(const JvpKernelParams& params, const Ite
   using Element = typename Config::Element;
   const int first = tile.row_begin + first_row + threadIdx.x % 32 / 4;
   softmax.finish();
-  finish_tangents(mma.out, mma.out_dot, softmax, tangents);
+  const RowNumbers inverse = inverse_of_rows(softmax);
+  scale_rows(mma.out, inverse.of_row);
+  finish_tangent(mma.out_dot, mma.out, inverse, tangents);
 #pragma unroll
   for (int i = 0; i < 2; ++i) {
     const int row = first + 8 * i;
