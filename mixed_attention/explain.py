@@ -65,14 +65,6 @@ def _unread_rows(plan: AttentionPlan) -> Iterator[tuple[int, int]]:
         yield reached, plan.num_keys
 
 
-# What serves tangents and gradients of them, by the family that serves tangents.
-_OF_TANGENTS = {
-    "hopper": "hopper kernels, and portable ones",
-    "portable": "portable kernels",
-    "none": "no kernel",
-}
-
-
 def _kernels(
     plan: AttentionPlan,
     *,
@@ -96,10 +88,14 @@ def _kernels(
     why = ops.why_no_tangent_kernels(dtype, head_dim, head_dim_v, device) if served else ""
     by = f"the reference, for {why}" if why else "the reference"
     if served and not why:
-        launch = ops.cuda_launch(plan, **shape, dtype=dtype, device=device, backward=False, tangents=True)
-        by = _OF_TANGENTS[launch.family]
-        if launch.why:
-            by += f"{'' if launch.family == 'none' else '; no faster ones'}, for {launch.why}"
+        launches = [
+            ops.cuda_launch(plan, **shape, dtype=dtype, device=device, backward=backward, tangents=True)
+            for backward in (False, True)
+        ]
+        families = sorted({launch.family for launch in launches})
+        by = "no kernel" if "none" in families else f"{' and '.join(families)} kernels"
+        if why := next((launch.why for launch in launches if launch.why), ""):
+            by += f"{'' if 'none' in families else '; no faster ones'}, for {why}"
     yield f"  tangents and gradients of them: {by}"
     for backward in (False, True):
         direction = "backward" if backward else "forward"

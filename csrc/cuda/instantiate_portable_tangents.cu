@@ -13,6 +13,8 @@ namespace arithmetic {
 
 #define INSTANTIATE(DTYPE)                                                                                      \
   template void launch_jvp<arithmetic::DTYPE, HEAD_DIM>(const JvpParams&, const GridWork&);                     \
+  template void launch_bwd_jvp_rows<arithmetic::DTYPE, HEAD_DIM>(const BwdJvpParams&, const BwdJvpBuffers&,     \
+                                                                 const GridWork&);                              \
   template void launch_bwd_jvp_by_key<arithmetic::DTYPE, HEAD_DIM>(const BwdJvpParams&, const BwdJvpBuffers&,   \
                                                                    const GridWork&);                            \
   template void launch_bwd_jvp_by_query<arithmetic::DTYPE, HEAD_DIM>(const BwdJvpParams&, const BwdJvpBuffers&, \

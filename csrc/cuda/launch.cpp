@@ -47,11 +47,11 @@ Launch<Params> plan(Choice choice, const Params& params, const char* (*hopper_re
   return launch;
 }
 
-// The launch of what portable kernels alone serve.
-template <class Params>
-Launch<Params> plan(Choice choice, const Params& params, Launch<Params> (*portable_launch)(const Params&)) {
-  const auto no_refusal = [](const Params&) -> const char* { return nullptr; };
-  return plan<Params>(std::move(choice), params, no_refusal, portable_launch, portable_launch);
+// Hopper's large kernels behind the small ones of the portable family.
+Launch<BwdJvpParams> hopper_launch_of_bwd_jvp(const BwdJvpParams& params) {
+  Launch<BwdJvpParams> launch = portable::launch_of_bwd_jvp(params, hopper::products_of_bwd_jvp(params));
+  launch.layout = hopper::layout_of_bwd_jvp(params);
+  return launch;
 }
 
 // The tangents' launch behind that of the forward, which is faster alone. Both have the workspace in turn.
@@ -76,12 +76,7 @@ Choice choose_jvp(const Problem& problem) {
   return choose(problem, hopper::refusal_jvp(problem), portable::refusal_of_tangents);
 }
 
-// Hopper has no kernels of its own for gradients of tangents.
-Choice choose_bwd_jvp(const Problem& problem) {
-  asks_for_portable_gpu_kernels();
-  std::string why = portable::refusal_of_tangents(problem);
-  return {why.empty() ? Family::kPortable : Family::kNone, std::move(why)};
-}
+Choice choose_bwd_jvp(const Problem& problem) { return choose_jvp(problem); }
 
 Launch<FwdParams> plan_fwd(const FwdParams& params) {
   return plan(choose_fwd(problem_of(params)), params, hopper::refusal_of_fwd, hopper::launch_of_fwd,
@@ -104,7 +99,8 @@ Launch<JvpParams> plan_jvp(const JvpParams& params) {
 }
 
 Launch<BwdJvpParams> plan_bwd_jvp(const BwdJvpParams& params) {
-  return plan(choose_bwd_jvp(problem_of(params)), params, portable::launch_of_bwd_jvp);
+  return plan<BwdJvpParams>(choose_bwd_jvp(problem_of(params)), params, hopper::refusal_of_bwd_jvp,
+                            hopper_launch_of_bwd_jvp, portable::launch_of_bwd_jvp);
 }
 
 }  // namespace mixed_attention::cuda

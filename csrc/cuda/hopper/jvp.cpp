@@ -28,15 +28,6 @@ struct Plan {
   WorkTable table{};
 };
 
-// These kernels have no splits. Where these would save more time than the kernels themselves do over portable ones,
-// which have, those serve.
-bool wants_splits(WorkTable table, int num_blocks) {
-  constexpr int kTimesFaster = 3;
-  const int64_t steps_of_whole = steps_of_launch(table, num_blocks);
-  split_items(table, num_blocks);
-  return steps_of_whole > kTimesFaster * steps_of_launch(table, num_blocks);
-}
-
 Plan make_plan(const JvpParams& params) {
   if (!fits_work_table(params)) return {kPlanIsTooLarge};
   const JvpTuning tuning = jvp_tuning(jvp_form(params.tangents));

@@ -1,8 +1,10 @@
 // The Hopper kernels' entry points, and what they serve.
 #pragma once
 
+#include <functional>
 #include <string>
 
+#include "cuda/common/bwd_jvp_rows.h"
 #include "cuda/launch.h"
 #include "derivatives_params.h"
 #include "params.h"
@@ -23,5 +25,11 @@ const char* refusal_of_jvp(const JvpParams& params);
 Launch<FwdParams> launch_of_fwd(const FwdParams& params);
 Launch<BwdParams> launch_of_bwd(const BwdParams& params);
 Launch<JvpParams> launch_of_jvp(const JvpParams& params);
+
+// Gradients of tangents have the problems of tangents. What is here is their large kernels, behind small ones that make
+// the numbers of rows.
+const char* refusal_of_bwd_jvp(const BwdJvpParams& params);
+Layout layout_of_bwd_jvp(const BwdJvpParams& params);
+std::function<void(const BwdJvpParams&, const BwdJvpRows&)> products_of_bwd_jvp(const BwdJvpParams& params);
 
 }  // namespace mixed_attention::cuda::hopper

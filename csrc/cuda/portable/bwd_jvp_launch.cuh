@@ -64,12 +64,17 @@ void launch_tiles(const BwdJvpArguments& args, const GridWork& work, const char*
 }
 
 template <Arithmetic kArithmetic, int kHeadDim>
+void launch_bwd_jvp_rows(const BwdJvpParams& params, const BwdJvpBuffers& buffers, const GridWork& by_key) {
+  const auto stream = static_cast<cudaStream_t>(params.stream);
+  check(cudaMemsetAsync(buffers.bwd.has_references, 0, sizeof(int), stream), "cudaMemsetAsync");
+  launch_rows<typename MmaOf<kArithmetic>::Element>(
+      params, bwd_jvp_arguments<kArithmetic>(params, buffers, by_key.table), by_key.in_parameters);
+}
+
+template <Arithmetic kArithmetic, int kHeadDim>
 void launch_bwd_jvp_by_key(const BwdJvpParams& params, const BwdJvpBuffers& buffers, const GridWork& by_key) {
   using Element = typename MmaOf<kArithmetic>::Element;
   const BwdJvpArguments args = bwd_jvp_arguments<kArithmetic>(params, buffers, by_key.table);
-  const auto stream = static_cast<cudaStream_t>(params.stream);
-  check(cudaMemsetAsync(buffers.bwd.has_references, 0, sizeof(int), stream), "cudaMemsetAsync");
-  launch_rows<Element>(params, args, by_key.in_parameters);
   if (by_key.grid == 0) return;
   launch_tiles<portable_dk_dv_jvp_kernel<kArithmetic, kHeadDim>, DkDvJvpShared<kArithmetic, kHeadDim>>(
       args, by_key, "portable_dk_dv_jvp_kernel");

@@ -2,8 +2,10 @@
 #pragma once
 
 #include <cstddef>
+#include <functional>
 #include <string>
 
+#include "cuda/common/bwd_jvp_rows.h"
 #include "cuda/launch.h"
 #include "derivatives_params.h"
 #include "params.h"
@@ -30,5 +32,8 @@ Launch<JvpParams> launch_of_jvp(const JvpParams& params);
 // Whether that launch, which can write out and lse, does so as fast as a forward: its walks over keys are never split.
 bool jvp_serves_forward(const JvpParams& params);
 Launch<BwdJvpParams> launch_of_bwd_jvp(const BwdJvpParams& params);
+// The same with other large kernels, behind the small ones that make the numbers of rows.
+using BwdJvpProducts = std::function<void(const BwdJvpParams&, const BwdJvpRows&)>;
+Launch<BwdJvpParams> launch_of_bwd_jvp(const BwdJvpParams& params, BwdJvpProducts products);
 
 }  // namespace mixed_attention::cuda::portable

@@ -18,11 +18,15 @@ struct BwdJvpBuffers {
 template <Arithmetic kArithmetic, int kHeadDim>
 void launch_jvp(const JvpParams& params, const GridWork& by_query);
 
+// The numbers of rows that the launches of gradients read.
+template <Arithmetic kArithmetic, int kHeadDim>
+void launch_bwd_jvp_rows(const BwdJvpParams& params, const BwdJvpBuffers& buffers, const GridWork& by_key);
+
 // dk and dv.
 template <Arithmetic kArithmetic, int kHeadDim>
 void launch_bwd_jvp_by_key(const BwdJvpParams& params, const BwdJvpBuffers& buffers, const GridWork& by_key);
 
-// dq and the gradient of q's tangent, of what the launch by key has prepared.
+// dq and the gradient of q's tangent.
 template <Arithmetic kArithmetic, int kHeadDim>
 void launch_bwd_jvp_by_query(const BwdJvpParams& params, const BwdJvpBuffers& buffers, const GridWork& by_query);
 

@@ -105,4 +105,11 @@ void split_items(WorkTable& table, int num_blocks) {
   cut_items(table, best);
 }
 
+bool wants_splits(WorkTable table, int num_blocks) {
+  constexpr int kTimesFaster = 3;
+  const int64_t steps_of_whole = steps_of_launch(table, num_blocks);
+  split_items(table, num_blocks);
+  return steps_of_whole > kTimesFaster * steps_of_launch(table, num_blocks);
+}
+
 }  // namespace mixed_attention::cuda::hopper

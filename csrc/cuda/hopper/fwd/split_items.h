@@ -21,4 +21,8 @@ void cut_items(WorkTable& table, const ItemSplits& splits);
 // About how long a launch takes, in steps of a key tile: in each round of num_blocks items all wait for the longest.
 int64_t steps_of_launch(const WorkTable& table, int num_blocks);
 
+// True if splits would save more time than kernels of tangents, which have none here, do over portable ones, which
+// have.
+bool wants_splits(WorkTable table, int num_blocks);
+
 }  // namespace mixed_attention::cuda::hopper

@@ -1,0 +1,39 @@
+// The parameters of the kernels for gradients of tangents as they travel to the device.
+#pragma once
+
+#include <cuda.h>
+
+#include <cstdint>
+
+#include "cuda/common/bwd_jvp_rows.h"
+#include "cuda/hopper/bwd_jvp/config.h"
+#include "cuda/hopper/plan/query_table.h"
+#include "params.h"
+
+namespace mixed_attention::cuda::hopper {
+
+// A tensor as TMA reads it (tensor_map.h), or none, for which zeros stand.
+struct SideMap {
+  CUtensorMap map;
+  int batch_step;  // 1, or 0 where one sequence serves the whole batch
+  bool exists;
+};
+
+// A gradient; data: null where it is not wanted.
+struct SideGrad {
+  void* data;
+  Strides strides;
+  int num_columns;
+  float factor;
+};
+
+struct BwdJvpKernelParams {
+  SideMap owned[kSideTensors], streamed[kSideTensors];
+  SideGrad first, second;  // dq and dq', or dk and dv
+  BwdJvpRows rows;
+  int64_t seqlen_q;
+  float softmax_scale, softmax_scale_log2;
+  WorkTable table;  // rows that own, and those that stream through them
+};
+
+}  // namespace mixed_attention::cuda::hopper
