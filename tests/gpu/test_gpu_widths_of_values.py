@@ -66,7 +66,7 @@ def many_groups(count: int) -> Case:
 SCENES = {
     "parts": Case((40, 9000), "ab>ab", cached="b"),
     "parts of the longest": Case((40, 9000, 500), "ab>ab c>c", num_heads=3, cached="b"),
-    "rounds": Case((1500, 1300), "a>a b>b", num_heads=8),
+    "rounds": Case((150, 130), "a>a b>b", 12, num_heads=8),
     "unions": Case((300, 700, 900, 500), "a>bcd b>acd c>abd d>abc", num_heads=3),
     "many groups": many_groups(60),
     "heavy tails": Case((200, 330), "a>ab b>b", 2, num_heads=2, heavy_tails=True),
