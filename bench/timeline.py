@@ -22,7 +22,7 @@ FORWARD, BACKWARD = "attention forward", "attention backward"
 # The first pattern that is found in a kernel's name decides: attention kernels of others have cutlass in theirs.
 BUCKETS = (
     (BACKWARD, r"_bwd_|dk_dv|_dq_|portable_sum|flash_?\w*bwd|bprop|fmha_cutlassB|dot_do_o|convert_dq|flex_\w*backward"),
-    (FORWARD, r"attention_fwd|portable_(fwd|jvp)|attention_combine|flash_?\w*fwd|fprop|fmha|sdpa|flex_attention"),
+    (FORWARD, r"attention_(fwd|jvp)|portable_(fwd|jvp)|attention_combine|flash_?\w*fwd|fprop|fmha|sdpa|flex_attention"),
     ("rotation", r"rope_kernel|complex|conj_|polar_|rotary"),
     ("matrix products", r"gemm|gemv|nvjet|cutlass|xmma|cublas|splitk"),
     (
