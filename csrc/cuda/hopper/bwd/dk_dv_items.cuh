@@ -1,5 +1,4 @@
-// The items of a block of the kernel for dk and dv, as those see them who work on their tiles, and the buffers that
-// their keys and values are in: of a table, or of a list.
+// The items of a block of the kernel for dk and dv as those see them who work on their tiles: of a table, or of a list.
 #pragma once
 
 #include <cstdint>
@@ -18,64 +17,50 @@ namespace mixed_attention::cuda::hopper {
 template <typename Config>
 using DkDvParams = std::conditional_t<Config::kIsListed, ListedDkDvKernelParams, DkDvKernelParams>;
 
-// Keys and values of a table's items have a single buffer.
-template <typename Config, bool kIsListed = Config::kIsListed>
-class DkDvItems {
- public:
-  using Shared = DkDvSharedStorage<Config>;
+template <typename Config>
+using DkDvItems = std::conditional_t<Config::kIsListed, ListedItems, KeyItems<Config>>;
 
-  __device__ DkDvItems(const DkDvKernelParams& params, Shared&) : items_(params.table) {}
-
-  __device__ bool next() { return items_.next(); }
-
-  __device__ int num_query_tiles() const { return QueryShare<Config>(items_.tiles()).count; }
-  __device__ bool is_read() const { return items_.tiles().num_tiles > 0; }
-  __device__ ItemRows rows() const { return {items_.row_begin, items_.tiles().row_end, items_.head, items_.batch}; }
-
-  // True if this thread sees a query with a reference.
-  __device__ bool sees_reference(const DkDvKernelParams& params) const {
-    return hopper::sees_reference(params.stats, int64_t{items_.batch} * params.table.num_heads + items_.head);
-  }
-
-  __device__ void wait_for_keys(Shared& shared) {
-    wait_full(shared.kv_pipe, parity_);
-    parity_ ^= 1;
-  }
-  __device__ void sync_and_release_keys(Shared& shared) { sync_and_release(shared.kv_pipe); }
-  __device__ int buffer() const { return 0; }
-
- private:
-  KeyItems<Config> items_;
-  uint32_t parity_ = 0;
-};
+// The use of the buffers of keys and values; of a single one, the parity that is waited for.
+template <typename Config>
+using KeyUse = std::conditional_t<Config::kIsListed, RingUse<Config::kKeyBuffers>, uint32_t>;
 
 template <typename Config>
-class DkDvItems<Config, true> {
- public:
-  using Shared = DkDvSharedStorage<Config>;
-
-  __device__ DkDvItems(const ListedDkDvKernelParams&, Shared& shared) : items_(shared.items) {}
-
-  __device__ bool next() { return items_.next(); }
-
-  __device__ int num_query_tiles() const { return items_.num_query_tiles(); }
-  __device__ bool is_read() const { return num_query_tiles() > 0; }
-  __device__ ItemRows rows() const {
-    const ListedItem& item = items_.item();
-    return {item.row_begin, item.row_end, item.head, item.batch};
+__device__ inline DkDvItems<Config> make_items(const DkDvParams<Config>& params, DkDvSharedStorage<Config>& shared) {
+  if constexpr (Config::kIsListed) {
+    return ListedItems(shared.items);
+  } else {
+    return KeyItems<Config>(params.table);
   }
-  __device__ bool sees_reference(const ListedDkDvKernelParams&) const { return items_.item().is_rare(); }
+}
 
-  __device__ void wait_for_keys(Shared& shared) { wait_full(shared.kv_pipe, use_); }
-  __device__ void sync_and_release_keys(Shared& shared) {
-    sync_and_release(shared.kv_pipe, use_);
-    ++use_.count;
-  }
-  __device__ int buffer() const { return use_.stage(); }
+// How many query tiles of an item this block goes through.
+template <typename Config>
+__device__ inline int num_query_tiles(const KeyItems<Config>& item) {
+  return QueryShare<Config>(item.tiles()).count;
+}
+template <typename Config>
+__device__ inline int num_query_tiles(const ListedItems& item) {
+  return item.num_query_tiles();
+}
 
- private:
-  ListedItems items_;
-  RingUse<Config::kKeyBuffers> use_{0};
-};
+template <typename Config>
+__device__ inline ItemRows rows_of(const KeyItems<Config>& item) {
+  return {item.row_begin, item.tiles().row_end, item.head, item.batch};
+}
+template <typename Config>
+__device__ inline ItemRows rows_of(const ListedItems& item) {
+  const ListedItem& keys = item.item();
+  return {keys.row_begin, keys.row_end, keys.head, keys.batch};
+}
+
+// True if this thread sees a query with a reference among those of the item, or of its batch_head.
+template <typename Config>
+__device__ inline bool sees_reference(const DkDvKernelParams& params, const KeyItems<Config>& item) {
+  return sees_reference(params.stats, int64_t{item.batch} * params.table.num_heads + item.head);
+}
+template <typename Config>
+__device__ inline bool sees_reference(const ListedDkDvKernelParams&, const ListedItems& item) {
+  return item.item().is_rare();
+}
 
 }  // namespace mixed_attention::cuda::hopper

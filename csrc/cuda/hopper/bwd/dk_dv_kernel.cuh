@@ -79,13 +79,15 @@ __device__ inline void consume(const DkDvParams<Config>& params, DkDvSharedStora
   const auto tile_of = [](Operand ring, int stage) { return ring.advance(stage * Config::kTileBytesM); };
 
   uint32_t num_used = 0;  // query tiles, over all items
+  KeyUse<Config> kv{0};
   [[maybe_unused]] uint32_t num_exchanges = 0;
-  for (DkDvItems<Config> items(params, shared); items.next();) {
-    const int num_tiles = items.num_query_tiles();
-    const ItemRows item = items.rows();
-    const int row_begin = item.row_begin + first_row;
-    const int num_rows = item.row_end - row_begin;
-    const auto find_own_keys = [&] { return OwnKeys<Config::kIsMasked>(params, item.batch, row_begin, num_rows); };
+  for (auto item = make_items<Config>(params, shared); item.next();) {
+    const int num_tiles = num_query_tiles<Config>(item);
+    const int row_begin = rows_of<Config>(item).row_begin + first_row;
+    const int num_rows = rows_of<Config>(item).row_end - row_begin;
+    const auto find_own_keys = [&] {
+      return OwnKeys<Config::kIsMasked>(params, rows_of<Config>(item).batch, row_begin, num_rows);
+    };
     float dk[kHeadDim / 2] = {}, dv[kHeadDim / 2] = {};
 
     if (num_tiles > 0) {
@@ -94,12 +96,14 @@ __device__ inline void consume(const DkDvParams<Config>& params, DkDvSharedStora
       uint32_t p_operand[kBlockM / 4], ds_operand[kBlockM / 4] = {};
       [[maybe_unused]] bool is_rare = false;
       if constexpr (Config::kSeparatesRareItems) {  // read while keys and values are on their way
-        is_rare = items.sees_reference(params);
+        is_rare = sees_reference<Config>(params, item);
       }
       // Keys and values of the item
-      items.wait_for_keys(shared);
-      [[maybe_unused]] const int buffer = items.buffer() * Config::kBlockN * kHeadDim;
+      wait_full(shared.kv_pipe, kv);
+      int buffer = 0;
+      if constexpr (!Config::kIsListed) kv ^= 1;
       if constexpr (Config::kKeyBuffers > 1) {
+        buffer = kv.stage() * Config::kBlockN * kHeadDim;
         k.move_to(shared.k + buffer, consumer * kWarpgroupRows);
         v.move_to(shared.v + buffer, consumer * kWarpgroupRows);
       }
@@ -189,7 +193,12 @@ __device__ inline void consume(const DkDvParams<Config>& params, DkDvSharedStora
         go_through_tiles.template operator()<true>();
       }
 
-      items.sync_and_release_keys(shared);
+      if constexpr (Config::kIsListed) {
+        sync_and_release(shared.kv_pipe, kv);
+        ++kv.count;
+      } else {
+        sync_and_release(shared.kv_pipe);
+      }
       // dk of the last tile
       const QRing last{num_used - 1};
       issue_column_mma<Element>(dk, ds_operand, tile_of(q_ring, last.stage()));
@@ -204,17 +213,11 @@ __device__ inline void consume(const DkDvParams<Config>& params, DkDvSharedStora
     // Stores of dv and dk, or exchange within the cluster
     const auto store = [&](float (&grad)[kHeadDim / 2], void* tensor, const Strides& strides, int num_columns) {
       if constexpr (Config::kIsMasked) clear_other_keys(grad, find_own_keys());
-      const auto store_at = [&](const ItemRows& item, int row_begin, int num_rows) {
-        Element* target = static_cast<Element*>(tensor) + item.batch * strides.batch + row_begin * strides.row +
-                          item.head * strides.head;
-        store_rows<Element, kHeadDim>(staging, grad, target, strides.row, num_rows, num_columns);
-      };
-      if constexpr (Config::kIsListed) {  // read anew, so that no registers hold it
-        const ItemRows item = items.rows();
-        store_at(item, item.row_begin + first_row, item.row_end - item.row_begin - first_row);
-      } else {
-        store_at(item, row_begin, num_rows);
-      }
+      const int row = Config::kIsListed ? rows_of<Config>(item).row_begin + first_row : row_begin;
+      const int count = Config::kIsListed ? rows_of<Config>(item).row_end - row : num_rows;
+      Element* target = static_cast<Element*>(tensor) + rows_of<Config>(item).batch * strides.batch +
+                        row * strides.row + rows_of<Config>(item).head * strides.head;
+      store_rows<Element, kHeadDim>(staging, grad, target, strides.row, count, num_columns);
     };
     if constexpr (Config::kSplits == 1) {
       store(dv, params.dv, params.dv_strides, params.head_dim_v);
@@ -222,7 +225,7 @@ __device__ inline void consume(const DkDvParams<Config>& params, DkDvSharedStora
     } else {
       const auto finish = [&](const float (&sent)[kHeadDim / 2], float (&kept)[kHeadDim / 2], void* tensor,
                               const Strides& strides, int num_columns) {
-        const bool is_read = items.is_read();
+        const bool is_read = item.tiles().num_tiles > 0;
         if (is_read) exchange_sums(shared, num_exchanges++, reinterpret_cast<float*>(staging), sent, kept);
         store(kept, tensor, strides, num_columns);
         if (is_read) release_sums(shared);

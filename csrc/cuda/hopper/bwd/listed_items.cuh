@@ -92,7 +92,7 @@ class ListedItems {
 
   __device__ int num_query_tiles() const { return num_tiles_; }
 
-  // Read anew wherever they are wanted, so that nobody holds them in registers.
+  // Read anew wherever it is wanted, so that nobody holds it in registers.
   __device__ const ListedItem& item() const { return items_.items[before().stage()]; }
 
  private:
