@@ -87,11 +87,11 @@ struct DkDvConfig : BwdTiles<Element, kHeadDim, kQueryTileRows, key_tile_rows(kH
   static constexpr bool kAddsDq = kDqForm != DqForm::kSeparate, kIsOrdered = kDqForm == DqForm::kOrdered;
   static constexpr int kSplits = kSplits_;
   static constexpr int kThreads = (1 + kConsumers + kAddsDq) * kWarpgroup;
-  // Who takes items from a list has more to hold than a producer.
-  static constexpr bool kLeavesRegisters = kIsListed && kHeadDim <= 64;
-  static constexpr int kProducerRegisters = kSplits > 1 ? 48 : kAddsDq ? 32 : kLeavesRegisters ? 40 : 24;
-  static constexpr int kDqRegisters = 96;
-  static constexpr int kConsumerRegisters = !kAddsDq ? (kLeavesRegisters ? 232 : 240) : kSplits > 1 ? 184 : 192;
+  // Who takes items from a list has more to hold than a producer, and gets it where others can do without.
+  static constexpr bool kLeavesRegisters = kIsListed && kHeadDim <= (kAddsDq ? 32 : 64);
+  static constexpr int kProducerRegisters = kSplits > 1 ? 48 : kLeavesRegisters ? 40 : kAddsDq ? 32 : 24;
+  static constexpr int kDqRegisters = kLeavesRegisters ? 88 : 96;
+  static constexpr int kConsumerRegisters = kAddsDq ? (kSplits > 1 ? 184 : 192) : kLeavesRegisters ? 232 : 240;
   // The registers hold some inputs as well: 1 for a consumer's own values, 2 for these and its keys. A mask's bits take
   // the last registers.
   static constexpr int kKeptInputs = kHeadDim > 64 || kSplits > 1 ? 0
