@@ -59,7 +59,7 @@ def many_groups(count: int) -> Case:
     """More ranges than fit a kernel's parameters: a group attends to itself, to the next one and to a common one."""
     names = NAMES[:count]
     attends = " ".join(f"{name}>{name}{names[(i + 1) % count]}{names[7]}" for i, name in enumerate(names))
-    return Case(tuple(37 * i % 200 for i in range(count)), attends, num_heads=2)
+    return Case(tuple(37 * i % 130 for i in range(count)), attends, num_heads=2)
 
 
 # Keys that are cut into parts, many key tiles, queries that read several segments of keys, lists, padding masks.
@@ -68,7 +68,7 @@ SCENES = {
     "parts of the longest": Case((40, 9000, 500), "ab>ab c>c", num_heads=3, cached="b"),
     "rounds": Case((150, 130), "a>a b>b", 12, num_heads=8),
     "unions": Case((300, 700, 900, 500), "a>bcd b>acd c>abd d>abc", num_heads=3),
-    "many groups": many_groups(60),
+    "many groups": many_groups(50),
     "heavy tails": Case((200, 330), "a>ab b>b", 2, num_heads=2, heavy_tails=True),
     "large logits": Case((200, 130), "a>b b>a", num_heads=2, magnitude=300.0),
     "random mask": Case((77, 730), "a>b b>ab", 2, num_heads=2, mask="random"),
