@@ -4,12 +4,6 @@
 #include "cuda/portable/jvp_launch.cuh"
 
 namespace mixed_attention::cuda::portable {
-namespace arithmetic {
-
-[[maybe_unused]] constexpr Arithmetic bf16 = Arithmetic::kBFloat16, fp16 = Arithmetic::kFloat16,
-                                      fp32 = Arithmetic::kTf32x3;
-
-}  // namespace arithmetic
 
 #define INSTANTIATE(DTYPE)                                                                                      \
   template void launch_jvp<arithmetic::DTYPE, HEAD_DIM>(const JvpParams&, const GridWork&);                     \

@@ -10,4 +10,12 @@ constexpr bool is_16_bit(Arithmetic arithmetic) {
   return arithmetic == Arithmetic::kFloat16 || arithmetic == Arithmetic::kBFloat16;
 }
 
+// As instantiations.txt calls them.
+namespace arithmetic {
+
+inline constexpr Arithmetic bf16 = Arithmetic::kBFloat16, fp16 = Arithmetic::kFloat16, fp32 = Arithmetic::kTf32x3,
+                            tf32 = Arithmetic::kTf32;
+
+}  // namespace arithmetic
+
 }  // namespace mixed_attention::cuda::portable

@@ -9,6 +9,8 @@
 // dv = (m p)ᵀ dout, dk = scale dsᵀ q, dq = scale ds k.
 #pragma once
 
+#include <numbers>
+
 #include "cuda/common/row_reference.h"
 #include "cuda/portable/dq_accum.cuh"
 #include "cuda/portable/dropout.cuh"
@@ -16,7 +18,7 @@
 
 namespace mixed_attention::cuda::portable {
 
-constexpr float kLog2E = 1.44269504088896340736f;
+inline constexpr float kLog2E = std::numbers::log2e_v<float>;
 
 struct BwdArguments {
   BwdParams params;

@@ -12,9 +12,6 @@ namespace mixed_attention::cuda::portable {
 template <Arithmetic kArithmetic>
 BwdJvpArguments bwd_jvp_arguments(const BwdJvpParams& params, const BwdJvpBuffers& buffers, const WorkTable& work) {
   const Tangents& tangents = params.tangents;
-  const auto aligned = [](const void* data, const Strides& strides) {
-    return is_aligned(data, strides, sizeof(typename MmaOf<kArithmetic>::Element));
-  };
   BwdJvpArguments args{
       .bwd = bwd_arguments<kArithmetic>(params, buffers.bwd, work),
       .tangents = tangents,
@@ -28,10 +25,11 @@ BwdJvpArguments bwd_jvp_arguments(const BwdJvpParams& params, const BwdJvpBuffer
       .eps = buffers.eps,
       .partial_dq_dot = buffers.partial_dq_dot,
   };
-  // Tensors that are not there are null and have strides of 0, which are aligned.
-  args.bwd.aligned &= aligned(params.dout_dot, params.dout_dot_strides) &&
-                      aligned(params.dq_dot, params.dq_dot_strides) && aligned(tangents.q, tangents.q_strides) &&
-                      aligned(tangents.k, tangents.k_strides) && aligned(tangents.v, tangents.v_strides);
+  args.bwd.aligned &= are_aligned<typename MmaOf<kArithmetic>::Element>({{params.dout_dot, params.dout_dot_strides},
+                                                                         {params.dq_dot, params.dq_dot_strides},
+                                                                         {tangents.q, tangents.q_strides},
+                                                                         {tangents.k, tangents.k_strides},
+                                                                         {tangents.v, tangents.v_strides}});
   return args;
 }
 
@@ -53,16 +51,6 @@ void launch_rows(const BwdJvpParams& params, const BwdJvpArguments& args, const 
   check(cudaGetLastError(), "portable_bwd_jvp_rows_kernel");
 }
 
-template <auto kKernel, class Shared>
-void launch_tiles(const BwdJvpArguments& args, const GridWork& work, const char* name) {
-  static_assert(sizeof(Shared) <= kMaxSharedBytes, "a block takes more shared memory than the smaller chips give");
-  const BwdParams& params = args.bwd.params;
-  allow_shared_memory<kKernel>(sizeof(Shared), params.device, name);
-  kKernel<<<work.grid, Shared::kTile.num_threads(), sizeof(Shared), static_cast<cudaStream_t>(params.stream)>>>(
-      args, work.in_parameters);
-  check(cudaGetLastError(), name);
-}
-
 template <Arithmetic kArithmetic, int kHeadDim>
 void launch_bwd_jvp_rows(const BwdJvpParams& params, const BwdJvpBuffers& buffers, const GridWork& by_key) {
   const auto stream = static_cast<cudaStream_t>(params.stream);
@@ -77,7 +65,7 @@ void launch_bwd_jvp_by_key(const BwdJvpParams& params, const BwdJvpBuffers& buff
   const BwdJvpArguments args = bwd_jvp_arguments<kArithmetic>(params, buffers, by_key.table);
   if (by_key.grid == 0) return;
   launch_tiles<portable_dk_dv_jvp_kernel<kArithmetic, kHeadDim>, DkDvJvpShared<kArithmetic, kHeadDim>>(
-      args, by_key, "portable_dk_dv_jvp_kernel");
+      "portable_dk_dv_jvp_kernel", params, args, by_key);
   const int splits = by_key.table.num_splits;
   sum_splits<Element>(params, buffers.bwd.partial_dk, splits, params.seqlen_k, params.head_dim, params.dk,
                       params.dk_strides);
@@ -90,7 +78,7 @@ void launch_bwd_jvp_by_query(const BwdJvpParams& params, const BwdJvpBuffers& bu
   using Element = typename MmaOf<kArithmetic>::Element;
   if (by_query.grid == 0) return;
   launch_tiles<portable_dq_jvp_kernel<kArithmetic, kHeadDim>, DqJvpShared<kArithmetic, kHeadDim>>(
-      bwd_jvp_arguments<kArithmetic>(params, buffers, by_query.table), by_query, "portable_dq_jvp_kernel");
+      "portable_dq_jvp_kernel", params, bwd_jvp_arguments<kArithmetic>(params, buffers, by_query.table), by_query);
   const int splits = by_query.table.num_splits;
   sum_splits<Element>(params, buffers.bwd.partial_dq, splits, params.seqlen_q, params.head_dim, params.dq,
                       params.dq_strides);

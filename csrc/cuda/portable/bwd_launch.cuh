@@ -12,14 +12,8 @@ namespace mixed_attention::cuda::portable {
 
 template <Arithmetic kArithmetic, int kHeadDim, Grads kGrads>
 void launch_dk_dv(const BwdArguments& args, const GridWork& by_key) {
-  constexpr auto kKernel = portable_dk_dv_kernel<kArithmetic, kHeadDim, kGrads>;
-  constexpr int kSharedBytes = sizeof(DkDvShared<kArithmetic, kHeadDim, kGrads>);
-  static_assert(kSharedBytes <= kMaxSharedBytes, "a block takes more shared memory than the smaller chips give");
-  allow_shared_memory<kKernel>(kSharedBytes, args.params.device, "cudaFuncSetAttribute(portable_dk_dv_kernel)");
-  const auto stream = static_cast<cudaStream_t>(args.params.stream);
-  kKernel<<<by_key.grid, dk_dv_tile(kArithmetic, kHeadDim).num_threads(), kSharedBytes, stream>>>(args,
-                                                                                                  by_key.in_parameters);
-  check(cudaGetLastError(), "portable_dk_dv_kernel");
+  launch_tiles<portable_dk_dv_kernel<kArithmetic, kHeadDim, kGrads>, DkDvShared<kArithmetic, kHeadDim, kGrads>>(
+      "portable_dk_dv_kernel", args.params, args, by_key);
 }
 
 // Sums the splits of a gradient and rounds them to its place, if there are splits.
@@ -35,19 +29,19 @@ void sum_splits(const BwdParams& params, const float* partial, int num_splits, i
 
 template <Arithmetic kArithmetic>
 BwdArguments bwd_arguments(const BwdParams& params, const BwdBuffers& buffers, const WorkTable& work) {
-  const auto aligned = [](const void* data, const Strides& strides) {
-    return is_aligned(data, strides, sizeof(typename MmaOf<kArithmetic>::Element));
-  };
   return {
       .params = params,
       .work = work,
       .dropout = dropout_params(params),
       .softmax_scale = static_cast<float>(params.softmax_scale),
-      .scale_log2 = static_cast<float>(params.softmax_scale * 1.44269504088896340736),
-      .aligned = aligned(params.q, params.q_strides) && aligned(params.k, params.k_strides) &&
-                 aligned(params.v, params.v_strides) && aligned(params.dout, params.dout_strides) &&
-                 aligned(params.dq, params.dq_strides) && aligned(params.dk, params.dk_strides) &&
-                 aligned(params.dv, params.dv_strides),
+      .scale_log2 = static_cast<float>(params.softmax_scale * std::numbers::log2e),
+      .aligned = are_aligned<typename MmaOf<kArithmetic>::Element>({{params.q, params.q_strides},
+                                                                    {params.k, params.k_strides},
+                                                                    {params.v, params.v_strides},
+                                                                    {params.dout, params.dout_strides},
+                                                                    {params.dq, params.dq_strides},
+                                                                    {params.dk, params.dk_strides},
+                                                                    {params.dv, params.dv_strides}}),
       .unit = is_16_bit(kArithmetic)             ? 0x1p-21f
               : kArithmetic == Arithmetic::kTf32 ? 0x1p-10f
                                                  : 0x1p-20f,
@@ -100,15 +94,10 @@ void launch_bwd_by_key(const BwdParams& params, const BwdBuffers& buffers, const
 
 template <Arithmetic kArithmetic, int kHeadDim>
 void launch_bwd_by_query(const BwdParams& params, const BwdBuffers& buffers, const GridWork& by_query) {
-  constexpr auto kKernel = portable_dq_kernel<kArithmetic, kHeadDim>;
-  constexpr int kSharedBytes = sizeof(DqShared<kArithmetic, kHeadDim>);
-  static_assert(kSharedBytes <= kMaxSharedBytes, "a block takes more shared memory than the smaller chips give");
   if (by_query.grid == 0) return;
-  allow_shared_memory<kKernel>(kSharedBytes, params.device, "cudaFuncSetAttribute(portable_dq_kernel)");
   const BwdArguments args = bwd_arguments<kArithmetic>(params, buffers, by_query.table);
-  kKernel<<<by_query.grid, dq_tile(kArithmetic, kHeadDim).num_threads(), kSharedBytes,
-            static_cast<cudaStream_t>(params.stream)>>>(args, by_query.in_parameters);
-  check(cudaGetLastError(), "portable_dq_kernel");
+  launch_tiles<portable_dq_kernel<kArithmetic, kHeadDim>, DqShared<kArithmetic, kHeadDim>>("portable_dq_kernel", params,
+                                                                                           args, by_query);
   sum_splits<typename MmaOf<kArithmetic>::Element>(params, args.partial_dq, by_query.table.num_splits, params.seqlen_q,
                                                    params.head_dim, params.dq, params.dq_strides);
 }
