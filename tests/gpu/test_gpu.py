@@ -70,9 +70,9 @@ EDGES = (1, 7, 63, 64, 65, 127, 128, 129, 191, 192, 193, 255, 256, 257)
 
 
 def many_groups(count: int, **changes: object) -> Case:
-    """More ranges than fit a kernel's parameters: a group attends to itself, to the next one and to a common one."""
+    """More ranges than fit a kernel's parameters: a group attends to itself twice, to the next and a common one."""
     names = NAMES[:count]
-    attends = " ".join(f"{name}>{name}{names[(i + 1) % count]}{names[7]}" for i, name in enumerate(names))
+    attends = " ".join(f"{name}>{name}{names[(i + 1) % count]}{names[7]}{name}" for i, name in enumerate(names))
     return Case(tuple(37 * i % 200 for i in range(count)), attends, num_heads=2).with_(**changes)
 
 
@@ -100,7 +100,9 @@ CLIQUE, ALONE = NAMES[14:27], NAMES[:14] + NAMES[27:]
 LISTS = {
     "alone": Case(MANY_SIZES, " ".join(f"{name}>{name}" for name in NAMES), 3, num_heads=2),
     "alone, twice": Case(MANY_SIZES, " ".join(f"{name}>{name}{name}{name}" for name in NAMES), num_heads=5),
-    "pairs": Case(MANY_SIZES, " ".join(f"{a}>{a}{b}{a} {b}>{b}{a}{a}" for a, b in zip(NAMES[::2], NAMES[1::2])), 2, 2),
+    "pairs": Case(
+        MANY_SIZES, " ".join(f"{a}>{a}{b}{a} {b}>{b}{a}{b}{b}" for a, b in zip(NAMES[::2], NAMES[1::2])), 2, 2
+    ),
     "without keys": Case(
         MANY_SIZES, " ".join(f"{name}>{NAMES[14] if i % 3 else name}" for i, name in enumerate(NAMES)), 2, num_heads=3
     ),

@@ -1,6 +1,5 @@
 // The backward on Hopper: key tiles and the queries that read them, in every form; dq by queries, or by its sums.
 #include <algorithm>
-#include <memory>
 #include <vector>
 
 #include "cuda/hopper/bwd/launch.h"
@@ -296,6 +295,8 @@ class ListCheck {
         const ma::Range keys{tile.row_begin, std::min(tile.row_begin + Config::kBlockN, tile.row_end)};
         expect(keys.size() > 0, "a tile of keys has no rows");
         dk_.add(sequence, keys);
+        expect(0 <= tile.first_query && tile.first_query <= tile.end_query && tile.end_query <= num_tiles_,
+               "who looks for references looks at tiles that there are not");
         if (tile.num_tiles == 0) continue;
         hopper::ListedQueryIterator queries(list.runs, tile.first_run, tile.is_first, tile.is_last);
         for (int j = 0; j < tile.num_tiles; ++j) {
@@ -443,16 +444,14 @@ void check_plan(const Problem& problem, const Visits& listed, const ma::BwdParam
 }
 
 // A list, whether it pays or not.
-hopper::BwdPlan listed_plan(const Problem& problem, const ma::BwdParams& params) {
+hopper::BwdPlan listed_plan(const Problem& problem, const ma::BwdParams& params, hopper::BwdList& list) {
   const int64_t size = params.batch_size == 1 ? params.num_heads : params.batch_size;
   const DqForm form = hopper::can_add_dq(hopper::widest_head_dim(params))
                           ? problem.choose(10, {DqForm::kSeparate, DqForm::kAtomic})
                           : DqForm::kSeparate;
   const std::vector<hopper::QueryRun> runs = hopper::make_query_runs(*params.schedule);
-  return {
-      form,
-      {{0, size, 1}},
-      std::make_shared<const hopper::BwdList>(hopper::make_bwd_list(params, runs, form, problem.num_multiprocessors))};
+  list = hopper::make_bwd_list(params, runs, form, problem.num_multiprocessors);
+  return {form, {{0, size, 1}}, &list};
 }
 
 // A form, splits and shares that the kernels have, whatever is quick.
@@ -496,16 +495,17 @@ void check_hopper_bwd(const Problem& problem) {
   if (problem.choose(8, 2) == 0) params.spare_out = address(3);
   params.deterministic = problem.choose(9, 2) == 0;
   const Visits listed = listed_visits(problem);
+  hopper::BwdList list{};
   const auto has_list = []<int kHeadDim>() { return hopper::has_list(kHeadDim); };
   if (!is_fp32 && params.key_padding_mask == nullptr && params.seqlen_q > 0 &&
       hopper::with_bwd_head_dim(hopper::widest_head_dim(params), has_list)) {
-    check_plan(problem, listed, params, listed_plan(problem, params));
+    check_plan(problem, listed, params, listed_plan(problem, params, list));
   }
   if (!hopper::has_bwd_plan(params)) return;
   if (!hopper::fits_work_table(params) || !hopper::fits_key_work_table(params)) {
-    return check_plan(problem, listed, params, hopper::plan_bwd(params, hopper::make_query_runs(schedule)));
+    return check_plan(problem, listed, params, hopper::plan_bwd(params, hopper::make_query_runs(schedule), list));
   }
-  check_plan(problem, listed, params, hopper::plan_bwd(params, hopper::make_query_runs(schedule)));
+  check_plan(problem, listed, params, hopper::plan_bwd(params, hopper::make_query_runs(schedule), list));
   check_plan(problem, listed, params, forced_plan(problem, params));
 }
 

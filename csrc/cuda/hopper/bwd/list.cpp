@@ -169,10 +169,10 @@ class Maker {
 
   void add_keys(int key, std::vector<ListedKeys>& keys) const {
     const KeySegment& segment = schedule_.key_segments[key];
-    int first_query = std::numeric_limits<int>::max(), end_query = 0;
+    int first_query = 0, end_query = 0;  // nowhere if nobody reads it
     for (int i = first_run_[key]; i < first_run_[key + 1]; ++i) {
       const QueryRun& run = runs_[readers_[i]];
-      first_query = std::min(first_query, run.first_tile);
+      first_query = i == first_run_[key] ? run.first_tile : std::min(first_query, run.first_tile);
       end_query = std::max(end_query, run.first_tile + num_query_tiles(run));
     }
     const int row_begin = static_cast<int>(segment.rows.begin), row_end = static_cast<int>(segment.rows.end);
