@@ -40,8 +40,9 @@ bool is_aligned(const BwdParams& params) {
 }
 
 struct Plan {
-  bool exists;
+  bool exists = false;
   std::vector<QueryRun> runs;
+  std::unique_ptr<BwdList> list;  // the plan's
   BwdPlan plan;
 };
 
@@ -61,8 +62,10 @@ std::shared_ptr<const Plan> plan_of(const BwdParams& params) {
   return kept->of(key, [&] {
     if (!has_bwd_plan(params)) return Plan{};
     std::vector<QueryRun> runs = make_query_runs(*params.schedule);
-    BwdPlan plan = plan_bwd(params, runs);
-    return Plan{true, std::move(runs), std::move(plan)};
+    auto list = std::make_unique<BwdList>();
+    BwdPlan plan = plan_bwd(params, runs, *list);
+    if (plan.list == nullptr) list.reset();
+    return Plan{true, std::move(runs), std::move(list), std::move(plan)};
   });
 }
 
@@ -147,7 +150,7 @@ Launch<BwdParams> launch_of_bwd(const BwdParams& params) {
   launch.can_overwrite_inputs = can_move_dq(params) || plan->plan.dq_form != DqForm::kSeparate;
   launch.run = [plan](const BwdParams& params) {
     char* const room = bwd_workspace(params, plan->runs, plan->plan).list_room;
-    const BroughtList brought = bring(plan->plan.list.get(), params, room);
+    const BroughtList brought = bring(plan->plan.list, params, room);
     with_bwd_head_dim(widest_head_dim(params), [&]<int kHeadDim>() {
       const auto launch =
           params.dtype == DType::kBFloat16 ? launch_bwd<__nv_bfloat16, kHeadDim> : launch_bwd<__half, kHeadDim>;

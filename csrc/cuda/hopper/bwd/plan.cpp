@@ -75,22 +75,22 @@ bool may_list(const BwdParams& params) {
 }
 
 // The plan that goes through a list, where there is one and it has to be, or pays.
-std::optional<BwdPlan> plan_list(const BwdParams& params, const std::vector<QueryRun>& runs, const BwdShare& whole) {
+std::optional<BwdPlan> plan_list(const BwdParams& params, const std::vector<QueryRun>& runs, const BwdShare& whole,
+                                 BwdList& list) {
   const bool must_list = !fits_tables(params), adds_dq = can_add_dq(widest_head_dim(params));
   if (!may_list(params) || !(must_list || adds_dq)) return {};
   const int num_blocks = num_multiprocessors(params.device);
   if (adds_dq) {
-    BwdList list = make_bwd_list(params, runs, DqForm::kAtomic, num_blocks);
+    list = make_bwd_list(params, runs, DqForm::kAtomic, num_blocks);
     // Sums that blocks add to as they come have other bits every time.
     const bool is_allowed = !params.deterministic || list.num_shared_tiles == 0;
     if ((must_list && is_allowed) || pays_to_list(list, params, num_blocks)) {
-      return BwdPlan{DqForm::kAtomic, {whole}, std::make_shared<const BwdList>(std::move(list))};
+      return BwdPlan{DqForm::kAtomic, {whole}, &list};
     }
     if (!must_list) return {};
   }
-  return BwdPlan{DqForm::kSeparate,
-                 {whole},
-                 std::make_shared<const BwdList>(make_bwd_list(params, runs, DqForm::kSeparate, num_blocks))};
+  list = make_bwd_list(params, runs, DqForm::kSeparate, num_blocks);
+  return BwdPlan{DqForm::kSeparate, {whole}, &list};
 }
 
 // How many (sequence, head) come before it.
@@ -102,9 +102,9 @@ int64_t num_before(const BwdShare& share, const BwdParams& params) {
 
 bool has_bwd_plan(const BwdParams& params) { return fits_tables(params) || may_list(params); }
 
-BwdPlan plan_bwd(const BwdParams& params, const std::vector<QueryRun>& runs) {
+BwdPlan plan_bwd(const BwdParams& params, const std::vector<QueryRun>& runs, BwdList& list) {
   const BwdShare whole{0, params.batch_size == 1 ? params.num_heads : params.batch_size, 1};
-  if (std::optional<BwdPlan> plan = plan_list(params, runs, whole)) return *std::move(plan);
+  if (std::optional<BwdPlan> plan = plan_list(params, runs, whole, list)) return *std::move(plan);
   if (params.dtype == DType::kFloat32 || !can_add_dq(widest_head_dim(params))) return {DqForm::kSeparate, {whole}};
   const StepCount count(params, runs);
   if (params.deterministic && !can_be_ordered(params, runs, count)) return {DqForm::kSeparate, {whole}};

@@ -2,7 +2,6 @@
 #pragma once
 
 #include <cstdint>
-#include <memory>
 #include <vector>
 
 #include "cuda/hopper/bwd/config.h"
@@ -23,15 +22,15 @@ struct BwdShare {
 struct BwdPlan {
   DqForm dq_form;
   std::vector<BwdShare> shares;  // one after the other, adding up their dq in the same memory; the first is the largest
-  std::shared_ptr<const BwdList> list{};  // null where tables in the parameters of kernels hold the plan
+  const BwdList* list = nullptr;  // none where tables in the parameters of kernels hold the plan
 };
 
 // True if kernels can go about a call at all: its plan fits tables, or there are kernels that go through a list.
 bool has_bwd_plan(const BwdParams& params);
 
 // Pointers count only by whether there is a mask and whether there is spare memory. To measure another form, this is
-// the place to change.
-BwdPlan plan_bwd(const BwdParams& params, const std::vector<QueryRun>& runs);
+// the place to change. list: the place for the plan's, if it has one.
+BwdPlan plan_bwd(const BwdParams& params, const std::vector<QueryRun>& runs, BwdList& list);
 
 // A share as the kernels behind the statistics see it.
 BwdParams params_of(const BwdShare& share, const BwdParams& params);

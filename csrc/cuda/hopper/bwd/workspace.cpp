@@ -86,7 +86,7 @@ BwdWorkspace bwd_workspace(const BwdParams& params, const std::vector<QueryRun>&
     workspace.dq = take_dq(params, scratch);
   }
   if (params.key_padding_mask != nullptr) workspace.masked_keys = plan_masked_keys(params, scratch, true);
-  if (const BwdList* list = workspace.plan.list.get()) {
+  if (const BwdList* list = workspace.plan.list) {
     workspace.list_room = scratch.take<char>(static_cast<int64_t>(list->bytes.size()));
     workspace.next_item = scratch.take<uint32_t>(1);
     workspace.own_sums = take_own_sums(params, *list, scratch);
