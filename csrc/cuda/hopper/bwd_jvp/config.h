@@ -15,10 +15,15 @@ inline constexpr int kBwdJvpBlockM = 2 * kWarpgroupRows, kBwdJvpBlockN = 64;
 // own and k, k', v and v' stream, of the other it is the other way round.
 inline constexpr int kSideTensors = 4;
 
-template <typename Element_, bool kOwnsKeys_>
+// kMovesKeys: whether k or v move, or queries alone. kHasDout: whether there is a gradient of the output itself, y2.
+template <typename Element_, bool kOwnsKeys_, bool kMovesKeys, bool kHasDout>
 struct BwdJvpConfig {
   using Element = Element_;
   static constexpr bool kOwnsKeys = kOwnsKeys_;
+  // Which of a side's tensors there may be beside the first and the third.
+  static constexpr bool kOwnsSecond = kOwnsKeys ? kMovesKeys : true, kOwnsFourth = kOwnsKeys ? kMovesKeys : kHasDout;
+  static constexpr bool kStreamsSecond = kOwnsKeys ? true : kMovesKeys;
+  static constexpr bool kStreamsFourth = kOwnsKeys ? kHasDout : kMovesKeys;
   static constexpr int kHeadDim = kJvpHeadDim;
   static constexpr int kConsumers = 2, kBlockM = kBwdJvpBlockM, kBlockN = kBwdJvpBlockN;
   static constexpr int kStages = 4;

@@ -110,6 +110,21 @@ __device__ inline void differentiate_pairs(const float (&p)[kCount], float (&z)[
   }
 }
 
+// Products of the tensors `pair` and the one behind it of both sides, crosswise. kOwned, kStreamed: which side may have
+// the one behind. multiply(d, owned, streamed, overwrites) issues one.
+template <bool kOwned, bool kStreamed, int kCount, typename Multiply>
+__device__ inline void multiply_pair(const BwdJvpKernelParams& params, float (&d)[kCount], int pair,
+                                     const Multiply& multiply) {
+  if constexpr (kOwned && kStreamed) {
+    multiply(d, pair + 1, params.owned[pair + 1].exists ? pair : pair + 1, true);
+    multiply(d, params.streamed[pair + 1].exists ? pair : pair + 1, pair + 1, false);
+  } else if constexpr (kOwned) {
+    multiply(d, pair + 1, pair, true);
+  } else if constexpr (kStreamed) {
+    multiply(d, pair, pair + 1, true);
+  }
+}
+
 template <typename Config>
 __device__ inline void consume_sides(const BwdJvpKernelParams& params, BwdJvpSharedStorage<Config>& shared,
                                      int consumer) {
@@ -168,6 +183,7 @@ __device__ inline void consume_sides(const BwdJvpKernelParams& params, BwdJvpSha
         }
 
         float s[kBlockN / 2], z[kBlockN / 2], e[kBlockN / 2], x[kBlockN / 2];
+        if constexpr (!Config::kOwnsFourth && !Config::kStreamsFourth) clear(x);
         const auto owned = [&](int i) { return owned_side.advance(i * Config::kTileBytesM); };
         const auto tile_of = [&](int i) {
           return streamed_ring.advance((use.stage() * kSideTensors + i) * Config::kTileBytesN);
@@ -179,11 +195,9 @@ __device__ inline void consume_sides(const BwdJvpKernelParams& params, BwdJvpSha
         ptx::wgmma_fence();
         multiply(s, 0, 0, true);
         ptx::wgmma_commit();
-        multiply(z, 1, params.owned[1].exists ? 0 : 1, true);
-        multiply(z, params.streamed[1].exists ? 0 : 1, 1, false);
+        multiply_pair<Config::kOwnsSecond, Config::kStreamsSecond>(params, z, 0, multiply);
         multiply(e, 2, 2, true);
-        multiply(x, 3, params.owned[3].exists ? 2 : 3, true);
-        multiply(x, params.streamed[3].exists ? 2 : 3, 3, false);
+        multiply_pair<Config::kOwnsFourth, Config::kStreamsFourth>(params, x, 2, multiply);
         ptx::wgmma_commit();
         if constexpr (kOwnsKeys) {
           const int column = threadIdx.x % kBlockN, half = threadIdx.x / kBlockN % 2;
@@ -207,7 +221,11 @@ __device__ inline void consume_sides(const BwdJvpKernelParams& params, BwdJvpSha
         const auto differentiate = [&](const auto& numbers) {
           exponentiate_pairs(s, numbers, params.softmax_scale_log2);
           hold_p(s, ptx::shared_address(&shared));
-          ptx::wgmma_wait<0>(z, e, x);
+          if constexpr (Config::kOwnsFourth || Config::kStreamsFourth) {
+            ptx::wgmma_wait<0>(z, e, x);
+          } else {
+            ptx::wgmma_wait<0>(z, e);
+          }
           differentiate_pairs(s, z, e, x, numbers, params.softmax_scale);
         };
         if constexpr (kOwnsKeys) {
@@ -226,11 +244,11 @@ __device__ inline void consume_sides(const BwdJvpKernelParams& params, BwdJvpSha
           add_column_mma<Element>(first, ds, tile_of(0), false);
           add_column_mma<Element>(first, g, tile_of(1), false);
           add_column_mma<Element>(second, ph, tile_of(2), false);
-          add_column_mma<Element>(second, p, tile_of(3), false);
+          if constexpr (Config::kStreamsFourth) add_column_mma<Element>(second, p, tile_of(3), false);
         } else {
           ptx::wgmma_fence();
           add_column_mma<Element>(first, ds, tile_of(0), false);
-          add_column_mma<Element>(first, g, tile_of(1), false);
+          if constexpr (Config::kStreamsSecond) add_column_mma<Element>(first, g, tile_of(1), false);
           add_column_mma<Element>(second, g, tile_of(0), false);
         }
         ptx::wgmma_commit();
