@@ -28,7 +28,7 @@ def coordinate_bias(
     own, with coordinates taken from the middle of their range. Numbers of 16 bits are too coarse for that, so in these
     dtypes every factor is the sum of two numbers, whose products become three channels. Zeros fill up to a multiple
     of 8: coordinates in three dimensions widen heads by 8 channels, in 16 bits by 16. The values stay as they are,
-    and are then narrower than queries and keys, which the kernels for Hopper take as they are, too.
+    and are then narrower than queries and keys.
 
     With R the largest distance of a token from the middle, the bias is off by at most ``c * |beta| * R²``, where c is
     2⁻¹⁹ in fp32, 2⁻¹⁴ in bf16, 2⁻¹⁸ in fp16 (or by 2⁻²⁰ where that is more), 2⁻⁴⁸ in fp64. docs/precision.md says

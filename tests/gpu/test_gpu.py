@@ -73,7 +73,7 @@ def many_groups(count: int, **changes: object) -> Case:
     """More ranges than fit a kernel's parameters: a group attends to itself twice, to the next and a common one."""
     names = NAMES[:count]
     attends = " ".join(f"{name}>{name}{names[(i + 1) % count]}{names[7]}{name}" for i, name in enumerate(names))
-    return Case(tuple(37 * i % 200 for i in range(count)), attends, num_heads=2).with_(**changes)
+    return Case(tuple(37 * i % 150 for i in range(count)), attends, num_heads=2).with_(**changes)
 
 
 @pytest.mark.parametrize(
@@ -94,7 +94,7 @@ def test_plans_of_many_ranges(dtype, head_dim, magnitude, case, device):
 
 # Groups of all sizes around tiles, some of them empty; how they see each other decides who adds up their dq on Hopper:
 # a block by itself where few hundred rows see each other alone, else all blocks together.
-MANY_SIZES = (*EDGES, *(37 * i % 200 for i in range(len(NAMES) - len(EDGES))))
+MANY_SIZES = (*EDGES, *(37 * i % 150 for i in range(len(NAMES) - len(EDGES))))
 LAST = NAMES[-1]
 CLIQUE, ALONE = NAMES[14:27], NAMES[:14] + NAMES[27:]
 LISTS = {
