@@ -38,6 +38,7 @@ UNITS = {
 }
 # A peer in Triton, and its passes: its gradients of gradients are not offered.
 FLASH = "jvp-flash-attention"
+FLASH_BLOCK = 128
 OF_FLASH = ("forward", "jvp of all", "training")
 # Beside the suite, as that peer's attention is dense.
 CASES = (Case("dense-16k", 1, 3, 64, {"a": 16384}, ((("a",), ("a",)),)),)
@@ -55,7 +56,7 @@ def measure(case: Case, device: torch.device, precision: str, rounds: int) -> It
     who: dict[str, Attention] = {"ours": lambda q, k, v: ma.attention(q, k, v, case.plan)}
     if case.batch_size * case.num_heads * case.plan.num_pairs() <= LARGEST_OF_TORCH:
         who["torch, math"] = partial(_by_torch, case)
-    if device.type == "cuda":
+    if device.type == "cuda" and _fits_flash(case):
         try:
             who[FLASH] = partial(_by_segment, case, _flash())
         except ImportError as error:
@@ -124,6 +125,13 @@ def _by_torch(case: Case, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
 def _flash() -> Attention:
     """The attention of jvp-flash-attention, which computes tangents beside outputs."""
     return importlib.import_module("jvp_flash_attention.jvp_attention").JVPAttn.fwd_dual
+
+
+def _fits_flash(case: Case) -> bool:
+    """Whether lengths fill that peer's blocks: it reads beyond others."""
+    lengths = [end - begin for segment in case.plan.query_segments for begin, end in segment.key_ranges]
+    lengths += [segment.end - segment.start for segment in case.plan.query_segments]
+    return all(length % FLASH_BLOCK == 0 for length in lengths)
 
 
 def _by_segment(case: Case, attention: Attention, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
