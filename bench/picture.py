@@ -9,13 +9,27 @@ from bench.files import Result
 from bench.tables import Row, grouped, median_of, named, rows_of
 
 PANELS = (
-    ("operator-bf16", "operator", "forward", "Operator, bf16, forward", ("cudnn", "fa2", "fa3", "fa4")),
-    ("operator-bf16", "operator", "backward", "Operator, bf16, backward", ("cudnn", "fa2", "fa4")),
+    ("operator-bf16", "operator", "forward", "Operator, bf16, forward", ("cudnn", "fa3", "fa4", "fa4 varlen")),
+    ("operator-bf16", "operator", "backward", "Operator, bf16, backward", ("cudnn", "fa4", "fa4 varlen")),
     ("layer-fp16", "layer", "forward + backward", "Layer, fp16, training step", ("noether",)),
 )
 """A result file, a kind of rows and a pass, a title, and the others."""
-COLORS = {"cudnn": "#76b900", "fa2": "#9ecae1", "fa3": "#4292c6", "fa4": "#08519c", "noether": "#e6850e"}
-LABELS = {"cudnn": "cuDNN", "fa2": "FA2", "fa3": "FA3", "fa4": "FA4", "noether": "emmiai-noether"}
+COLORS = {
+    "cudnn": "#76b900",
+    "fa2": "#9ecae1",
+    "fa3": "#4292c6",
+    "fa4": "#08519c",
+    "fa4 varlen": "#6a51a3",
+    "noether": "#e6850e",
+}
+LABELS = {
+    "cudnn": "cuDNN",
+    "fa2": "FA2",
+    "fa3": "FA3",
+    "fa4": "FA4",
+    "fa4 varlen": "FA4 varlen",
+    "noether": "emmiai-noether",
+}
 
 
 def draw(results: dict[Path, Result], path: Path) -> None:
