@@ -14,6 +14,7 @@ import re
 import subprocess
 import sys
 import sysconfig
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 FUNCTION = re.compile(r"Function : (\S+)")
@@ -54,8 +55,10 @@ def count_exponentials(sass: str) -> tuple[int, int, int]:
 def main(objects: list[str]) -> int:
     """Prints every kernel and what is wrong; returns the exit status."""
     failures = checked = 0
-    for path in objects:
-        _, *parts = FUNCTION.split(disassemble(path))
+    with ThreadPoolExecutor(os.cpu_count()) as several:
+        listings = list(several.map(disassemble, objects))
+    for listing in listings:
+        _, *parts = FUNCTION.split(listing)
         for name, sass in zip(parts[::2], parts[1::2], strict=True):
             if "HGMMA" not in sass:
                 continue

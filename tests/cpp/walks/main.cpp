@@ -23,7 +23,7 @@ struct Check {
 };
 
 // So many are walked in less than a minute; of more than these, the largest sizes are walked, too.
-constexpr int64_t kPlans = 20'000;
+constexpr int64_t kPlans = 12'000;
 
 // TMA's tensor maps have fewer than 2^30 rows (hopper/tensor_map.cpp).
 constexpr Check kChecks[] = {{"Hopper, forward", walks::check_hopper_fwd, (int64_t{1} << 30) - 2},
