@@ -149,8 +149,9 @@ Launch<BwdParams> launch_of_bwd(const BwdParams& params) {
   launch.workspace_size = bwd_workspace(params, plan->runs, plan->plan).size;
   launch.can_overwrite_inputs = can_move_dq(params) || plan->plan.dq_form != DqForm::kSeparate;
   launch.run = [plan](const BwdParams& params) {
-    char* const room = bwd_workspace(params, plan->runs, plan->plan).list_room;
-    const BroughtList brought = bring(plan->plan.list, params, room);
+    const BwdList* const list = plan->list.get();
+    char* const room = list == nullptr ? nullptr : bwd_workspace(params, plan->runs, plan->plan).list_room;
+    const BroughtList brought = bring(list, params, room);
     with_bwd_head_dim(widest_head_dim(params), [&]<int kHeadDim>() {
       const auto launch =
           params.dtype == DType::kBFloat16 ? launch_bwd<__nv_bfloat16, kHeadDim> : launch_bwd<__half, kHeadDim>;
