@@ -27,7 +27,7 @@ BUCKETS = (
     ("matrix products", r"gemm|gemv|nvjet|cutlass|xmma|cublas|splitk"),
     (
         "casts, copies, elementwise",
-        r"elementwise|cast_kernel|reduce|copy|fill|catarray|memset|memcpy|index|gather|scatter|norm|gamma_?beta|softmax|triton_",
+        r"elementwise|cast_kernel|column_sums|reduce|copy|fill|catarray|memset|memcpy|index|gather|scatter|norm|gamma_?beta|softmax|triton_",
     ),
 )
 OTHER = "other"

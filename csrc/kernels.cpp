@@ -132,4 +132,9 @@ void run_cast(const cuda::CastParams& params) {
   check(kernels()->run_cast(&params, &why), why);
 }
 
+void run_column_sums(const cuda::ColumnSumsParams& params) {
+  Message why;
+  check(kernels()->run_column_sums(&params, &why), why);
+}
+
 }  // namespace mixed_attention::kernels

@@ -90,6 +90,8 @@ constexpr Interface kInterface{
                        Message* why) { return call(why, [&] { mixed_attention::cuda::run_rms_rope(*params); }); },
     .run_cast = [](const CastParams* params,
                    Message* why) { return call(why, [&] { mixed_attention::cuda::run_cast(*params); }); },
+    .run_column_sums = [](const ColumnSumsParams* params,
+                          Message* why) { return call(why, [&] { mixed_attention::cuda::run_column_sums(*params); }); },
 };
 
 }  // namespace

@@ -62,6 +62,7 @@ struct Interface {
   Status (*run_rope)(const RopeParams* params, Message* why);
   Status (*run_rms_rope)(const RmsRopeParams* params, Message* why);
   Status (*run_cast)(const CastParams* params, Message* why);
+  Status (*run_column_sums)(const ColumnSumsParams* params, Message* why);
 };
 
 // A hash of this header and those that it includes; the build knows it.

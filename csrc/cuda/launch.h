@@ -55,5 +55,6 @@ Launch<BwdJvpParams> plan_bwd_jvp(const BwdJvpParams& params);
 void run_rope(const RopeParams& params);
 void run_rms_rope(const RmsRopeParams& params);
 void run_cast(const CastParams& params);
+void run_column_sums(const ColumnSumsParams& params);
 
 }  // namespace mixed_attention::cuda

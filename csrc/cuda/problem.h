@@ -41,4 +41,13 @@ struct CastParams {
   void* stream;
 };
 
+// Adds up the rows of a matrix of 16 bits, whose rows begin at multiples of 16 bytes and have a multiple of 8 columns.
+struct ColumnSumsParams {
+  const void* rows;  // (num_rows, num_columns)
+  int64_t num_rows, num_columns, row_stride;
+  DType dtype;  // of the rows, bf16 or fp16
+  float* sums;  // (num_columns)
+  void* stream;
+};
+
 }  // namespace mixed_attention::cuda

@@ -83,6 +83,17 @@ void check_environment(const Tensor& tensor) {
   }
 }
 
+// NOTE: what is no operator is called with what stands for other numbers than those in its memory.
+bool is_resolved(const Tensor& tensor) {
+  constexpr c10::DispatchKeySet kLazy{c10::DispatchKey::Negative, c10::DispatchKey::ZeroTensor,
+                                      c10::DispatchKey::Python};
+  return !tensor.key_set().has_any(kLazy);
+}
+
+void* current_stream(const Tensor& tensor) {
+  return c10::impl::VirtualGuardImpl(tensor.device().type()).getStream(tensor.device()).native_handle();
+}
+
 // Fields that depend on where the call runs.
 template <class Params>
 void fill_device(Params& params, const Tensor& tensor) {
@@ -91,9 +102,8 @@ void fill_device(Params& params, const Tensor& tensor) {
     params.parallel_for = parallel_for;
     params.num_threads = at::get_num_threads();
   } else {
-    const c10::impl::VirtualGuardImpl device(tensor.device().type());
     params.device = tensor.device().index();
-    params.stream = device.getStream(tensor.device()).native_handle();
+    params.stream = current_stream(tensor);
     if constexpr (std::is_base_of_v<AttentionParams, Params>) params.allow_tf32 = allows_tf32();
   }
 }
@@ -395,10 +405,8 @@ bool backward_in_place(const Tensor& dout, const OptionalTensor& dlse, const Ten
                        const Tensor& v, const Tensor& out, const Tensor& lse, at::IntArrayRef segments,
                        double softmax_scale, const OptionalTensor& key_padding_mask, double dropout_p,
                        const OptionalTensor& dropout_seed, bool may_overwrite_out) {
-  // NOTE: this is no operator, so that nobody has resolved what stands for other numbers than those in its memory.
-  const c10::DispatchKeySet lazy{c10::DispatchKey::Negative, c10::DispatchKey::ZeroTensor, c10::DispatchKey::Python};
   for (const Tensor* each : {&q, &k, &v, &dout, &out, &lse}) {
-    if (!each->is_cuda() || each->key_set().has_any(lazy)) return false;
+    if (!each->is_cuda() || !is_resolved(*each)) return false;
   }
   if (softmax_scale < 0) return false;  // kernels read a copy of q, whose place dq is not to take meanwhile
   return run_backward(dout, dlse, q, k, v, out, lse, segments, softmax_scale, key_padding_mask, dropout_p, dropout_seed,
@@ -522,12 +530,10 @@ bool cast_by_one_launch(at::TensorList from, at::TensorList to) {
   if (from.empty() || from.size() > static_cast<size_t>(cuda::CastParams::kMostTensors)) return false;
   const at::ScalarType dtype = to[0].scalar_type();
   if (!from[0].is_cuda() || (dtype != at::kHalf && dtype != at::kBFloat16)) return false;
-  // NOTE: this is no operator, so that nobody has resolved what stands for other numbers than those in its memory.
-  const c10::DispatchKeySet lazy{c10::DispatchKey::Negative, c10::DispatchKey::ZeroTensor, c10::DispatchKey::Python};
   cuda::CastParams params{};
   for (size_t i = 0; i < from.size(); ++i) {
     if (from[i].scalar_type() != at::kFloat || !from[i].is_contiguous() || !to[i].is_contiguous() ||
-        from[i].device() != from[0].device() || from[i].key_set().has_any(lazy)) {
+        from[i].device() != from[0].device() || !is_resolved(from[i])) {
       return false;
     }
     check_memory("cast", from[i]);
@@ -536,9 +542,33 @@ bool cast_by_one_launch(at::TensorList from, at::TensorList to) {
   const c10::DeviceGuard guard(from[0].device());
   params.num_tensors = static_cast<int>(from.size());
   params.dtype = to_dtype("to", dtype);
-  params.stream = c10::impl::VirtualGuardImpl(at::kCUDA).getStream(from[0].device()).native_handle();
+  params.stream = current_stream(from[0]);
   kernels::run_cast(params);
   return true;
+}
+
+Tensor sum_columns(const Tensor& rows) {
+  if (!rows.is_cuda() || (rows.scalar_type() != at::kHalf && rows.scalar_type() != at::kBFloat16) ||
+      !is_resolved(rows) || !kernels::are_there()) {
+    return {};
+  }
+  constexpr int64_t kBytes = 16, kElements = kBytes / 2;
+  const bool fits = rows.stride(1) == 1 && rows.size(1) % kElements == 0 && rows.stride(0) % kElements == 0 &&
+                    reinterpret_cast<uintptr_t>(rows.const_data_ptr()) % kBytes == 0;
+  if (!fits) return {};
+  check_memory("rows", rows);
+  const c10::DeviceGuard guard(rows.device());
+  Tensor sums = at::empty({rows.size(1)}, rows.options().dtype(at::kFloat));
+  cuda::ColumnSumsParams params{};
+  params.rows = rows.const_data_ptr();
+  params.num_rows = rows.size(0);
+  params.num_columns = rows.size(1);
+  params.row_stride = rows.stride(0);
+  params.dtype = to_dtype("rows", rows.scalar_type());
+  params.sums = sums.mutable_data_ptr<float>();
+  params.stream = current_stream(rows);
+  kernels::run_column_sums(params);
+  return sums;
 }
 
 void check_forward(const Tensor& q, const Tensor& k, const Tensor& v, c10::SymIntArrayRef segments,

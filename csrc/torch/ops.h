@@ -49,6 +49,10 @@ void rms_rope_backward(const at::Tensor& x, const std::optional<at::Tensor>& fre
 // can: on CPUs, for other dtypes, for tensors that are not contiguous, and for very many.
 bool cast_by_one_launch(at::TensorList from, at::TensorList to);
 
+// The sums of a matrix' columns in fp32, by one launch. Undefined where no kernel can: on CPUs, for other dtypes than
+// those of 16 bits, and for rows that do not lie as the kernel reads them.
+at::Tensor sum_columns(const at::Tensor& rows);
+
 // Throw what the operators would throw, without computing and without a look at memory: for the paths that do not reach
 // a kernel. What depends on symbolic sizes is left to the kernels. grads: dq, dk and dv, or none.
 void check_forward(const at::Tensor& q, const at::Tensor& k, const at::Tensor& v, c10::SymIntArrayRef segments,

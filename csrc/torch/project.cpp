@@ -47,12 +47,12 @@ void add_product(Tensor sum, const Tensor& a, const Tensor& b) {
   }
 }
 
-// The sum of all rows in another dtype. GPUs multiply by ones, which is exact and takes half of a reduction's time and
-// none of its memory, tens of megabytes; CPUs would first convert all rows, which takes as long as a product.
+// The sum of all rows in another dtype. torch's own takes tens of megabytes on GPUs; on CPUs it would first convert all
+// rows, which takes as long as a product.
 Tensor sum_rows(const Tensor& rows, at::ScalarType dtype, bool differentiable) {
   if (!rows.is_cuda()) return rows.sum(0).to(dtype);
-  if (rows.element_size() > 2 || differentiable) return rows.sum(0, false, dtype);
-  return at::mm(at::ones({1, rows.size(0)}, rows.options()), rows, at::kFloat).squeeze(0).to(dtype);
+  const Tensor sums = differentiable ? Tensor() : sum_columns(rows);
+  return sums.defined() ? sums.to(dtype) : rows.sum(0, false, dtype);
 }
 
 // cast: tokens, weight and, if there is one, bias, in the dtype of the products.

@@ -47,6 +47,7 @@ NAMES = {
     ],
     "casts, copies, elementwise": [
         "void mixed_attention::cuda::(anonymous namespace)::cast_kernel<__half>(CastParams)",
+        "void mixed_attention::cuda::(anonymous namespace)::column_sums_kernel<__half2>(ColumnSumsParams)",
         "void at::native::vectorized_elementwise_kernel<4, GeluCUDAKernelImpl>(int)",
         "void at::native::(anonymous namespace)::CatArrayBatchedCopy<float, 3>(float*)",
         "void at::native::(anonymous namespace)::vectorized_layer_norm_kernel<float>(int)",
