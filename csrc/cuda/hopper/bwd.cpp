@@ -1,6 +1,3 @@
-#include <cuda_bf16.h>
-#include <cuda_fp16.h>
-
 #include <memory>
 #include <string>
 #include <tuple>
@@ -14,7 +11,6 @@
 #include "cuda/hopper/bwd/config.h"
 #include "cuda/hopper/bwd/launch.h"
 #include "cuda/hopper/bwd/plan.h"
-#include "cuda/hopper/bwd_fp32/launch.h"
 #include "cuda/hopper/launch.h"
 #include "cuda/hopper/layout.h"
 #include "cuda/hopper/plan/key_table.h"
@@ -31,12 +27,18 @@ bool can_move_dq(const BwdParams& params) {
          (params.batch_size == 1 || strides.batch == params.seqlen_q * strides.row);
 }
 
-// Whether rows of all tensors, which are of 16 bits, lie where the kernels can read and write them.
+// Whether rows of all tensors lie where the kernels can read and write them. fp32 is read as limbs, which are made of
+// any rows, but dout as it is, too.
 bool is_aligned(const BwdParams& params) {
   const BwdTensors tensors = bwd_tensors(params);
-  return can_map(tensors.q) && can_map(tensors.k) && can_map(tensors.v) && can_map(tensors.dout) &&
-         can_store(params.out, params.out_strides) && can_store(params.dq, params.dq_strides) &&
-         can_store(params.dk, params.dk_strides) && can_store(params.dv, params.dv_strides);
+  const bool is_fp32 = params.dtype == DType::kFloat32;
+  const auto is_aligned = [&](const void* data, const Strides& strides) {
+    return can_store(data, strides, is_fp32 ? sizeof(float) : sizeof(uint16_t));
+  };
+  return can_load(tensors.q) && can_load(tensors.k) && can_load(tensors.v) && can_load(tensors.dout) &&
+         (!is_fp32 || is_aligned(params.dout, params.dout_strides)) && is_aligned(params.out, params.out_strides) &&
+         is_aligned(params.dq, params.dq_strides) && is_aligned(params.dk, params.dk_strides) &&
+         is_aligned(params.dv, params.dv_strides);
 }
 
 struct Plan {
@@ -111,15 +113,6 @@ void move_dq(const BwdParams& params, const BwdWorkspace& workspace) {
         "copy of dq");
 }
 
-BwdTensors bwd_tensors(const BwdParams& params, const BwdWorkspace& workspace) {
-  BwdTensors tensors = bwd_tensors(params);
-  if (params.key_padding_mask != nullptr) {
-    tensors.k = masked_view(params, workspace.masked_keys, workspace.masked_keys.keys, params.head_dim);
-    tensors.v = masked_view(params, workspace.masked_keys, workspace.masked_keys.values, params.head_dim_v);
-  }
-  return tensors;
-}
-
 std::string refusal_bwd(const Problem& problem) {
   if (std::string refusal = refusal_fwd(problem); !refusal.empty()) return refusal;
   return problem.dtype == DType::kFloat32 ? refusal_above(problem, kFp32BwdHeadDim) : "";
@@ -128,9 +121,8 @@ std::string refusal_bwd(const Problem& problem) {
 const char* refusal_of_bwd(const BwdParams& params) {
   if (static_cast<float>(params.softmax_scale) == 0) return kScaleIsZero;  // as in the forward
   if (params.dropout_p != 0) return kDropsOut;
-  const bool is_fp32 = params.dtype == DType::kFloat32;
-  if (is_fp32 && params.key_padding_mask != nullptr) return kMasksFp32;
-  if (!(is_fp32 ? is_fp32_bwd_aligned(params) : is_aligned(params))) return kIsNotAligned;
+  if (params.dtype == DType::kFloat32 && params.key_padding_mask != nullptr) return kMasksFp32;
+  if (!is_aligned(params)) return kIsNotAligned;
   return plan_of(params)->exists ? nullptr : kPlanIsTooLarge;
 }
 
@@ -140,22 +132,15 @@ const char* refusal_of_bwd(const BwdParams& params) {
 Launch<BwdParams> launch_of_bwd(const BwdParams& params) {
   const std::shared_ptr<const Plan> plan = plan_of(params);
   Launch<BwdParams> launch{.layout = layout_bwd(params, plan->plan)};
-  if (params.dtype == DType::kFloat32) {
-    launch.workspace_size = fp32_bwd_workspace(params, plan->runs).size;
-    launch.can_overwrite_inputs = true;
-    launch.run = [plan](const BwdParams& params) { launch_fp32_bwd(params, plan->runs); };
-    return launch;
-  }
   launch.workspace_size = bwd_workspace(params, plan->runs, plan->plan).size;
-  launch.can_overwrite_inputs = can_move_dq(params) || plan->plan.dq_form != DqForm::kSeparate;
+  launch.can_overwrite_inputs =
+      params.dtype == DType::kFloat32 || can_move_dq(params) || plan->plan.dq_form != DqForm::kSeparate;
   launch.run = [plan](const BwdParams& params) {
     const BwdList* const list = plan->list.get();
     char* const room = list == nullptr ? nullptr : bwd_workspace(params, plan->runs, plan->plan).list_room;
     const BroughtList brought = bring(list, params, room);
-    with_bwd_head_dim(widest_head_dim(params), [&]<int kHeadDim>() {
-      const auto launch =
-          params.dtype == DType::kBFloat16 ? launch_bwd<__nv_bfloat16, kHeadDim> : launch_bwd<__half, kHeadDim>;
-      launch(params, plan->runs, plan->plan, brought.list);
+    with_bwd_kernel(params, [&]<typename Element, int kHeadDim, int kLimbs>() {
+      launch_bwd<Element, kHeadDim, kLimbs>(params, plan->runs, plan->plan, brought.list);
     });
   };
   return launch;

@@ -63,19 +63,24 @@ auto with_limbs(const AttentionParams& params, const Visit& visit) {
   return params.allow_tf32 ? visit.template operator()<1>() : visit.template operator()<2>();
 }
 
-// Calls visit.operator()<Element, kHeadDim, kLimbs>() with those of the kernel that serves a call; numbers of 16 bits
-// are a single limb.
-template <typename Visit>
-auto with_fwd_kernel(const FwdParams& params, const Visit& visit) {
+// Calls visit.operator()<Element, kHeadDim, kLimbs>() with those of the kernel that serves a call, of the widths that
+// its pass has for fp32 and for 16 bits, whose numbers are a single limb.
+template <const auto& kFp32HeadDims, const auto& kHeadDims, typename Visit>
+auto with_kernel_of(const AttentionParams& params, const Visit& visit) {
   if (params.dtype == DType::kFloat32) {
     return with_head_dim_of<kFp32HeadDims>(widest_head_dim(params), [&]<int kHeadDim>() {
       return with_limbs(params, [&]<int kLimbs>() { return visit.template operator()<float, kHeadDim, kLimbs>(); });
     });
   }
-  return with_head_dim_of<kFwdHeadDims>(widest_head_dim(params), [&]<int kHeadDim>() {
+  return with_head_dim_of<kHeadDims>(widest_head_dim(params), [&]<int kHeadDim>() {
     return params.dtype == DType::kBFloat16 ? visit.template operator()<__nv_bfloat16, kHeadDim, 1>()
                                             : visit.template operator()<__half, kHeadDim, 1>();
   });
+}
+
+template <typename Visit>
+auto with_fwd_kernel(const FwdParams& params, const Visit& visit) {
+  return with_kernel_of<kFp32HeadDims, kFwdHeadDims>(params, visit);
 }
 
 // Columns of the slabs that a tile is stored in: as wide as a swizzle allows, but none of them half empty, which the

@@ -17,11 +17,6 @@ namespace {
 // A row is copied, and leaves, in pieces of 16 bytes.
 constexpr int64_t kHeadDimStep = 8;
 
-// True if TMA can read a tensor, or its limbs.
-bool can_load(const TensorView& tensor) {
-  return tensor.dtype == DType::kFloat32 ? can_map_limbs(tensor) : can_map(tensor);
-}
-
 Layout layout_fwd(const FwdParams& params, const FwdPlan& plan) {
   const FwdTuning tuning = with_fwd_kernel(params, [&]<typename Element, int kHeadDim, int kLimbs>() {
     return plan.form == FwdForm::kListed ? fwd_tuning_of_list(kHeadDim) : kFwdTuning<Element, kHeadDim, kLimbs>;

@@ -159,10 +159,10 @@ class ShareCheck {
 
   // Whether the share's tensors, statistics, sums and turns are those of its sequences, and within their memory.
   void check_addresses(const ma::BwdParams& whole, const BwdWorkspace& workspace, const BwdShare& share) const {
-    const hopper::QueryStats stats =
-        hopper::stats_of(share, whole, {workspace.lse_log2, workspace.delta, static_cast<int>(num_tiles_)});
+    const hopper::QueryStats& of_all = workspace.stats;
+    const hopper::QueryStats stats = hopper::stats_of(share, whole, of_all);
     const int64_t skipped = first_sequence_ * num_tiles_ * hopper::kStatsTileFloats;
-    expect(stats.lse_log2 == workspace.lse_log2 + skipped && stats.delta == workspace.delta + skipped,
+    expect(stats.lse_log2 == of_all.lse_log2 + skipped && stats.delta == of_all.delta + skipped,
            "a share has other statistics than its own");
     for (int64_t sequence = 0; sequence < num_sequences_; ++sequence) {
       const auto expect_same = [&](const void* all, const void* own, const ma::Strides& strides) {

@@ -4,6 +4,7 @@
 #include <cstdint>
 #include <type_traits>
 
+#include "cuda/common/row_reference.h"
 #include "cuda/hopper/bwd/listed_shared.h"
 #include "cuda/hopper/config.h"
 #include "cuda/hopper/tile/pipe.h"
@@ -12,10 +13,18 @@ namespace mixed_attention::cuda::hopper {
 
 // Heads of another width are served by the next of these, as in the forward.
 inline constexpr int kBwdHeadDims[] = {32, 64, 96, 128, 192, 256};
+inline constexpr int kFp32BwdHeadDim = 64;  // the only one of fp32
+inline constexpr int kFp32BwdHeadDims[] = {kFp32BwdHeadDim};
 
 template <typename Visit>
 auto with_bwd_head_dim(int64_t head_dim, const Visit& visit) {
   return with_head_dim_of<kBwdHeadDims>(head_dim, visit);
+}
+
+// Calls visit.operator()<Element, kHeadDim, kLimbs>() with those of the kernels that serve a call.
+template <typename Visit>
+auto with_bwd_kernel(const BwdParams& params, const Visit& visit) {
+  return with_kernel_of<kFp32BwdHeadDims, kBwdHeadDims>(params, visit);
 }
 
 // True if one kernel computes all gradients of such heads. At 96 the registers of three warpgroups fall some words
@@ -43,6 +52,22 @@ inline constexpr int kMarkPlace = kQueryTileRows + 2;
 inline constexpr float kHasReferences = 1, kIsPartial = 2;
 inline constexpr int kStatsTileFloats = kQueryTileRows + 4;
 
+// The same of fp32. The kernel for dk and dv reads these beside a tile of queries.
+struct QueryNumbers {
+  float lse_log2[kQueryTileRows];    // +inf where there is no key, and where there is no query: p is 0
+  float row_scales[kQueryTileRows];  // of the limbs of q
+};
+
+// It reads these beside a tile of output gradients. So that those of all rows can be added up by one MMA, they are
+// given one row_scale: a row's own is row_scale * factors[row].
+struct DoutNumbers {
+  float delta[kQueryTileRows];    // row sum of out * dout, less dlse
+  float factors[kQueryTileRows];  // 2^15 at most
+  float row_scale;
+  float has_reference;             // 1 if a row has one, else 0
+  const RowReference* references;  // of the tile's rows; null if none has one and there are as many as fit
+};
+
 // Key rows of an item of that kernel.
 constexpr int key_tile_rows(int64_t head_dim) { return is_wide(head_dim) ? kWarpgroupRows : 2 * kWarpgroupRows; }
 
@@ -55,7 +80,8 @@ struct BwdTiles {
   static constexpr int kSlabBytesM = kBlockM * kRowBytes, kLimbBytesM = kHeadDim / kSlabColumns * kSlabBytesM;
   static constexpr int kSlabBytesN = kBlockN * kRowBytes, kLimbBytesN = kHeadDim / kSlabColumns * kSlabBytesN;
   static constexpr int kTileBytesM = kLimbs * kLimbBytesM, kTileBytesN = kLimbs * kLimbBytesN;
-  static constexpr bool kIsListed = false;  // whether the items stand in a list on the device
+  static constexpr bool kIsListed = false;      // whether the items stand in a list on the device
+  static constexpr bool kHasRowScales = false;  // whether they are limbs of fp32, each row with a scale of its own
 
   static_assert(sizeof(Element) == 2 && kHeadDim % kSlabColumns == 0, "tiles are whole slabs of 16-bit elements");
 };
@@ -72,11 +98,15 @@ constexpr int num_key_buffers_of_list(int head_dim) { return head_dim < 64 ? 2 :
 // come, or in a fixed order.
 enum class DqForm { kSeparate, kAtomic, kOrdered };
 
+template <typename Config>
+struct DkDvSharedStorage;
+
 // Each warpgroup owns 64 keys of a tile. kIsMasked: by a key padding mask. The queries of a tile are split over the
 // kSplits blocks of a cluster. kIsListed: the items stand in a list on the device.
 template <typename Element, int kHeadDim, bool kIsMasked_, DqForm kDqForm, int kSplits_ = 1, bool kIsListed_ = false>
 struct DkDvConfig : BwdTiles<Element, kHeadDim, kQueryTileRows, key_tile_rows(kHeadDim)> {
   using Tiles = BwdTiles<Element, kHeadDim, kQueryTileRows, key_tile_rows(kHeadDim)>;
+  using SharedStorage = DkDvSharedStorage<DkDvConfig>;
   static constexpr bool kIsMasked = kIsMasked_, kIsListed = kIsListed_;
   static constexpr int kKeyBuffers = kIsListed ? num_key_buffers_of_list(kHeadDim) : 1;
   static constexpr int kStagesQ = dk_dv_stages(kHeadDim), kStagesDout = dk_dv_stages(kHeadDim);
@@ -181,8 +211,12 @@ constexpr DqTuning dq_tuning(int head_dim) {
   }
 }
 
+template <typename Config>
+struct DqSharedStorage;
+
 template <typename Element, int kHeadDim, bool kIsMasked_, bool kIsListed_ = false>
 struct DqConfig : BwdTiles<Element, kHeadDim, kDqTileRows, dq_tuning(kHeadDim).block_n> {
+  using SharedStorage = DqSharedStorage<DqConfig>;
   static constexpr int kStagesK = dq_tuning(kHeadDim).stages_k, kStagesV = dq_tuning(kHeadDim).stages_v;
   static constexpr int kSplits = 1;
   static constexpr bool kIsMasked = kIsMasked_, kIsListed = kIsListed_;

@@ -3,6 +3,7 @@
 
 #include <algorithm>
 #include <numbers>
+#include <type_traits>
 #include <vector>
 
 #include "cuda/common/allow_shared_memory.cuh"
@@ -19,20 +20,66 @@
 namespace mixed_attention::cuda::hopper {
 
 // One persistent block a multiprocessor, fewer where there are fewer items. The blocks of a cluster share an item.
-template <typename Config, typename SharedStorage, auto kKernel, typename KernelParams>
+template <typename Config, auto kKernel, typename KernelParams>
 void launch_persistent(const char* name, const KernelParams& kernel_params, const BwdParams& params,
                        Start start = Start::kInOrder) {
   if (kernel_params.table.num_items == 0) return;
-  constexpr int kSharedBytes = sizeof(SharedStorage);
+  constexpr int kSharedBytes = sizeof(typename Config::SharedStorage);
   allow_shared_memory<kKernel>(kSharedBytes, params.device, name);
   const LaunchShape shape{num_persistent_blocks(kernel_params.table.num_items, params.device, Config::kSplits),
                           Config::kThreads, start, Config::kSplits};
   launch_kernel<kKernel, kSharedBytes>(name, shape, params.stream, kernel_params);
 }
 
-template <typename Scores>
-BwdStatsParamsOf<Scores> make_stats_params(const BwdParams& params, const QueryStats& stats,
-                                           const BwdWorkspace& workspace, const Scores& scores) {
+// The kernels of gradients that no block adds up for others. Those of fp32: bwd_fp32/launch.cuh.
+template <typename Element, int kHeadDim, int kLimbs, bool kIsMasked>
+struct SeparateKernels {
+  using Dq = DqConfig<Element, kHeadDim, kIsMasked>;
+  using DkDv = std::conditional_t<is_wide(kHeadDim), WideDkDvConfig<Element, kHeadDim, kIsMasked>,
+                                  DkDvConfig<Element, kHeadDim, kIsMasked, DqForm::kSeparate>>;
+};
+
+template <typename Config>
+inline constexpr auto kDqKernel = hopper_dq_kernel<Config>;
+template <typename Config>
+inline constexpr auto kDkDvKernel = hopper_dk_dv_kernel<Config>;
+template <typename Element, int kHeadDim, bool kIsMasked>
+inline constexpr auto kDkDvKernel<WideDkDvConfig<Element, kHeadDim, kIsMasked>> =
+    hopper_wide_dk_dv_kernel<WideDkDvConfig<Element, kHeadDim, kIsMasked>>;
+
+template <bool kHasRowScales>
+const auto& stats_of(const BwdWorkspace& workspace) {
+  if constexpr (kHasRowScales) {
+    return workspace.fp32_stats;
+  } else {
+    return workspace.stats;
+  }
+}
+
+inline Fp32Inputs fp32_inputs(const BwdParams& params, const BwdLimbs& limbs) {
+  return {
+      .q_scales = limbs.q.row_scales,
+      .dout_scales = limbs.dout.row_scales,
+      .k_scales = limbs.k.row_scales,
+      .v_scales = limbs.v.row_scales,
+      .limb_steps = {.q = limbs.q.num_sequences,
+                     .dout = limbs.dout.num_sequences,
+                     .k = limbs.k.num_sequences,
+                     .v = limbs.v.num_sequences},
+      .seqlen_k = params.seqlen_k,
+  };
+}
+
+inline void launch_limbs(const BwdParams& params, const BwdLimbs& limbs) {
+  const BwdTensors tensors = bwd_tensors(params);
+  const HalfLimbsTask tasks[] = {
+      {tensors.q, limbs.q}, {tensors.k, limbs.k}, {tensors.v, limbs.v}, {tensors.dout, limbs.dout}};
+  launch_half_limbs(tasks, params.stream);
+}
+
+template <typename Stats, typename Scores>
+BwdStatsParamsOf<Scores, Stats> make_stats_params(const BwdParams& params, const Stats& stats,
+                                                  const BwdWorkspace& workspace, const Scores& scores) {
   return {
       .out = params.out,
       .dout = params.dout,
@@ -58,26 +105,32 @@ void launch_stats_kernel(const BwdParams& params, int64_t num_blocks, const Kern
 }
 
 template <typename Element, int kHeadDim>
-void launch_stats(const BwdParams& params, const QueryStats& stats, const BwdWorkspace& workspace,
-                  const std::vector<QueryRun>& runs) {
+void launch_stats(const BwdParams& params, const BwdWorkspace& workspace, const std::vector<QueryRun>& runs) {
+  using KernelParams = std::conditional_t<kHasRowScales<Element>, Fp32BwdStatsKernelParams, BwdStatsKernelParams>;
+  const auto& stats = stats_of<kHasRowScales<Element>>(workspace);
   const int64_t num_batch_heads = params.num_heads * params.batch_size;
   const int64_t num_blocks = stats.num_tiles * num_batch_heads;
   if (num_blocks == 0) return;
   const bool is_ordered = workspace.dq_accum.turns != nullptr;
-  BwdStatsKernelParams kernel_params{
-      make_stats_params(params, stats, workspace, score_source(params, workspace.references))};
+  KernelParams kernel_params{make_stats_params(params, stats, workspace, score_source(params, workspace.references))};
   kernel_params.dq_accum = is_ordered ? DqAccum{} : workspace.dq_accum;
   kernel_params.dq_turns = workspace.dq_accum.turns;
   kernel_params.num_dq_turns = is_ordered ? int64_t{workspace.dq_accum.num_tiles} * num_batch_heads : 0;
   kernel_params.num_runs = static_cast<int>(runs.size());
   std::copy(runs.begin(), runs.end(), kernel_params.runs);
+  if constexpr (kHasRowScales<Element>) {
+    kernel_params.q_scales = workspace.limbs.q.row_scales;
+    kernel_params.dout_scales = workspace.limbs.dout.row_scales;
+    kernel_params.q_batch_step = batch_step(params.q_strides);
+    kernel_params.dout_batch_step = batch_step(params.dout_strides);
+  }
   launch_stats_kernel<Element, kHeadDim>(params, num_blocks, kernel_params);
 }
 
-// tensors: the inputs; mapped: the same as TMA reads them, or their limbs.
 template <typename Config, typename Stats, typename Table>
-DkDvParamsOf<Stats, Table> make_dk_dv_params(const BwdParams& params, const BwdTensors& tensors,
-                                             const BwdTensors& mapped, const Stats& stats, const Table& table) {
+DkDvParamsOf<Stats, Table> make_dk_dv_params(const BwdParams& params, const Stats& stats, const BwdWorkspace& workspace,
+                                             const Table& table) {
+  const BwdTensors tensors = bwd_tensors(params, workspace), mapped = mapped_tensors(tensors, workspace);
   return {
       .q = make_clipped_tile_map(mapped.q, Config::kBlockM, Config::kSlabColumns),
       .dout = make_clipped_tile_map(mapped.dout, Config::kBlockM, Config::kSlabColumns),
@@ -92,8 +145,11 @@ DkDvParamsOf<Stats, Table> make_dk_dv_params(const BwdParams& params, const BwdT
       .dk_strides = params.dk_strides,
       .dv_strides = params.dv_strides,
       .stats = stats,
+      .dq_accum = workspace.dq_accum,
       .head_dim = static_cast<int>(params.head_dim),
       .head_dim_v = static_cast<int>(params.head_dim_v),
+      .key_mask_bits = workspace.masked_keys.key_mask_bits,
+      .key_mask_step = workspace.masked_keys.key_mask_step(),
       .softmax_scale = static_cast<float>(params.softmax_scale),
       .softmax_scale_log2 = static_cast<float>(params.softmax_scale * std::numbers::log2e),
       .table = table,
@@ -101,37 +157,23 @@ DkDvParamsOf<Stats, Table> make_dk_dv_params(const BwdParams& params, const BwdT
 }
 
 template <typename Config>
-DkDvKernelParams make_dk_dv_kernel_params(const BwdParams& params, const QueryStats& stats,
-                                          const BwdWorkspace& workspace, const std::vector<QueryRun>& runs) {
-  const BwdTensors tensors = bwd_tensors(params, workspace);
-  DkDvKernelParams kernel_params =
-      make_dk_dv_params<Config>(params, tensors, tensors, stats, make_key_work_table(params, runs, Config::kBlockN));
-  kernel_params.dq_accum = workspace.dq_accum;
-  kernel_params.key_mask_bits = workspace.masked_keys.key_mask_bits;
-  kernel_params.key_mask_step = workspace.masked_keys.key_mask_step();
-  return kernel_params;
+void launch_dk_dv(const BwdParams& params, const BwdWorkspace& workspace, const std::vector<QueryRun>& runs) {
+  const auto kernel_params = [&] {
+    const auto shared = make_dk_dv_params<Config>(params, stats_of<Config::kHasRowScales>(workspace), workspace,
+                                                  make_key_work_table(params, runs, Config::kBlockN));
+    if constexpr (Config::kHasRowScales) {
+      return Fp32DkDvKernelParams{shared, fp32_inputs(params, workspace.limbs)};
+    } else {
+      return shared;
+    }
+  }();
+  launch_persistent<Config, kDkDvKernel<Config>>("launch of hopper_dk_dv_kernel", kernel_params, params,
+                                                 Config::kIsOrdered ? Start::kTogether : Start::kInOrder);
 }
 
 template <typename Config>
-void launch_dk_dv(const BwdParams& params, const QueryStats& stats, const BwdWorkspace& workspace,
-                  const std::vector<QueryRun>& runs) {
-  launch_persistent<Config, DkDvSharedStorage<Config>, hopper_dk_dv_kernel<Config>>(
-      "launch of hopper_dk_dv_kernel", make_dk_dv_kernel_params<Config>(params, stats, workspace, runs), params,
-      Config::kIsOrdered ? Start::kTogether : Start::kInOrder);
-}
-
-template <typename Config>
-void launch_wide_dk_dv(const BwdParams& params, const QueryStats& stats, const BwdWorkspace& workspace,
-                       const std::vector<QueryRun>& runs) {
-  launch_persistent<Config, WideDkDvSharedStorage<Config>, hopper_wide_dk_dv_kernel<Config>>(
-      "launch of hopper_wide_dk_dv_kernel", make_dk_dv_kernel_params<Config>(params, stats, workspace, runs), params);
-}
-
-// tensors and mapped: as for dk and dv.
-template <typename Config>
-DqKernelParams make_dq_params(const BwdParams& params, const BwdTensors& tensors, const BwdTensors& mapped,
-                              const DqTensor& dq, const float* delta, const RowReference* references,
-                              const WorkTable& table) {
+DqKernelParams make_dq_params(const BwdParams& params, const BwdWorkspace& workspace, const WorkTable& table) {
+  const BwdTensors tensors = bwd_tensors(params, workspace), mapped = mapped_tensors(tensors, workspace);
   return {
       .q = make_tile_map(mapped.q, Config::kBlockM, Config::kSlabColumns),
       .dout = make_tile_map(mapped.dout, Config::kBlockM, Config::kSlabColumns),
@@ -141,13 +183,15 @@ DqKernelParams make_dq_params(const BwdParams& params, const BwdTensors& tensors
       .dout_batch_step = batch_step(tensors.dout.strides),
       .k_batch_step = batch_step(tensors.k.strides),
       .v_batch_step = batch_step(tensors.v.strides),
-      .dq = dq.data,
-      .dq_strides = dq.strides,
+      .dq = workspace.dq.data,
+      .dq_strides = workspace.dq.strides,
       .lse = static_cast<const float*>(params.lse),
-      .delta = delta,
-      .references = references,
+      .delta = workspace.delta_of_rows,
+      .references = workspace.references,
       .seqlen_q = params.seqlen_q,
       .head_dim = static_cast<int>(params.head_dim),
+      .key_mask_bits = workspace.masked_keys.key_mask_bits,
+      .key_mask_step = workspace.masked_keys.key_mask_step(),
       .softmax_scale = static_cast<float>(params.softmax_scale),
       .softmax_scale_log2 = static_cast<float>(params.softmax_scale * std::numbers::log2e),
       .table = {table},
@@ -156,13 +200,15 @@ DqKernelParams make_dq_params(const BwdParams& params, const BwdTensors& tensors
 
 template <typename Config>
 void launch_dq(const BwdParams& params, const BwdWorkspace& workspace, const WorkTable& table) {
-  const BwdTensors tensors = bwd_tensors(params, workspace);
-  DqKernelParams kernel_params = make_dq_params<Config>(params, tensors, tensors, workspace.dq, workspace.delta_of_rows,
-                                                        workspace.references, table);
-  kernel_params.key_mask_bits = workspace.masked_keys.key_mask_bits;
-  kernel_params.key_mask_step = workspace.masked_keys.key_mask_step();
-  launch_persistent<Config, DqSharedStorage<Config>, hopper_dq_kernel<Config>>("launch of hopper_dq_kernel",
-                                                                               kernel_params, params);
+  const auto kernel_params = [&] {
+    const DqKernelParams shared = make_dq_params<Config>(params, workspace, table);
+    if constexpr (Config::kHasRowScales) {
+      return Fp32DqKernelParams{shared, fp32_inputs(params, workspace.limbs)};
+    } else {
+      return shared;
+    }
+  }();
+  launch_persistent<Config, kDqKernel<Config>>("launch of hopper_dq_kernel", kernel_params, params);
 }
 
 template <typename Element, int kHeadDim, typename KernelParams>
@@ -187,11 +233,12 @@ inline DqAccumParams make_dq_accum_params(const BwdParams& params, const BwdWork
 
 // leaves_zeros: for the next share's sums.
 template <typename Element, int kHeadDim>
-void launch_dq_accum(const BwdParams& params, const QueryStats& stats, const BwdWorkspace& workspace,
-                     const std::vector<QueryRun>& runs, bool leaves_zeros) {
-  const int64_t num_blocks = stats.num_tiles * params.num_heads * params.batch_size;
+void launch_dq_accum(const BwdParams& params, const BwdWorkspace& workspace, const std::vector<QueryRun>& runs,
+                     bool leaves_zeros) {
+  const int num_tiles = workspace.stats.num_tiles;
+  const int64_t num_blocks = num_tiles * params.num_heads * params.batch_size;
   if (num_blocks == 0) return;
-  DqAccumKernelParams kernel_params{make_dq_accum_params(params, workspace, stats.num_tiles)};
+  DqAccumKernelParams kernel_params{make_dq_accum_params(params, workspace, num_tiles)};
   kernel_params.leaves_zeros = leaves_zeros;
   kernel_params.num_runs = static_cast<int>(runs.size());
   std::copy(runs.begin(), runs.end(), kernel_params.runs);
@@ -203,73 +250,64 @@ void launch_dq_accum(const BwdParams& params, const QueryStats& stats, const Bwd
 
 // All gradients of the shares.
 template <typename Element, int kHeadDim, bool kIsMasked, DqForm kDqForm>
-void launch_shares(const BwdParams& params, const QueryStats& stats, const BwdWorkspace& workspace,
-                   const std::vector<QueryRun>& runs) {
+void launch_shares(const BwdParams& params, const BwdWorkspace& workspace, const std::vector<QueryRun>& runs) {
   for (const BwdShare& share : workspace.plan.shares) {
     const bool is_last = &share == &workspace.plan.shares.back();
     const BwdParams part = params_of(share, params);
-    const QueryStats part_stats = stats_of(share, params, stats);
     BwdWorkspace part_workspace = workspace;
+    part_workspace.stats = stats_of(share, params, workspace.stats);
     part_workspace.dq_accum = accum_of(share, params, workspace.dq_accum);
     if (!kIsMasked && share.splits > 1) {
-      launch_dk_dv<DkDvConfig<Element, kHeadDim, false, kDqForm, 2>>(part, part_stats, part_workspace, runs);
+      launch_dk_dv<DkDvConfig<Element, kHeadDim, false, kDqForm, 2>>(part, part_workspace, runs);
     } else {
-      launch_dk_dv<DkDvConfig<Element, kHeadDim, kIsMasked, kDqForm>>(part, part_stats, part_workspace, runs);
+      launch_dk_dv<DkDvConfig<Element, kHeadDim, kIsMasked, kDqForm>>(part, part_workspace, runs);
     }
-    launch_dq_accum<Element, kHeadDim>(part, part_stats, part_workspace, runs, kDqForm == DqForm::kAtomic && !is_last);
+    launch_dq_accum<Element, kHeadDim>(part, part_workspace, runs, kDqForm == DqForm::kAtomic && !is_last);
   }
 }
 
 // All kernels behind the statistics.
-template <typename Element, int kHeadDim, bool kIsMasked>
-void launch_tiles(const BwdParams& params, const QueryStats& stats, const BwdWorkspace& workspace,
-                  const std::vector<QueryRun>& runs) {
-  if constexpr (can_add_dq(kHeadDim)) {
+template <typename Element, int kHeadDim, int kLimbs, bool kIsMasked>
+void launch_tiles(const BwdParams& params, const BwdWorkspace& workspace, const std::vector<QueryRun>& runs) {
+  if constexpr (can_add_dq(kHeadDim) && !kHasRowScales<Element>) {
     switch (workspace.plan.dq_form) {
       case DqForm::kAtomic:
-        return launch_shares<Element, kHeadDim, kIsMasked, DqForm::kAtomic>(params, stats, workspace, runs);
+        return launch_shares<Element, kHeadDim, kIsMasked, DqForm::kAtomic>(params, workspace, runs);
       case DqForm::kOrdered:
-        return launch_shares<Element, kHeadDim, kIsMasked, DqForm::kOrdered>(params, stats, workspace, runs);
+        return launch_shares<Element, kHeadDim, kIsMasked, DqForm::kOrdered>(params, workspace, runs);
       case DqForm::kSeparate: break;
     }
   }
   // In this order, as the second one may write where the first one reads keys and values.
-  using Config = DqConfig<Element, kHeadDim, kIsMasked>;
-  launch_dq<Config>(params, workspace, make_work_table(params, Config::kBlockM, Config::kBlockN));
-  if constexpr (is_wide(kHeadDim)) {
-    launch_wide_dk_dv<WideDkDvConfig<Element, kHeadDim, kIsMasked>>(params, stats, workspace, runs);
-  } else {
-    launch_dk_dv<DkDvConfig<Element, kHeadDim, kIsMasked, DqForm::kSeparate>>(params, stats, workspace, runs);
-  }
+  using Kernels = SeparateKernels<Element, kHeadDim, kLimbs, kIsMasked>;
+  using Dq = typename Kernels::Dq;
+  launch_dq<Dq>(params, workspace, make_work_table(params, Dq::kBlockM, Dq::kBlockN));
+  launch_dk_dv<typename Kernels::DkDv>(params, workspace, runs);
   move_dq(params, workspace);
 }
 
 // The kernel over a list of keys.
 template <typename Config>
-void launch_listed_dk_dv(const BwdParams& params, const QueryStats& stats, const BwdWorkspace& workspace,
-                         const char* list) {
+void launch_listed_dk_dv(const BwdParams& params, const BwdWorkspace& workspace, const char* list) {
   const BwdList& host = *workspace.plan.list;
-  const BwdTensors tensors = bwd_tensors(params);
   ListedDkDvKernelParams kernel_params{
-      make_dk_dv_params<Config>(params, tensors, tensors, stats, host.key_list(params, list, workspace.next_item))};
-  kernel_params.dq_accum = workspace.dq_accum;
+      make_dk_dv_params<Config>(params, workspace.stats, workspace, host.key_list(params, list, workspace.next_item))};
   kernel_params.dq = params.dq;
   kernel_params.dq_strides = params.dq_strides;
   kernel_params.own_sums = workspace.own_sums;
   kernel_params.num_slots = host.num_slots;
-  launch_persistent<Config, DkDvSharedStorage<Config>, hopper_dk_dv_kernel<Config>>("launch of hopper_dk_dv_kernel",
-                                                                                    kernel_params, params);
+  launch_persistent<Config, kDkDvKernel<Config>>("launch of hopper_dk_dv_kernel", kernel_params, params);
 }
 
 // All kernels of a plan that has a list.
 template <typename Element, int kHeadDim>
-void launch_listed(const BwdParams& params, const QueryStats& stats, const BwdWorkspace& workspace, const char* list) {
+void launch_listed(const BwdParams& params, const BwdWorkspace& workspace, const char* list) {
   const BwdList& host = *workspace.plan.list;
   const auto* const queries = host.part<ListedQueries>(list, host.queries);
   const int64_t num_batch_heads = params.batch_size * params.num_heads;
 
   ListedBwdStatsKernelParams stats_params{make_stats_params(
-      params, stats, workspace,
+      params, workspace.stats, workspace,
       ListedScoreSource{score_inputs(params, workspace.references), host.part<int>(list, host.first_ranges),
                         host.part<ListedRange>(list, host.ranges)})};
   stats_params.queries = queries;
@@ -277,16 +315,15 @@ void launch_listed(const BwdParams& params, const QueryStats& stats, const BwdWo
   stats_params.dq = params.dq;
   stats_params.dq_strides = params.dq_strides;
   stats_params.head_dim = static_cast<int>(params.head_dim);
-  launch_stats_kernel<Element, kHeadDim>(params, stats.num_tiles * num_batch_heads, stats_params);
+  launch_stats_kernel<Element, kHeadDim>(params, workspace.stats.num_tiles * num_batch_heads, stats_params);
 
   if (workspace.plan.dq_form == DqForm::kSeparate) {
     launch_dq<DqConfig<Element, kHeadDim, false, true>>(params, workspace, host.dq_table(params, list));
-    launch_listed_dk_dv<DkDvConfig<Element, kHeadDim, false, DqForm::kSeparate, 1, true>>(params, stats, workspace,
-                                                                                          list);
+    launch_listed_dk_dv<DkDvConfig<Element, kHeadDim, false, DqForm::kSeparate, 1, true>>(params, workspace, list);
     return move_dq(params, workspace);
   }
   if constexpr (can_add_dq(kHeadDim)) {
-    launch_listed_dk_dv<DkDvConfig<Element, kHeadDim, false, DqForm::kAtomic, 1, true>>(params, stats, workspace, list);
+    launch_listed_dk_dv<DkDvConfig<Element, kHeadDim, false, DqForm::kAtomic, 1, true>>(params, workspace, list);
     if (host.num_shared_tiles == 0) return;
     ListedDqAccumKernelParams accum_params{make_dq_accum_params(params, workspace, host.num_shared_tiles)};
     accum_params.queries = queries;
@@ -295,21 +332,23 @@ void launch_listed(const BwdParams& params, const QueryStats& stats, const BwdWo
   }
 }
 
-template <typename Element, int kHeadDim>
+template <typename Element, int kHeadDim, int kLimbs>
 void launch_bwd(const BwdParams& params, const std::vector<QueryRun>& runs, const BwdPlan& plan,
                 [[maybe_unused]] const char* list) {
   const BwdWorkspace workspace = bwd_workspace(params, runs, plan);
-  const QueryStats stats{workspace.lse_log2, workspace.delta, num_query_tiles(runs)};
-  if constexpr (has_list(kHeadDim)) {
-    if (plan.list != nullptr) return launch_listed<Element, kHeadDim>(params, stats, workspace, list);
+  if constexpr (kHasRowScales<Element>) {
+    launch_limbs(params, workspace.limbs);
+  } else if constexpr (has_list(kHeadDim)) {
+    if (plan.list != nullptr) return launch_listed<Element, kHeadDim>(params, workspace, list);
   }
-  launch_stats<Element, kHeadDim>(params, stats, workspace, runs);
-  if (params.key_padding_mask != nullptr) {
-    launch_mask(params, workspace.masked_keys);
-    launch_tiles<Element, kHeadDim, true>(params, stats, workspace, runs);
-  } else {
-    launch_tiles<Element, kHeadDim, false>(params, stats, workspace, runs);
+  launch_stats<Element, kHeadDim>(params, workspace, runs);
+  if constexpr (!kHasRowScales<Element>) {
+    if (params.key_padding_mask != nullptr) {
+      launch_mask(params, workspace.masked_keys);
+      return launch_tiles<Element, kHeadDim, kLimbs, true>(params, workspace, runs);
+    }
   }
+  launch_tiles<Element, kHeadDim, kLimbs, false>(params, workspace, runs);
 }
 
 }  // namespace mixed_attention::cuda::hopper

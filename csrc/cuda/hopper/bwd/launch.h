@@ -10,13 +10,18 @@
 #include "cuda/hopper/bwd/plan.h"
 #include "cuda/hopper/mask/mask.h"
 #include "cuda/hopper/plan/tensor_map.h"
+#include "cuda/hopper/split_fp16/half_limbs.h"
 #include "params.h"
 
 namespace mixed_attention::cuda::hopper {
 
-// The inputs as TMA reads them.
 struct BwdTensors {
   TensorView q, k, v, dout;
+};
+
+// The limbs of fp32 inputs.
+struct BwdLimbs {
+  HalfLimbs q, k, v, dout;
 };
 
 // Gradients of queries, (batch_size, seqlen_q, num_heads, head_dim).
@@ -28,8 +33,9 @@ struct DqTensor {
 // What lies where in params.workspace, and in params.spare_out.
 struct BwdWorkspace {
   BwdPlan plan;
-  float* lse_log2;  // QueryStats
-  float* delta;
+  QueryStats stats;           // of 16-bit inputs
+  Fp32QueryStats fp32_stats;  // of fp32 ones, as are limbs
+  BwdLimbs limbs;
   float* delta_of_rows;      // (batch_size, num_heads, seqlen_q), for the kernel that owns dq; else null
   RowReference* references;  // ScoreSource
   DqAccum dq_accum;          // of a share; turns of all
@@ -45,9 +51,6 @@ struct BwdWorkspace {
 // spare_out with null, gradients with inputs. runs: make_query_runs.
 BwdWorkspace bwd_workspace(const BwdParams& params, const std::vector<QueryRun>& runs, BwdPlan plan);
 
-// Room for one of every query, and a tile more, which may be read.
-RowReference* take_references(const BwdParams& params, Scratch& scratch);
-
 // Enqueues the way of dq to where the queries were, if it was written apart from them.
 void move_dq(const BwdParams& params, const BwdWorkspace& workspace);
 
@@ -55,9 +58,12 @@ void move_dq(const BwdParams& params, const BwdWorkspace& workspace);
 BwdTensors bwd_tensors(const BwdParams& params);
 BwdTensors bwd_tensors(const BwdParams& params, const BwdWorkspace& workspace);
 
-// Instantiated by cuda/instantiate_hopper_bwd.cu, one object per element type and head_dim. list: where the device has
-// the plan's.
-template <typename Element, int kHeadDim>
+// The same as TMA reads them: of fp32, their limbs in the workspace.
+BwdTensors mapped_tensors(const BwdTensors& tensors, const BwdWorkspace& workspace);
+
+// Instantiated by cuda/instantiate_hopper_bwd.cu, one object per element type, head_dim and number of limbs. list:
+// where the device has the plan's.
+template <typename Element, int kHeadDim, int kLimbs>
 void launch_bwd(const BwdParams& params, const std::vector<QueryRun>& runs, const BwdPlan& plan, const char* list);
 
 }  // namespace mixed_attention::cuda::hopper

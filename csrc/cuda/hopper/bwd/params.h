@@ -4,6 +4,7 @@
 #include <cuda.h>
 
 #include "cuda/common/row_reference.h"
+#include "cuda/hopper/bwd/config.h"
 #include "cuda/hopper/bwd/dq_accum.h"
 #include "cuda/hopper/plan/key_list.h"
 #include "cuda/hopper/plan/key_table.h"
@@ -19,16 +20,35 @@ struct QueryStats {
   int num_tiles;
 };
 
-// By how many sequences the low limbs of an fp32 input stand behind the high ones (half_limbs.h); 16-bit inputs have
-// none.
+// Two structs for each tile of fp32 queries: (batch_size, num_heads, num_tiles).
+struct Fp32QueryStats {
+  QueryNumbers* q;
+  DoutNumbers* dout;
+  int num_tiles;
+};
+
+// By how many sequences the low limbs of an fp32 input stand behind the high ones (half_limbs.h).
 struct LimbSteps {
   int q, dout, k, v;
 };
 
-// Those of a kernel's inputs; the kernels for fp32 have overloads.
+// What the limbs of fp32 inputs need beside their maps, which are those of all limbs: (num_limbs * num_sequences,
+// seqlen, num_heads, head_dim or head_dim_v).
+struct Fp32Inputs {
+  const float *q_scales, *dout_scales;  // (num_sequences, num_heads, seqlen_q)
+  const float *k_scales, *v_scales;     // (num_sequences, num_heads, seqlen_k)
+  LimbSteps limb_steps;
+  int64_t seqlen_k;
+};
+
+// Those of a kernel's inputs; 16-bit ones have none.
 template <typename Params>
-constexpr LimbSteps limb_steps(const Params&) {
-  return {};
+constexpr LimbSteps limb_steps(const Params& params) {
+  if constexpr (requires { params.inputs; }) {
+    return params.inputs.limb_steps;
+  } else {
+    return {};
+  }
 }
 
 // The inputs of scores that are computed once more, and the place of their references.
@@ -58,7 +78,7 @@ struct ListedScoreSource : ScoreInputs {
 ScoreInputs score_inputs(const BwdParams& params, RowReference* references);
 ScoreSource score_source(const BwdParams& params, RowReference* references);
 
-template <typename Scores>
+template <typename Scores, typename Stats>
 struct BwdStatsParamsOf {
   const void* out;   // (batch_size, seqlen_q, num_heads, head_dim_v)
   const void* dout;  // likewise
@@ -67,7 +87,7 @@ struct BwdStatsParamsOf {
   const float* dlse;  // likewise; or null
   int num_heads, head_dim_v;
   int64_t seqlen_q;
-  QueryStats stats;
+  Stats stats;
   float* delta_of_rows;  // delta once more as (batch_size, num_heads, seqlen_q); or null
   Scores scores;
   DqAccum dq_accum;    // set to zero; none where dq is ordered
@@ -75,14 +95,22 @@ struct BwdStatsParamsOf {
   int64_t num_dq_turns;
 };
 
-struct BwdStatsKernelParams : BwdStatsParamsOf<ScoreSource> {
+template <typename Stats>
+struct TabledBwdStatsParams : BwdStatsParamsOf<ScoreSource, Stats> {
   static constexpr int kMaxRuns = WorkTable::kMaxSegments;
 
   int num_runs;
   QueryRun runs[kMaxRuns];
 };
 
-struct ListedBwdStatsKernelParams : BwdStatsParamsOf<ListedScoreSource> {
+using BwdStatsKernelParams = TabledBwdStatsParams<QueryStats>;
+
+struct Fp32BwdStatsKernelParams : TabledBwdStatsParams<Fp32QueryStats> {
+  const float *q_scales, *dout_scales;  // (num_sequences, num_heads, seqlen_q)
+  int q_batch_step, dout_batch_step;    // 1, or 0 where one sequence serves the whole batch
+};
+
+struct ListedBwdStatsKernelParams : BwdStatsParamsOf<ListedScoreSource, QueryStats> {
   const ListedQueries* queries;
   uint32_t* next_item;  // of KeyList, set to zero
   void* dq;             // (batch_size, seqlen_q, num_heads, head_dim), set to zero where nobody computes it
@@ -110,6 +138,10 @@ struct DkDvParamsOf {
 };
 
 using DkDvKernelParams = DkDvParamsOf<QueryStats>;
+
+struct Fp32DkDvKernelParams : DkDvParamsOf<Fp32QueryStats> {
+  Fp32Inputs inputs;
+};
 
 struct ListedDkDvKernelParams : DkDvParamsOf<QueryStats, KeyList> {
   void* dq;  // (batch_size, seqlen_q, num_heads, head_dim); none where another kernel computes it
@@ -159,9 +191,15 @@ struct DqKernelParams {
   UncutWorkTable table;
 };
 
+struct Fp32DqKernelParams : DqKernelParams {
+  Fp32Inputs inputs;
+};
+
 // Larger parameters cost the launch time; newer drivers allow 32 KiB.
-static_assert(sizeof(BwdStatsKernelParams) <= 4096 && sizeof(DqAccumKernelParams) <= 4096 &&
-                  sizeof(DkDvKernelParams) <= 4096 && sizeof(DqKernelParams) <= 4096,
+static_assert(sizeof(BwdStatsKernelParams) <= 4096 && sizeof(Fp32BwdStatsKernelParams) <= 4096 &&
+                  sizeof(DqAccumKernelParams) <= 4096 && sizeof(DkDvKernelParams) <= 4096 &&
+                  sizeof(Fp32DkDvKernelParams) <= 4096 && sizeof(DqKernelParams) <= 4096 &&
+                  sizeof(Fp32DqKernelParams) <= 4096,
               "kernel parameters beyond 4096 bytes cost the launch time");
 
 }  // namespace mixed_attention::cuda::hopper

@@ -22,12 +22,16 @@ __device__ inline void init_input_barriers(SharedStorage& shared, int num_key_re
   init_pipe(shared.dout_pipe, 1, kConsumerWarps);
 }
 
-// The statistics of a tile of queries in global memory; those for fp32 have overloads.
+// The statistics of a tile of queries in global memory.
 __device__ inline const float* q_stats_of(const QueryStats& stats, int64_t tile) {
   return stats.lse_log2 + tile * kStatsTileFloats;
 }
 __device__ inline const float* dout_stats_of(const QueryStats& stats, int64_t tile) {
   return stats.delta + tile * kStatsTileFloats;
+}
+__device__ inline const QueryNumbers* q_stats_of(const Fp32QueryStats& stats, int64_t tile) { return stats.q + tile; }
+__device__ inline const DoutNumbers* dout_stats_of(const Fp32QueryStats& stats, int64_t tile) {
+  return stats.dout + tile;
 }
 
 // Loads the keys and values of every work item, then, tile by tile, the queries that read them, with their output

@@ -9,6 +9,7 @@
 #include <numbers>
 #include <type_traits>
 
+#include "ceil_div.h"
 #include "cuda/hopper/bwd/config.h"
 #include "cuda/hopper/bwd/params.h"
 #include "cuda/hopper/bwd/query_tiles.cuh"
@@ -19,6 +20,7 @@ namespace mixed_attention::cuda::hopper {
 
 __device__ inline float2 widen(__nv_bfloat162 pair) { return __bfloat1622float2(pair); }
 __device__ inline float2 widen(__half2 pair) { return __half22float2(pair); }
+__device__ inline float2 widen(float2 pair) { return pair; }
 
 template <typename Element>
 struct PairOf;
@@ -30,31 +32,71 @@ template <>
 struct PairOf<__half> {
   using Type = __half2;
 };
+template <>
+struct PairOf<float> {
+  using Type = float2;
+};
 
-// Σ a b over eight elements.
+// Adds a b of the elements of 16 bytes.
 template <typename Element>
-__device__ inline float dot(const uint4& a, const uint4& b) {
+__device__ inline void add_dot(float& sum, const uint4& a, const uint4& b) {
   using Pair = typename PairOf<Element>::Type;
   const Pair* pairs_a = reinterpret_cast<const Pair*>(&a);
   const Pair* pairs_b = reinterpret_cast<const Pair*>(&b);
-  float sum = 0;
 #pragma unroll
-  for (int i = 0; i < 4; ++i) {
+  for (int i = 0; i < static_cast<int>(sizeof(uint4) / sizeof(Pair)); ++i) {
     const float2 x = widen(pairs_a[i]), y = widen(pairs_b[i]);
     sum += x.x * y.x + x.y * y.y;
   }
-  return sum;
 }
 
-// One block to a tile of queries of one head; a row is read by as many threads as it has chunks of 16 bytes, or by the
-// next power of two.
+// One block to a tile of queries of one head, two rows to a thread. A row is read by as many threads as it has chunks
+// of 16 bytes, or by the next power of two; in fp32 by four, each of which reads several chunks, and has one row.
 template <typename Element, int kHeadDim>
 struct BwdStatsShape {
-  static constexpr int kThreadsPerRow = std::bit_ceil(kHeadDim / 8u);
-  static constexpr int kThreads = kQueryTileRows * kThreadsPerRow / 2;
+  static constexpr bool kIsFp32 = kHasRowScales<Element>;
+  static constexpr int kChunkColumns = sizeof(uint4) / sizeof(Element);
+  static constexpr int kThreadsPerRow = kIsFp32 ? 4 : std::bit_ceil(unsigned{kHeadDim / kChunkColumns});
+  static constexpr int kChunks = ceil_div(kHeadDim, kChunkColumns* kThreadsPerRow);  // of a row, a thread's
+  static constexpr int kRowsOfThread = kIsFp32 ? 1 : 2;
+  static constexpr int kThreads = kQueryTileRows * kThreadsPerRow / kRowsOfThread;
 };
 
-__device__ inline TileOfSegment tile_of_stats(const BwdStatsKernelParams& params, int tile) {
+// A row of a tile of queries, of one head.
+struct StatsRow {
+  int64_t batch, head;
+  int row, row_of_tile;
+  bool exists;
+};
+
+// Where the statistics of a tile lie in global memory: those for fp32 are in bwd_fp32/stats_tile.cuh. One thread of
+// each row puts its numbers there, then all of a block finish the tile.
+template <typename Params>
+class StatsTile {
+ public:
+  __device__ StatsTile(const Params& params, int64_t tile)
+      : lse_log2_(params.stats.lse_log2 + tile * kStatsTileFloats),
+        delta_(params.stats.delta + tile * kStatsTileFloats) {}
+
+  __device__ void put(const Params&, const StatsRow& row, float lse_log2, float delta) {
+    put_lse(row.row_of_tile, lse_log2);
+    delta_[place_of_stats(row.row_of_tile)] = delta;
+  }
+
+  __device__ void put_lse(int row_of_tile, float lse_log2) { lse_log2_[place_of_stats(row_of_tile)] = lse_log2; }
+
+  __device__ void finish(RowReference* references, bool has_references, bool is_partial) {
+    if (threadIdx.x != 0) return;
+    *reinterpret_cast<RowReference**>(lse_log2_ + kQueryTileRows) = references;
+    lse_log2_[kMarkPlace] = has_references ? kHasReferences : is_partial ? kIsPartial : 0;
+  }
+
+ private:
+  float *lse_log2_, *delta_;
+};
+
+template <typename Params>
+__device__ inline TileOfSegment tile_of_stats(const Params& params, int tile) {
   return find_tile(params, tile);
 }
 __device__ inline TileOfSegment tile_of_stats(const ListedBwdStatsKernelParams& params, int tile) {
@@ -95,31 +137,34 @@ __global__ void __launch_bounds__(BwdStatsShape<Element, kHeadDim>::kThreads)
     params.dq_turns[i] = 0;
   }
 
-  float* const lse_of_tile = params.stats.lse_log2 + int64_t{blockIdx.x} * kStatsTileFloats;
-  float* const delta_of_tile = params.stats.delta + int64_t{blockIdx.x} * kStatsTileFloats;
+  StatsTile<Params> stats(params, blockIdx.x);
   bool has_references = false;
 #pragma unroll
-  for (int half = 0; half < 2; ++half) {
-    const int row_of_tile = threadIdx.x / Shape::kThreadsPerRow + half * (kQueryTileRows / 2);
+  for (int i = 0; i < Shape::kRowsOfThread; ++i) {
+    const int row_of_tile = threadIdx.x / Shape::kThreadsPerRow + i * (kQueryTileRows / Shape::kRowsOfThread);
     const int row = queries.row_begin + row_of_tile;
     const bool exists = row_of_tile < queries.num_rows;
-    const auto bytes_before = [&](const Strides& strides) {
-      return (batch * strides.batch + row * strides.row + head * strides.head + chunk * 8) * sizeof(Element);
-    };
-    const auto chunk_of = [&](const void* tensor, const Strides& strides) {
-      return *reinterpret_cast<const uint4*>(static_cast<const char*>(tensor) + bytes_before(strides));
-    };
     float delta = 0;
-    if (exists && chunk * 8 < params.head_dim_v) {
-      delta = dot<Element>(chunk_of(params.out, params.out_strides), chunk_of(params.dout, params.dout_strides));
-      if (params.dq_accum.num_spare > 0) {
-        auto* spare = reinterpret_cast<char*>(params.dq_accum.spare) + bytes_before(params.out_strides);
-        *reinterpret_cast<uint4*>(spare) = uint4{};
+#pragma unroll
+    for (int j = 0; j < Shape::kChunks; ++j) {
+      const int column = (j * Shape::kThreadsPerRow + chunk) * Shape::kChunkColumns;
+      const auto bytes_before = [&](const Strides& strides) {
+        return (batch * strides.batch + row * strides.row + head * strides.head + column) * sizeof(Element);
+      };
+      const auto chunk_of = [&](const void* tensor, const Strides& strides) {
+        return *reinterpret_cast<const uint4*>(static_cast<const char*>(tensor) + bytes_before(strides));
+      };
+      if (exists && column < params.head_dim_v) {
+        add_dot<Element>(delta, chunk_of(params.out, params.out_strides), chunk_of(params.dout, params.dout_strides));
+        if (params.dq_accum.num_spare > 0) {
+          auto* spare = reinterpret_cast<char*>(params.dq_accum.spare) + bytes_before(params.out_strides);
+          *reinterpret_cast<uint4*>(spare) = uint4{};
+        }
       }
-    }
-    if constexpr (kIsListed) {
-      if (clears_dq && exists && chunk * 8 < params.head_dim) {
-        *reinterpret_cast<uint4*>(static_cast<char*>(params.dq) + bytes_before(params.dq_strides)) = uint4{};
+      if constexpr (kIsListed) {
+        if (clears_dq && exists && column < params.head_dim) {
+          *reinterpret_cast<uint4*>(static_cast<char*>(params.dq) + bytes_before(params.dq_strides)) = uint4{};
+        }
       }
     }
 #pragma unroll
@@ -135,21 +180,17 @@ __global__ void __launch_bounds__(BwdStatsShape<Element, kHeadDim>::kThreads)
       has_references |= params.lse[index] != -INFINITY && needs_reference(lse_log2);
       if (params.delta_of_rows != nullptr) params.delta_of_rows[index] = delta;
     }
-    lse_of_tile[place_of_stats(row_of_tile)] = lse_log2;
-    delta_of_tile[place_of_stats(row_of_tile)] = delta;
+    stats.put(params, {batch, head, row, row_of_tile, exists}, lse_log2, delta);
   }
 
   has_references = __syncthreads_or(has_references);
   const bool is_partial = queries.num_rows < kQueryTileRows;
   const int64_t first_row = batch_head * params.seqlen_q + queries.row_begin;
   RowReference* const references = params.scores.references + first_row;
-  if (threadIdx.x == 0) {
-    *reinterpret_cast<RowReference**>(lse_of_tile + kQueryTileRows) = references;
-    lse_of_tile[kMarkPlace] = has_references ? kHasReferences : is_partial ? kIsPartial : 0;
-  }
+  stats.finish(references, has_references, is_partial);
   if (!has_references && !is_partial) return;
   find_references<Element>(params.scores, run, queries, batch, head, params.lse + first_row, references,
-                           [&](int row, float lse_log2) { lse_of_tile[place_of_stats(row)] = lse_log2; });
+                           [&](int row_of_tile, float lse_log2) { stats.put_lse(row_of_tile, lse_log2); });
 }
 
 }  // namespace mixed_attention::cuda::hopper

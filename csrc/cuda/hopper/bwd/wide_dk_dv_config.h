@@ -17,10 +17,14 @@ constexpr WideDkDvTuning wide_dk_dv_tuning(int head_dim) {
   return head_dim == 192 ? WideDkDvTuning{4, 3, 192} : WideDkDvTuning{3, 2, 128};
 }
 
+template <typename Config>
+struct WideDkDvSharedStorage;
+
 // Two warpgroups share a tile of 64 keys: one owns dv, the other one dk.
 template <typename Element, int kHeadDim, bool kIsMasked_>
 struct WideDkDvConfig : BwdTiles<Element, kHeadDim, kQueryTileRows, key_tile_rows(kHeadDim)> {
   using Tiles = BwdTiles<Element, kHeadDim, kQueryTileRows, key_tile_rows(kHeadDim)>;
+  using SharedStorage = WideDkDvSharedStorage<WideDkDvConfig>;
   static constexpr WideDkDvTuning kTuning = wide_dk_dv_tuning(kHeadDim);
   static constexpr int kStagesQ = kTuning.stages_q, kStagesDout = kTuning.stages_dout;
   static constexpr int kKeptColumns = kTuning.kept_columns;

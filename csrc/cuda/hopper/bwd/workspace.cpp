@@ -49,13 +49,32 @@ float* take_own_sums(const BwdParams& params, const BwdList& list, Scratch& scra
 }
 
 // The kernel for dq reads all keys and values, the one for dk and dv all queries: whichever runs first cannot write
-// where the other one reads.
+// where the other one reads. Those for fp32 read limbs.
 DqTensor take_dq(const BwdParams& params, Scratch& scratch) {
-  if (params.dq != params.q) return {params.dq, params.dq_strides};
+  if (params.dq != params.q || params.dtype == DType::kFloat32) return {params.dq, params.dq_strides};
   const int64_t row = params.num_heads * params.head_dim;
   const Strides strides{params.seqlen_q * row, row, params.head_dim};
   const bool fits_spare = params.spare_out != nullptr && params.head_dim <= params.head_dim_v;
   return {fits_spare ? params.spare_out : scratch.take<uint16_t>(params.seqlen_q * params.batch_size * row), strides};
+}
+
+// Statistics of the tiles of queries; every segment may end in one that is filled up.
+void take_stats(const BwdParams& params, int num_tiles, Scratch& scratch, BwdWorkspace& workspace) {
+  const int64_t num_all = num_batch_heads(params) * num_tiles;
+  if (params.dtype == DType::kFloat32) {
+    workspace.fp32_stats = {scratch.take<QueryNumbers>(num_all), scratch.take<DoutNumbers>(num_all), num_tiles};
+  } else {
+    const int64_t size = num_all * kStatsTileFloats;
+    workspace.stats = {scratch.take<float>(size), scratch.take<float>(size), num_tiles};
+  }
+}
+
+BwdLimbs take_limbs(const BwdParams& params, Scratch& scratch) {
+  if (params.dtype != DType::kFloat32) return {};
+  const BwdTensors tensors = bwd_tensors(params);
+  const int num_limbs = with_limbs(params, []<int kLimbs>() { return kLimbs; });
+  return {take_half_limbs(tensors.q, num_limbs, scratch), take_half_limbs(tensors.k, num_limbs, scratch),
+          take_half_limbs(tensors.v, num_limbs, scratch), take_half_limbs(tensors.dout, num_limbs, scratch)};
 }
 
 }  // namespace
@@ -70,15 +89,30 @@ BwdTensors bwd_tensors(const BwdParams& params) {
           view(params.dout, params.seqlen_q, params.head_dim_v, params.dout_strides)};
 }
 
+BwdTensors bwd_tensors(const BwdParams& params, const BwdWorkspace& workspace) {
+  BwdTensors tensors = bwd_tensors(params);
+  if (params.key_padding_mask != nullptr) {
+    tensors.k = masked_view(params, workspace.masked_keys, workspace.masked_keys.keys, params.head_dim);
+    tensors.v = masked_view(params, workspace.masked_keys, workspace.masked_keys.values, params.head_dim_v);
+  }
+  return tensors;
+}
+
+BwdTensors mapped_tensors(const BwdTensors& tensors, const BwdWorkspace& workspace) {
+  if (tensors.q.dtype != DType::kFloat32) return tensors;
+  const BwdLimbs& limbs = workspace.limbs;
+  return {limbs_view(tensors.q, limbs.q), limbs_view(tensors.k, limbs.k), limbs_view(tensors.v, limbs.v),
+          limbs_view(tensors.dout, limbs.dout)};
+}
+
 BwdWorkspace bwd_workspace(const BwdParams& params, const std::vector<QueryRun>& runs, BwdPlan plan) {
   Scratch scratch(params.workspace);
-  // Every query segment may end in a tile that is filled up.
-  const int64_t size = num_batch_heads(params) * num_query_tiles(runs) * kStatsTileFloats;
   BwdWorkspace workspace{};
   workspace.plan = std::move(plan);
-  workspace.lse_log2 = scratch.take<float>(size);
-  workspace.delta = scratch.take<float>(size);
-  workspace.references = take_references(params, scratch);
+  workspace.limbs = take_limbs(params, scratch);
+  take_stats(params, num_query_tiles(runs), scratch, workspace);
+  // A tile of references more than there are, as they are read by tiles.
+  workspace.references = scratch.take<RowReference>(num_rows(params) + kQueryTileRows);
   if (workspace.plan.dq_form != DqForm::kSeparate) {
     workspace.dq_accum = take_dq_accum(params, workspace.plan, runs, scratch);
   } else {
@@ -93,10 +127,6 @@ BwdWorkspace bwd_workspace(const BwdParams& params, const std::vector<QueryRun>&
   }
   workspace.size = scratch.bytes();
   return workspace;
-}
-
-RowReference* take_references(const BwdParams& params, Scratch& scratch) {
-  return scratch.take<RowReference>(num_rows(params) + kQueryTileRows);
 }
 
 ScoreInputs score_inputs(const BwdParams& params, RowReference* references) {

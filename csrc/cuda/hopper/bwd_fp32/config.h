@@ -6,36 +6,23 @@
 
 #include <cstdint>
 
-#include "cuda/common/row_reference.h"
 #include "cuda/hopper/bwd/config.h"
 #include "cuda/hopper/config.h"
 #include "cuda/hopper/tile/pipe.h"
 
 namespace mixed_attention::cuda::hopper {
 
-inline constexpr int kFp32BwdHeadDim = 64;
-
-// The kernel for dk and dv reads these beside a tile of queries.
-struct QueryNumbers {
-  float lse_log2[kQueryTileRows];    // +inf where there is no key, and where there is no query: p is 0
-  float row_scales[kQueryTileRows];  // of the limbs of q
-};
-
-// It reads these beside a tile of output gradients. So that those of all rows can be added up by one MMA, they are
-// given one row_scale: a row's own is row_scale * factors[row].
-struct DoutNumbers {
-  float delta[kQueryTileRows];    // row sum of out * dout, less dlse
-  float factors[kQueryTileRows];  // 2^15 at most
-  float row_scale;
-  float has_reference;             // 1 if a row has one, else 0
-  const RowReference* references;  // of the tile's rows; null if none has one and there are as many as fit
-};
+template <typename Config>
+struct Fp32DkDvSharedStorage;
+template <typename Config>
+struct Fp32DqSharedStorage;
 
 // Two warpgroups of 64 key rows. Every input is there once for each limb, of which two leave room for four tiles of
 // queries and of output gradients each.
 template <int kLimbs>
 struct Fp32DkDvConfig : BwdTiles<__half, kFp32BwdHeadDim, kQueryTileRows, 2 * kWarpgroupRows, kLimbs> {
-  static constexpr bool kIsOrdered = false;
+  using SharedStorage = Fp32DkDvSharedStorage<Fp32DkDvConfig>;
+  static constexpr bool kHasRowScales = true, kIsOrdered = false;
   static constexpr int kSplits = 1;
   static constexpr int kConsumers = 2, kStages = 4, kStagesQ = kStages, kStagesDout = kStages;
   static constexpr int kThreads = (1 + kConsumers) * kWarpgroup;
@@ -58,6 +45,8 @@ struct Fp32DkDvSharedStorage {
 // Two warpgroups of 64 query rows.
 template <int kLimbs>
 struct Fp32DqConfig : BwdTiles<__half, kFp32BwdHeadDim, kDqTileRows, 64, kLimbs> {
+  using SharedStorage = Fp32DqSharedStorage<Fp32DqConfig>;
+  static constexpr bool kHasRowScales = true;
   static constexpr int kSplits = 1;
   static constexpr int kConsumers = 2, kStages = 4, kStagesK = kStages, kStagesV = kStages;
   static constexpr int kThreads = (1 + kConsumers) * kWarpgroup;

@@ -24,8 +24,6 @@
 #include "cuda/hopper/bwd/rare_items.cuh"
 #include "cuda/hopper/bwd/scores.cuh"
 #include "cuda/hopper/bwd_fp32/config.h"
-#include "cuda/hopper/bwd_fp32/params.h"
-#include "cuda/hopper/bwd_fp32/rows.cuh"
 #include "cuda/hopper/bwd_fp32/scores.cuh"
 #include "cuda/hopper/plan/work_items.cuh"
 #include "cuda/hopper/split_fp16/half_mma.cuh"
@@ -33,6 +31,7 @@
 #include "cuda/hopper/tile/fragment_values.cuh"
 #include "cuda/hopper/tile/ring.cuh"
 #include "cuda/hopper/tile/run_roles.cuh"
+#include "cuda/hopper/tile/store_rows.cuh"
 #include "cuda/ptx/elect.cuh"
 #include "cuda/ptx/mbarrier.cuh"
 #include "cuda/ptx/wgmma.cuh"
@@ -174,7 +173,7 @@ __device__ inline void consume(const Fp32DkDvKernelParams& params, Fp32DkDvShare
                            int num_columns) {
       float* target =
           static_cast<float*>(tensor) + item.batch * strides.batch + row_begin * strides.row + item.head * strides.head;
-      store_fp32_rows(gradient, target, strides.row, num_rows, num_columns);
+      store_rows_directly(gradient, target, strides.row, num_rows, num_columns);
     };
     store(dv, params.dv, params.dv_strides, params.head_dim_v);
     store(dk, params.dk, params.dk_strides, params.head_dim);

@@ -22,8 +22,6 @@
 #include "cuda/hopper/bwd/key_producer.cuh"
 #include "cuda/hopper/bwd/scores.cuh"
 #include "cuda/hopper/bwd_fp32/config.h"
-#include "cuda/hopper/bwd_fp32/params.h"
-#include "cuda/hopper/bwd_fp32/rows.cuh"
 #include "cuda/hopper/bwd_fp32/scores.cuh"
 #include "cuda/hopper/fwd/softmax.cuh"
 #include "cuda/hopper/plan/work_items.cuh"
@@ -33,6 +31,7 @@
 #include "cuda/hopper/tile/named_barriers.h"
 #include "cuda/hopper/tile/ring.cuh"
 #include "cuda/hopper/tile/run_roles.cuh"
+#include "cuda/hopper/tile/store_rows.cuh"
 #include "cuda/ptx/elect.cuh"
 #include "cuda/ptx/mbarrier.cuh"
 #include "cuda/ptx/named_barrier.cuh"
@@ -190,7 +189,7 @@ __device__ inline void consume(const Fp32DqKernelParams& params, Fp32DqSharedSto
     // Store of dq
     float* target = static_cast<float*>(params.dq) + item.batch * params.dq_strides.batch +
                     row_begin * params.dq_strides.row + item.head * params.dq_strides.head;
-    store_fp32_rows(dq, target, params.dq_strides.row, num_rows, params.head_dim);
+    store_rows_directly(dq, target, params.dq_strides.row, num_rows, params.head_dim);
   }
 }
 

@@ -43,8 +43,9 @@ inline HalfLimbs take_half_limbs(const TensorView& tensor, int num_limbs, Scratc
           num_different};
 }
 
-// True if TMA can read a tensor's limbs, however many.
-inline bool can_map_limbs(const TensorView& tensor) {
+// True if TMA can read a tensor, or, of fp32, its limbs, however many.
+inline bool can_load(const TensorView& tensor) {
+  if (tensor.dtype != DType::kFloat32) return can_map(tensor);
   return can_map(limbs_view(tensor, {nullptr, nullptr, 2, num_sequences(tensor)}));
 }
 
