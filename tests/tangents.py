@@ -30,12 +30,25 @@ class Moving:
         inputs: The case, and its tensors.
         tangents: Those of q, k and v, ``(T, ...)``; None of what stays.
         dout_dot, dlse_dot: Cotangents of the tangents of out and log-sum-exp.
+        form: ``"all"``: out and log-sum-exp have cotangents as well; ``"tangents"``: they have none; ``"double"``: nor
+            are gradients of the tangents wanted, as in double backward.
     """
 
     inputs: Inputs
     tangents: tuple[Tensor | None, Tensor | None, Tensor | None]
     dout_dot: Tensor
     dlse_dot: Tensor
+    form: str = "all"
+
+    @property
+    def cotangents(self) -> tuple[Tensor | None, ...]:
+        """Those of the tangents of out and log-sum-exp, and of these themselves."""
+        i = self.inputs
+        return self.dout_dot, self.dlse_dot, *((i.dout, i.dlse) if self.form == "all" else (None, None))
+
+    @property
+    def wants_dq_dot(self) -> bool:
+        return self.tangents[0] is not None and self.form != "double"
 
     @property
     def call(self) -> tuple:
@@ -45,7 +58,7 @@ class Moving:
         return case.plan.flat(), case.scale, self.inputs.key_padding_mask, case.dropout_p, seed
 
 
-def make_moving(case: Case, moving: str, count: int, device: torch.device | str = "cpu") -> Moving:
+def make_moving(case: Case, moving: str, count: int, device: torch.device | str = "cpu", form: str = "all") -> Moving:
     """Fresh tensors; where nobody may see keys, their tangents are NaN."""
     inputs = make_inputs(case, device)
     inputs = replace(inputs, q=inputs.q.detach(), k=inputs.k.detach(), v=inputs.v.detach())
@@ -59,7 +72,7 @@ def make_moving(case: Case, moving: str, count: int, device: torch.device | str 
     lse_shape = (count, case.batch_size, case.num_heads, inputs.q.shape[1])
     lse_dtype = torch.float64 if case.dtype == torch.float64 else torch.float32
     dlse_dot = torch.randn(lse_shape, generator=generator).to(device, lse_dtype)
-    return Moving(inputs, tangents, draw(inputs.dout), dlse_dot)
+    return Moving(inputs, tangents, draw(inputs.dout), dlse_dot, form)
 
 
 @dataclass
@@ -93,9 +106,8 @@ def run(moving: Moving, *, known: bool, composed: bool = False) -> Results:
             assert torch.equal(with_tangents[1], lse)
         assert torch.equal(with_tangents[1].isneginf(), lse.isneginf())
         out, lse, out_dot, lse_dot = with_tangents
-    cotangents = moving.dout_dot, moving.dlse_dot, i.dout, i.dlse
     saved = i.q, i.k, i.v, out, lse, *moving.tangents, out_dot, lse_dot
-    grads = backward_jvp(*cotangents, *saved, *call, moving.tangents[0] is not None)
+    grads = backward_jvp(*moving.cotangents, *saved, *call, moving.wants_dq_dot)
     return Results(out, lse.where(~lse.isneginf(), 0.0), out_dot, lse_dot, *grads)
 
 
@@ -163,8 +175,9 @@ def formulas(moving: Moving, r: Noise, of_exponentials: float = 1.0) -> Results:
     count = len(moving.dout_dot)
     tangents = [many(x).expand(count, *x.shape) if t is None else t for x, t in zip((i.q, i.k, i.v), moving.tangents)]
     q_dot, k_dot, v_dot = (heads(t, t, masked) for t, masked in zip(tangents, (False, True, True)))
-    y, y2 = heads(moving.dout_dot, i.dout), heads(i.dout, i.dout)
-    y_lse, y2_lse = (i.dout.new_zeros(1) if x is None else x.double() for x in (moving.dlse_dot, i.dlse))
+    _, dlse_dot, dout, dlse = moving.cotangents
+    y, y2 = heads(moving.dout_dot, i.dout), heads(dout, i.dout)
+    y_lse, y2_lse = (i.dout.new_zeros(1) if x is None else x.double() for x in (dlse_dot, dlse))
     # One number, that all scores are off by alike.
     scale = float(r(torch.tensor(case.scale, dtype=torch.float64, device=i.q.device)))
 
@@ -198,7 +211,7 @@ def formulas(moving: Moving, r: Noise, of_exponentials: float = 1.0) -> Results:
     dq = r(product(ds, k, scale) + product(g, k_dot, scale).sum(0), True)
     dk = r(product(ds.mT, q, scale) + product(g.mT, q_dot, scale).sum(0), True)
     dv = r(product(r(dropped, True).mT, y2) + product(r(dropped * z, True).mT, y).sum(0), True)
-    dq_dot = product(g, k, scale, True) if moving.tangents[0] is not None else q_dot[:0]
+    dq_dot = product(g, k, scale, True) if moving.wants_dq_dot else q_dot[:0]
     rows = lambda t, like: t.transpose(-2, -3).sum_to_size(like.shape)  # noqa: E731
     return Results(
         r(product(r(dropped, True), v), True).transpose(-2, -3),

@@ -40,6 +40,13 @@ def test_operators(name, moves, count):
     check(make_moving(CASES[name].with_(dtype=torch.float32), moves, count))
 
 
+@pytest.mark.parametrize("form", ["tangents", "double"])
+@pytest.mark.parametrize("moves", ["q", "qkv"])
+@pytest.mark.parametrize("name", ["joint", "listed twice", "masked"])
+def test_operators_without_gradients_of_the_output(name, moves, form):
+    check(make_moving(CASES[name].with_(dtype=torch.float32), moves, 1, form=form))
+
+
 @pytest.mark.parametrize("dtype", [name for name in DTYPES if name != "fp32"])
 @pytest.mark.parametrize("name", ["joint", "many tiles", "masked", "dropout"])
 def test_operators_in_other_dtypes(name, dtype):

@@ -19,13 +19,13 @@
 #include "cuda/common/row_reference.cuh"
 #include "cuda/hopper/bwd/scores.cuh"
 #include "cuda/hopper/bwd_jvp/config.h"
+#include "cuda/hopper/bwd_jvp/mma.cuh"
+#include "cuda/hopper/bwd_jvp/pairs.cuh"
 #include "cuda/hopper/bwd_jvp/params.h"
 #include "cuda/hopper/fwd/epilogue.cuh"
 #include "cuda/hopper/fwd/softmax.cuh"
 #include "cuda/hopper/plan/work_items.cuh"
-#include "cuda/hopper/tile/fragment_values.cuh"
 #include "cuda/hopper/tile/load_tile.cuh"
-#include "cuda/hopper/tile/mma.cuh"
 #include "cuda/hopper/tile/named_barriers.h"
 #include "cuda/hopper/tile/ring.cuh"
 #include "cuda/hopper/tile/run_roles.cuh"
@@ -78,50 +78,21 @@ __device__ inline void produce_sides(const BwdJvpKernelParams& params, BwdJvpSha
   }
 }
 
-// The numbers of a thread's two queries, or of the columns of a tile of queries.
-struct NumbersOfRows {
-  RowNumbers lse_log2, mu, eps, gamma;
-};
-
-struct NumbersOfColumns {
-  ColumnNumbers lse_log2, mu, eps, gamma;
-
-  __device__ explicit NumbersOfColumns(const ColumnNumbersOfTile& tile)
-      : lse_log2(tile.lse_log2), mu(tile.mu), eps(tile.eps), gamma(tile.gamma) {}
-};
-
-template <int kCount, typename Numbers>
-__device__ inline void exponentiate_pairs(float (&s)[kCount], const Numbers& numbers, float scale_log2) {
-#pragma unroll
-  for (int i = 0; i < kCount; ++i) s[i] = ptx::exp2(fmaf(s[i], scale_log2, -numbers.lse_log2[i]));
-}
-
-// Makes of products what they are multiplied as: x becomes ds, e becomes g, z becomes p h.
-template <int kCount, typename Numbers>
-__device__ inline void differentiate_pairs(const float (&p)[kCount], float (&z)[kCount], float (&e)[kCount],
-                                           float (&x)[kCount], const Numbers& numbers, float scale) {
-#pragma unroll
-  for (int i = 0; i < kCount; ++i) {
-    const float h = fmaf(z[i], scale, -numbers.mu[i]);
-    const float g = p[i] * (e[i] - numbers.eps[i]);
-    x[i] = fmaf(h, g, p[i] * (x[i] - numbers.gamma[i]));
-    e[i] = g;
-    z[i] = p[i] * h;
-  }
-}
-
-// Products of the tensors `pair` and the one behind it of both sides, crosswise. kOwned, kStreamed: which side may have
-// the one behind. multiply(d, owned, streamed, overwrites) issues one.
-template <bool kOwned, bool kStreamed, int kCount, typename Multiply>
-__device__ inline void multiply_pair(const BwdJvpKernelParams& params, float (&d)[kCount], int pair,
-                                     const Multiply& multiply) {
-  if constexpr (kOwned && kStreamed) {
-    multiply(d, pair + 1, params.owned[pair + 1].exists ? pair : pair + 1, true);
-    multiply(d, params.streamed[pair + 1].exists ? pair : pair + 1, pair + 1, false);
-  } else if constexpr (kOwned) {
-    multiply(d, pair + 1, pair, true);
-  } else if constexpr (kStreamed) {
-    multiply(d, pair, pair + 1, true);
+// Reads the numbers of the queries of every tile that streams by, by kColumnWarps beside the producer.
+template <typename Config>
+__device__ inline void produce_columns(const BwdJvpKernelParams& params, BwdJvpSharedStorage<Config>& shared) {
+  RingUse<Config::kStages> use{0};
+  for (ItemWalk<Config::kBlockM> items(params.table); items.next_with_keys();) {
+    KeyTileIterator<Config::kBlockN> tiles(items);
+    for (int num_left = items.tiles().num_tiles; num_left > 0; --num_left, ++use.count) {
+      const KeyTile queries = tiles.next();
+      // Computed anew for every tile: registers are few.
+      const ItemRows rows = items.rows();
+      const int64_t first_query = (int64_t{rows.batch} * params.table.num_heads + rows.head) * params.seqlen_q;
+      write_columns(shared.columns[use.stage()], params.rows, first_query + queries.row_begin, queries.num_rows,
+                    [&] { wait_empty(shared.streamed_pipe, use); });
+      sync_and_arrive_as_warp(shared.streamed_pipe.full[use.stage()]);
+    }
   }
 }
 
@@ -129,83 +100,40 @@ template <typename Config>
 __device__ inline void consume_sides(const BwdJvpKernelParams& params, BwdJvpSharedStorage<Config>& shared,
                                      int consumer) {
   using Element = typename Config::Element;
-  using Operand = ptx::Operand;
   constexpr bool kOwnsKeys = Config::kOwnsKeys;
   constexpr int kBlockN = Config::kBlockN, kHeadDim = Config::kHeadDim;
   // The first of a thread's rows in the tile, computed where it is used: it would take a register through the MMAs.
   const auto own_row = [] { return (ptx::thread_anew() - kWarpgroup) / 32 * kWarpRows + ptx::lane_anew() / 4; };
-  const Operand owned_side = Operand::make(shared.owned).advance(consumer * kWarpgroupRows * kRowBytes);
-  const Operand streamed_ring = Operand::make(shared.streamed);
   const bool has_references = *params.rows.has_references != 0;
 
+  // Consumer 0's first turn comes from the last one.
+  const int own_turn = kTurnBarrier + consumer;
+  const int next_turn = kTurnBarrier + (consumer + 1) % Config::kConsumers;
+  if (consumer == Config::kConsumers - 1) ptx::named_barrier_arrive(next_turn, 2 * kWarpgroup);
+
+  SideMma<Config> mma(params, shared, consumer);
   RingUse<Config::kStages> use{0};
   uint32_t owned_parity = 0;
   for (ItemWalk<Config::kBlockM> items(params.table); items.next();) {
-    float first[kHeadDim / 2] = {}, second[kHeadDim / 2] = {};
+    clear(mma.first);
+    clear(mma.second);
     const TileShare share = items.share();
-    // The numbers of its sequence's first query.
-    const auto first_query = [&] {
-      const ItemRows rows = items.rows();
-      return (int64_t{rows.batch} * params.table.num_heads + rows.head) * params.seqlen_q;
-    };
 
     if (share.begin < share.end) {
+      // The numbers of its sequence's first query.
+      const auto first_query = [&] {
+        const ItemRows rows = items.rows();
+        return (int64_t{rows.batch} * params.table.num_heads + rows.head) * params.seqlen_q;
+      };
       NumbersOfRows of_rows;
       if constexpr (!kOwnsKeys) {
-        const ItemRows rows = items.rows();
-        const int64_t queries = first_query();
-#pragma unroll
-        for (int i = 0; i < 2; ++i) {
-          const int row = rows.row_begin + own_row() + 8 * i;
-          const bool exists = row < rows.row_end;
-          of_rows.lse_log2.of_row[i] = exists ? params.rows.lse_log2[queries + row] : INFINITY;
-          of_rows.mu.of_row[i] = exists ? params.rows.mu[queries + row] : 0;
-          of_rows.eps.of_row[i] = exists ? params.rows.eps[queries + row] : 0;
-          of_rows.gamma.of_row[i] = exists ? params.rows.gamma[queries + row] : 0;
-        }
+        const int row = items.rows().row_begin + own_row();
+        of_rows.read(params.rows, first_query() + row, items.rows().row_end - row);
       }
       KeyTileIterator<kBlockN> tiles(items, share.begin);
-      ptx::mbarrier_wait(shared.owned_pipe.full, owned_parity);
-      owned_parity ^= 1;
-      for (int tile = share.begin; tile < share.end; ++tile, ++use.count) {
-        const KeyTile streamed = tiles.next();
-        // The columns' numbers, by as many threads; they come while products are on their way.
-        ColumnNumbersOfTile& columns = shared.columns[consumer][use.count % 2];
-        float number[2];
-        if constexpr (kOwnsKeys) {
-          const int column = threadIdx.x % kBlockN, half = threadIdx.x / kBlockN % 2;
-          const bool exists = column < streamed.num_rows;
-          const int64_t query = first_query() + streamed.row_begin + (exists ? column : 0);
-          const float a = half == 0 ? params.rows.lse_log2[query] : params.rows.eps[query];
-          const float b = half == 0 ? params.rows.mu[query] : params.rows.gamma[query];
-          number[0] = exists ? a : 0;
-          number[1] = exists ? b : 0;
-        }
-
-        float s[kBlockN / 2], z[kBlockN / 2], e[kBlockN / 2], x[kBlockN / 2];
-        if constexpr (!Config::kOwnsFourth && !Config::kStreamsFourth) clear(x);
-        const auto owned = [&](int i) { return owned_side.advance(i * Config::kTileBytesM); };
-        const auto tile_of = [&](int i) {
-          return streamed_ring.advance((use.stage() * kSideTensors + i) * Config::kTileBytesN);
-        };
-        const auto multiply = [&](float (&d)[kBlockN / 2], int a, int b, bool overwrites) {
-          add_row_mma<Element, kHeadDim, Config::kTileBytesM, Config::kTileBytesN>(d, owned(a), tile_of(b), overwrites);
-        };
-        wait_full(shared.streamed_pipe, use);
-        ptx::wgmma_fence();
-        multiply(s, 0, 0, true);
-        ptx::wgmma_commit();
-        multiply_pair<Config::kOwnsSecond, Config::kStreamsSecond>(params, z, 0, multiply);
-        multiply(e, 2, 2, true);
-        multiply_pair<Config::kOwnsFourth, Config::kStreamsFourth>(params, x, 2, multiply);
-        ptx::wgmma_commit();
-        if constexpr (kOwnsKeys) {
-          const int column = threadIdx.x % kBlockN, half = threadIdx.x / kBlockN % 2;
-          (half == 0 ? columns.lse_log2 : columns.eps)[column] = number[0];
-          (half == 0 ? columns.mu : columns.gamma)[column] = number[1];
-          ptx::named_barrier_sync(kTurnBarrier + consumer, kWarpgroup);
-        }
-        ptx::wgmma_wait<1>(s);
+      KeyTile streamed = tiles.next();
+      // p of a tile, under its other products.
+      const auto weigh = [&](int tile) {
         if (has_references) {
           const ItemRows rows = items.rows();
           const RowReference* const references = params.rows.references + first_query();
@@ -214,47 +142,65 @@ __device__ inline void consume_sides(const BwdJvpKernelParams& params, BwdJvpSha
 #pragma unroll
           for (int i = 0; i < kBlockN / 2; ++i) {
             const int row = first + (kOwnsKeys ? 8 * (i / 4) + i % 2 : 8 * row_of(i));
-            if (row < end) s[i] = relative_score(s[i], references[row]);
+            if (row < end) mma.s[i] = relative_score(mma.s[i], references[row]);
           }
         }
-        if (tile < share.num_partial) mask_columns(s, items.ranges()[tile].tail);
+        if (tile < share.num_partial) mask_columns(mma.s, items.ranges()[tile].tail);
+        if constexpr (kOwnsKeys) {
+          ColumnStats<kBlockN> lse_log2;
+          lse_log2.load(shared.columns[use.stage()].lse_log2);
+          exponentiate_pairs(mma.s, lse_log2, params.softmax_scale_log2);
+        } else {
+          exponentiate_pairs(mma.s, of_rows.lse_log2, params.softmax_scale_log2);
+        }
+        hold_p(mma.s, ptx::shared_address(&shared));
+        mma.wait_for_tangents();
+      };
+      const auto take_operands = [&] {
         const auto differentiate = [&](const auto& numbers) {
-          exponentiate_pairs(s, numbers, params.softmax_scale_log2);
-          hold_p(s, ptx::shared_address(&shared));
-          if constexpr (Config::kOwnsFourth || Config::kStreamsFourth) {
-            ptx::wgmma_wait<0>(z, e, x);
-          } else {
-            ptx::wgmma_wait<0>(z, e);
-          }
-          differentiate_pairs(s, z, e, x, numbers, params.softmax_scale);
+          differentiate_pairs<Config::kHasFourth>(mma.s, mma.z, mma.e, mma.x, numbers, params.softmax_scale);
         };
         if constexpr (kOwnsKeys) {
-          differentiate(NumbersOfColumns(columns));
+          differentiate(NumbersOfColumns(shared.columns[use.stage()]));
         } else {
           differentiate(of_rows);
         }
-        uint32_t ds[kBlockN / 4], g[kBlockN / 4];
-        round_operand<Element>(ds, x);
-        round_operand<Element>(g, e);
-        if constexpr (kOwnsKeys) {
-          uint32_t p[kBlockN / 4], ph[kBlockN / 4];
-          round_operand<Element>(p, s);
-          round_operand<Element>(ph, z);
-          ptx::wgmma_fence();
-          add_column_mma<Element>(first, ds, tile_of(0), false);
-          add_column_mma<Element>(first, g, tile_of(1), false);
-          add_column_mma<Element>(second, ph, tile_of(2), false);
-          if constexpr (Config::kStreamsFourth) add_column_mma<Element>(second, p, tile_of(3), false);
-        } else {
-          ptx::wgmma_fence();
-          add_column_mma<Element>(first, ds, tile_of(0), false);
-          if constexpr (Config::kStreamsSecond) add_column_mma<Element>(first, g, tile_of(1), false);
-          add_column_mma<Element>(second, g, tile_of(0), false);
-        }
-        ptx::wgmma_commit();
-        ptx::wgmma_wait<0>(first, second);
+        mma.take_operands();
+      };
+
+      ptx::mbarrier_wait(shared.owned_pipe.full, owned_parity);
+      owned_parity ^= 1;
+      mma.load(shared, consumer * kWarpgroupRows + ptx::thread_anew() / 32 % 4 * kWarpRows);
+      wait_full(shared.streamed_pipe, use);
+      ptx::wgmma_fence();
+      mma.issue_scores(use);
+      mma.issue_tangents(use);
+      ptx::wgmma_wait<1>(mma.s);
+      weigh(share.begin);
+      for (int tile = share.begin + 1; tile < share.end; ++tile) {
+        const RingUse<Config::kStages> next{use.count + 1};
+        take_operands();
+        streamed = tiles.next();
+        wait_full(shared.streamed_pipe, next);
+        ptx::named_barrier_sync(own_turn, 2 * kWarpgroup);
+        ptx::wgmma_fence();
+        mma.issue_gradients(use);
+        mma.issue_scores(next);
+        mma.template wait_for_gradients<1>();
         release(shared.streamed_pipe, use);
+        use = next;
+        ptx::wgmma_fence();
+        mma.issue_tangents(use);
+        ptx::named_barrier_arrive(next_turn, 2 * kWarpgroup);
+        ptx::wgmma_wait<1>(mma.s);
+        weigh(tile);
       }
+      take_operands();
+      ptx::wgmma_fence();
+      mma.issue_gradients(use);
+      mma.template wait_for_gradients<0>();
+      release(shared.streamed_pipe, use);
+      ++use.count;
       release(shared.owned_pipe);
     }
 
@@ -270,8 +216,8 @@ __device__ inline void consume_sides(const BwdJvpKernelParams& params, BwdJvpSha
                   row + 8 * i < rows.row_end);
       }
     };
-    store(first, params.first);
-    store(second, params.second);
+    store(mma.first, params.first);
+    if constexpr (Config::kHasSecondGradient) store(mma.second, params.second);
   }
 }
 
@@ -302,11 +248,14 @@ __global__ void __launch_bounds__(Config::kThreads, 1)
       if (params.streamed[i].exists) ptx::prefetch_tensor_map(params.streamed[i].map);
     }
     init_pipe(shared.owned_pipe, 1, kConsumerWarps);
-    init_pipe(shared.streamed_pipe, 1, kConsumerWarps);
+    init_pipe(shared.streamed_pipe, 1 + (Config::kOwnsKeys ? kColumnWarps : 0), kConsumerWarps);
     ptx::mbarrier_fence_init();
   };
   const auto produce = [&](int warp) {
     if (warp == 0 && ptx::elect_one()) produce_sides(params, shared);
+    if constexpr (Config::kOwnsKeys) {
+      if (0 < warp && warp <= kColumnWarps) produce_columns(params, shared);
+    }
   };
   run_roles<Config>(prepare, produce, [&](int consumer) { consume_sides(params, shared, consumer); });
 }

@@ -23,9 +23,9 @@ inline void make_side(SideMap* side, const TensorView* tensors, CUtensorMap (*ma
   }
 }
 
-template <typename Element, bool kOwnsKeys, bool kMovesKeys, bool kHasDout>
+template <typename Element, bool kOwnsKeys, bool kMovesKeys, bool kIsWhole>
 void launch_side(const BwdJvpParams& params, const BwdJvpRows& rows, const WorkTable& table) {
-  using Config = BwdJvpConfig<Element, kOwnsKeys, kMovesKeys, kHasDout>;
+  using Config = BwdJvpConfig<Element, kOwnsKeys, kMovesKeys, kIsWhole>;
   constexpr auto kKernel = hopper_attention_bwd_jvp_kernel<Config>;
   constexpr int kSharedBytes = sizeof(BwdJvpSharedStorage<Config>);
   if (table.num_items == 0) return;
@@ -55,24 +55,22 @@ void launch_side(const BwdJvpParams& params, const BwdJvpRows& rows, const WorkT
   launch_kernel<kKernel, kSharedBytes>("launch of hopper_attention_bwd_jvp_kernel", shape, params.stream, of_kernel);
 }
 
-template <typename Element, bool kMovesKeys, bool kHasDout>
+template <typename Element, bool kMovesKeys>
 void launch_sides(const BwdJvpParams& params, const BwdJvpRows& rows, const WorkTable& by_query,
                   const WorkTable& by_key) {
-  launch_side<Element, true, kMovesKeys, kHasDout>(params, rows, by_key);
-  launch_side<Element, false, kMovesKeys, kHasDout>(params, rows, by_query);
+  params.dout != nullptr ? launch_side<Element, true, kMovesKeys, true>(params, rows, by_key)
+                         : launch_side<Element, true, kMovesKeys, false>(params, rows, by_key);
+  params.dout != nullptr || params.dq_dot != nullptr
+      ? launch_side<Element, false, kMovesKeys, true>(params, rows, by_query)
+      : launch_side<Element, false, kMovesKeys, false>(params, rows, by_query);
 }
 
 template <typename Element>
 void launch_bwd_jvp(const BwdJvpParams& params, const BwdJvpRows& rows, const WorkTable& by_query,
                     const WorkTable& by_key) {
-  const bool moves_keys = params.tangents.k != nullptr || params.tangents.v != nullptr;
-  if (params.dout != nullptr) {
-    moves_keys ? launch_sides<Element, true, true>(params, rows, by_query, by_key)
-               : launch_sides<Element, false, true>(params, rows, by_query, by_key);
-  } else {
-    moves_keys ? launch_sides<Element, true, false>(params, rows, by_query, by_key)
-               : launch_sides<Element, false, false>(params, rows, by_query, by_key);
-  }
+  params.tangents.k != nullptr || params.tangents.v != nullptr
+      ? launch_sides<Element, true>(params, rows, by_query, by_key)
+      : launch_sides<Element, false>(params, rows, by_query, by_key);
 }
 
 }  // namespace mixed_attention::cuda::hopper

@@ -1,0 +1,122 @@
+"""Gradients of tangents by Hopper's kernels, in the forms in which they come: with gradients of out, of tangents alone,
+and as in double backward."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+
+import pytest
+import tangents
+import torch
+from cases import DTYPES, EDGE_CASES, Case
+from tangents import Moving, check, make_moving
+
+pytestmark = [pytest.mark.gpu, pytest.mark.parametrize("device", ["cuda"], indirect=True, scope="session")]
+
+FORMS = "all", "tangents", "double"
+CASES = {
+    "partial tiles of unions": Case((133, 240, 5), "a>bc b>a c>cab", batch_size=3, num_heads=2, head_dim=64),
+    "listed twice": Case((219, 143), "a>abb b>aab", num_heads=2, head_dim=32),
+    "empty groups": Case((0, 200, 70, 0), "a>b b>abcd c>d d>b", batch_size=2, num_heads=2, head_dim=64),
+    "only empty keys": EDGE_CASES["only empty keys"],
+    "nobody reads some": Case((150, 90, 200), "a>b c>b", num_heads=2, head_dim=64),
+    "narrow values": Case((77, 130, 165), "a>b bc>ac", 2, num_heads=3, head_dim=64, head_dim_v=40),
+    "wide values": Case((77, 130, 165), "a>b bc>ac", 2, num_heads=3, head_dim=40, head_dim_v=64),
+    "k and v of batch 1": EDGE_CASES["k and v of batch 1"].with_(head_dim=64, layout="contiguous"),
+    "k of batch 1": EDGE_CASES["k of batch 1"].with_(head_dim=16),
+    "packed": Case((133, 240), "a>ab b>a", batch_size=2, num_heads=3, head_dim=64, layout="packed"),
+    "spaced": Case((133, 240), "a>ab b>a", batch_size=2, num_heads=3, head_dim=40, layout="spaced"),
+    "heads before rows": Case((133, 240), "a>ab b>a", batch_size=2, num_heads=3, head_dim=48, layout="transposed"),
+    "negative scale": Case((133, 140), "a>b b>ab", head_dim=16, softmax_scale=-0.3),
+    "large logits": Case((133, 540), "a>b b>ab", head_dim=32, magnitude=60.0),
+    "heavy tails": Case((100, 530), "a>b b>ab", num_heads=3, head_dim=64, heavy_tails=True),
+    "many tiles": Case((700, 730), "a>ba b>b", batch_size=2, num_heads=4, head_dim=24),
+    "rounds": Case((1500, 1300), "a>a b>b", num_heads=8, head_dim=64),
+    "many queries, few keys": Case((3000, 9), "a>b b>b", num_heads=2, head_dim=64),
+    "one token": Case((1,), "a>a", head_dim=64),
+}
+
+
+@pytest.mark.parametrize("dtype", ["bf16", "fp16"])
+@pytest.mark.parametrize("form", FORMS)
+@pytest.mark.parametrize("moves", ["q", "k", "v", "qk", "kv", "qkv"])
+@pytest.mark.parametrize("name", CASES)
+def test_forms(name, moves, form, dtype, device):
+    check(make_moving(CASES[name].with_(dtype=DTYPES[dtype]), moves, 1, device, form))
+
+
+@pytest.mark.parametrize("form", FORMS)
+@pytest.mark.parametrize("moves", ["q", "qkv"])
+def test_sizes_around_every_tile(moves, form, device):
+    """Groups of all these sizes, each attending to another one and to the first."""
+    sizes = (1, 7, 31, 63, 64, 65, 127, 128, 129, 191, 192, 193, 240, 255, 256, 257)
+    names = "abcdefghijklmnop"
+    attends = " ".join(f"{name}>a{names[(i + 3) % len(names)]}" for i, name in enumerate(names) if (i + 3) % 16)
+    case = Case(sizes, f"{attends} n>bc", num_heads=2, head_dim=64, dtype=torch.bfloat16)
+    check(make_moving(case, moves, 1, device, form))
+
+
+def grads_of(moving: Moving) -> dict[str, torch.Tensor]:
+    results = tangents.run(moving, known=True)
+    return {name: getattr(results, name) for name in ("dq", "dk", "dv", "dq_dot")}
+
+
+@pytest.mark.parametrize("form", FORMS)
+@pytest.mark.parametrize("moves", ["q", "qkv"])
+@pytest.mark.parametrize("name", ["partial tiles of unions", "rounds", "listed twice", "large logits"])
+def test_equal_bits_in_deterministic_mode(name, moves, form, device):
+    moving = make_moving(CASES[name].with_(dtype=torch.bfloat16), moves, 1, device, form)
+    torch.use_deterministic_algorithms(True)
+    try:
+        first = grads_of(moving)
+        for _ in range(3):
+            for what, got in grads_of(moving).items():
+                assert got.isfinite().all(), what
+                assert torch.equal(got, first[what]), what
+        check(moving)
+    finally:
+        torch.use_deterministic_algorithms(False)
+
+
+@pytest.mark.parametrize("moves", ["q", "qkv"])
+def test_what_is_not_there_counts_as_zeros(moves, device):
+    """A form without gradients of the output gives what zeros in their place do, but for the order of sums."""
+    moving = make_moving(CASES["partial tiles of unions"].with_(dtype=torch.bfloat16), moves, 1, device, "double")
+    i = moving.inputs
+    dlse = None if i.dlse is None else torch.zeros_like(i.dlse)
+    zeros = replace(moving, inputs=replace(i, dout=torch.zeros_like(i.dout), dlse=dlse), form="all")
+    expected, got = grads_of(zeros), grads_of(moving)
+    assert got["dq_dot"].shape[0] == 0
+    for name in ("dq", "dk", "dv"):
+        a, b = got[name].float(), expected[name].float()
+        assert float((a - b).abs().max()) <= 2**-7 * float(b.abs().max()), name
+
+
+@pytest.mark.parametrize("form", FORMS)
+@pytest.mark.parametrize("moves", ["q", "qkv"])
+def test_rows_do_not_depend_on_what_they_cannot_see(moves, form, device):
+    """Queries that are not numbers spoil gradients of their own and of keys that they read, and no others."""
+    case = Case((150, 90, 200, 70), "a>b c>d", num_heads=2, head_dim=64, dtype=torch.bfloat16)
+    moving = make_moving(case, moves, 1, device, form)
+    before = grads_of(moving)
+    rows = slice(0, 150)
+    moving.inputs.q[:, rows] = torch.nan
+    if moving.tangents[0] is not None:
+        moving.tangents[0][:, :, rows] = torch.inf
+    moving.dout_dot[:, :, rows] = torch.nan
+    after = grads_of(moving)
+    assert not after["dq"][:, rows].isfinite().any()
+    assert torch.equal(before["dq"][:, 150:], after["dq"][:, 150:])
+    for name in ("dk", "dv"):
+        others = torch.ones(before[name].shape[1], dtype=torch.bool, device=device)
+        others[150:240] = False
+        assert torch.equal(before[name][:, others], after[name][:, others]), name
+
+
+@pytest.mark.sanitizer
+@pytest.mark.parametrize("form", FORMS)
+@pytest.mark.parametrize("moves", ["q", "qkv"])
+def test_small(moves, form, device):
+    tangents.run(
+        make_moving(CASES["partial tiles of unions"].with_(dtype=torch.bfloat16), moves, 1, device, form), known=True
+    )
