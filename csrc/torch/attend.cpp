@@ -46,6 +46,8 @@ struct Attend : torch::autograd::Function<Attend> {
     const std::optional<Tensor> mask = optional_tensor(saved[5]), seed = optional_tensor(saved[6]);
     const AttentionCall& call = Kept<AttentionCall>::of(ctx->saved_data["call"]);
     variable_list result(6);
+    // A second derivative comes by here on its way from the saved results, which have no gradients of their own there.
+    if (!grads[0].defined() && !grads[1].defined()) return result;
     if (needs_composite(grads)) {
       const std::vector<bool> needs_grad{ctx->needs_input_grad(0), ctx->needs_input_grad(1), ctx->needs_input_grad(2)};
       const OptionalTensors dqkv = attention_composite()(

@@ -174,7 +174,6 @@ struct AttendInPlace : torch::autograd::Function<AttendInPlace> {
     const OptionalTensors freqs = optional_tensors(first + num_parts, num_parts);
     const OptionalTensors normalised = optional_tensors(first + 2 * num_parts, num_parts);
     const std::optional<Tensor> mask = optional_tensor(saved[2]), seed = optional_tensor(saved[3]);
-    const Tensor dout = grads[0].defined() ? grads[0] : at::zeros_like(saved[0]);
     OptionalTensors drotated;  // of every buffer, also those that are no outputs because nothing rotates them
     size_t next = 1;
     for (size_t part = 0; part < num_parts; ++part) {
@@ -183,12 +182,43 @@ struct AttendInPlace : torch::autograd::Function<AttendInPlace> {
     }
     variable_list result(num_parts + 4);
     if (needs_composite(grads)) {
+      const Tensor dout = grads[0].defined() ? grads[0] : at::zeros_like(saved[0]);
       const OptionalTensors found =
           backward_composite()(buffers, freqs, mask, seed, call, saved[0], saved[1], dout, normalised, drotated);
       for (size_t part = 0; part < num_parts; ++part) result[part] = found[part].value_or(Tensor());
       return result;
     }
     const at::AutoDispatchBelowADInplaceOrView guard;
+    variable_list dbuffers = grads[0].defined() ? attend_back(ctx, saved, state, buffers, freqs, normalised, grads[0])
+                                                : variable_list(num_parts);
+    for (size_t part = 0; part < num_parts; ++part) {
+      if (!dbuffers[part].defined()) {  // a second derivative, say, which reaches rotated rows and not the output
+        if (!drotated[part]) continue;
+        dbuffers[part] = at::zeros_like(buffers[part]);
+      }
+      if (normalised[part]) {
+        if (drotated[part]) {
+          first_heads(dbuffers[part], call.shapes[part], call.normalised[part]).add_(drotated[part]->flatten(2, 3));
+        }
+        normalise_back(buffers[part], dbuffers[part], call.shapes[part], call.normalised[part], freqs[part],
+                       call.tokens[part]);
+      } else if (freqs[part]) {
+        if (drotated[part]) dbuffers[part].add_(*drotated[part]);
+        rotate_in_place(dbuffers[part], call.shapes[part], call.rotated[part], *freqs[part], call.tokens[part], true);
+      }
+      result[part] = dbuffers[part];
+    }
+    return result;
+  }
+
+ private:
+  // Gradients of all buffers as they went into the attention, by one of the kernels; in their place where it may.
+  static variable_list attend_back(AutogradContext* ctx, const variable_list& saved, AttendState& state,
+                                   const variable_list& buffers, const OptionalTensors& freqs,
+                                   const OptionalTensors& normalised, const Tensor& dout) {
+    const PackedCall& call = state.call;
+    const size_t num_parts = buffers.size();
+    const std::optional<Tensor> mask = optional_tensor(saved[2]), seed = optional_tensor(saved[3]);
     // Outputs are those buffers that were rotated. The projection that took the output has run by now, and holds it no
     // more. What was normalised is needed behind the kernels.
     bool may_overwrite_buffers = state.memory.may_be_given<AttendInPlace>(ctx);
@@ -217,20 +247,7 @@ struct AttendInPlace : torch::autograd::Function<AttendInPlace> {
       op.call(dheads, std::nullopt, qkv[0], qkv[1], qkv[2], heads, saved[1], call.segments(), call.softmax_scale, mask,
               call.dropout_p, seed, dqkv[0], dqkv[1], dqkv[2]);
     }
-    for (size_t part = 0; part < num_parts; ++part) {
-      if (normalised[part]) {
-        if (drotated[part]) {
-          first_heads(dbuffers[part], call.shapes[part], call.normalised[part]).add_(drotated[part]->flatten(2, 3));
-        }
-        normalise_back(buffers[part], dbuffers[part], call.shapes[part], call.normalised[part], freqs[part],
-                       call.tokens[part]);
-      } else if (freqs[part]) {
-        if (drotated[part]) dbuffers[part].add_(*drotated[part]);
-        rotate_in_place(dbuffers[part], call.shapes[part], call.rotated[part], *freqs[part], call.tokens[part], true);
-      }
-      result[part] = dbuffers[part];
-    }
-    return result;
+    return dbuffers;
   }
 };
 
