@@ -17,9 +17,11 @@ pytestmark = [pytest.mark.gpu, pytest.mark.parametrize("device", ["cuda"], indir
 FP16, BF16, FP32 = torch.float16, torch.bfloat16, torch.float32
 MODES = {"fp16": (FP16, "highest"), "bf16": (BF16, "highest"), "fp32": (FP32, "highest"), "tf32": (FP32, "high")}
 
-# Widths of queries and keys, and of values: for every width of a kernel a pair, down to the last slab of columns; and
-# two that lack a whole slab, which Hopper's kernels do not load.
-WIDTHS = [(32, 8), (64, 16), (96, 72), (128, 72), (192, 136), (256, 200), (40, 64), (72, 88), (72, 64), (24, 96)]
+# Widths of queries and keys, and of values: for every width of a kernel a pair whose tiles have equally many slabs of
+# columns, and pairs of which one lacks slabs that the other has.
+OF_EQUAL_SLABS = [(32, 8), (64, 16), (96, 72), (128, 72), (192, 136), (256, 200), (40, 64), (72, 88)]
+OF_OTHER_SLABS = [(80, 64), (24, 96), (128, 64), (8, 128), (192, 64), (104, 192), (256, 56), (136, 256)]
+WIDTHS = OF_EQUAL_SLABS + OF_OTHER_SLABS
 
 
 @pytest.fixture(params=MODES.values(), ids=MODES)
@@ -39,15 +41,32 @@ def order(request):
     torch.use_deterministic_algorithms(False)
 
 
+def kernel_width(head_dim: int, head_dim_v: int, dtype: torch.dtype, *, backward: bool) -> int | None:
+    """The columns of the Hopper kernel that serves such widths, if one does."""
+    kernels = (32, 64, 96, 128, 192, 256) if dtype != FP32 else (64,) if backward else (64, 128)
+    least = 8 if dtype != FP32 else 40
+    widest = max(head_dim, head_dim_v)
+    if head_dim % 8 or head_dim_v % 8 or widest < least:
+        return None
+    return min((kernel for kernel in kernels if kernel >= widest), default=None)
+
+
 def is_served(case: Case, *, backward: bool) -> bool:
     """Whether Hopper's kernels say that they serve such a call."""
-    widths = case.head_dim, case.head_dim_v or case.head_dim
-    kernels = (32, 64, 96, 128, 192, 256) if case.dtype != FP32 else (64, 128)
-    least, most = (8, 256) if case.dtype != FP32 else (40, 64 if backward else 128)
-    if any(width % 8 for width in widths) or not least <= max(widths) <= most:
-        return False
-    kernel = min(kernel for kernel in kernels if kernel >= max(widths))
-    return min(widths) > kernel - (64 if kernel % 64 == 0 else 32)  # each has a column in the last slab
+    return kernel_width(case.head_dim, case.head_dim_v or case.head_dim, case.dtype, backward=backward) is not None
+
+
+def slabs(kernel: int, width: int) -> int:
+    """How many of the slabs of a kernel's tile hold columns of a tensor."""
+    return -(-width // (64 if kernel % 64 == 0 else 32))
+
+
+def leave_nan(dtype: torch.dtype, device: torch.device) -> None:
+    """Lets kernels of every width fill shared memory with NaN, which stays there for the next ones."""
+    for width in (256, 128, 96) if dtype != FP32 else (128, 64):
+        case = Case((4096,), "a>a", num_heads=8, head_dim=width, dtype=dtype)
+        poison = torch.full((1, 4096, 8, width), torch.nan, dtype=dtype, device=device)
+        torch.ops.mixed_attention.forward(poison, poison, poison, case.plan.flat(), case.scale, None)
 
 
 @pytest.mark.parametrize("head_dim", range(8, 257, 8))
@@ -58,6 +77,20 @@ def test_every_width(head_dim, dtype, order, device):
         case = Case((77, 130, 65), "a>b bc>ac", num_heads=2, head_dim=head_dim, head_dim_v=head_dim_v, dtype=dtype)
         check(case, device)
         check(case.with_(layout="spaced", batch_size=2, shared=rng.choice(["", "k", "v", "kv"])), device)
+
+
+@pytest.mark.parametrize("head_dim", range(8, 257, 8))
+def test_every_pair_of_other_slabs(head_dim, dtype, device):
+    """NaN lies behind the columns of every row, and in shared memory wherever no copy brings anything."""
+    for head_dim_v in range(8, 257, 8):
+        kernel = kernel_width(head_dim, head_dim_v, dtype, backward=False)
+        if kernel is None or slabs(kernel, head_dim) == slabs(kernel, head_dim_v):
+            continue
+        widths = {"head_dim": head_dim, "head_dim_v": head_dim_v}
+        case = Case((77, 130, 65), "a>b bc>ac", 2, num_heads=2, layout="spaced", dtype=dtype, **widths)
+        inputs = make_inputs(case, device)
+        leave_nan(dtype, device)
+        judge(run(inputs), inputs)
 
 
 def many_groups(count: int) -> Case:
@@ -149,7 +182,7 @@ def kernels_of(function) -> set[str]:
 
 @pytest.mark.parametrize(("head_dim", "head_dim_v"), [*WIDTHS, (64, 20), (20, 8), (64, 100)])
 def test_who_serves_it_is_what_a_plan_says(head_dim, head_dim_v, dtype, device):
-    """Of v as a slice of a wider projection; narrower values of odd widths are filled up first."""
+    """Values are slices of a wider projection; narrower ones of odd widths are filled up first."""
     if torch.cuda.get_device_capability(device) != (9, 0):
         pytest.skip("the device has no kernels of its own")
     case = Case((300, 200), "a>ab b>b", num_heads=2, head_dim=head_dim, head_dim_v=head_dim_v, dtype=dtype)
@@ -181,7 +214,10 @@ def test_deterministic_gradients_have_equal_bits(head_dim, head_dim_v, dtype, de
 
 @pytest.mark.sanitizer
 @pytest.mark.parametrize("mask", [None, "random"])
-@pytest.mark.parametrize(("head_dim", "head_dim_v"), [(32, 8), (72, 64), (128, 8), (192, 72), (24, 40)])
+@pytest.mark.parametrize(
+    ("head_dim", "head_dim_v"),
+    [(32, 8), (80, 64), (128, 8), (8, 128), (192, 56), (56, 192), (256, 8), (72, 256), (24, 40)],
+)
 def test_small(head_dim, head_dim_v, mask, dtype, order, device):
     widths = {"head_dim": head_dim, "head_dim_v": head_dim_v}
     check(Case((33, 70), "a>ab b>a", 2, num_heads=2, mask=mask, dtype=dtype, **widths), device)

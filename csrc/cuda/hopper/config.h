@@ -87,6 +87,13 @@ auto with_fwd_kernel(const FwdParams& params, const Visit& visit) {
 // MMAs would take for work.
 constexpr int slab_columns(int head_dim) { return head_dim % kSlabColumns == 0 ? kSlabColumns : kSlabColumns / 2; }
 
+// True if a slab of a tile holds columns of a tensor that has so many. Copies bring such slabs alone: one from behind
+// the last column faults now and then. The others are zeros from the start of a block on (clear_missing_slabs).
+template <int kHeadDim>
+constexpr bool has_slab(int slab, int columns) {
+  return slab == 0 || slab * slab_columns(kHeadDim) < columns;
+}
+
 // How a forward kernel is cut. Registers are a thread's: the sum over all warpgroups may not exceed what the launch
 // gives, 65536 a block.
 struct FwdTuning {

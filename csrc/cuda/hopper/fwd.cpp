@@ -30,24 +30,6 @@ Layout layout_fwd(const FwdParams& params, const FwdPlan& plan) {
   return layout;
 }
 
-// Why a tensor is too narrow beside a wider one, if it is. A tile comes in slabs of columns, each of which must hold
-// one of the tensor: copies of none at all fault now and then. They seem to touch where a clipped map begins, in front
-// of the tensor (plan/tensor_map.h), which may be nobody's memory.
-std::string refusal_of_narrow(const Problem& problem) {
-  const auto columns_before_last_slab = []<int kHeadDim>() { return kHeadDim - slab_columns(kHeadDim); };
-  const int64_t widest = widest_head_dim(problem);
-  const int before = problem.dtype == DType::kFloat32
-                         ? with_head_dim_of<kFp32HeadDims>(widest, columns_before_last_slab)
-                         : with_head_dim_of<kFwdHeadDims>(widest, columns_before_last_slab);
-  const auto refusal = [&](const char* name, int64_t head_dim) -> std::string {
-    if (head_dim > before) return "";
-    return name + (" is " + std::to_string(head_dim)) + ", beside " + std::to_string(widest) + " not above " +
-           std::to_string(before);
-  };
-  std::string why = refusal("head_dim", problem.head_dim);
-  return why.empty() ? refusal("head_dim of v", problem.head_dim_v) : why;
-}
-
 }  // namespace
 
 std::string refusal_fwd(const Problem& problem) {
@@ -63,8 +45,7 @@ std::string refusal_fwd(const Problem& problem) {
            " from " + std::to_string(least_of_own) + " to " + std::to_string(most);
   };
   if (std::string why = refusal("head_dim", problem.head_dim); !why.empty()) return why;
-  if (std::string why = refusal("head_dim of v", problem.head_dim_v); !why.empty()) return why;
-  return refusal_of_narrow(problem);
+  return refusal("head_dim of v", problem.head_dim_v);
 }
 
 const char* refusal_of_fwd(const FwdParams& params) {

@@ -1,5 +1,6 @@
 // Work is done once: for random plans the walk of every kernel, that of the device itself run by the host, visits every
 // (sequence, head, query, key) as often as the plan lists it and nothing else, and what it writes has one place each.
+// For every pair of widths, copies bring what is expected of them.
 //
 // walks [number of plans] [seed of the first]: prints a seed that fails, and a smaller plan that still does.
 #include <atomic>
@@ -66,6 +67,12 @@ int main(int num_arguments, char** arguments) {
       }
     }
   };
+  try {
+    walks::check_copies();
+  } catch (const std::exception& error) {
+    std::printf("FAIL copies on Hopper: %s\n", error.what());
+    return 1;
+  }
   for (const Check& check : kChecks) {
     if (check.most_rows == 0 || num_plans <= kPlans) continue;
     for (const Problem& problem : walks::largest_problems(check.most_rows)) {

@@ -84,4 +84,7 @@ void check_hopper_bwd(const Problem& problem);
 void check_portable(const Problem& problem);
 void check_cpu(const Problem& problem);
 
+// Copies of Hopper's kernels, for every pair of widths; throws a Failure.
+void check_copies();
+
 }  // namespace walks

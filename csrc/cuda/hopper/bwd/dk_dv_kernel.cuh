@@ -112,8 +112,8 @@ __device__ inline void consume(const DkDvParams<Config>& params, DkDvSharedStora
         const Element* rows = shared.k + buffer + first_row * kHeadDim;
         is_rare = is_rare_item(consumer, sees_infinity<Element, Config::kRowBytes>(rows) || is_rare);
       }
-      k.load(first_row);
-      v.load(first_row);
+      k.load(first_row, params.head_dim);
+      v.load(first_row, params.head_dim_v);
       // Scores of the first tile
       const QRing first{num_used};
       const DoutRing first_dout{num_used};
@@ -245,6 +245,7 @@ __global__ void __launch_bounds__(Config::kThreads, 1)
   extern __shared__ __align__(1024) unsigned char memory[];
   DkDvSharedStorage<Config>& shared = *reinterpret_cast<DkDvSharedStorage<Config>*>(memory);
 
+  clear_missing_input_slabs<Config>(params, shared);
   const auto prepare = [&] {
     prefetch_input_maps(params);
     init_barriers(shared);

@@ -173,6 +173,7 @@ __global__ void __launch_bounds__(Config::kThreads, 1) hopper_dq_kernel(const __
   extern __shared__ __align__(1024) unsigned char memory[];
   DqSharedStorage<Config>& shared = *reinterpret_cast<DqSharedStorage<Config>*>(memory);
 
+  clear_missing_input_slabs<Config>(params, shared);
   const auto prepare = [&] {
     prefetch_input_maps(params);
     init_key_barriers<Config>(shared, Config::kIsMasked ? 2 : 1);

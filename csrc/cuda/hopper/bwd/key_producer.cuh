@@ -31,7 +31,8 @@ __device__ inline void init_key_barriers(SharedStorage& shared, int num_key_prod
 template <typename Config, typename Params, typename SharedStorage>
 __device__ inline void produce_keys(const Params& params, SharedStorage& shared) {
   constexpr int kBlockM = Config::kBlockM, kBlockN = Config::kBlockN;
-  using Limbs = LimbLoads<Config::kHeadDim, Config::kLimbs>;
+  using Loads = TileLoads<Config::kHeadDim, Config::kLimbs>;
+  const Loads qk{params.head_dim}, v{params.head_dim_v};  // the latter also of output gradients
   const LimbSteps steps = limb_steps(params);
   uint32_t num_loaded = 0;  // key tiles, over all items
   uint32_t q_parity = 1;
@@ -40,24 +41,26 @@ __device__ inline void produce_keys(const Params& params, SharedStorage& shared)
     if (num_tiles == 0) continue;
 
     // Queries and output gradients
-    ptx::Mbarrier& q_full = begin_copy(shared.q_pipe, q_parity, 2 * Config::kTileBytesM);
+    ptx::Mbarrier& q_full =
+        begin_copy(shared.q_pipe, q_parity, qk.template bytes<kBlockM>() + v.template bytes<kBlockM>());
     q_parity ^= 1;
-    Limbs::template load<kBlockM>(shared.q, params.q, q_full, item.row_begin, item.head,
-                                  item.batch * params.q_batch_step, steps.q);
-    Limbs::template load<kBlockM>(shared.dout, params.dout, q_full, item.row_begin, item.head,
-                                  item.batch * params.dout_batch_step, steps.dout);
+    qk.template load<kBlockM>(shared.q, params.q, q_full, item.row_begin, item.head, item.batch * params.q_batch_step,
+                              steps.q);
+    v.template load<kBlockM>(shared.dout, params.dout, q_full, item.row_begin, item.head,
+                             item.batch * params.dout_batch_step, steps.dout);
 
     // Keys and values
     KeyTileIterator<kBlockN> keys(item);
     for (int i = 0; i < num_tiles; ++i, ++num_loaded) {
       const KeyTile tile = keys.next();
-      const auto load = [&](auto use, auto& ring, auto& pipe, const CUtensorMap& map, int batch_step, int limb_step) {
-        ptx::Mbarrier& full = begin_copy(pipe, use, Config::kTileBytesN);
-        Limbs::template load_clipped<kBlockN>(ring[use.stage()], map, full, tile.row_begin, tile.num_rows, item.head,
-                                              item.batch * batch_step, limb_step);
+      const auto load = [&](const Loads& loads, auto use, auto& ring, auto& pipe, const CUtensorMap& map,
+                            int batch_step, int limb_step) {
+        ptx::Mbarrier& full = begin_copy(pipe, use, loads.template bytes<kBlockN>());
+        loads.template load_clipped<kBlockN>(ring[use.stage()], map, full, tile.row_begin, tile.num_rows, item.head,
+                                             item.batch * batch_step, limb_step);
       };
-      load(RingUse<Config::kStagesK>{num_loaded}, shared.k, shared.k_pipe, params.k, params.k_batch_step, steps.k);
-      load(RingUse<Config::kStagesV>{num_loaded}, shared.v, shared.v_pipe, params.v, params.v_batch_step, steps.v);
+      load(qk, RingUse<Config::kStagesK>{num_loaded}, shared.k, shared.k_pipe, params.k, params.k_batch_step, steps.k);
+      load(v, RingUse<Config::kStagesV>{num_loaded}, shared.v, shared.v_pipe, params.v, params.v_batch_step, steps.v);
     }
   }
 }

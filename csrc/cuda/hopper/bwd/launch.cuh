@@ -190,6 +190,7 @@ DqKernelParams make_dq_params(const BwdParams& params, const BwdWorkspace& works
       .references = workspace.references,
       .seqlen_q = params.seqlen_q,
       .head_dim = static_cast<int>(params.head_dim),
+      .head_dim_v = static_cast<int>(params.head_dim_v),
       .key_mask_bits = workspace.masked_keys.key_mask_bits,
       .key_mask_step = workspace.masked_keys.key_mask_step(),
       .softmax_scale = static_cast<float>(params.softmax_scale),

@@ -20,18 +20,19 @@ namespace mixed_attention::cuda::hopper {
 template <typename Config>
 __device__ inline void produce_listed_keys(const ListedDkDvKernelParams& params, DkDvSharedStorage<Config>& shared) {
   constexpr int kBlockN = Config::kBlockN, kHeadDim = Config::kHeadDim;
+  const TileLoads<kHeadDim, 1> k{params.head_dim}, v{params.head_dim_v};
   RingUse<Config::kKeyBuffers> kv{0};
   for (ListedItems items(shared.items); items.next<true>();) {
     const ListedItem& item = items.item();  // read where it is wanted, as registers are few
     if (item.num_tiles == 0) continue;
-    ptx::Mbarrier& kv_full = begin_copy(shared.kv_pipe, kv, 2 * Config::kTileBytesN);
+    ptx::Mbarrier& kv_full = begin_copy(shared.kv_pipe, kv, k.template bytes<kBlockN>() + v.template bytes<kBlockN>());
     const int num_keys = min(kBlockN, item.row_end - item.row_begin);
     const int buffer = kv.stage() * kBlockN * kHeadDim;
     ++kv.count;
-    load_clipped_rows<kBlockN, kHeadDim>(shared.k + buffer, params.k, kv_full, item.row_begin, num_keys, item.head,
-                                         item.batch * params.k_batch_step);
-    load_clipped_rows<kBlockN, kHeadDim>(shared.v + buffer, params.v, kv_full, item.row_begin, num_keys, item.head,
-                                         item.batch * params.v_batch_step);
+    k.template load_clipped<kBlockN>(shared.k + buffer, params.k, kv_full, item.row_begin, num_keys, item.head,
+                                     item.batch * params.k_batch_step, 0);
+    v.template load_clipped<kBlockN>(shared.v + buffer, params.v, kv_full, item.row_begin, num_keys, item.head,
+                                     item.batch * params.v_batch_step, 0);
   }
 }
 
@@ -40,22 +41,24 @@ template <typename Config>
 __device__ inline void produce_listed_queries(const ListedDkDvKernelParams& params, DkDvSharedStorage<Config>& shared) {
   constexpr int kBlockM = Config::kBlockM, kHeadDim = Config::kHeadDim;
   constexpr int kQStatsBytes = sizeof(shared.q_stats[0]), kDoutStatsBytes = sizeof(shared.dout_stats[0]);
+  const TileLoads<kHeadDim, 1> q_loads{params.head_dim}, dout_loads{params.head_dim_v};
   uint32_t num_loaded = 0;  // query tiles, over all items
   for (ListedItems items(shared.items); items.next<true>();) {
     const ListedItem& item = items.item();
     if (item.num_tiles == 0) continue;
-    const int64_t first_tile = (int64_t{item.batch} * params.table.num_heads + item.head) * params.stats.num_tiles;
+    // Fewer registers than 64 bits take; blocks of the kernel that makes the statistics are as many.
+    const int first_tile = (item.batch * params.table.num_heads + item.head) * params.stats.num_tiles;
     ListedQueryIterator queries(params.table.runs, item.first_run, item.is_first(), item.is_last());
     for (int i = 0; i < item.num_tiles; ++i, ++num_loaded) {
       const QueryTile tile = queries.next();
-      const int64_t stats = (first_tile + tile.index) * kStatsTileFloats;
+      const auto stats = [&] { return int64_t{first_tile + tile.index} * kStatsTileFloats; };
 
       // Queries
       const RingUse<Config::kStagesQ> q{num_loaded};
-      ptx::Mbarrier& q_full = begin_copy(shared.q_pipe, q, Config::kTileBytesM + kQStatsBytes);
-      load_clipped_rows<kBlockM, kHeadDim>(shared.q[q.stage()], params.q, q_full, tile.row_begin, tile.num_rows,
-                                           item.head, item.batch * params.q_batch_step);
-      ptx::load_bytes(&shared.q_stats[q.stage()], params.stats.lse_log2 + stats, q_full, kQStatsBytes);
+      ptx::Mbarrier& q_full = begin_copy(shared.q_pipe, q, q_loads.template bytes<kBlockM>() + kQStatsBytes);
+      q_loads.template load_clipped<kBlockM>(shared.q[q.stage()], params.q, q_full, tile.row_begin, tile.num_rows,
+                                             item.head, item.batch * params.q_batch_step, 0);
+      ptx::load_bytes(&shared.q_stats[q.stage()], params.stats.lse_log2 + stats(), q_full, kQStatsBytes);
 
       // What becomes of their dq. Its place is free: whoever reads it is fewer visits behind than there are places.
       if constexpr (Config::kAddsDq) {
@@ -66,10 +69,11 @@ __device__ inline void produce_listed_queries(const ListedDkDvKernelParams& para
 
       // Output gradients
       const RingUse<Config::kStagesDout> dout{num_loaded};
-      ptx::Mbarrier& dout_full = begin_copy(shared.dout_pipe, dout, Config::kTileBytesM + kDoutStatsBytes);
-      load_clipped_rows<kBlockM, kHeadDim>(shared.dout[dout.stage()], params.dout, dout_full, tile.row_begin,
-                                           tile.num_rows, item.head, item.batch * params.dout_batch_step);
-      ptx::load_bytes(&shared.dout_stats[dout.stage()], params.stats.delta + stats, dout_full, kDoutStatsBytes);
+      ptx::Mbarrier& dout_full =
+          begin_copy(shared.dout_pipe, dout, dout_loads.template bytes<kBlockM>() + kDoutStatsBytes);
+      dout_loads.template load_clipped<kBlockM>(shared.dout[dout.stage()], params.dout, dout_full, tile.row_begin,
+                                                tile.num_rows, item.head, item.batch * params.dout_batch_step, 0);
+      ptx::load_bytes(&shared.dout_stats[dout.stage()], params.stats.delta + stats(), dout_full, kDoutStatsBytes);
     }
   }
 }

@@ -26,9 +26,12 @@ class OwnRows {
     shared_ = operand(tile, first_row);
   }
 
-  // Loads the rows as soon as the tile of an item is there; first_row is that of this warp in it.
-  __device__ void load(int first_row) {
-    if constexpr (kKeptColumns > 0) load_row_operand<Config::kRowBytes, Config::kSlabBytesN>(kept_, tile_, first_row);
+  // Loads the rows, of so many columns, as soon as the tile of an item is there; first_row is that of this warp in it.
+  __device__ void load(int first_row, int columns) {
+    if constexpr (kKeptColumns > 0) {
+      load_row_operand<Config::kRowBytes, Config::kSlabBytesN>(
+          kept_, tile_, first_row, [&](int slab) { return has_slab<Config::kHeadDim>(slab, columns); });
+    }
   }
 
   // Issues their MMAs with queries or output gradients: s, or, with kAdds, dp on top of what the result holds.

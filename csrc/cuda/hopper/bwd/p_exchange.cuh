@@ -2,6 +2,7 @@
 // accumulators, so that each thread reads what its counterpart wrote, 16 bytes at a time.
 //
 // Two buffers take turns. They lie where the first columns of k and of v were, which both warpgroups have in registers.
+// Slabs there that no copy brings do not stay zeros: OwnRows::load reads none of them.
 //
 // Who signals whom: p_full by one arrival of every warp that writes, p_empty by one of every warp that reads. The first
 // p of an item waits for kv_kept beside, one arrival of every consumer warp.

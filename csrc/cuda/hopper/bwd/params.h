@@ -184,7 +184,7 @@ struct DqKernelParams {
   const float* delta;              // likewise
   const RowReference* references;  // likewise
   int64_t seqlen_q;
-  int head_dim;
+  int head_dim, head_dim_v;
   const uint32_t* key_mask_bits;  // (num_sequences, num_words): mask.h; null without a mask
   int key_mask_step;
   float softmax_scale, softmax_scale_log2;

@@ -40,7 +40,8 @@ template <typename Config, typename Params, typename SharedStorage>
 __device__ inline void produce_queries(const Params& params, SharedStorage& shared) {
   constexpr int kBlockM = Config::kBlockM, kBlockN = Config::kBlockN;
   constexpr int kQStatsBytes = sizeof(shared.q_stats[0]), kDoutStatsBytes = sizeof(shared.dout_stats[0]);
-  using Limbs = LimbLoads<Config::kHeadDim, Config::kLimbs>;
+  using Loads = TileLoads<Config::kHeadDim, Config::kLimbs>;
+  const Loads qk{params.head_dim}, v{params.head_dim_v};  // the latter also of output gradients
   const LimbSteps steps = limb_steps(params);
   uint32_t num_loaded = 0;  // query tiles, over all items
   uint32_t kv_parity = 1;
@@ -48,13 +49,14 @@ __device__ inline void produce_queries(const Params& params, SharedStorage& shar
     if (QueryShare<Config>(item.tiles()).count == 0) continue;
 
     // Keys and values
-    ptx::Mbarrier& kv_full = begin_copy(shared.kv_pipe, kv_parity, 2 * Config::kTileBytesN);
+    ptx::Mbarrier& kv_full =
+        begin_copy(shared.kv_pipe, kv_parity, qk.template bytes<kBlockN>() + v.template bytes<kBlockN>());
     kv_parity ^= 1;
     const int num_keys = min(kBlockN, item.tiles().row_end - item.row_begin);
-    Limbs::template load_clipped<kBlockN>(shared.k, params.k, kv_full, item.row_begin, num_keys, item.head,
-                                          item.batch * params.k_batch_step, steps.k);
-    Limbs::template load_clipped<kBlockN>(shared.v, params.v, kv_full, item.row_begin, num_keys, item.head,
-                                          item.batch * params.v_batch_step, steps.v);
+    qk.template load_clipped<kBlockN>(shared.k, params.k, kv_full, item.row_begin, num_keys, item.head,
+                                      item.batch * params.k_batch_step, steps.k);
+    v.template load_clipped<kBlockN>(shared.v, params.v, kv_full, item.row_begin, num_keys, item.head,
+                                     item.batch * params.v_batch_step, steps.v);
 
     const int64_t first_tile = (int64_t{item.batch} * params.table.num_heads + item.head) * params.stats.num_tiles;
     QueryWalk<Config> walk(params.table, item);
@@ -64,16 +66,16 @@ __device__ inline void produce_queries(const Params& params, SharedStorage& shar
 
       // Queries
       const RingUse<Config::kStagesQ> q{num_loaded};
-      ptx::Mbarrier& q_full = begin_copy(shared.q_pipe, q, Config::kTileBytesM + kQStatsBytes);
-      Limbs::template load_clipped<kBlockM>(shared.q[q.stage()], params.q, q_full, tile.row_begin, tile.num_rows,
-                                            item.head, item.batch * params.q_batch_step, steps.q);
+      ptx::Mbarrier& q_full = begin_copy(shared.q_pipe, q, qk.template bytes<kBlockM>() + kQStatsBytes);
+      qk.template load_clipped<kBlockM>(shared.q[q.stage()], params.q, q_full, tile.row_begin, tile.num_rows, item.head,
+                                        item.batch * params.q_batch_step, steps.q);
       ptx::load_bytes(&shared.q_stats[q.stage()], q_stats_of(params.stats, stats), q_full, kQStatsBytes);
 
       // Output gradients
       const RingUse<Config::kStagesDout> dout{num_loaded};
-      ptx::Mbarrier& dout_full = begin_copy(shared.dout_pipe, dout, Config::kTileBytesM + kDoutStatsBytes);
-      Limbs::template load_clipped<kBlockM>(shared.dout[dout.stage()], params.dout, dout_full, tile.row_begin,
-                                            tile.num_rows, item.head, item.batch * params.dout_batch_step, steps.dout);
+      ptx::Mbarrier& dout_full = begin_copy(shared.dout_pipe, dout, v.template bytes<kBlockM>() + kDoutStatsBytes);
+      v.template load_clipped<kBlockM>(shared.dout[dout.stage()], params.dout, dout_full, tile.row_begin, tile.num_rows,
+                                       item.head, item.batch * params.dout_batch_step, steps.dout);
       ptx::load_bytes(&shared.dout_stats[dout.stage()], dout_stats_of(params.stats, stats), dout_full, kDoutStatsBytes);
     }
   }

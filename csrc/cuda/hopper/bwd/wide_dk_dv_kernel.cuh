@@ -125,7 +125,7 @@ __device__ inline void own_dv(const DkDvKernelParams& params, WideDkDvSharedStor
 
       // Keys into registers, and p of the first tile
       wait_full(shared.kv_pipe, kv_parity);
-      k.load(owner.first_row);
+      k.load(owner.first_row, params.head_dim);
       sync_and_arrive_as_warp(shared.kv_kept);
       issue_scores(QRing{num_used});
       ptx::wgmma_wait<0>(s);
@@ -196,7 +196,7 @@ __device__ inline void own_dk(const DkDvKernelParams& params, WideDkDvSharedStor
       // Values into registers, and ds of the first tile
       wait_full(shared.kv_pipe, kv_parity);
       kv_parity ^= 1;
-      v.load(owner.first_row);
+      v.load(owner.first_row, params.head_dim_v);
       sync_and_arrive_as_warp(shared.kv_kept);
       issue_dp(DoutRing{num_used});
       ptx::wgmma_wait<0>(dp);
@@ -232,6 +232,7 @@ __global__ void __launch_bounds__(Config::kThreads, 1)
   extern __shared__ __align__(1024) unsigned char memory[];
   WideDkDvSharedStorage<Config>& shared = *reinterpret_cast<WideDkDvSharedStorage<Config>*>(memory);
 
+  clear_missing_input_slabs<Config>(params, shared);
   const auto prepare = [&] {
     prefetch_input_maps(params);
     init_input_barriers<Config>(shared, Config::kConsumers * kWarpgroup / 32);

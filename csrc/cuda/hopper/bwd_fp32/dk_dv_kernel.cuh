@@ -186,6 +186,7 @@ __global__ void __launch_bounds__(Config::kThreads, 1)
   extern __shared__ __align__(1024) unsigned char memory[];
   Fp32DkDvSharedStorage<Config>& shared = *reinterpret_cast<Fp32DkDvSharedStorage<Config>*>(memory);
 
+  clear_missing_input_slabs<Config>(params, shared);
   const auto prepare = [&] {
     prefetch_input_maps(params);
     init_input_barriers<Config>(shared, Config::kConsumers * kWarpgroup / 32);

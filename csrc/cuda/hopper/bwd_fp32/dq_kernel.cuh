@@ -199,6 +199,7 @@ __global__ void __launch_bounds__(Config::kThreads, 1)
   extern __shared__ __align__(1024) unsigned char memory[];
   Fp32DqSharedStorage<Config>& shared = *reinterpret_cast<Fp32DqSharedStorage<Config>*>(memory);
 
+  clear_missing_input_slabs<Config>(params, shared);
   const auto prepare = [&] {
     prefetch_input_maps(params);
     init_key_barriers<Config>(shared, 2);

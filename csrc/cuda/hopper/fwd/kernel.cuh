@@ -22,6 +22,7 @@
 #include "cuda/hopper/fwd/epilogue.cuh"
 #include "cuda/hopper/fwd/mma.cuh"
 #include "cuda/hopper/fwd/params.h"
+#include "cuda/hopper/fwd/producer.cuh"
 #include "cuda/hopper/fwd/repair.cuh"
 #include "cuda/hopper/fwd/softmax.cuh"
 #include "cuda/hopper/fwd/tile_row_scales.cuh"
@@ -49,57 +50,6 @@ __device__ inline void init_barriers(FwdSharedStorage<Config>& shared) {
   ptx::mbarrier_init(shared.finished, kConsumerWarps);
   shared.has_overflowed = 0;
   ptx::mbarrier_fence_init();
-}
-
-// Counts what a producer has loaded, over all work items: key tiles and tiles of queries.
-template <typename Config>
-struct Loaded {
-  uint32_t num_key_tiles = 0;
-  RingUse<Config::kQueryBuffers> q{0};
-};
-
-template <typename Config>
-__device__ inline void produce(const FwdKernelParams& params, FwdSharedStorage<Config>& shared,
-                               Loaded<Config>& loaded) {
-  using Ring = RingUse<Config::kStages>;
-  using Limbs = LimbLoads<Config::kHeadDim, Config::kLimbs>;
-  uint32_t& num_loaded = loaded.num_key_tiles;
-  auto& q = loaded.q;
-  for (Walk<Config> items(params.table); items.next_with_keys(); ++q.count) {
-    const TileShare share = items.share();
-    const ItemRows queries = items.rows();
-
-    const auto load_key_tile = [&](typename Config::Factor* buffer, const CUtensorMap& map, ptx::Mbarrier& full,
-                                   KeyTile tile, int batch_step, int limb_step) {
-      Limbs::template load_clipped<Config::kBlockN>(buffer, map, full, tile.row_begin, tile.num_rows, queries.head,
-                                                    queries.batch * batch_step, limb_step);
-    };
-    const auto load_k = [&](KeyTile tile, Ring use) {
-      load_key_tile(shared.k[use.stage()], params.k, begin_copy(shared.k_pipe, use, Config::kTileBytesN), tile,
-                    params.k_batch_step, params.row_scales.k_limb_step);
-    };
-    const auto load_v = [&](KeyTile tile, Ring use) {
-      load_key_tile(shared.v[use.stage()], params.v, begin_copy(shared.v_pipe, use, Config::kTileBytesN), tile,
-                    params.v_batch_step, params.row_scales.v_limb_step);
-    };
-
-    // In the order in which the consumers need them: keys run one tile ahead of values.
-    KeyTileIterator<Config::kBlockN> keys(items, share.begin);
-    KeyTile tile = keys.next();
-    load_k(tile, Ring{num_loaded});
-    Limbs::template load<Config::kBlockM>(
-        shared.q[q.stage()], params.q, begin_copy(shared.q_pipe, q, Config::kTileBytesM), queries.row_begin,
-        queries.head, queries.batch * params.q_batch_step, params.row_scales.q_limb_step);
-    for (int i = share.begin + 1; i < share.end; ++i) {
-      const KeyTile next = keys.next();
-      load_k(next, Ring{num_loaded + 1});
-      load_v(tile, Ring{num_loaded});
-      tile = next;
-      ++num_loaded;
-    }
-    load_v(tile, Ring{num_loaded});
-    ++num_loaded;
-  }
 }
 
 // Under a mask a second thread follows the first and brings the bits of the key tiles.
@@ -291,6 +241,7 @@ __global__ void __launch_bounds__(Config::kThreads, Config::kBlocks)
   extern __shared__ __align__(1024) unsigned char memory[];
   FwdSharedStorage<Config>& shared = *reinterpret_cast<FwdSharedStorage<Config>*>(memory);
 
+  clear_missing_slabs(params, shared);
   const auto prepare = [&] {
     ptx::prefetch_tensor_map(params.q);
     ptx::prefetch_tensor_map(params.k);

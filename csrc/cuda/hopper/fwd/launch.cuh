@@ -37,6 +37,7 @@ FwdKernelParams make_fwd_kernel_params(const FwdParams& params, const FwdPlan& p
       .out_strides = params.out_strides,
       .seqlen_q = params.seqlen_q,
       .head_dim_v = static_cast<int>(params.head_dim_v),
+      .head_dim = static_cast<int>(params.head_dim),
       .partial_out = plan.partial_out,
       .row_lses = plan.row_lses,
       .key_mask_bits = plan.masked_keys.key_mask_bits,

@@ -28,7 +28,7 @@ struct FwdKernelParams {
   float* lse;  // (batch_size, num_heads, seqlen_q)
   Strides out_strides;
   int64_t seqlen_q;
-  int head_dim_v;                 // at most the kernel's head_dim
+  int head_dim_v, head_dim;       // at most the kernel's head_dim
   float* partial_out;             // (splits, kBlockM, head_dim_v): FwdPlan; null without splits
   RowLse* row_lses;               // (splits, kBlockM), likewise
   const uint32_t* key_mask_bits;  // (num_sequences, num_words): mask.h; null without a mask

@@ -20,17 +20,20 @@ __device__ inline int swizzled(int offset) {
   return offset ^ (offset / 8 & (kRowBytes - 16));
 }
 
-// This warp's 16 rows from first_row on, as operand a.
-template <int kRowBytes, int kSlabBytes, int kWords>
-__device__ inline void load_row_operand(uint32_t (&operand)[kWords], const void* tile, int first_row) {
+// This warp's 16 rows from first_row on, as operand a. Slabs of which has_slab(slab) is false become zeros.
+template <int kRowBytes, int kSlabBytes, int kWords, typename HasSlab>
+__device__ inline void load_row_operand(uint32_t (&operand)[kWords], const void* tile, int first_row,
+                                        const HasSlab& has_slab) {
   const int lane = ptx::lane_anew();
   const int row = first_row + lane % 16;
 #pragma unroll
   for (int step = 0; step < kWords / 4; ++step) {
     const int column = step * kColumnStepBytes + lane / 16 * 16;
     const auto* slab = static_cast<const unsigned char*>(tile) + column / kRowBytes * kSlabBytes;
-    uint32_t words[4];
-    ptx::ldmatrix_x4(words, ptx::shared_address(slab + swizzled<kRowBytes>(row * kRowBytes + column % kRowBytes)));
+    uint32_t words[4] = {};
+    if (has_slab(step * kColumnStepBytes / kRowBytes)) {
+      ptx::ldmatrix_x4(words, ptx::shared_address(slab + swizzled<kRowBytes>(row * kRowBytes + column % kRowBytes)));
+    }
 #pragma unroll
     for (int i = 0; i < 4; ++i) operand[4 * step + i] = words[i];
   }
