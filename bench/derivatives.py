@@ -49,7 +49,7 @@ LARGEST_OF_TORCH = int(os.environ.get("MIXED_ATTENTION_BENCH_MATH_PAIRS", 2**27)
 def measure(case: Case, device: torch.device, precision: str, rounds: int) -> Iterator[Row]:
     """Times every pass in turns; a row says how many of our own forwards, or training steps, it takes.
 
-    Of a double backward it also says how many of our backwards that takes beyond the training step that it stands on.
+    A double backward's also says how many of our backwards that takes beyond the training step that it stands on.
     """
     inputs = make_inputs(case, device, dtype_of(precision))
     q, k, v = (leaf.detach() for leaf in inputs.leaves)

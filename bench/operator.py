@@ -27,7 +27,7 @@ class What:
     """What is asked for.
 
     Attributes:
-        passes: Of ``"forward"`` and ``"backward"``.
+        passes: Some of ``"forward"`` and ``"backward"``.
         rounds: How often each takes its turn.
         graphs: Whether calls are replayed from CUDA graphs too.
         data: The distributions for which errors are measured, see ``DATA``.

@@ -151,7 +151,7 @@ class Batch:
             packed: ``(1, N, ...)``.
 
         Returns:
-            Of each sample a view ``(n, ...)``.
+            A view ``(n, ...)`` of each sample.
 
         Raises:
             TypeError: If it is not a tensor.

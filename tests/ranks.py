@@ -49,7 +49,7 @@ class Ranks:
     def run(self, size: int, function: Callable[..., Any], *arguments: Any, everywhere: bool = False) -> list[Any]:
         """Calls ``function(mesh, *arguments)`` on the ranks of a mesh of some of them, a power of two.
 
-        Of the groups the function uses those of its mesh, as other ranks wait. With ``everywhere`` all meshes of that
+        The function uses no groups but those of its mesh, as other ranks wait. With ``everywhere`` all meshes of that
         size call it at once, each rank its own.
 
         Returns:

@@ -33,22 +33,22 @@ def disassemble(path: str) -> str:
 
 
 def count_exponentials(sass: str) -> tuple[int, int, int]:
-    """Counts a function's exponentials by whether a product is under way.
+    """Counts a function's exponentials by whether an MMA is in flight.
 
     Args:
         sass: the disassembly of one function.
 
     Returns:
-        Exponentials under a product, exponentials under none, scores that a thread holds of one tile.
+        Exponentials under an MMA, exponentials under none, scores that a thread holds of one tile.
     """
     hidden = exposed = scores = 0
-    under_way = False
+    in_flight = False
     for line in sass.splitlines():
         if product := SCORES.search(line):
             scores = max(scores, int(product[1]) // 2)
-        under_way = (under_way or "HGMMA" in line) and not WAIT_FOR_ALL.search(line)
-        hidden += "MUFU.EX2" in line and under_way
-        exposed += "MUFU.EX2" in line and not under_way
+        in_flight = (in_flight or "HGMMA" in line) and not WAIT_FOR_ALL.search(line)
+        hidden += "MUFU.EX2" in line and in_flight
+        exposed += "MUFU.EX2" in line and not in_flight
     return hidden, exposed, scores
 
 

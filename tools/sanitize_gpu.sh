@@ -16,7 +16,7 @@ for tool in "$@"; do
   echo "compute-sanitizer --tool $tool: ${pytest[*]}"
   if [ "$tool" = initcheck ]; then
     # It has to see who else wrote to memory, but does not see what TMA writes: to print all that reads what
-    # cuDNN wrote takes minutes, so that torch's attention is another here. Of what is found, ours alone counts.
+    # cuDNN wrote takes minutes, so that torch's attention is another here. What is found counts where it is ours alone.
     log=$(mktemp)
     TORCH_CUDNN_SDPA_DEPRIORITIZED=1 compute-sanitizer --tool initcheck --print-limit 0 "${pytest[@]}" >"$log" ||
       { tail -n 30 "$log"; exit 1; }

@@ -16,7 +16,8 @@ namespace {
 template <class... Structs>
 constexpr bool are_plain = (std::is_trivially_copyable_v<Structs> && ...);
 static_assert(are_plain<FwdParams, BwdParams, JvpParams, BwdJvpParams, RopeParams, RmsRopeParams, CastParams, Problem,
-                        Layout, Served, Message>);
+                        Layout, Served, Message>,
+              "structs cross the interface as bytes");
 
 void write(std::string_view text, Message* message) {
   *std::copy_n(text.begin(), std::min(text.size(), sizeof message->text - 1), message->text) = '\0';

@@ -29,8 +29,8 @@ void for_each_run(const std::optional<at::Tensor>& freqs, const std::optional<Ra
   }
 }
 
-// Multiplies the first `count` slots by frequencies (batch_size or 1, tokens, head_dim / 2, 2), where they lie. Of
-// frequencies for more tokens than there are, those that the ranges take.
+// Multiplies the first `count` slots by frequencies (batch_size or 1, tokens, head_dim / 2, 2), where they lie.
+// Where there are frequencies for more tokens than there are, the ranges say which.
 void rotate_in_place(const at::Tensor& buffer, const std::vector<int64_t>& shape, int64_t count,
                      const at::Tensor& freqs, const std::optional<Ranges>& tokens, bool conjugate);
 

@@ -85,7 +85,7 @@ def run(
         maps: What :func:`maps_of` returns.
         freqs: Their complex frequencies.
         groups: What becomes of them.
-        sizes: Of every gathered group, its tokens on every rank.
+        sizes: The tokens on every rank, for each gathered group.
     """
     shape = x.shape
     dropout_p = layer._dropout_p

@@ -62,7 +62,7 @@ def _leave(ranks: Ranks, error: BaseException) -> None:
 
 
 def _take_back() -> None:
-    """Of errors that all ranks have raised and survived."""
+    """Takes back the words about errors that all ranks have raised and survived."""
     while _word_of:
         ranks = _word_of.pop()
         with contextlib.suppress(Exception):

@@ -2,7 +2,7 @@
 
 Bringing rows together and adding them up are linear and each other's derivative. In plain eager mode a gather is two
 nodes of the graph, one that starts the collective and one that waits for it; in the backward their roles are exchanged,
-so that what was made between them is differentiated while the sums are under way. Layers that go at once have such
+so that what was made between them is differentiated while the sums are in flight. Layers that go at once have such
 nodes in C++, csrc/torch/gather.cpp.
 """
 
@@ -69,7 +69,7 @@ class _Move(torch.autograd.Function):
 
 
 class _Transfer:
-    """What is under way between two nodes."""
+    """What is in flight between two nodes."""
 
     def __init__(self, shards: Shards) -> None:
         self.shards = shards

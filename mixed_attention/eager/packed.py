@@ -168,8 +168,8 @@ def slots(
 def _backward_composite(buffers, pairs, key_padding_mask, seed, call, out, lse, dout, normalised, drotated):
     """The derivative by functions that have derivatives of their own.
 
-    Of the rotated values r = R(x) that were saved: first with respect to r, then back through R, which is linear; and
-    through the norms, of what they divided.
+    What was saved are the rotated values r = R(x). The derivative is taken with respect to r, then back through R,
+    which is linear, and through the norms, with respect to what they divided.
     """
     derivatives.check_gradient()
     with torch.enable_grad():

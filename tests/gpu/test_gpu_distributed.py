@@ -181,7 +181,7 @@ def wrapped_model(mesh, wrapper: str, deterministic: bool) -> None:
     x = make_x(scene, dtype=torch.float32).detach().cuda()
     torch.use_deterministic_algorithms(deterministic)
     try:
-        for _ in range(5):  # in the middle of a run, collectives of both kinds are under way at once
+        for _ in range(5):  # in the middle of a run, collectives of both kinds are in flight at once
             model.zero_grad()
             out = wrapped(x[:, share.rows], share.sharded, scene.patterns)
             (out.square().sum() * mesh.size()).backward()

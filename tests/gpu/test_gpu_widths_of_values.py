@@ -182,7 +182,7 @@ def kernels_of(function) -> set[str]:
 
 @pytest.mark.parametrize(("head_dim", "head_dim_v"), [*WIDTHS, (64, 20), (20, 8), (64, 100)])
 def test_who_serves_it_is_what_a_plan_says(head_dim, head_dim_v, dtype, device):
-    """Values are slices of a wider projection; narrower ones of odd widths are filled up first."""
+    """Takes v as a slice of a wider projection; narrower values of odd widths are filled up first."""
     if torch.cuda.get_device_capability(device) != (9, 0):
         pytest.skip("the device has no kernels of its own")
     case = Case((300, 200), "a>ab b>b", num_heads=2, head_dim=head_dim, head_dim_v=head_dim_v, dtype=dtype)

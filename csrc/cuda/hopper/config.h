@@ -143,7 +143,7 @@ struct FwdCost {
   int key_tile, rest;
 };
 
-// Of the kernel that goes through a table, and of that which goes through a list.
+// What they take in the kernel that goes through a table, and in the one that goes through a list.
 constexpr FwdCost fwd_cost(int head_dim) { return head_dim == 32 ? FwdCost{13, 22} : FwdCost{15, 23}; }
 constexpr FwdCost fwd_cost_of_list(int head_dim) { return head_dim == 32 ? FwdCost{5, 15} : FwdCost{12, 23}; }
 

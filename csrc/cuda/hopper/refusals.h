@@ -17,7 +17,7 @@ constexpr const char* kIsNotAligned = "rows of a tensor do not lie at multiples 
 constexpr const char* kPlanIsTooLarge = "the plan has more segments and ranges than fit the parameters of a kernel";
 constexpr const char* kWantsSplits = "there are few queries of many keys, whose walks want to be split";
 
-// Of a pass whose kernels have so many columns at most; empty where they are enough.
+// Why a pass whose kernels have so many columns at most leaves a problem to others; empty where they are enough.
 inline std::string refusal_above(const Problem& problem, int64_t most) {
   const int64_t head_dim = widest_head_dim(problem);
   if (head_dim <= most) return "";

@@ -25,13 +25,16 @@ struct BwdArguments {
   WorkTable work;
   DropoutParams dropout;
   float softmax_scale, scale_log2;
-  bool aligned;     // rows of all tensors start at multiples of 16 bytes
-  float unit;       // by how much tensor cores may be off, relative to the sum of |q k|
-  float* lse_log2;  // BwdBuffers
-  float* delta;
-  RowReference* references;
-  int* has_references;
-  float *partial_dq, *partial_dk, *partial_dv;
+  bool aligned;  // rows of all tensors start at multiples of 16 bytes
+  float unit;    // by how much tensor cores may be off, relative to the sum of |q k|
+  // BwdBuffers say more of these.
+  float* lse_log2;           // (batch_size, num_heads, seqlen_q)
+  float* delta;              // likewise
+  RowReference* references;  // likewise
+  int* has_references;       // one word
+  float* partial_dq;         // (splits, batch_size, num_heads, seqlen_q, head_dim)
+  float* partial_dk;         // (splits, batch_size, num_heads, seqlen_k, head_dim)
+  float* partial_dv;         // (splits, batch_size, num_heads, seqlen_k, head_dim_v)
   DqAccum dq_accum;
 };
 

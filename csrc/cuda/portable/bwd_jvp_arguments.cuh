@@ -22,13 +22,13 @@
 
 namespace mixed_attention::cuda::portable {
 
-// Of one direction.
+// What the kernels for gradients of tangents in one direction read and write.
 struct BwdJvpArguments {
   BwdArguments bwd;  // its delta: gamma
   Tangents tangents;
-  const void* out_dot;
-  const void* dout_dot;
-  void* dq_dot;  // or null
+  const void* out_dot;   // (batch_size, seqlen_q, num_heads, head_dim_v)
+  const void* dout_dot;  // likewise
+  void* dq_dot;          // (batch_size, seqlen_q, num_heads, head_dim); or null
   Strides out_dot_strides, dout_dot_strides, dq_dot_strides;
   const float* mu;        // (batch_size, num_heads, seqlen_q)
   float* eps;             // likewise

@@ -33,7 +33,7 @@ BwdJvpArguments bwd_jvp_arguments(const BwdJvpParams& params, const BwdJvpBuffer
   return args;
 }
 
-// Numbers of each query. Of the gradient of out' alone, what the first order calls delta is eps.
+// Finds the numbers of each query. Where out' alone has a gradient, eps is what the first order calls delta.
 template <class Element>
 void launch_rows(const BwdJvpParams& params, const BwdJvpArguments& args, const InlineWork& in_parameters) {
   const int64_t rows = params.batch_size * params.num_heads * params.seqlen_q;

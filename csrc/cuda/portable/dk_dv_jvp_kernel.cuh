@@ -14,7 +14,7 @@ struct DkDvJvpShared {
   using Owned = SharedTile<Element, kTile.rows, kHeadDim>;
   using Streamed = SharedTile<Element, kTile.block_rows, kHeadDim>;
 
-  // Of each query.
+  // What is known of each query.
   struct Numbers {
     float lse_log2[kTile.block_rows], mu[kTile.block_rows], eps[kTile.block_rows], gamma[kTile.block_rows];
   };
@@ -53,7 +53,7 @@ __global__ void __launch_bounds__(bwd_jvp_tile(kArithmetic, kHeadDim).num_thread
   const auto load_next = [&](int stage) {
     const Block block = walk.block();
     load_side<kThreads>(shared.streamed[stage], context, args, block.row_begin, block.num_rows);
-    static_assert(kThreads >= kTile.block_rows);
+    static_assert(kThreads >= kTile.block_rows, "each of a block's queries has a thread");
     if (threadIdx.x < kTile.block_rows) {
       const int bytes = threadIdx.x < block.num_rows ? 4 : 0;
       const int64_t row = first_query + (bytes ? block.row_begin + threadIdx.x : 0);

@@ -86,7 +86,7 @@ __device__ void add_dq(const DqAccum& accum, int64_t row_begin, int num_rows, co
   // Columns are loaded 16 at a time; where they do not go round, half of the warps stands by.
   constexpr int kColGroups = kCols / 16 % kWarpsPerGroup == 0 ? kWarpsPerGroup : kWarpsPerGroup / 2;
   constexpr int kTilesN = kCols / 8 / kColGroups;
-  static_assert(kTilesN % 2 == 0 && kTilesN * 8 * kColGroups == kCols);
+  static_assert(kTilesN % 2 == 0 && kTilesN * 8 * kColGroups == kCols, "warps share the columns in pairs of tiles");
   const int warp = threadIdx.x / 32, lane = threadIdx.x % 32;
   const int row = warp % kRowGroups * 16 * kTilesM, col = warp / kRowGroups * kTilesN * 8;
   if (kColGroups < kWarpsPerGroup && col >= kCols) return;
@@ -132,7 +132,7 @@ __global__ void __launch_bounds__(dk_dv_tile(kArithmetic, kHeadDim).num_threads(
   constexpr bool kShares = kTile.sharing > 1;
   constexpr int kThreads = kTile.num_threads(), kTilesM = kTile.warp_rows / 16, kWarpCols = kHeadDim / kTile.sharing;
   constexpr int kScoreRows = kTile.score_rows(), kTurns = kTile.block_rows / kTile.sharing / kScoreRows;
-  static_assert(!kShares || (kTurns == 1 && is_16_bit(kArithmetic)));  // fp32 operands by depth want another order
+  static_assert(!kShares || (kTurns == 1 && is_16_bit(kArithmetic)), "fp32 operands by depth want another order");
   extern __shared__ __align__(16) char shared_memory[];
   Shared& shared = *reinterpret_cast<Shared*>(shared_memory);
 
@@ -160,7 +160,7 @@ __global__ void __launch_bounds__(dk_dv_tile(kArithmetic, kHeadDim).num_threads(
     const Block block = walk.block();
     queries.load(stage, block.row_begin, block.num_rows);
     douts.load(stage, block.row_begin, block.num_rows);
-    static_assert(kThreads >= kTile.block_rows);
+    static_assert(kThreads >= kTile.block_rows, "each of a block's queries has a thread");
     if (threadIdx.x < kTile.block_rows) {
       const int bytes = threadIdx.x < block.num_rows ? 4 : 0;
       const int64_t row = first_query + (bytes ? block.row_begin + threadIdx.x : 0);

@@ -238,7 +238,7 @@ __device__ void multiply_rows(float (&c)[kTilesM][kTilesN][4], const TileA& a, i
 template <class Mma, int kTilesM, int kTilesN, int kTilesP, class Tile, class Prepare>
 __device__ void multiply_scores(float (&c)[kTilesM][kTilesN][4], const float (&p)[kTilesM][kTilesP][4], const Tile& b,
                                 int b_row, const Prepare& prepare) {
-  static_assert(kTilesN * 8 == Tile::kCols);
+  static_assert(kTilesN * 8 == Tile::kCols, "the sums have the columns of the tile");
   constexpr bool kIsNew = Mma::kCutsOffTooMuch;
   // Enough MMAs that do not wait for each other, and few enough registers.
   constexpr int kTilesAtOnce = !kIsNew ? kTilesN : kTilesN > 16 ? 2 : 4, kSteps = kTilesP * 8 / Mma::kDepth;

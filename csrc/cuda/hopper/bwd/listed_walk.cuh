@@ -40,7 +40,7 @@ class ListedQueryIterator {
     return {row_begin, min(kQueryTileRows, run_.row_end - row_begin), run_.first_tile + tile_};
   }
 
-  // Of the tile that next() gave.
+  // The visit of the tile that next() gave.
   __device__ DqVisit visit(const QueryTile& tile) const {
     const SumsOfRun sums = run_.sums;
     if (sums.are_shared()) return {tile.row_begin, tile.num_rows, sums.first_shared() + tile_, DqVisit::kShares};

@@ -14,14 +14,13 @@ namespace mixed_attention::cuda::hopper {
 
 // A tensor as TMA reads it (tensor_map.h), or none, for which zeros stand.
 struct SideMap {
-  CUtensorMap map;
-  int batch_step;  // 1, or 0 where one sequence serves the whole batch
+  CUtensorMap map;  // (batch_size, seqlen, num_heads, head_dim or head_dim_v)
+  int batch_step;   // 1, or 0 where one sequence serves the whole batch
   bool exists;
 };
 
-// A gradient; data: null where it is not wanted.
 struct SideGrad {
-  void* data;
+  void* data;  // (batch_size, seqlen, num_heads, num_columns); null where the gradient is not wanted
   Strides strides;
   int num_columns;
   float factor;

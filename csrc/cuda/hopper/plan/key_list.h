@@ -35,7 +35,7 @@ struct SumsOfRun {
   constexpr bool are_shared() const { return word < 0; }
   constexpr int first_shared() const { return ~word; }
   constexpr int first_slot() const { return word >> 2; }
-  // Of visits to the first, and to the last, tile of the key segment.
+  // True if sums begin with visits of the first tile of the key segment, and end with those of the last one.
   constexpr bool begin() const { return (word & 1) != 0; }
   constexpr bool end() const { return (word & 2) != 0; }
 };
