@@ -56,6 +56,24 @@ const auto& stats_of(const BwdWorkspace& workspace) {
   }
 }
 
+// The inputs; under a mask, with the copies of keys and values in the workspace.
+inline BwdTensors bwd_tensors(const BwdParams& params, const BwdWorkspace& workspace) {
+  BwdTensors tensors = bwd_tensors(params);
+  if (params.key_padding_mask != nullptr) {
+    tensors.k = masked_view(params, workspace.masked_keys, workspace.masked_keys.keys, params.head_dim);
+    tensors.v = masked_view(params, workspace.masked_keys, workspace.masked_keys.values, params.head_dim_v);
+  }
+  return tensors;
+}
+
+// The same as TMA reads them: of fp32, their limbs in the workspace.
+inline BwdTensors mapped_tensors(const BwdTensors& tensors, const BwdWorkspace& workspace) {
+  if (tensors.q.dtype != DType::kFloat32) return tensors;
+  const BwdLimbs& limbs = workspace.limbs;
+  return {limbs_view(tensors.q, limbs.q), limbs_view(tensors.k, limbs.k), limbs_view(tensors.v, limbs.v),
+          limbs_view(tensors.dout, limbs.dout)};
+}
+
 inline Fp32Inputs fp32_inputs(const BwdParams& params, const BwdLimbs& limbs) {
   return {
       .q_scales = limbs.q.row_scales,

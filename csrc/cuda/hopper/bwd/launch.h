@@ -54,12 +54,8 @@ BwdWorkspace bwd_workspace(const BwdParams& params, const std::vector<QueryRun>&
 // Enqueues the way of dq to where the queries were, if it was written apart from them.
 void move_dq(const BwdParams& params, const BwdWorkspace& workspace);
 
-// The inputs as they are given, and, under a mask, with the copies of keys and values in the workspace.
+// The inputs as they are given.
 BwdTensors bwd_tensors(const BwdParams& params);
-BwdTensors bwd_tensors(const BwdParams& params, const BwdWorkspace& workspace);
-
-// The same as TMA reads them: of fp32, their limbs in the workspace.
-BwdTensors mapped_tensors(const BwdTensors& tensors, const BwdWorkspace& workspace);
 
 // Instantiated by cuda/instantiate_hopper_bwd.cu, one object per element type, head_dim and number of limbs. list:
 // where the device has the plan's.

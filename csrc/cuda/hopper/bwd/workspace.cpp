@@ -89,22 +89,6 @@ BwdTensors bwd_tensors(const BwdParams& params) {
           view(params.dout, params.seqlen_q, params.head_dim_v, params.dout_strides)};
 }
 
-BwdTensors bwd_tensors(const BwdParams& params, const BwdWorkspace& workspace) {
-  BwdTensors tensors = bwd_tensors(params);
-  if (params.key_padding_mask != nullptr) {
-    tensors.k = masked_view(params, workspace.masked_keys, workspace.masked_keys.keys, params.head_dim);
-    tensors.v = masked_view(params, workspace.masked_keys, workspace.masked_keys.values, params.head_dim_v);
-  }
-  return tensors;
-}
-
-BwdTensors mapped_tensors(const BwdTensors& tensors, const BwdWorkspace& workspace) {
-  if (tensors.q.dtype != DType::kFloat32) return tensors;
-  const BwdLimbs& limbs = workspace.limbs;
-  return {limbs_view(tensors.q, limbs.q), limbs_view(tensors.k, limbs.k), limbs_view(tensors.v, limbs.v),
-          limbs_view(tensors.dout, limbs.dout)};
-}
-
 BwdWorkspace bwd_workspace(const BwdParams& params, const std::vector<QueryRun>& runs, BwdPlan plan) {
   Scratch scratch(params.workspace);
   BwdWorkspace workspace{};
