@@ -40,9 +40,9 @@ FwdWork work_of(const AttentionParams& params, const std::vector<FwdItem>& items
   return work;
 }
 
-BwdPlan make_bwd_plan(const Schedule& schedule, int64_t keys_of_item) {
+VisitedTiles visit_tiles_of_keys(const Schedule& schedule, int64_t keys_of_item) {
   const auto& segments = schedule.query_segments;
-  BwdPlan plan;
+  VisitedTiles plan;
   std::vector<int64_t> first_tile;  // by query segment
   for (const QuerySegment& segment : segments) {
     first_tile.push_back(plan.tiles_per_head);

@@ -25,7 +25,7 @@ FwdWork work_of(const AttentionParams& params, const std::vector<FwdItem>& items
 int64_t rows_of_item(const AttentionParams& params, int64_t most_rows);
 
 // One head's tiles of keys with their visits; the same for every batch and head.
-struct BwdPlan {
+struct VisitedTiles {
   struct Tile {
     Range keys;
     size_t first_visit, num_visits;
@@ -35,17 +35,17 @@ struct BwdPlan {
   std::vector<Range> unvisited;  // query rows without keys
   int64_t tiles_per_head = 0;    // query tiles
 };
-BwdPlan make_bwd_plan(const Schedule& schedule, int64_t keys_of_item);
+VisitedTiles visit_tiles_of_keys(const Schedule& schedule, int64_t keys_of_item);
 
 // Calls run(item, scratch) for the tiles of every batch and head, in the order that visits wait for each other in.
 template <class Run>
-void for_each_tile(const AttentionParams& params, const BwdPlan& plan, int64_t operations, int64_t scratch_size,
+void for_each_tile(const AttentionParams& params, const VisitedTiles& plan, int64_t operations, int64_t scratch_size,
                    Run run) {
   const int64_t num_tiles = static_cast<int64_t>(plan.tiles.size());
   const int64_t num_items = params.batch_size * params.num_heads * num_tiles;
   for_each_item(params.parallel_for, num_workers(params, num_items, operations), num_items, scratch_size,
                 [&](int64_t index, void* scratch) {
-                  const BwdPlan::Tile& tile = plan.tiles[index % num_tiles];
+                  const VisitedTiles::Tile& tile = plan.tiles[index % num_tiles];
                   const int64_t batch_head = index / num_tiles;
                   const BwdItem item{batch_head / params.num_heads, batch_head % params.num_heads, tile.keys,
                                      plan.visits.data() + tile.first_visit, static_cast<int64_t>(tile.num_visits)};

@@ -29,15 +29,23 @@ Problem problem_of(const AttentionParams& params) {
 // Not an element anywhere: nothing to compute, and nothing that a tensor map could describe.
 bool is_empty(const AttentionParams& params) { return params.batch_size == 0 || params.num_heads == 0; }
 
-// The launch of a problem's family, or of the portable one where the call itself is not for Hopper's kernels.
+// The family that serves a call: that of its problem, or the portable one where the call itself is not for Hopper's
+// kernels.
+template <class Params>
+Choice choice_of(Choice of_problem, const Params& params, const char* (*hopper_refusal)(const Params&)) {
+  if (of_problem.family == Family::kHopper) {
+    if (const char* why = hopper_refusal(params)) return {Family::kPortable, why};
+  }
+  return of_problem;
+}
+
+// The launch of the family that serves a call.
 template <class Params>
 Launch<Params> plan(Choice choice, const Params& params, const char* (*hopper_refusal)(const Params&),
                     Launch<Params> (*hopper_launch)(const Params&), Launch<Params> (*portable_launch)(const Params&)) {
   if (choice.family == Family::kNone) return {.choice = std::move(choice)};
   if (std::string why = refusal_of_sizes(params); !why.empty()) return {.choice = {Family::kNone, std::move(why)}};
-  if (choice.family == Family::kHopper) {
-    if (const char* why = hopper_refusal(params)) choice = {Family::kPortable, why};
-  }
+  choice = choice_of(std::move(choice), params, hopper_refusal);
   Launch<Params> launch = choice.family == Family::kHopper ? hopper_launch(params) : portable_launch(params);
   launch.choice = std::move(choice);
   if (is_empty(params)) {
@@ -93,9 +101,9 @@ Launch<JvpParams> plan_jvp(const JvpParams& params) {
                                     hopper::launch_of_jvp, portable::launch_of_jvp);
   const Family family = tangents.choice.family;
   if (params.lse_is_known || family == Family::kNone || family == Family::kHopper) return tangents;
-  Launch<FwdParams> forward = plan_fwd(params);
-  if (forward.choice.family == Family::kPortable && portable::jvp_serves_forward(params)) return tangents;
-  return behind(std::move(forward), std::move(tangents));
+  const Choice forward = choice_of<FwdParams>(choose_fwd(problem_of(params)), params, hopper::refusal_of_fwd);
+  if (forward.family == Family::kPortable && portable::jvp_serves_forward(params)) return tangents;
+  return behind(plan_fwd(params), std::move(tangents));
 }
 
 Launch<BwdJvpParams> plan_bwd_jvp(const BwdJvpParams& params) {

@@ -22,7 +22,7 @@ inline constexpr float kLog2E = std::numbers::log2e_v<float>;
 
 struct BwdArguments {
   BwdParams params;
-  WorkTable work;
+  DeviceWork work;
   DropoutParams dropout;
   float softmax_scale, scale_log2;
   bool aligned;  // rows of all tensors start at multiples of 16 bytes

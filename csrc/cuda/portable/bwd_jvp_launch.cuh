@@ -10,7 +10,7 @@
 namespace mixed_attention::cuda::portable {
 
 template <Arithmetic kArithmetic>
-BwdJvpArguments bwd_jvp_arguments(const BwdJvpParams& params, const BwdJvpBuffers& buffers, const WorkTable& work) {
+BwdJvpArguments bwd_jvp_arguments(const BwdJvpParams& params, const BwdJvpBuffers& buffers, const DeviceWork& work) {
   const Tangents& tangents = params.tangents;
   BwdJvpArguments args{
       .bwd = bwd_arguments<kArithmetic>(params, buffers.bwd, work),

@@ -28,7 +28,7 @@ void sum_splits(const BwdParams& params, const float* partial, int num_splits, i
 }
 
 template <Arithmetic kArithmetic>
-BwdArguments bwd_arguments(const BwdParams& params, const BwdBuffers& buffers, const WorkTable& work) {
+BwdArguments bwd_arguments(const BwdParams& params, const BwdBuffers& buffers, const DeviceWork& work) {
   return {
       .params = params,
       .work = work,

@@ -225,7 +225,7 @@ __global__ void __launch_bounds__(dk_dv_tile(kArithmetic, kHeadDim).num_threads(
       if constexpr (kWantsDk) multiply_rows<Mma>(ds, lane_k.at(shared.v), warp_row, lane_dout, query);
       // p and ds. The exponentials run under the MMAs of dp: nothing may stand between them.
       exponentiate<Mma>(p, shared.lse_log2[stage] + query, args.scale_log2);
-      if (drops || some_hidden) {
+      if (drops || (kAddsDq && some_hidden)) {
         if (drops) {
           const WorkRange& range = walk.range_of(block);
           const int key =

@@ -15,7 +15,7 @@ namespace mixed_attention::cuda::portable {
 
 struct FwdArguments {
   FwdParams params;
-  WorkTable work;
+  DeviceWork work;
   DropoutParams dropout;
   float scale;         // softmax_scale
   float scale_log2;    // the same times log2(e), above 0
@@ -58,7 +58,7 @@ __global__ void __launch_bounds__(fwd_tile(kArithmetic, kHeadDim).num_threads(),
   const int thread_row = warp_row + threadIdx.x % 32 / 4;
 
   float out[kTilesM][kHeadDim / 8][4] = {};
-  OnlineSoftmax<kTilesM> softmax;
+  WarpSoftmax<kTilesM> softmax;
 
   // The queries and the first block of keys
   BlockWalk<kTile.block_rows> walk(work, item, args.work.num_splits);

@@ -26,7 +26,7 @@ namespace mixed_attention::cuda::portable {
 
 struct JvpArguments {
   JvpParams params;
-  WorkTable work;
+  DeviceWork work;
   DropoutParams dropout;
   float scale_log2;  // softmax_scale times log2(e), above 0
   float scale;       // softmax_scale
@@ -137,7 +137,7 @@ __global__ void __launch_bounds__(jvp_tile(kArithmetic, kHeadDim, kMoving).num_t
 
   float out[kTilesM][kHeadDim / 8][4] = {};
   MovingRows<kTilesM, kHeadDim / 8> moving[kDirections];
-  OnlineSoftmax<kTilesM> softmax;
+  WarpSoftmax<kTilesM> softmax;
 
   BlockWalk<kTile.block_rows> walk(context.work, item, args.work.num_splits);
   using Loader = TileLoader<kThreads, typename Shared::Streamed>;

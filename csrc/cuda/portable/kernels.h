@@ -16,7 +16,7 @@ namespace mixed_attention::cuda::portable {
 
 // The work of a grid as its kernel gets it: the table lies in the kernel's parameters, or on the device.
 struct GridWork {
-  WorkTable table;
+  DeviceWork table;
   InlineWork in_parameters;
   unsigned grid;  // blocks
 };

@@ -39,7 +39,7 @@ constexpr bool kHasTangents = kArithmetic != Arithmetic::kTf32 && has_tangents(k
 }  // namespace
 
 Launch<FwdParams> launch_of_fwd(const FwdParams& params) {
-  auto plan = std::make_shared<FwdPlan>(plan_fwd(params));
+  auto plan = std::make_shared<FwdPasses>(plan_fwd(params));
   const Tile tile = fwd_tile(plan->arithmetic, plan->head_dim);
   return {.layout = plan->by_query.pass->layout(tile, params.batch_size * params.num_heads, params.device),
           .workspace_size = plan->workspace_size,
@@ -53,7 +53,7 @@ Launch<FwdParams> launch_of_fwd(const FwdParams& params) {
 }
 
 Launch<BwdParams> launch_of_bwd(const BwdParams& params) {
-  auto plan = std::make_shared<BwdPlan>(plan_bwd(params));
+  auto plan = std::make_shared<BwdPasses>(plan_bwd(params));
   const Tile tile = dk_dv_tile(plan->arithmetic, plan->head_dim);
   return {.layout = plan->by_key.pass->layout(tile, params.batch_size * params.num_heads, params.device),
           .workspace_size = plan->workspace_size,

@@ -80,14 +80,14 @@ void PassOfCall::take(Scratch& scratch) {
   table = scratch.take<char>(static_cast<int64_t>(pass->host.device_bytes()));
 }
 
-FwdPlan plan_fwd(const FwdParams& params) {
-  FwdPlan plan{.arithmetic = arithmetic_of(params), .head_dim = padded_head_dim(params)};
+FwdPasses plan_fwd(const FwdParams& params) {
+  FwdPasses plan{.arithmetic = arithmetic_of(params), .head_dim = padded_head_dim(params)};
   plan.by_query.pass = pass_of(Side::kQueries, params, fwd_tile(plan.arithmetic, plan.head_dim));
   take_workspace(params, plan);
   return plan;
 }
 
-void take_workspace(const FwdParams& params, FwdPlan& plan) {
+void take_workspace(const FwdParams& params, FwdPasses& plan) {
   const int64_t num_batch_heads = params.batch_size * params.num_heads;
   Scratch scratch(params.workspace);
   plan.by_query.take(scratch);
@@ -98,8 +98,8 @@ void take_workspace(const FwdParams& params, FwdPlan& plan) {
   plan.workspace_size = scratch.bytes();
 }
 
-BwdPlan plan_bwd(const BwdParams& params) {
-  BwdPlan plan{.arithmetic = arithmetic_of(params), .head_dim = padded_head_dim(params)};
+BwdPasses plan_bwd(const BwdParams& params) {
+  BwdPasses plan{.arithmetic = arithmetic_of(params), .head_dim = padded_head_dim(params)};
   plan.adds_dq = fuses_dk_dv(plan.head_dim) && !params.deterministic;
   plan.by_key.pass = pass_of(Side::kKeys, params, dk_dv_tile(plan.arithmetic, plan.head_dim));
   if (!plan.adds_dq) plan.by_query.pass = pass_of(Side::kQueries, params, dq_tile(plan.arithmetic, plan.head_dim));
@@ -107,7 +107,7 @@ BwdPlan plan_bwd(const BwdParams& params) {
   return plan;
 }
 
-void take_workspace(const BwdParams& params, BwdPlan& plan) {
+void take_workspace(const BwdParams& params, BwdPasses& plan) {
   const int64_t num_batch_heads = params.batch_size * params.num_heads;
   Scratch scratch(params.workspace);
   plan.by_key.take(scratch);

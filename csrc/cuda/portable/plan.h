@@ -15,7 +15,7 @@ namespace mixed_attention::cuda::portable {
 // One pass over the tiles, which is the same for every call of a plan with as many heads and sequences on a device.
 struct Pass {
   HostWork host;
-  int num_splits;  // WorkTable
+  int num_splits;  // DeviceWork
   uint64_t id;     // of its table: table_id.h
 
   unsigned grid(int64_t num_batch_heads) const;
@@ -41,8 +41,8 @@ struct PassOfCall {
   void take(Scratch& scratch);
 };
 
-// What is decided once a call, and, in buffers, where it lies in the workspace.
-struct FwdPlan {
+// The passes of a call, what else is decided of it once, and, in buffers, where all of it lies in the workspace.
+struct FwdPasses {
   Arithmetic arithmetic;
   int head_dim;  // padded
   PassOfCall by_query;
@@ -50,7 +50,7 @@ struct FwdPlan {
   size_t workspace_size;
 };
 
-struct BwdPlan {
+struct BwdPasses {
   Arithmetic arithmetic;
   int head_dim;
   bool adds_dq;         // the kernel over keys adds dq up as well; else a kernel over queries computes it
@@ -61,11 +61,11 @@ struct BwdPlan {
 };
 
 // Both read params.workspace alone of the pointers: null gives a plan of the same sizes.
-FwdPlan plan_fwd(const FwdParams& params);
-BwdPlan plan_bwd(const BwdParams& params);
+FwdPasses plan_fwd(const FwdParams& params);
+BwdPasses plan_bwd(const BwdParams& params);
 
 // Say where in params.workspace all of a plan lies, once that is there.
-void take_workspace(const FwdParams& params, FwdPlan& plan);
-void take_workspace(const BwdParams& params, BwdPlan& plan);
+void take_workspace(const FwdParams& params, FwdPasses& plan);
+void take_workspace(const BwdParams& params, BwdPasses& plan);
 
 }  // namespace mixed_attention::cuda::portable

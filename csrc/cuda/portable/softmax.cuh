@@ -25,9 +25,9 @@ __device__ void scale_row(float (&c)[kTilesM][kTilesN][4], int row, float factor
 
 // The rows of one thread in the layout of mma's accumulators: 2 for each tile of 16; four lanes share a row.
 template <int kTilesM>
-class OnlineSoftmax {
+class WarpSoftmax {
  public:
-  __device__ OnlineSoftmax() {
+  __device__ WarpSoftmax() {
 #pragma unroll
     for (int row = 0; row < kRows; ++row) {
       softmax_base_[row] = kLowest;

@@ -1,4 +1,4 @@
-// Which rows a work item owns and which blocks it visits: the only device code that knows the form of the work table.
+// Which rows a work item owns and which blocks it visits: the only device code that knows the form of the tables.
 #pragma once
 
 #include "ceil_div.h"
@@ -20,14 +20,14 @@ struct WorkView {
   const WorkRange* ranges;
 };
 
-__device__ inline WorkView view(const WorkTable& table, const InlineWork& in_parameters) {
+__device__ inline WorkView view(const DeviceWork& table, const InlineWork& in_parameters) {
   return table.segments ? WorkView{table.segments, table.ranges}
                         : WorkView{in_parameters.segments, in_parameters.ranges};
 }
 
 // Work items in order of falling length, all splits of a tile together, then head by head: neighbours share keys in
 // cache.
-__device__ inline WorkItem locate(const WorkTable& table, const WorkView& view, unsigned index, int tile_rows,
+__device__ inline WorkItem locate(const DeviceWork& table, const WorkView& view, unsigned index, int tile_rows,
                                   int num_heads) {
   WorkItem item;
   const unsigned num_items = static_cast<unsigned>(table.num_tiles) * static_cast<unsigned>(table.num_splits);

@@ -29,7 +29,7 @@ struct WorkSegment {
 };
 
 // Segments are in order of falling num_blocks: the hardware hands out tiles in order, so the longest start first.
-struct WorkTable {
+struct DeviceWork {
   const WorkSegment* segments;  // null: they travel in the kernel's parameters
   const WorkRange* ranges;
   int32_t num_segments;

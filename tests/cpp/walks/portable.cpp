@@ -23,7 +23,7 @@ struct Table {
   std::vector<ma::cuda::WorkSegment> segments;
   std::vector<WorkRange> ranges;
   ma::cuda::InlineWork in_parameters;
-  ma::cuda::WorkTable table;
+  ma::cuda::DeviceWork table;
 
   Table(const portable::Pass& pass, int num_splits)
       : segments(pass.host.segments),
@@ -64,7 +64,7 @@ template <int kBlockRows>
 void check_launch(const Problem& problem, const Visits& listed, const portable::Pass& pass, int tile_rows,
                   int num_splits, Side side) {
   const Table host(pass, num_splits);
-  const ma::cuda::WorkTable& table = host.table;
+  const ma::cuda::DeviceWork& table = host.table;
   const ma::cuda::WorkView view = ma::cuda::view(table, host.in_parameters);
   Visits visits;
   Rows stored;  // of all splits
@@ -124,9 +124,9 @@ void check_portable(const Problem& problem) {
   params.deterministic = problem.choose(3, 2) == 0;
   const Visits listed = listed_visits(problem);
 
-  const portable::FwdPlan fwd = portable::plan_fwd({static_cast<const ma::AttentionParams&>(params)});
+  const portable::FwdPasses fwd = portable::plan_fwd({static_cast<const ma::AttentionParams&>(params)});
   check_pass(problem, listed, fwd.by_query, portable::fwd_tile(fwd.arithmetic, fwd.head_dim), Side::kQueries);
-  const portable::BwdPlan bwd = portable::plan_bwd(params);
+  const portable::BwdPasses bwd = portable::plan_bwd(params);
   check_pass(problem, listed, bwd.by_key, portable::dk_dv_tile(bwd.arithmetic, bwd.head_dim), Side::kKeys);
   if (!bwd.adds_dq) {
     check_pass(problem, listed, bwd.by_query, portable::dq_tile(bwd.arithmetic, bwd.head_dim), Side::kQueries);
