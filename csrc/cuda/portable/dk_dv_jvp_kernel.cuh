@@ -37,6 +37,7 @@ __global__ void __launch_bounds__(bwd_jvp_tile(kArithmetic, kHeadDim).num_thread
   extern __shared__ __align__(16) char shared_memory[];
   Shared& shared = *reinterpret_cast<Shared*>(shared_memory);
 
+  // Who we are
   const BwdArguments& bwd = args.bwd;
   const BwdParams& params = bwd.params;
   const Tangents& tangents = args.tangents;
@@ -48,7 +49,8 @@ __global__ void __launch_bounds__(bwd_jvp_tile(kArithmetic, kHeadDim).num_thread
   const int warp_row = threadIdx.x / 32 * kTile.warp_rows;
   const int thread_row = warp_row + threadIdx.x % 32 / 4;
 
-  // Rows behind the block's end are zero throughout: their p comes out as 1, their gradients as 0.
+  // The keys' side, and the first block of the queries'. Rows behind the block's end are zero throughout: their p comes
+  // out as 1, their gradients as 0.
   BlockWalk<kTile.block_rows> walk(context.work, item, bwd.work.num_splits);
   const auto load_next = [&](int stage) {
     const Block block = walk.block();
@@ -78,6 +80,7 @@ __global__ void __launch_bounds__(bwd_jvp_tile(kArithmetic, kHeadDim).num_thread
   const bool moves_scores = tangents.q != nullptr || tangents.k != nullptr;  // else all z are 0
   const bool some_references = *bwd.has_references != 0;
 
+  // The walk over the queries
   const LaneTile lane_k(shared.owned.k);
   float dk[kTilesM][kHeadDim / 8][4] = {}, dv[kTilesM][kHeadDim / 8][4] = {};
   for (int stage = 0; !walk.done(); stage = (stage + 1) % kTile.stages) {
@@ -87,6 +90,7 @@ __global__ void __launch_bounds__(bwd_jvp_tile(kArithmetic, kHeadDim).num_thread
     walk.advance();
     const auto& streamed = shared.streamed[stage];
 
+    // Scores, their tangents z, and products of gradients with values, e and x
     float p[kTilesM][kTilesN][4] = {}, z[kTilesM][kTilesN][4] = {};
     float e[kTilesM][kTilesN][4] = {}, x[kTilesM][kTilesN][4] = {};
     const auto multiply = [&](auto& result, const auto& owned, const auto& streamed) {
@@ -107,6 +111,7 @@ __global__ void __launch_bounds__(bwd_jvp_tile(kArithmetic, kHeadDim).num_thread
     // Behind the MMAs, whose last results take a while.
     if (kTile.stages == 2 && !walk.done()) load_next(stage ^ 1);
 
+    // p, and its dropout
     const auto& numbers = shared.numbers[stage];
     exponentiate<Mma>(p, numbers.lse_log2, bwd.scale_log2);
     if (drops) {
@@ -116,6 +121,7 @@ __global__ void __launch_bounds__(bwd_jvp_tile(kArithmetic, kHeadDim).num_thread
       drop_marked(e, p, bwd.dropout.inverse_keep_probability);
       drop_marked(x, p, bwd.dropout.inverse_keep_probability);
     }
+    // Gradients of scores
 #pragma unroll
     for (int n = 0; n < kTilesN; ++n) {
 #pragma unroll
@@ -137,6 +143,7 @@ __global__ void __launch_bounds__(bwd_jvp_tile(kArithmetic, kHeadDim).num_thread
       zero_where_dropped(z, p);
       zero_dropped(p);
     }
+    // dk and dv
     multiply_scores<Mma>(dk, x, lane_k.at(streamed.q));
     if (tangents.q != nullptr) multiply_scores<Mma>(dk, e, lane_k.at(streamed.q_dot));
     if (moves_scores) multiply_scores<Mma>(dv, z, lane_k.at(streamed.dout_dot));
@@ -147,7 +154,7 @@ __global__ void __launch_bounds__(bwd_jvp_tile(kArithmetic, kHeadDim).num_thread
     }
   }
 
-  // Blocked keys get no gradient.
+  // The way out. Blocked keys get no gradient.
   zero_rows(dk, hidden);
   zero_rows(dv, hidden);
   ptx::cp_async_wait_all();  // of the keys, where there was no query

@@ -29,6 +29,7 @@ __global__ void __launch_bounds__(bwd_jvp_tile(kArithmetic, kHeadDim).num_thread
   extern __shared__ __align__(16) char shared_memory[];
   Shared& shared = *reinterpret_cast<Shared*>(shared_memory);
 
+  // Who we are
   const BwdArguments& bwd = args.bwd;
   const BwdParams& params = bwd.params;
   const Tangents& tangents = args.tangents;
@@ -39,6 +40,7 @@ __global__ void __launch_bounds__(bwd_jvp_tile(kArithmetic, kHeadDim).num_thread
   const int warp_row = threadIdx.x / 32 * kTile.warp_rows;
   const int thread_row = warp_row + threadIdx.x % 32 / 4;
 
+  // The queries' side, and the first block of the keys'
   BlockWalk<kTile.block_rows> walk(context.work, item, bwd.work.num_splits);
   const auto load_next = [&](int stage) {
     const Block block = walk.block();
@@ -47,6 +49,7 @@ __global__ void __launch_bounds__(bwd_jvp_tile(kArithmetic, kHeadDim).num_thread
   load_side<kThreads>(shared.owned, context, args, item.row_begin, item.num_rows);
   if (!walk.done()) load_next(0);
 
+  // What is known of the thread's rows
   const int64_t first_row = batch_head * params.seqlen_q + item.row_begin + thread_row;
   float lse_log2[2 * kTilesM], mu[2 * kTilesM], eps[2 * kTilesM], gamma[2 * kTilesM];
   bool has_reference = false;
@@ -63,6 +66,7 @@ __global__ void __launch_bounds__(bwd_jvp_tile(kArithmetic, kHeadDim).num_thread
   has_reference = __any_sync(0xFFFFFFFF, has_reference);
   const bool drops = bwd.dropout.seed != nullptr;
 
+  // The walk over the keys
   const LaneTile lane_q(shared.owned.q);
   float dq[kTilesM][kHeadDim / 8][4] = {}, dq_dot[kTilesM][kHeadDim / 8][4] = {};
   for (int stage = 0; !walk.done(); stage = (stage + 1) % kTile.stages) {
@@ -72,6 +76,7 @@ __global__ void __launch_bounds__(bwd_jvp_tile(kArithmetic, kHeadDim).num_thread
     walk.advance();
     const auto& streamed = shared.streamed[stage];
 
+    // Scores, their tangents z, and products of gradients with values, e and x
     float p[kTilesM][kTilesN][4] = {}, z[kTilesM][kTilesN][4] = {};
     float e[kTilesM][kTilesN][4] = {}, x[kTilesM][kTilesN][4] = {};
     const auto multiply = [&](auto& result, const auto& owned, const auto& streamed) {
@@ -89,6 +94,7 @@ __global__ void __launch_bounds__(bwd_jvp_tile(kArithmetic, kHeadDim).num_thread
     // Behind the MMAs, whose last results take a while.
     if (kTile.stages == 2 && !walk.done()) load_next(stage ^ 1);
 
+    // p, and its dropout
     const bool all_visible = block.num_rows == kTile.block_rows && mask == nullptr;
 #pragma unroll
     for (int n = 0; n < kTilesN; ++n) {
@@ -112,6 +118,7 @@ __global__ void __launch_bounds__(bwd_jvp_tile(kArithmetic, kHeadDim).num_thread
       drop_marked(e, p, bwd.dropout.inverse_keep_probability);
       drop_marked(x, p, bwd.dropout.inverse_keep_probability);
     }
+    // Gradients of scores
 #pragma unroll
     for (int i = 0; i < 2 * kTilesM; ++i) {
 #pragma unroll
@@ -126,6 +133,7 @@ __global__ void __launch_bounds__(bwd_jvp_tile(kArithmetic, kHeadDim).num_thread
         }
       }
     }
+    // dq, and the gradient of q's tangent
     multiply_scores<Mma>(dq, x, lane_q.at(streamed.k));
     if (tangents.k != nullptr) multiply_scores<Mma>(dq, e, lane_q.at(streamed.k_dot));
     if (args.dq_dot != nullptr) multiply_scores<Mma>(dq_dot, e, lane_q.at(streamed.k));
@@ -135,6 +143,7 @@ __global__ void __launch_bounds__(bwd_jvp_tile(kArithmetic, kHeadDim).num_thread
     }
   }
 
+  // The way out
   ptx::cp_async_wait_all();  // of the queries, where there was no key
   __syncthreads();
   const auto store = [&](auto& grad, float* partial, auto& staging, void* target, const Strides& strides) {

@@ -20,8 +20,8 @@ struct FwdArguments {
   float scale;         // softmax_scale
   float scale_log2;    // the same times log2(e), above 0
   bool aligned;        // rows of q, k, v and out start at multiples of 16 bytes
-  float* partial_out;  // FwdBuffers
-  RowLse* row_lses;
+  float* partial_out;  // (splits, batch_size, num_heads, seqlen_q, head_dim_v); null without splits
+  RowLse* row_lses;    // (splits, batch_size, num_heads, seqlen_q), likewise
 };
 
 template <Arithmetic kArithmetic, int kHeadDim>

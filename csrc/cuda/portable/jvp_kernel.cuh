@@ -124,6 +124,7 @@ __global__ void __launch_bounds__(jvp_tile(kArithmetic, kHeadDim, kMoving).num_t
   extern __shared__ __align__(16) char shared_memory[];
   Shared& shared = *reinterpret_cast<Shared*>(shared_memory);
 
+  // Who we are
   const JvpParams& params = args.params;
   const Tangents& tangents = params.tangents;
   const BlockContext<Element, JvpArguments> context(args, in_parameters, kTile.rows);
@@ -139,6 +140,7 @@ __global__ void __launch_bounds__(jvp_tile(kArithmetic, kHeadDim, kMoving).num_t
   MovingRows<kTilesM, kHeadDim / 8> moving[kDirections];
   WarpSoftmax<kTilesM> softmax;
 
+  // The queries with their tangents, and the first block of keys and values
   BlockWalk<kTile.block_rows> walk(context.work, item, args.work.num_splits);
   using Loader = TileLoader<kThreads, typename Shared::Streamed>;
   const Loader keys(shared.k, context.rows(params.k, params.k_strides, params.head_dim), mask);
@@ -166,6 +168,7 @@ __global__ void __launch_bounds__(jvp_tile(kArithmetic, kHeadDim, kMoving).num_t
   }
   if (!walk.done()) load_next(0);
 
+  // The walk over the keys
   const LaneTile lane_q(shared.q);
   for (int stage = 0; !walk.done(); stage = (stage + 1) % kTile.stages) {
     ptx::cp_async_wait_all();
@@ -173,6 +176,7 @@ __global__ void __launch_bounds__(jvp_tile(kArithmetic, kHeadDim, kMoving).num_t
     const Block block = walk.block();
     walk.advance();
 
+    // Scores, and p
     float p[kTilesM][kTilesN][4] = {};
     multiply_rows<Mma>(p, lane_q, warp_row, lane_q.at(shared.k[stage]));
     // Behind the MMAs, whose last results take a while.
@@ -192,6 +196,7 @@ __global__ void __launch_bounds__(jvp_tile(kArithmetic, kHeadDim, kMoving).num_t
 #pragma unroll
     for (int row = 0; row < 2 * kTilesM; ++row) mass_before[row] = softmax.sum_of(row);
     softmax.template exponentiate<kTilesN>(p, 0, args.scale_log2);
+    // Rows whose mean moves
     unsigned moves = 0;  // bit i: the mean of this thread's row i moves, by what any of the row's four lanes says
 #pragma unroll
     for (int row = 0; row < 2 * kTilesM; ++row) {
@@ -206,6 +211,7 @@ __global__ void __launch_bounds__(jvp_tile(kArithmetic, kHeadDim, kMoving).num_t
     }
     const bool some_move = __any_sync(0xFFFFFFFF, moves != 0);
 
+    // Tangents of scores, h, and the sums of every direction
 #pragma unroll
     for (int t = 0; t < kDirections; ++t) {
       if (t >= tangents.count || (tangents.q == nullptr && !moves_k)) continue;
@@ -233,6 +239,7 @@ __global__ void __launch_bounds__(jvp_tile(kArithmetic, kHeadDim, kMoving).num_t
     }
   }
 
+  // The forward's rows
   float mass[2 * kTilesM];
 #pragma unroll
   for (int i = 0; i < 2 * kTilesM; ++i) mass[i] = sum_of_quad(softmax.sum_of(i));
@@ -245,6 +252,7 @@ __global__ void __launch_bounds__(jvp_tile(kArithmetic, kHeadDim, kMoving).num_t
   unsigned repairs = 0;
   if (kArithmetic != Arithmetic::kFloat16 && writes_primal) repairs = rows_to_repair(out, row_lses, num_rows);
 
+  // The way out
   ptx::cp_async_wait_all();  // of the queries, where there was no key
   __syncthreads();
   const int64_t first_number = context.batch_head() * params.seqlen_q + item.row_begin;
@@ -269,6 +277,7 @@ __global__ void __launch_bounds__(jvp_tile(kArithmetic, kHeadDim, kMoving).num_t
     store(out, o);
     store_numbers(params.lse, first_number, [&](int i) { return log_sum_exp(row_lses[i], args.scale); });
   }
+  // Tangents of output and log-sum-exp
 #pragma unroll
   for (int t = 0; t < kDirections; ++t) {
     if (t >= tangents.count) continue;
@@ -295,6 +304,7 @@ __global__ void __launch_bounds__(jvp_tile(kArithmetic, kHeadDim, kMoving).num_t
                   [&](int i) { return mass[i] == 0 ? 0.0f : shift[i] + each.mean[i]; });
   }
 
+  // Rows that overflowed, once more
   const auto store_repaired = [&](int row, const auto& plain, const RowLse& row_lse, float factor) {
     plain.store(o.row(first_row + row), factor);
     float* const lse = static_cast<float*>(params.lse) + first_number + warp_row;

@@ -75,6 +75,7 @@ __device__ inline void add_listed_dq(const ListedDkDvKernelParams& params, DkDvS
   for (ListedItems items(shared.items); items.next();) {
     const int num_tiles = items.num_query_tiles();
     if (num_tiles == 0) continue;
+    // Keys of the item
     [[maybe_unused]] uint32_t keys[Config::kBlockN / 4];
     const Element* const k = shared.k + kv.stage() * Config::kBlockN * Config::kHeadDim;
     wait_full(shared.kv_pipe, kv);
@@ -84,6 +85,7 @@ __device__ inline void add_listed_dq(const ListedDkDvKernelParams& params, DkDvS
     }
 
     for (int i = 0; i < num_tiles; ++i, ++num_used) {
+      // The sums that the visit adds to
       const RingUse<kDqVisits> of_visit{num_used};
       ptx::mbarrier_wait(shared.dq_exchange.visits.full[of_visit.stage()], of_visit.full_parity());
       const DqVisit visit = shared.dq_exchange.visits.visits[of_visit.stage()];
@@ -110,6 +112,7 @@ __device__ inline void add_listed_dq(const ListedDkDvKernelParams& params, DkDvS
         }
       }
 
+      // dq of the visit
       const Ring ds{num_used};
       const ptx::Operand ds_tile = ds_ring.advance(ds.stage() * Config::kScoreBytes);
       wait_full(exchange.ds_pipe, ds);
@@ -122,6 +125,7 @@ __device__ inline void add_listed_dq(const ListedDkDvKernelParams& params, DkDvS
       ptx::wgmma_wait<0>(dq);
       release(exchange.ds_pipe, ds);
 
+      // The sums go back, or, at the last visit, dq leaves
       if (shares) {
 #pragma unroll
         for (int chunk = 0; chunk < kChunks; ++chunk) {

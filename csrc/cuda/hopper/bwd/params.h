@@ -71,8 +71,8 @@ struct ScoreSource : ScoreInputs {
 
 // The same of a list.
 struct ListedScoreSource : ScoreInputs {
-  const int* first_range;
-  const ListedRange* ranges;
+  const int* first_range;     // (segments of queries + 1)
+  const ListedRange* ranges;  // of all of them
 };
 
 ScoreInputs score_inputs(const BwdParams& params, RowReference* references);
@@ -91,7 +91,7 @@ struct BwdStatsParamsOf {
   float* delta_of_rows;  // delta once more as (batch_size, num_heads, seqlen_q); or null
   Scores scores;
   DqAccum dq_accum;    // set to zero; none where dq is ordered
-  uint32_t* dq_turns;  // likewise, num_dq_turns of them; or null
+  uint32_t* dq_turns;  // (num_dq_turns), likewise; or null
   int64_t num_dq_turns;
 };
 
@@ -111,9 +111,9 @@ struct Fp32BwdStatsKernelParams : TabledBwdStatsParams<Fp32QueryStats> {
 };
 
 struct ListedBwdStatsKernelParams : BwdStatsParamsOf<ListedScoreSource, QueryStats> {
-  const ListedQueries* queries;
-  uint32_t* next_item;  // of KeyList, set to zero
-  void* dq;             // (batch_size, seqlen_q, num_heads, head_dim), set to zero where nobody computes it
+  const ListedQueries* queries;  // (num_tiles)
+  uint32_t* next_item;           // of KeyList, set to zero
+  void* dq;                      // (batch_size, seqlen_q, num_heads, head_dim), set to zero where nobody computes it
   Strides dq_strides;
   int head_dim;
 };
@@ -167,8 +167,8 @@ struct DqAccumKernelParams : DqAccumParams {
 };
 
 struct ListedDqAccumKernelParams : DqAccumParams {
-  const ListedQueries* queries;
-  const int* shared_tiles;  // which of them have sums that blocks share
+  const ListedQueries* queries;  // (num_tiles of all queries)
+  const int* shared_tiles;       // (num_tiles), which of them have sums that blocks share
 };
 
 // A WorkTable whose items are never split; it selects the cheaper look-up in work_items.cuh.

@@ -62,10 +62,10 @@ struct ListedRange {
 struct KeyList {
   int num_items, num_heads;  // an item is a unit for one batch_head, and those of a unit follow one another
   int num_batch_heads;
-  const int* units;  // where the tiles of each begin, and where those of the last one end
-  const ListedKeys* keys;
-  const ListedRun* runs;
-  uint32_t* next_item;  // the items that blocks have taken beside their first one; begins with zero
+  const int* units;        // (units + 1), where the tiles of each begin, and where those of the last one end
+  const ListedKeys* keys;  // (tiles of all units)
+  const ListedRun* runs;   // those of one tile after those of another
+  uint32_t* next_item;     // the items that blocks have taken beside their first one; begins with zero
 };
 
 }  // namespace mixed_attention::cuda::hopper
