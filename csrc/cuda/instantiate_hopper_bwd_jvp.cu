@@ -8,7 +8,7 @@ static_assert(HEAD_DIM == kJvpHeadDim, "there are kernels of one width");
 
 #define INSTANTIATE(DTYPE)                                                                         \
   template void launch_bwd_jvp<DTYPE::Element>(const BwdJvpParams& params, const BwdJvpRows& rows, \
-                                               const WorkTable& by_query, const WorkTable& by_key);
+                                               const BwdJvpPlan& plan, void* sums);
 DTYPES
 
 }  // namespace mixed_attention::cuda::hopper

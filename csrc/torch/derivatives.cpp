@@ -1,5 +1,6 @@
 #include "torch/derivatives.h"
 
+#include <ATen/Context.h>
 #include <ATen/DimVector.h>
 #include <ATen/Functions.h>
 #include <c10/core/DeviceGuard.h>
@@ -226,7 +227,7 @@ std::tuple<Tensor, Tensor, Tensor, Tensor> backward_jvp(
       params.dq_dot_strides = strides_behind_directions(dq_dot);
       params.dq_dot_step = dq_dot.stride(0);
     }
-    params.deterministic = true;
+    params.deterministic = at::globalContext().deterministicAlgorithms();
     run_bwd_jvp(params, q);
     const std::array<Tensor, 3> grads{dq, sum_broadcast(dk, k), sum_broadcast(dv, v)};
     for (size_t i = 0; i < grads.size(); ++i) sums[i] = begin == 0 ? grads[i] : sums[i].add_(grads[i]);

@@ -3,6 +3,7 @@ and as in double backward."""
 
 from __future__ import annotations
 
+from collections import Counter
 from dataclasses import replace
 
 import pytest
@@ -78,6 +79,46 @@ def test_equal_bits_in_deterministic_mode(name, moves, form, device):
         torch.use_deterministic_algorithms(False)
 
 
+def kernels_of(moving: Moving, device: torch.device) -> Counter:
+    """How often each kernel of gradients of tangents runs."""
+    grads_of(moving)
+    with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CUDA]) as profile:
+        grads_of(moving)
+        torch.cuda.synchronize(device)
+    names = "hopper_attention_bwd_jvp_kernel", "hopper_dq_accum_kernel", "portable_dq_jvp_kernel"
+    return Counter(name for event in profile.events() for name in names if name in event.name)
+
+
+@pytest.mark.parametrize(
+    ("form", "deterministic", "expected"),
+    [("double", False, (1, 1)), ("double", True, (2, 0)), ("tangents", False, (2, 0)), ("all", False, (2, 0))],
+)
+@pytest.mark.parametrize("moves", ["q", "v", "qkv"])
+def test_which_kernels_run(moves, form, deterministic, expected, device):
+    """Double backward is one kernel, which adds to dq as its blocks come, but for deterministic mode."""
+    if torch.cuda.get_device_capability(device) != (9, 0):
+        pytest.skip("the kernels are those of compute capability 9.0")
+    moving = make_moving(CASES["packed"].with_(dtype=torch.bfloat16), moves, 1, device, form)
+    torch.use_deterministic_algorithms(deterministic)
+    try:
+        got = kernels_of(moving, device)
+    finally:
+        torch.use_deterministic_algorithms(False)
+    assert (got["hopper_attention_bwd_jvp_kernel"], got["hopper_dq_accum_kernel"]) == expected
+    assert got["portable_dq_jvp_kernel"] == 0
+
+
+@pytest.mark.parametrize("moves", ["q", "qkv"])
+@pytest.mark.parametrize("name", ["partial tiles of unions", "rounds", "listed twice"])
+def test_what_blocks_own_has_equal_bits_by_default(name, moves, device):
+    moving = make_moving(CASES[name].with_(dtype=torch.bfloat16), moves, 1, device, "double")
+    first = grads_of(moving)
+    for _ in range(5):
+        got = grads_of(moving)
+        assert torch.equal(got["dk"], first["dk"])
+        assert torch.equal(got["dv"], first["dv"])
+
+
 @pytest.mark.parametrize("moves", ["q", "qkv"])
 def test_what_is_not_there_counts_as_zeros(moves, device):
     """A form without gradients of the output gives what zeros in their place do, but for the order of sums."""
@@ -98,7 +139,7 @@ def test_rows_do_not_depend_on_what_they_cannot_see(moves, form, device):
     """Queries that are not numbers spoil gradients of their own and of keys that they read, and no others."""
     case = Case((150, 90, 200, 70), "a>b c>d", num_heads=2, head_dim=64, dtype=torch.bfloat16)
     moving = make_moving(case, moves, 1, device, form)
-    before = grads_of(moving)
+    before = grads_of(moving)  # no query reads two tiles of keys, so that dq has equal bits, too
     rows = slice(0, 150)
     moving.inputs.q[:, rows] = torch.nan
     if moving.tangents[0] is not None:

@@ -8,24 +8,20 @@
 
 #include "cuda/common/device.h"
 #include "cuda/common/kept.h"
+#include "cuda/hopper/bwd/config.h"
 #include "cuda/hopper/bwd_jvp/config.h"
 #include "cuda/hopper/bwd_jvp/launch.h"
 #include "cuda/hopper/bwd_jvp/tensors.h"
 #include "cuda/hopper/fwd/split_items.h"
 #include "cuda/hopper/launch.h"
 #include "cuda/hopper/layout.h"
+#include "cuda/hopper/plan/key_table.h"
 #include "cuda/hopper/plan/query_table.h"
 #include "cuda/hopper/refusals.h"
 #include "schedule.h"
 
 namespace mixed_attention::cuda::hopper {
 namespace {
-
-// What is decided about a call, made once for all that are alike.
-struct Plan {
-  const char* refusal = nullptr;
-  WorkTable by_query{}, by_key{};
-};
 
 // A schedule in which keys take the part of queries, and those who read them that of keys.
 Schedule transposed(const Schedule& schedule) {
@@ -38,22 +34,30 @@ Schedule transposed(const Schedule& schedule) {
   return result;
 }
 
-Plan make_plan(const BwdJvpParams& params) {
+// Double backward has one kernel, with 7 and 10 products instead of 10 and 15, where sums may have other bits in every
+// run. Other forms have too much to hold for it.
+bool adds_dq(const BwdJvpParams& params) {
+  return !params.deterministic && params.dout == nullptr && params.dq_dot == nullptr && fits_key_work_table(params);
+}
+
+BwdJvpPlan make_plan(const BwdJvpParams& params) {
   const Schedule by_key = transposed(*params.schedule);
   AttentionParams of_keys = params;
   of_keys.schedule = &by_key;
-  if (!fits_work_table(params) || !fits_work_table(of_keys)) return {kPlanIsTooLarge};
-  Plan plan{.by_query = make_work_table(params, kBwdJvpBlockM, kBwdJvpBlockN),
-            .by_key = make_work_table(of_keys, kBwdJvpBlockM, kBwdJvpBlockN)};
+  if (!fits_work_table(params) || !fits_work_table(of_keys)) return {.refusal = kPlanIsTooLarge};
+  BwdJvpPlan plan{.adds_dq = adds_dq(params),
+                  .by_query = make_work_table(params, kBwdJvpBlockM, kBwdJvpBlockN),
+                  .by_key = make_work_table(of_keys, kBwdJvpBlockM, kBwdJvpBlockN),
+                  .runs = make_query_runs(*params.schedule)};
   const int num_blocks = num_multiprocessors(params.device);
   if (wants_splits(plan.by_query, num_blocks) || wants_splits(plan.by_key, num_blocks)) plan.refusal = kWantsSplits;
   return plan;
 }
 
-std::shared_ptr<const Plan> plan_of(const BwdJvpParams& params) {
-  using Key = std::tuple<uint64_t, int64_t, int64_t, int>;
-  static auto* kept = new Kept<Key, Plan>(256);  // never freed: threads may outlive static objects
-  const Key key{params.schedule->id, params.batch_size, params.num_heads, params.device};
+std::shared_ptr<const BwdJvpPlan> plan_of(const BwdJvpParams& params) {
+  using Key = std::tuple<uint64_t, int64_t, int64_t, int, bool>;
+  static auto* kept = new Kept<Key, BwdJvpPlan>(256);  // never freed: threads may outlive static objects
+  const Key key{params.schedule->id, params.batch_size, params.num_heads, params.device, adds_dq(params)};
   return kept->of(key, [&] { return make_plan(params); });
 }
 
@@ -105,11 +109,19 @@ Layout layout_of_bwd_jvp(const BwdJvpParams& params) {
   return layout_of(params, params.schedule->key_segments, kBwdJvpBlockM, kBwdJvpBlockN);
 }
 
-std::function<void(const BwdJvpParams&, const BwdJvpRows&)> products_of_bwd_jvp(const BwdJvpParams& params) {
-  return [plan = plan_of(params)](const BwdJvpParams& params, const BwdJvpRows& rows) {
-    params.dtype == DType::kBFloat16 ? launch_bwd_jvp<__nv_bfloat16>(params, rows, plan->by_query, plan->by_key)
-                                     : launch_bwd_jvp<__half>(params, rows, plan->by_query, plan->by_key);
-  };
+size_t bytes_of_dq_sums(const BwdJvpParams& params, const BwdJvpPlan& plan) {
+  if (!plan.adds_dq) return 0;
+  return num_query_tiles(plan.runs) * params.batch_size * params.num_heads * kQueryTileRows * kJvpHeadDim *
+         sizeof(float);
+}
+
+BwdJvpProducts products_of_bwd_jvp(const BwdJvpParams& params) {
+  const std::shared_ptr<const BwdJvpPlan> plan = plan_of(params);
+  return {bytes_of_dq_sums(params, *plan), [plan](const BwdJvpParams& params, const BwdJvpRows& rows, void* workspace) {
+            const auto launch =
+                params.dtype == DType::kBFloat16 ? launch_bwd_jvp<__nv_bfloat16> : launch_bwd_jvp<__half>;
+            launch(params, rows, *plan, workspace);
+          }};
 }
 
 }  // namespace mixed_attention::cuda::hopper

@@ -1,10 +1,9 @@
 // The Hopper kernels' entry points, and what they serve.
 #pragma once
 
-#include <functional>
 #include <string>
 
-#include "cuda/common/bwd_jvp_rows.h"
+#include "cuda/common/bwd_jvp_products.h"
 #include "cuda/launch.h"
 #include "derivatives_params.h"
 #include "params.h"
@@ -30,6 +29,6 @@ Launch<JvpParams> launch_of_jvp(const JvpParams& params);
 // the numbers of rows.
 const char* refusal_of_bwd_jvp(const BwdJvpParams& params);
 Layout layout_of_bwd_jvp(const BwdJvpParams& params);
-std::function<void(const BwdJvpParams&, const BwdJvpRows&)> products_of_bwd_jvp(const BwdJvpParams& params);
+BwdJvpProducts products_of_bwd_jvp(const BwdJvpParams& params);
 
 }  // namespace mixed_attention::cuda::hopper

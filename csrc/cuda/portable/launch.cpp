@@ -84,14 +84,14 @@ Launch<JvpParams> launch_of_jvp(const JvpParams& params) {
           }};
 }
 
-Launch<BwdJvpParams> launch_of_bwd_jvp(const BwdJvpParams& params) { return launch_of_bwd_jvp(params, nullptr); }
+Launch<BwdJvpParams> launch_of_bwd_jvp(const BwdJvpParams& params) { return launch_of_bwd_jvp(params, {}); }
 
 Launch<BwdJvpParams> launch_of_bwd_jvp(const BwdJvpParams& params, BwdJvpProducts products) {
   auto plan = std::make_shared<BwdJvpPlan>(plan_bwd_jvp(params));
   const Tile tile = bwd_jvp_tile(plan->arithmetic, plan->head_dim);
   return {.layout = plan->by_key.pass->layout(tile, params.batch_size * params.num_heads, params.device),
-          .workspace_size = plan->workspace_size,
-          .run = [plan, products = std::move(products)](const BwdJvpParams& params) {
+          .workspace_size = plan->workspace_size + products.workspace_size,
+          .run = [plan, products = std::move(products.run)](const BwdJvpParams& params) {
             take_workspace(params, *plan);
             const BwdJvpBuffers& buffers = plan->buffers;
             with_kernel(plan->arithmetic, plan->head_dim, [&]<Arithmetic kArithmetic, int kHeadDim>() {
@@ -99,8 +99,13 @@ Launch<BwdJvpParams> launch_of_bwd_jvp(const BwdJvpParams& params, BwdJvpProduct
                 const Brought by_key = bring(plan->by_key, params);
                 launch_bwd_jvp_rows<kArithmetic, kHeadDim>(params, buffers, by_key.work);
                 if (products != nullptr) {
-                  return products(params, {buffers.bwd.lse_log2, static_cast<const float*>(params.lse_dot), buffers.eps,
-                                           buffers.bwd.delta, buffers.bwd.references, buffers.bwd.has_references});
+                  const BwdJvpRows rows{buffers.bwd.lse_log2,
+                                        static_cast<const float*>(params.lse_dot),
+                                        buffers.eps,
+                                        buffers.bwd.delta,
+                                        buffers.bwd.references,
+                                        buffers.bwd.has_references};
+                  return products(params, rows, static_cast<char*>(params.workspace) + plan->workspace_size);
                 }
                 launch_bwd_jvp_by_key<kArithmetic, kHeadDim>(params, buffers, by_key.work);
                 const Brought by_query = bring(plan->by_query, params);

@@ -2,10 +2,9 @@
 #pragma once
 
 #include <cstddef>
-#include <functional>
 #include <string>
 
-#include "cuda/common/bwd_jvp_rows.h"
+#include "cuda/common/bwd_jvp_products.h"
 #include "cuda/launch.h"
 #include "derivatives_params.h"
 #include "params.h"
@@ -33,7 +32,6 @@ Launch<JvpParams> launch_of_jvp(const JvpParams& params);
 bool jvp_serves_forward(const JvpParams& params);
 Launch<BwdJvpParams> launch_of_bwd_jvp(const BwdJvpParams& params);
 // The same with other large kernels, behind the small ones that make the numbers of rows.
-using BwdJvpProducts = std::function<void(const BwdJvpParams&, const BwdJvpRows&)>;
 Launch<BwdJvpParams> launch_of_bwd_jvp(const BwdJvpParams& params, BwdJvpProducts products);
 
 }  // namespace mixed_attention::cuda::portable

@@ -27,28 +27,35 @@ __device__ inline void wait_for_room(DqExchange<Config>& exchange, uint32_t coun
   wait_empty(exchange.ds_pipe, use);
 }
 
-// Writes a tile's ds of this warp's 16 keys, which start at first_row, to the buffer of the warpgroup that computes dq,
-// behind wait_for_room. Keys that do not count (own_keys.cuh) become zeros. Unless `arrives`, nothing is published and
-// the buffer stays free.
+// Writes columns of a tile of transposed scores, (keys, queries), of this warp's 16 keys, which start at first_row.
+// Keys that do not count (own_keys.cuh) become zeros. first_chunk: the column of the first one, in 16 bytes.
+template <int kWords, bool kIsMasked>
+__device__ inline void store_scores(const void* tile, const uint32_t (&words)[kWords], int first_row,
+                                    const OwnKeys<kIsMasked>& own_keys, int first_chunk = 0) {
+  const int lane = threadIdx.x % 32;
+  const int row = first_row + lane % 16;
+  const bool counts[2] = {own_keys.count(0), own_keys.count(1)};
+  const auto word = [&](int i) { return counts[i % 2] ? words[i] : 0; };
+
+  const uint32_t target = ptx::shared_address(tile) + row * kRowBytes;
+#pragma unroll
+  for (int step = 0; step < kWords / 4; ++step) {
+    const int chunk = first_chunk + 2 * step + lane / 16;
+    ptx::stmatrix_x4(target + (chunk ^ (row % 8)) * 16, word(4 * step), word(4 * step + 1), word(4 * step + 2),
+                     word(4 * step + 3));
+  }
+}
+
+// Writes a tile's ds of this warp's keys to the buffer of the warpgroup that computes dq, behind wait_for_room. Unless
+// `arrives`, nothing is published and the buffer stays free.
 template <typename Config, bool kIsMasked>
 __device__ inline void hand_over(DqExchange<Config>& exchange, uint32_t count, const uint32_t (&ds)[16], int first_row,
                                  const OwnKeys<kIsMasked>& own_keys, bool arrives) {
   const RingUse<DqExchange<Config>::kStages> use{count};
-  const int lane = threadIdx.x % 32;
-  const int row = first_row + lane % 16;
-  const bool counts[2] = {own_keys.count(0), own_keys.count(1)};
-  const auto word = [&](int i) { return counts[i % 2] ? ds[i] : 0; };
-
-  const uint32_t target = ptx::shared_address(exchange.ds[use.stage()]) + row * kRowBytes;
-#pragma unroll
-  for (int step = 0; step < Config::kBlockM / 16; ++step) {
-    const int chunk = 2 * step + lane / 16;
-    ptx::stmatrix_x4(target + (chunk ^ (row % 8)) * 16, word(4 * step), word(4 * step + 1), word(4 * step + 2),
-                     word(4 * step + 3));
-  }
+  store_scores(exchange.ds[use.stage()], ds, first_row, own_keys);
   ptx::fence_async_shared();
   __syncwarp();
-  if (lane == 0 && arrives) ptx::mbarrier_arrive(exchange.ds_pipe.full[use.stage()]);
+  if (threadIdx.x % 32 == 0 && arrives) ptx::mbarrier_arrive(exchange.ds_pipe.full[use.stage()]);
 }
 
 }  // namespace mixed_attention::cuda::hopper

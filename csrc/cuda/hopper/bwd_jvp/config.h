@@ -17,11 +17,12 @@ inline constexpr int kColumnWarps = kBwdJvpBlockN / 32;  // who read the numbers
 inline constexpr int kSideTensors = 4;
 
 // kMovesKeys: whether k or v move, or queries alone. kIsWhole: whether there is a gradient of the output itself, y2, or
-// whether, where queries own, dq' is wanted; else it is the form of double backward, which has neither.
-template <typename Element_, bool kOwnsKeys_, bool kMovesKeys, bool kIsWhole>
+// whether, where queries own, dq' is wanted; else it is the form of double backward, which has neither. kAddsDq:
+// whether a third warpgroup adds to dq what the keys of a block that owns them contribute; in double backward alone.
+template <typename Element_, bool kOwnsKeys_, bool kMovesKeys_, bool kIsWhole, bool kAddsDq_ = false>
 struct BwdJvpConfig {
   using Element = Element_;
-  static constexpr bool kOwnsKeys = kOwnsKeys_;
+  static constexpr bool kOwnsKeys = kOwnsKeys_, kMovesKeys = kMovesKeys_, kAddsDq = kAddsDq_;
   // Which of a side's tensors there may be beside the first and the third.
   static constexpr bool kOwnsSecond = kOwnsKeys ? kMovesKeys : true, kOwnsFourth = kOwnsKeys ? kMovesKeys : kIsWhole;
   static constexpr bool kStreamsSecond = kOwnsKeys ? true : kMovesKeys;
@@ -29,29 +30,57 @@ struct BwdJvpConfig {
   static constexpr bool kHasFourth = kOwnsFourth || kStreamsFourth;
   static constexpr bool kHasSecondGradient = kOwnsKeys || kIsWhole;
   // Which of a consumer's own rows stay in registers, so far as these reach.
-  static constexpr bool kKeeps[kSideTensors] = {true, !kOwnsKeys && !kHasFourth, !kHasFourth || !kHasSecondGradient,
-                                                false};
+  static constexpr bool kKeepsFirst = true, kKeepsSecond = !kOwnsKeys && !kHasFourth;
+  static constexpr bool kKeepsThird = kAddsDq || !kHasFourth || !kHasSecondGradient;
   static constexpr int kHeadDim = kJvpHeadDim;
   static constexpr int kConsumers = 2, kBlockM = kBwdJvpBlockM, kBlockN = kBwdJvpBlockN;
-  static constexpr int kStages = 4;
-  static constexpr int kProducerRegisters = 24, kConsumerRegisters = 240;
-  static constexpr int kThreads = (1 + kConsumers) * kWarpgroup;
+  // A consumer takes so many rows of a tile that streams at a time: beside both gradients its registers hold s, z, e
+  // and x of 32 of them, or s, z and e of all.
+  static constexpr int kStepRows = kAddsDq ? kBlockN / 2 : kBlockN;
+  // Where dq is added to, shared memory has no room for what may not be there.
+  static constexpr int kOwnedStep = kAddsDq && !kMovesKeys ? 2 : 1;  // from one tensor of those that own to the next
+  static constexpr int kStreamedTensors = kAddsDq ? kSideTensors - 1 : kSideTensors;
+  static constexpr int kStages = !kAddsDq ? 4 : kMovesKeys ? 3 : 5;
+  static constexpr int kProducerRegisters = kAddsDq ? 32 : 24, kConsumerRegisters = kAddsDq ? 192 : 240;
+  static constexpr int kDqRegisters = 96;
+  static constexpr int kThreads = (1 + kConsumers + kAddsDq) * kWarpgroup;
 
   static constexpr int kTileBytesM = kBlockM * kRowBytes;
   static constexpr int kTileBytesN = kBlockN * kRowBytes;
+
+  static_assert(!kAddsDq || (kOwnsKeys && !kIsWhole), "it is double backward that adds to dq where keys own");
 };
 
 // Numbers of the queries of a tile, as columns: of BwdJvpRows, where place_of_stats says.
 struct ColumnNumbersOfTile {
   float lse_log2[kBwdJvpBlockN], mu[kBwdJvpBlockN], eps[kBwdJvpBlockN], gamma[kBwdJvpBlockN];
+  int64_t first_query;  // among those of all sequences and heads
+  int num_rows;
+};
+
+// The shared memory that the third warpgroup reads and writes.
+template <typename Config, bool kAddsDq = Config::kAddsDq>
+struct BwdJvpDqExchange {};
+
+template <typename Config>
+struct BwdJvpDqExchange<Config, true> {
+  static constexpr int kStages = 2, kStagings = Config::kMovesKeys ? 1 : 2;
+  static constexpr int kFactors = Config::kMovesKeys ? 2 : 1;  // ds, and g, which keys' tangents are multiplied by
+  static constexpr int kDqTileFloats = Config::kBlockN * Config::kHeadDim;
+
+  // Transposed, (keys, queries).
+  alignas(1024) typename Config::Element factors[kStages][kFactors][Config::kBlockM * Config::kBlockN];
+  alignas(128) float staging[kStagings][kDqTileFloats];
+  Pipe<kStages> pipe;
 };
 
 template <typename Config>
 struct BwdJvpSharedStorage {
   using Element = typename Config::Element;
 
-  alignas(1024) Element owned[kSideTensors][Config::kBlockM * Config::kHeadDim];
-  alignas(1024) Element streamed[Config::kStages][kSideTensors][Config::kBlockN * Config::kHeadDim];
+  alignas(1024) Element owned[kSideTensors / Config::kOwnedStep][Config::kBlockM * Config::kHeadDim];
+  alignas(1024) Element streamed[Config::kStages][Config::kStreamedTensors][Config::kBlockN * Config::kHeadDim];
+  [[no_unique_address]] BwdJvpDqExchange<Config> dq_exchange;
   alignas(16) ColumnNumbersOfTile columns[Config::kStages];  // where keys own
 
   SingleBufferPipe owned_pipe;

@@ -17,8 +17,11 @@
 #include <cstdint>
 
 #include "cuda/common/row_reference.cuh"
+#include "cuda/hopper/bwd/own_keys.cuh"
 #include "cuda/hopper/bwd/scores.cuh"
 #include "cuda/hopper/bwd_jvp/config.h"
+#include "cuda/hopper/bwd_jvp/dq_adder.cuh"
+#include "cuda/hopper/bwd_jvp/items.cuh"
 #include "cuda/hopper/bwd_jvp/mma.cuh"
 #include "cuda/hopper/bwd_jvp/pairs.cuh"
 #include "cuda/hopper/bwd_jvp/params.h"
@@ -41,7 +44,7 @@
 namespace mixed_attention::cuda::hopper {
 
 template <typename Config>
-__device__ inline void produce_sides(const BwdJvpKernelParams& params, BwdJvpSharedStorage<Config>& shared) {
+__device__ inline void produce_sides(const BwdJvpKernelParams<Config>& params, BwdJvpSharedStorage<Config>& shared) {
   const auto bytes_of = [](const SideMap(&side)[kSideTensors], int bytes) {
     int sum = 0;
 #pragma unroll
@@ -50,24 +53,30 @@ __device__ inline void produce_sides(const BwdJvpKernelParams& params, BwdJvpSha
   };
   RingUse<Config::kStages> use{0};
   uint32_t owned_parity = 1;
-  for (ItemWalk<Config::kBlockM> items(params.table); items.next_with_keys(); owned_parity ^= 1) {
-    const TileShare share = items.share();
+  for (SideItems<Config> items(params.table); items.next_with_keys(); owned_parity ^= 1) {
     const ItemRows rows = items.rows();
     ptx::Mbarrier& owned_full =
         begin_copy(shared.owned_pipe, owned_parity, bytes_of(params.owned, Config::kTileBytesM));
 #pragma unroll
-    for (int i = 0; i < kSideTensors; ++i) {
+    for (int i = 0; i < kSideTensors; i += Config::kOwnedStep) {
       const SideMap& side = params.owned[i];
       if (!side.exists) continue;
-      load_rows<Config::kBlockM, Config::kHeadDim>(shared.owned[i], side.map, owned_full, rows.row_begin, rows.head,
-                                                   rows.batch * side.batch_step);
+      auto* const buffer = shared.owned[i / Config::kOwnedStep];
+      const int batch = rows.batch * side.batch_step;
+      if constexpr (Config::kAddsDq) {  // what lies behind the keys would reach dq
+        load_clipped_rows<Config::kBlockM, Config::kHeadDim>(buffer, side.map, owned_full, rows.row_begin,
+                                                             min(Config::kBlockM, rows.row_end - rows.row_begin),
+                                                             rows.head, batch);
+      } else {
+        load_rows<Config::kBlockM, Config::kHeadDim>(buffer, side.map, owned_full, rows.row_begin, rows.head, batch);
+      }
     }
-    KeyTileIterator<Config::kBlockN> tiles(items, share.begin);
-    for (int tile = share.begin; tile < share.end; ++tile, ++use.count) {
-      const KeyTile streamed = tiles.next();
+    auto tiles = tiles_of<Config>(items);
+    for (int num_left = items.tiles().num_tiles; num_left > 0; --num_left, ++use.count) {
+      const auto streamed = tiles.next();
       ptx::Mbarrier& full = begin_copy(shared.streamed_pipe, use, bytes_of(params.streamed, Config::kTileBytesN));
 #pragma unroll
-      for (int i = 0; i < kSideTensors; ++i) {
+      for (int i = 0; i < Config::kStreamedTensors; ++i) {
         const SideMap& side = params.streamed[i];
         if (!side.exists) continue;
         load_clipped_rows<Config::kBlockN, Config::kHeadDim>(shared.streamed[use.stage()][i], side.map, full,
@@ -80,77 +89,73 @@ __device__ inline void produce_sides(const BwdJvpKernelParams& params, BwdJvpSha
 
 // Reads the numbers of the queries of every tile that streams by, by kColumnWarps beside the producer.
 template <typename Config>
-__device__ inline void produce_columns(const BwdJvpKernelParams& params, BwdJvpSharedStorage<Config>& shared) {
+__device__ inline void produce_columns(const BwdJvpKernelParams<Config>& params, BwdJvpSharedStorage<Config>& shared) {
   RingUse<Config::kStages> use{0};
-  for (ItemWalk<Config::kBlockM> items(params.table); items.next_with_keys();) {
-    KeyTileIterator<Config::kBlockN> tiles(items);
+  for (SideItems<Config> items(params.table); items.next_with_keys();) {
+    auto tiles = tiles_of<Config>(items);
     for (int num_left = items.tiles().num_tiles; num_left > 0; --num_left, ++use.count) {
-      const KeyTile queries = tiles.next();
+      const auto queries = tiles.next();
       // Computed anew for every tile: registers are few.
       const ItemRows rows = items.rows();
-      const int64_t first_query = (int64_t{rows.batch} * params.table.num_heads + rows.head) * params.seqlen_q;
-      write_columns(shared.columns[use.stage()], params.rows, first_query + queries.row_begin, queries.num_rows,
-                    [&] { wait_empty(shared.streamed_pipe, use); });
+      write_columns(shared.columns[use.stage()], params.rows, first_query_of(params, rows) + queries.row_begin,
+                    queries.num_rows, [&] { wait_empty(shared.streamed_pipe, use); });
       sync_and_arrive_as_warp(shared.streamed_pipe.full[use.stage()]);
     }
   }
 }
 
 template <typename Config>
-__device__ inline void consume_sides(const BwdJvpKernelParams& params, BwdJvpSharedStorage<Config>& shared,
+__device__ inline void consume_sides(const BwdJvpKernelParams<Config>& params, BwdJvpSharedStorage<Config>& shared,
                                      int consumer) {
   using Element = typename Config::Element;
   constexpr bool kOwnsKeys = Config::kOwnsKeys;
-  constexpr int kBlockN = Config::kBlockN, kHeadDim = Config::kHeadDim;
-  // The first of a thread's rows in the tile, computed where it is used: it would take a register through the MMAs.
-  const auto own_row = [] { return (ptx::thread_anew() - kWarpgroup) / 32 * kWarpRows + ptx::lane_anew() / 4; };
+  constexpr int kStepRows = Config::kStepRows, kHeadDim = Config::kHeadDim;
+  // The first of a warp's rows in the tile, and of a thread's, computed where they are used: they would take registers
+  // through the MMAs.
+  const auto warp_row = [] { return (ptx::thread_anew() - kWarpgroup) / 32 * kWarpRows; };
+  const auto own_row = [&] { return warp_row() + ptx::lane_anew() / 4; };
   const bool has_references = *params.rows.has_references != 0;
 
-  // Consumer 0's first turn comes from the last one.
-  const int own_turn = kTurnBarrier + consumer;
-  const int next_turn = kTurnBarrier + (consumer + 1) % Config::kConsumers;
-  if (consumer == Config::kConsumers - 1) ptx::named_barrier_arrive(next_turn, 2 * kWarpgroup);
+  const auto turn_of = [](int warpgroup) { return kTurnBarrier + warpgroup % Config::kConsumers; };
+  const auto take_turn = [&] { ptx::named_barrier_sync(turn_of(ptx::thread_anew() / kWarpgroup - 1), 2 * kWarpgroup); };
+  const auto pass_turn = [&] { ptx::named_barrier_arrive(turn_of(ptx::thread_anew() / kWarpgroup), 2 * kWarpgroup); };
+  if (consumer == Config::kConsumers - 1) pass_turn();  // consumer 0's first turn comes from the last one
 
   SideMma<Config> mma(params, shared, consumer);
-  RingUse<Config::kStages> use{0};
+  Step<Config> step{0};
   uint32_t owned_parity = 0;
-  for (ItemWalk<Config::kBlockM> items(params.table); items.next();) {
+  for (SideItems<Config> items(params.table); items.next();) {
     clear(mma.first);
     clear(mma.second);
-    const TileShare share = items.share();
 
-    if (share.begin < share.end) {
-      // The numbers of its sequence's first query.
-      const auto first_query = [&] {
-        const ItemRows rows = items.rows();
-        return (int64_t{rows.batch} * params.table.num_heads + rows.head) * params.seqlen_q;
-      };
+    if (const int num_tiles = items.tiles().num_tiles; num_tiles > 0) {
+      const OwnKeys<false> own_keys(items.rows(), warp_row());
       NumbersOfRows of_rows;
       if constexpr (!kOwnsKeys) {
-        const int row = items.rows().row_begin + own_row();
-        of_rows.read(params.rows, first_query() + row, items.rows().row_end - row);
+        const ItemRows rows = items.rows();
+        const int row = rows.row_begin + own_row();
+        of_rows.read(params.rows, first_query_of(params, rows) + row, rows.row_end - row);
       }
-      KeyTileIterator<kBlockN> tiles(items, share.begin);
-      KeyTile streamed = tiles.next();
-      // p of a tile, under its other products.
-      const auto weigh = [&](int tile) {
-        if (has_references) {
-          const ItemRows rows = items.rows();
-          const RowReference* const references = params.rows.references + first_query();
-          const int first = kOwnsKeys ? streamed.row_begin + ptx::lane_anew() % 4 * 2 : rows.row_begin + own_row();
-          const int end = kOwnsKeys ? streamed.row_begin + streamed.num_rows : rows.row_end;
-#pragma unroll
-          for (int i = 0; i < kBlockN / 2; ++i) {
-            const int row = first + (kOwnsKeys ? 8 * (i / 4) + i % 2 : 8 * row_of(i));
-            if (row < end) mma.s[i] = relative_score(mma.s[i], references[row]);
-          }
-        }
-        if (tile < share.num_partial) mask_columns(mma.s, items.ranges()[tile].tail);
+      const auto columns = [&]() -> const ColumnNumbersOfTile& { return shared.columns[step.use().stage()]; };
+      // p of the rows of a step, under their other products.
+      const auto weigh = [&]([[maybe_unused]] int tile) {
         if constexpr (kOwnsKeys) {
-          ColumnStats<kBlockN> lse_log2;
-          lse_log2.load(shared.columns[use.stage()].lse_log2);
+          const int first_column = step.first_row(), num_columns = columns().num_rows - first_column;
+          if (has_references) {
+            relate_existing_columns(mma.s, params.rows.references + columns().first_query + first_column, num_columns);
+          }
+          if (num_columns < kStepRows) mask_columns(mma.s, num_columns);
+          ColumnStats<kStepRows> lse_log2;
+          lse_log2.load(columns().lse_log2 + first_column);
           exponentiate_pairs(mma.s, lse_log2, params.softmax_scale_log2);
         } else {
+          if (has_references) {
+            const ItemRows rows = items.rows();
+            const int row = rows.row_begin + own_row();
+            relate_existing_rows(mma.s, params.rows.references + first_query_of(params, rows) + row,
+                                 rows.row_end - row);
+          }
+          if (tile < items.tiles().num_partial) mask_columns(mma.s, items.ranges()[tile].tail);
           exponentiate_pairs(mma.s, of_rows.lse_log2, params.softmax_scale_log2);
         }
         hold_p(mma.s, ptx::shared_address(&shared));
@@ -161,46 +166,51 @@ __device__ inline void consume_sides(const BwdJvpKernelParams& params, BwdJvpSha
           differentiate_pairs<Config::kHasFourth>(mma.s, mma.z, mma.e, mma.x, numbers, params.softmax_scale);
         };
         if constexpr (kOwnsKeys) {
-          differentiate(NumbersOfColumns(shared.columns[use.stage()]));
+          differentiate(NumbersOfColumns<kStepRows>(columns(), step.first_row()));
         } else {
           differentiate(of_rows);
         }
         mma.take_operands();
+        if constexpr (Config::kAddsDq) wait_for_room(shared.dq_exchange, step);
+      };
+      const auto hand_over_factors = [&] {
+        if constexpr (Config::kAddsDq) hand_over(shared.dq_exchange, step, mma, warp_row(), own_keys);
       };
 
       ptx::mbarrier_wait(shared.owned_pipe.full, owned_parity);
       owned_parity ^= 1;
-      mma.load(shared, consumer * kWarpgroupRows + ptx::thread_anew() / 32 % 4 * kWarpRows);
-      wait_full(shared.streamed_pipe, use);
+      mma.load(shared, warp_row());
+      wait_full(shared.streamed_pipe, step.use());
       ptx::wgmma_fence();
-      mma.issue_scores(use);
-      mma.issue_tangents(use);
+      mma.issue_scores(step);
+      mma.issue_tangents(step);
       ptx::wgmma_wait<1>(mma.s);
-      weigh(share.begin);
-      for (int tile = share.begin + 1; tile < share.end; ++tile) {
-        const RingUse<Config::kStages> next{use.count + 1};
+      weigh(0);
+      for (int i = 1; i < num_tiles * step.kPerTile; ++i) {
+        const Step<Config> next{step.count + 1};
         take_operands();
-        streamed = tiles.next();
-        wait_full(shared.streamed_pipe, next);
-        ptx::named_barrier_sync(own_turn, 2 * kWarpgroup);
+        wait_full(shared.streamed_pipe, next.use());
+        take_turn();
         ptx::wgmma_fence();
-        mma.issue_gradients(use);
+        mma.issue_gradients(step);
         mma.issue_scores(next);
+        hand_over_factors();
         mma.template wait_for_gradients<1>();
-        release(shared.streamed_pipe, use);
-        use = next;
+        if (step.is_last_of_tile()) release(shared.streamed_pipe, step.use());
+        step = next;
         ptx::wgmma_fence();
-        mma.issue_tangents(use);
-        ptx::named_barrier_arrive(next_turn, 2 * kWarpgroup);
+        mma.issue_tangents(step);
+        pass_turn();
         ptx::wgmma_wait<1>(mma.s);
-        weigh(tile);
+        weigh(i);
       }
       take_operands();
       ptx::wgmma_fence();
-      mma.issue_gradients(use);
+      mma.issue_gradients(step);
+      hand_over_factors();
       mma.template wait_for_gradients<0>();
-      release(shared.streamed_pipe, use);
-      ++use.count;
+      release(shared.streamed_pipe, step.use());
+      ++step.count;
       release(shared.owned_pipe);
     }
 
@@ -223,7 +233,7 @@ __device__ inline void consume_sides(const BwdJvpKernelParams& params, BwdJvpSha
 
 template <typename Config>
 __global__ void __launch_bounds__(Config::kThreads, 1)
-    hopper_attention_bwd_jvp_kernel(const __grid_constant__ BwdJvpKernelParams params) {
+    hopper_attention_bwd_jvp_kernel(const __grid_constant__ BwdJvpKernelParams<Config> params) {
   extern __shared__ __align__(1024) unsigned char memory[];
   BwdJvpSharedStorage<Config>& shared = *reinterpret_cast<BwdJvpSharedStorage<Config>*>(memory);
 
@@ -234,11 +244,12 @@ __global__ void __launch_bounds__(Config::kThreads, 1)
       words[i] = uint4{};
     }
   };
-  for (int i = 0; i < kSideTensors; ++i) {
-    if (!params.owned[i].exists) fill(shared.owned[i]);
-    for (int stage = 0; stage < Config::kStages; ++stage) {
-      if (!params.streamed[i].exists) fill(shared.streamed[stage][i]);
-    }
+  for (int i = 0; i < kSideTensors; i += Config::kOwnedStep) {
+    if (!params.owned[i].exists) fill(shared.owned[i / Config::kOwnedStep]);
+  }
+  for (int i = 0; i < Config::kStreamedTensors; ++i) {
+    if (params.streamed[i].exists) continue;
+    for (int stage = 0; stage < Config::kStages; ++stage) fill(shared.streamed[stage][i]);
   }
   ptx::fence_async_shared();
   const auto prepare = [&] {
@@ -247,8 +258,9 @@ __global__ void __launch_bounds__(Config::kThreads, 1)
       if (params.owned[i].exists) ptx::prefetch_tensor_map(params.owned[i].map);
       if (params.streamed[i].exists) ptx::prefetch_tensor_map(params.streamed[i].map);
     }
-    init_pipe(shared.owned_pipe, 1, kConsumerWarps);
+    init_pipe(shared.owned_pipe, 1, kConsumerWarps + (Config::kAddsDq ? kWarpgroup / 32 : 0));
     init_pipe(shared.streamed_pipe, 1 + (Config::kOwnsKeys ? kColumnWarps : 0), kConsumerWarps);
+    if constexpr (Config::kAddsDq) init_pipe(shared.dq_exchange.pipe, kConsumerWarps, kWarpgroup / 32);
     ptx::mbarrier_fence_init();
   };
   const auto produce = [&](int warp) {
@@ -257,7 +269,12 @@ __global__ void __launch_bounds__(Config::kThreads, 1)
       if (0 < warp && warp <= kColumnWarps) produce_columns(params, shared);
     }
   };
-  run_roles<Config>(prepare, produce, [&](int consumer) { consume_sides(params, shared, consumer); });
+  const auto consume = [&](int consumer) { consume_sides(params, shared, consumer); };
+  if constexpr (Config::kAddsDq) {
+    run_roles<Config>(prepare, produce, consume, [&] { add_dq(params, shared); });
+  } else {
+    run_roles<Config>(prepare, produce, consume);
+  }
 }
 
 }  // namespace mixed_attention::cuda::hopper

@@ -4,6 +4,8 @@
 #include <numbers>
 
 #include "cuda/common/allow_shared_memory.cuh"
+#include "cuda/common/check.h"
+#include "cuda/hopper/bwd/launch.cuh"
 #include "cuda/hopper/bwd_jvp/kernel.cuh"
 #include "cuda/hopper/bwd_jvp/launch.h"
 #include "cuda/hopper/bwd_jvp/tensors.h"
@@ -23,16 +25,17 @@ inline void make_side(SideMap* side, const TensorView* tensors, CUtensorMap (*ma
   }
 }
 
-template <typename Element, bool kOwnsKeys, bool kMovesKeys, bool kIsWhole>
-void launch_side(const BwdJvpParams& params, const BwdJvpRows& rows, const WorkTable& table) {
-  using Config = BwdJvpConfig<Element, kOwnsKeys, kMovesKeys, kIsWhole>;
+// table: rows that own, and those that stream through them.
+template <typename Config, typename Table>
+void launch_side(const BwdJvpParams& params, const BwdJvpRows& rows, const Table& table, const DqAccum& dq_accum = {}) {
   constexpr auto kKernel = hopper_attention_bwd_jvp_kernel<Config>;
   constexpr int kSharedBytes = sizeof(BwdJvpSharedStorage<Config>);
+  constexpr bool kOwnsKeys = Config::kOwnsKeys;
   if (table.num_items == 0) return;
   const BwdJvpTensors tensors = bwd_jvp_tensors(params);
   const auto scale = static_cast<float>(params.softmax_scale);
-  const int head_dim = static_cast<int>(params.head_dim), head_dim_v = static_cast<int>(params.head_dim_v);
-  BwdJvpKernelParams of_kernel{
+  const int head_dim = static_cast<int>(params.head_dim);
+  BwdJvpKernelParams<Config> of_kernel{
       .owned = {},
       .streamed = {},
       .first = {params.dq, params.dq_strides, head_dim, scale},
@@ -41,13 +44,15 @@ void launch_side(const BwdJvpParams& params, const BwdJvpRows& rows, const WorkT
       .seqlen_q = params.seqlen_q,
       .softmax_scale = scale,
       .softmax_scale_log2 = static_cast<float>(params.softmax_scale * std::numbers::log2e),
+      .dq_accum = dq_accum,
       .table = table,
   };
   if (kOwnsKeys) {
     of_kernel.first = {params.dk, params.dk_strides, head_dim, scale};
-    of_kernel.second = {params.dv, params.dv_strides, head_dim_v, 1};
+    of_kernel.second = {params.dv, params.dv_strides, static_cast<int>(params.head_dim_v), 1};
   }
-  make_side(of_kernel.owned, kOwnsKeys ? &tensors.keys[0] : &tensors.queries[0], &make_tile_map, Config::kBlockM);
+  make_side(of_kernel.owned, kOwnsKeys ? &tensors.keys[0] : &tensors.queries[0],
+            Config::kAddsDq ? &make_clipped_tile_map : &make_tile_map, Config::kBlockM);
   make_side(of_kernel.streamed, kOwnsKeys ? &tensors.queries[0] : &tensors.keys[0], &make_clipped_tile_map,
             Config::kBlockN);
   allow_shared_memory<kKernel>(kSharedBytes, params.device, "cudaFuncSetAttribute(hopper_attention_bwd_jvp_kernel)");
@@ -55,22 +60,45 @@ void launch_side(const BwdJvpParams& params, const BwdJvpRows& rows, const WorkT
   launch_kernel<kKernel, kSharedBytes>("launch of hopper_attention_bwd_jvp_kernel", shape, params.stream, of_kernel);
 }
 
+// Two kernels, of which each owns what it writes.
 template <typename Element, bool kMovesKeys>
-void launch_sides(const BwdJvpParams& params, const BwdJvpRows& rows, const WorkTable& by_query,
-                  const WorkTable& by_key) {
-  params.dout != nullptr ? launch_side<Element, true, kMovesKeys, true>(params, rows, by_key)
-                         : launch_side<Element, true, kMovesKeys, false>(params, rows, by_key);
-  params.dout != nullptr || params.dq_dot != nullptr
-      ? launch_side<Element, false, kMovesKeys, true>(params, rows, by_query)
-      : launch_side<Element, false, kMovesKeys, false>(params, rows, by_query);
+void launch_sides(const BwdJvpParams& params, const BwdJvpRows& rows, const BwdJvpPlan& plan) {
+  const auto launch = [&]<bool kOwnsKeys>(bool is_whole, const WorkTable& table) {
+    is_whole ? launch_side<BwdJvpConfig<Element, kOwnsKeys, kMovesKeys, true>>(params, rows, table)
+             : launch_side<BwdJvpConfig<Element, kOwnsKeys, kMovesKeys, false>>(params, rows, table);
+  };
+  launch.template operator()<true>(params.dout != nullptr, plan.by_key);
+  launch.template operator()<false>(params.dout != nullptr || params.dq_dot != nullptr, plan.by_query);
+}
+
+// One kernel, which adds to dq, between one that writes zeros there and one that rounds the sums.
+template <typename Element, bool kMovesKeys>
+void launch_adding(const BwdJvpParams& params, const BwdJvpRows& rows, const BwdJvpPlan& plan, void* sums) {
+  BwdWorkspace workspace{};
+  workspace.plan.dq_form = DqForm::kAtomic;
+  DqAccum& dq_accum = workspace.dq_accum;
+  dq_accum.num_tiles = num_query_tiles(plan.runs);
+  dq_accum.others = static_cast<float*>(sums);
+  dq_accum.num_others = dq_accum.num_tiles * params.batch_size * params.num_heads;
+  const size_t num_bytes = bytes_of_dq_sums(params, plan);
+  if (num_bytes > 0) {
+    check(cudaMemsetAsync(sums, 0, num_bytes, static_cast<cudaStream_t>(params.stream)), "cudaMemsetAsync of dq");
+  }
+  launch_side<BwdJvpConfig<Element, true, kMovesKeys, false, true>>(
+      params, rows, make_key_work_table(params, plan.runs, kBwdJvpBlockM), dq_accum);
+  launch_dq_accum<Element, kJvpHeadDim>(params, QueryStats{nullptr, nullptr, dq_accum.num_tiles}, workspace, plan.runs,
+                                        false);
 }
 
 template <typename Element>
-void launch_bwd_jvp(const BwdJvpParams& params, const BwdJvpRows& rows, const WorkTable& by_query,
-                    const WorkTable& by_key) {
-  params.tangents.k != nullptr || params.tangents.v != nullptr
-      ? launch_sides<Element, true>(params, rows, by_query, by_key)
-      : launch_sides<Element, false>(params, rows, by_query, by_key);
+void launch_bwd_jvp(const BwdJvpParams& params, const BwdJvpRows& rows, const BwdJvpPlan& plan, void* sums) {
+  const bool moves_keys = params.tangents.k != nullptr || params.tangents.v != nullptr;
+  if (plan.adds_dq) {
+    moves_keys ? launch_adding<Element, true>(params, rows, plan, sums)
+               : launch_adding<Element, false>(params, rows, plan, sums);
+  } else {
+    moves_keys ? launch_sides<Element, true>(params, rows, plan) : launch_sides<Element, false>(params, rows, plan);
+  }
 }
 
 }  // namespace mixed_attention::cuda::hopper

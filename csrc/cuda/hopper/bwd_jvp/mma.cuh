@@ -7,10 +7,10 @@
 #include <cstdint>
 
 #include "cuda/hopper/bwd_jvp/config.h"
+#include "cuda/hopper/bwd_jvp/items.cuh"
 #include "cuda/hopper/bwd_jvp/params.h"
 #include "cuda/hopper/tile/mma.cuh"
 #include "cuda/hopper/tile/register_operand.cuh"
-#include "cuda/hopper/tile/ring.cuh"
 #include "cuda/ptx/wgmma.cuh"
 
 namespace mixed_attention::cuda::hopper {
@@ -40,20 +40,19 @@ template <typename Config>
 struct SideMma {
   using Element = typename Config::Element;
   using Operand = ptx::Operand;
-  using Ring = RingUse<Config::kStages>;
-  static constexpr int kTile = Config::kBlockN / 2;
+  static constexpr int kTile = Config::kStepRows / 2;
 
-  const BwdJvpKernelParams& params;
+  const BwdJvpKernelParams<Config>& params;
   Operand owned_side, streamed_ring;
-  OwnOperand<Element, Config::kKeeps[0]> own_first;
-  OwnOperand<Element, Config::kKeeps[1]> own_second;
-  OwnOperand<Element, Config::kKeeps[2]> own_third;
+  OwnOperand<Element, Config::kKeepsFirst> own_first;
+  OwnOperand<Element, Config::kKeepsSecond> own_second;
+  OwnOperand<Element, Config::kKeepsThird> own_third;
 
   float s[kTile], z[kTile], e[kTile], x[kTile];  // products, then p, p h, g and ds
   uint32_t ds[kTile / 2], g[kTile / 2], ph[kTile / 2], p[kTile / 2];
   float first[Config::kHeadDim / 2], second[Config::kHeadDim / 2];  // dq and dq', or dk and dv
 
-  __device__ SideMma(const BwdJvpKernelParams& params, BwdJvpSharedStorage<Config>& shared, int consumer)
+  __device__ SideMma(const BwdJvpKernelParams<Config>& params, BwdJvpSharedStorage<Config>& shared, int consumer)
       : params(params),
         owned_side(Operand::make(shared.owned).advance(consumer * kWarpgroupRows * kRowBytes)),
         streamed_ring(Operand::make(shared.streamed)) {}
@@ -61,34 +60,34 @@ struct SideMma {
   // Loads what stays in registers; first_row: of this warp in the tile.
   __device__ void load(const BwdJvpSharedStorage<Config>& shared, int first_row) {
     own_first.load(shared.owned[0], first_row);
-    own_second.load(shared.owned[1], first_row);
-    own_third.load(shared.owned[2], first_row);
+    if constexpr (Config::kOwnsSecond) own_second.load(shared.owned[1], first_row);
+    own_third.load(shared.owned[2 / Config::kOwnedStep], first_row);
   }
 
   // One batch: s.
-  __device__ void issue_scores(Ring use) {
-    own_first.multiply(s, owned(0), streamed(use, 0), true);
+  __device__ void issue_scores(Step<Config> step) {
+    own_first.multiply(s, owned(0), streamed(step, 0), true);
     ptx::wgmma_commit();
   }
 
   // One batch: z, e and x.
-  __device__ void issue_tangents(Ring use) {
+  __device__ void issue_tangents(Step<Config> step) {
     if constexpr (Config::kOwnsSecond && Config::kStreamsSecond) {
-      own_second.multiply(z, owned(1), streamed(use, params.owned[1].exists ? 0 : 1), true);
-      multiply_shared(z, owned(params.streamed[1].exists ? 0 : 1), streamed(use, 1));
+      own_second.multiply(z, owned(1), streamed(step, params.owned[1].exists ? 0 : 1), true);
+      multiply_shared(z, owned(params.streamed[1].exists ? 0 : 1), streamed(step, 1));
     } else if constexpr (Config::kOwnsSecond) {
-      own_second.multiply(z, owned(1), streamed(use, 0), true);
+      own_second.multiply(z, owned(1), streamed(step, 0), true);
     } else {
-      own_first.multiply(z, owned(0), streamed(use, 1), true);
+      own_first.multiply(z, owned(0), streamed(step, 1), true);
     }
-    own_third.multiply(e, owned(2), streamed(use, 2), true);
+    own_third.multiply(e, owned(2), streamed(step, 2), true);
     if constexpr (Config::kOwnsFourth && Config::kStreamsFourth) {
-      OwnOperand<Element, false>{}.multiply(x, owned(3), streamed(use, params.owned[3].exists ? 2 : 3), true);
-      multiply_shared(x, owned(params.streamed[3].exists ? 2 : 3), streamed(use, 3));
+      OwnOperand<Element, false>{}.multiply(x, owned(3), streamed(step, params.owned[3].exists ? 2 : 3), true);
+      multiply_shared(x, owned(params.streamed[3].exists ? 2 : 3), streamed(step, 3));
     } else if constexpr (Config::kOwnsFourth) {
-      OwnOperand<Element, false>{}.multiply(x, owned(3), streamed(use, 2), true);
+      OwnOperand<Element, false>{}.multiply(x, owned(3), streamed(step, 2), true);
     } else if constexpr (Config::kStreamsFourth) {
-      own_third.multiply(x, owned(2), streamed(use, 3), true);
+      own_third.multiply(x, owned(2), streamed(step, 3), true);
     }
     ptx::wgmma_commit();
   }
@@ -110,14 +109,14 @@ struct SideMma {
   }
 
   // One batch: what a tile adds to the gradients.
-  __device__ void issue_gradients(Ring use) {
-    add_column_mma<Element>(first, ds, streamed(use, 0), false);
-    if constexpr (Config::kStreamsSecond) add_column_mma<Element>(first, g, streamed(use, 1), false);
+  __device__ void issue_gradients(Step<Config> step) {
+    add_column_mma<Element>(first, ds, streamed(step, 0), false);
+    if constexpr (Config::kStreamsSecond) add_column_mma<Element>(first, g, streamed(step, 1), false);
     if constexpr (Config::kOwnsKeys) {
-      add_column_mma<Element>(second, ph, streamed(use, 2), false);
-      if constexpr (Config::kStreamsFourth) add_column_mma<Element>(second, p, streamed(use, 3), false);
+      add_column_mma<Element>(second, ph, streamed(step, 2), false);
+      if constexpr (Config::kStreamsFourth) add_column_mma<Element>(second, p, streamed(step, 3), false);
     } else if constexpr (Config::kHasSecondGradient) {
-      add_column_mma<Element>(second, g, streamed(use, 0), false);
+      add_column_mma<Element>(second, g, streamed(step, 0), false);
     }
     ptx::wgmma_commit();
   }
@@ -132,9 +131,10 @@ struct SideMma {
   }
 
  private:
-  __device__ Operand owned(int i) const { return owned_side.advance(i * Config::kTileBytesM); }
-  __device__ Operand streamed(Ring use, int i) const {
-    return streamed_ring.advance((use.stage() * kSideTensors + i) * Config::kTileBytesN);
+  __device__ Operand owned(int i) const { return owned_side.advance(i / Config::kOwnedStep * Config::kTileBytesM); }
+  __device__ Operand streamed(Step<Config> step, int i) const {
+    return streamed_ring.advance((step.use().stage() * Config::kStreamedTensors + i) * Config::kTileBytesN +
+                                 step.first_row() * kRowBytes);
   }
 
   __device__ static void multiply_shared(float (&d)[kTile], Operand a, Operand b) {

@@ -5,6 +5,7 @@
 #include <cstdint>
 
 #include "cuda/common/bwd_jvp_rows.h"
+#include "cuda/common/row_reference.cuh"
 #include "cuda/hopper/bwd/scores.cuh"
 #include "cuda/hopper/bwd_jvp/config.h"
 #include "cuda/hopper/tile/fragment_values.cuh"
@@ -29,13 +30,14 @@ struct NumbersOfRows {
   }
 };
 
+template <int kColumns>
 struct NumbersOfColumns {
-  ColumnStats<kBwdJvpBlockN> mu, eps, gamma;
+  ColumnStats<kColumns> mu, eps, gamma;
 
-  __device__ explicit NumbersOfColumns(const ColumnNumbersOfTile& tile) {
-    mu.load(tile.mu);
-    eps.load(tile.eps);
-    gamma.load(tile.gamma);
+  __device__ NumbersOfColumns(const ColumnNumbersOfTile& tile, int first_column) {
+    mu.load(tile.mu + first_column);
+    eps.load(tile.eps + first_column);
+    gamma.load(tile.gamma + first_column);
   }
 };
 
@@ -57,6 +59,29 @@ __device__ inline void write_columns(ColumnNumbersOfTile& tile, const BwdJvpRows
   tile.mu[place] = mu;
   tile.eps[place] = eps;
   tile.gamma[place] = gamma;
+  if (column() == 0) {
+    tile.first_query = first_query;
+    tile.num_rows = num_rows;
+  }
+}
+
+// Scores become relative to the references of their queries, columns or rows, of which num_queries exist. references:
+// that of the first column, or of the thread's first row.
+template <int kCount>
+__device__ inline void relate_existing_columns(float (&s)[kCount], const RowReference* references, int num_queries) {
+#pragma unroll
+  for (int i = 0; i < kCount; ++i) {
+    const int column = 8 * (i / 4) + ptx::lane_anew() % 4 * 2 + i % 2;
+    if (column < num_queries) s[i] = relative_score(s[i], references[column]);
+  }
+}
+
+template <int kCount>
+__device__ inline void relate_existing_rows(float (&s)[kCount], const RowReference* references, int num_queries) {
+#pragma unroll
+  for (int i = 0; i < kCount; ++i) {
+    if (8 * row_of(i) < num_queries) s[i] = relative_score(s[i], references[8 * row_of(i)]);
+  }
 }
 
 template <int kCount, typename Numbers>

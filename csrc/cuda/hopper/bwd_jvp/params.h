@@ -4,9 +4,12 @@
 #include <cuda.h>
 
 #include <cstdint>
+#include <type_traits>
 
 #include "cuda/common/bwd_jvp_rows.h"
+#include "cuda/hopper/bwd/dq_accum.h"
 #include "cuda/hopper/bwd_jvp/config.h"
+#include "cuda/hopper/plan/key_table.h"
 #include "cuda/hopper/plan/query_table.h"
 #include "params.h"
 
@@ -26,13 +29,18 @@ struct SideGrad {
   float factor;
 };
 
-struct BwdJvpKernelParams {
+template <typename Table>
+struct BwdJvpKernelParamsOf {
   SideMap owned[kSideTensors], streamed[kSideTensors];
   SideGrad first, second;  // dq and dq', or dk and dv
   BwdJvpRows rows;
   int64_t seqlen_q;
   float softmax_scale, softmax_scale_log2;
-  WorkTable table;  // rows that own, and those that stream through them
+  DqAccum dq_accum;  // none where a kernel owns dq
+  Table table;       // rows that own, and those that stream through them
 };
+
+template <typename Config>
+using BwdJvpKernelParams = BwdJvpKernelParamsOf<std::conditional_t<Config::kAddsDq, KeyWorkTable, WorkTable>>;
 
 }  // namespace mixed_attention::cuda::hopper
