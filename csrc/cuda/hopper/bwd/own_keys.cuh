@@ -5,7 +5,6 @@
 
 #include "cuda/hopper/bwd/params.h"
 #include "cuda/hopper/fwd/softmax.cuh"
-#include "cuda/hopper/plan/work_items.cuh"
 
 namespace mixed_attention::cuda::hopper {
 
@@ -28,8 +27,7 @@ class OwnKeys {
     }
   }
 
-  // The same without a mask: first_row is that of the warp's keys among the item's.
-  __device__ OwnKeys(const ItemRows& item, int first_row) : state_(item.row_end - item.row_begin - first_row) {}
+  __device__ explicit OwnKeys(int num_rows) : state_(num_rows) { static_assert(!kIsMasked); }
 
   __device__ bool count(int i) const { return kIsMasked ? (state_ >> i & 1) != 0 : row(i) < state_; }
 

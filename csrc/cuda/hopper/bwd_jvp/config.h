@@ -54,8 +54,8 @@ struct BwdJvpConfig {
 // Numbers of the queries of a tile, as columns: of BwdJvpRows, where place_of_stats says.
 struct ColumnNumbersOfTile {
   float lse_log2[kBwdJvpBlockN], mu[kBwdJvpBlockN], eps[kBwdJvpBlockN], gamma[kBwdJvpBlockN];
-  int64_t first_query;  // among those of all sequences and heads
-  int num_rows;
+  int row_begin, num_rows, has_references;
+  int num_owned;  // rows of the item
 };
 
 // The shared memory that the third warpgroup reads and writes.

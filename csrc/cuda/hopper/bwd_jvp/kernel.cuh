@@ -1,5 +1,6 @@
 // The gradients of out and its tangents on Hopper, in two kernels of one shape: persistent blocks of one producer and
-// two consumer warpgroups of 64 rows that own what they write, so that nothing is added atomically.
+// two consumer warpgroups of 64 rows that own what they write, so that nothing is added atomically. Double backward has
+// a third one of the same shape, which owns dk and dv and adds to dq by a third warpgroup (dq_adder.cuh).
 //
 // With mu, eps and gamma numbers of each query (portable/bwd_jvp_arguments.cuh has the formulas), a tile's products are
 //
@@ -8,10 +9,14 @@
 //
 // where queries own: dq += ds k + g k' and dq' += g k; where keys own, whose scores are transposed: dk += ds q + g q'
 // and dv += (p h) y + p y2. Tensors are named by their place on a side, q, q', y, y2 or k, k', v, v', which makes the
-// products of both the same ones.
+// products of both the same ones (mma.cuh).
 //
-// What is not there is zeros in shared memory, written once; as zero times infinity is not zero, a product of scores
-// with such a tile takes zeros for its other side as well.
+// In the step for a tile, or for half of one, what the step before adds to the gradients and the scores of this one are
+// issued together, z, e and x as soon as the operands of the former are free, and exponentials run under these. At the
+// end of a step no MMA is in flight, which the compiler needs. The consumers take turns at issuing.
+//
+// Who signals whom: full by TMA (one arrival of the producer and the bytes) and, where keys own, by the warps that
+// write the numbers of queries; empty by one arrival of every warp that reads.
 #pragma once
 
 #include <cstdint>
@@ -35,6 +40,7 @@
 #include "cuda/hopper/tile/store_rows.cuh"
 #include "cuda/ptx/elect.cuh"
 #include "cuda/ptx/fence.cuh"
+#include "cuda/ptx/keep.cuh"
 #include "cuda/ptx/lane.cuh"
 #include "cuda/ptx/mbarrier.cuh"
 #include "cuda/ptx/named_barrier.cuh"
@@ -95,9 +101,9 @@ __device__ inline void produce_columns(const BwdJvpKernelParams<Config>& params,
     auto tiles = tiles_of<Config>(items);
     for (int num_left = items.tiles().num_tiles; num_left > 0; --num_left, ++use.count) {
       const auto queries = tiles.next();
-      // Computed anew for every tile: registers are few.
+      // The sequence is found anew for every tile, as registers are few.
       const ItemRows rows = items.rows();
-      write_columns(shared.columns[use.stage()], params.rows, first_query_of(params, rows) + queries.row_begin,
+      write_columns(shared.columns[use.stage()], params.rows, first_query_of(params, rows), rows, queries.row_begin,
                     queries.num_rows, [&] { wait_empty(shared.streamed_pipe, use); });
       sync_and_arrive_as_warp(shared.streamed_pipe.full[use.stage()]);
     }
@@ -114,12 +120,14 @@ __device__ inline void consume_sides(const BwdJvpKernelParams<Config>& params, B
   // through the MMAs.
   const auto warp_row = [] { return (ptx::thread_anew() - kWarpgroup) / 32 * kWarpRows; };
   const auto own_row = [&] { return warp_row() + ptx::lane_anew() / 4; };
-  const bool has_references = *params.rows.has_references != 0;
+  const bool has_references = !kOwnsKeys && *params.rows.has_references != 0;  // columns have theirs in shared memory
 
-  const auto turn_of = [](int warpgroup) { return kTurnBarrier + warpgroup % Config::kConsumers; };
-  const auto take_turn = [&] { ptx::named_barrier_sync(turn_of(ptx::thread_anew() / kWarpgroup - 1), 2 * kWarpgroup); };
-  const auto pass_turn = [&] { ptx::named_barrier_arrive(turn_of(ptx::thread_anew() / kWarpgroup), 2 * kWarpgroup); };
-  if (consumer == Config::kConsumers - 1) pass_turn();  // consumer 0's first turn comes from the last one
+  // Barriers are named anew where they are used, likewise. Consumer 0's first turn comes from the last one.
+  const auto take_turn = [&] { ptx::named_barrier_sync(kTurnBarrier + ptx::keep(consumer), 2 * kWarpgroup); };
+  const auto pass_turn = [&] {
+    ptx::named_barrier_arrive(kTurnBarrier + (ptx::keep(consumer) + 1) % Config::kConsumers, 2 * kWarpgroup);
+  };
+  if (consumer == Config::kConsumers - 1) pass_turn();
 
   SideMma<Config> mma(params, shared, consumer);
   Step<Config> step{0};
@@ -129,7 +137,6 @@ __device__ inline void consume_sides(const BwdJvpKernelParams<Config>& params, B
     clear(mma.second);
 
     if (const int num_tiles = items.tiles().num_tiles; num_tiles > 0) {
-      const OwnKeys<false> own_keys(items.rows(), warp_row());
       NumbersOfRows of_rows;
       if constexpr (!kOwnsKeys) {
         const ItemRows rows = items.rows();
@@ -141,8 +148,9 @@ __device__ inline void consume_sides(const BwdJvpKernelParams<Config>& params, B
       const auto weigh = [&]([[maybe_unused]] int tile) {
         if constexpr (kOwnsKeys) {
           const int first_column = step.first_row(), num_columns = columns().num_rows - first_column;
-          if (has_references) {
-            relate_existing_columns(mma.s, params.rows.references + columns().first_query + first_column, num_columns);
+          if (columns().has_references != 0) {
+            const int64_t query = first_query_of(params, items.rows()) + columns().row_begin + first_column;
+            relate_existing_columns(mma.s, params.rows.references + query, num_columns);
           }
           if (num_columns < kStepRows) mask_columns(mma.s, num_columns);
           ColumnStats<kStepRows> lse_log2;
@@ -174,7 +182,9 @@ __device__ inline void consume_sides(const BwdJvpKernelParams<Config>& params, B
         if constexpr (Config::kAddsDq) wait_for_room(shared.dq_exchange, step);
       };
       const auto hand_over_factors = [&] {
-        if constexpr (Config::kAddsDq) hand_over(shared.dq_exchange, step, mma, warp_row(), own_keys);
+        if constexpr (Config::kAddsDq) {
+          hand_over(shared.dq_exchange, step, mma, warp_row(), OwnKeys<false>(columns().num_owned - warp_row()));
+        }
       };
 
       ptx::mbarrier_wait(shared.owned_pipe.full, owned_parity);

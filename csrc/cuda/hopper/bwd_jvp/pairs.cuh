@@ -8,6 +8,7 @@
 #include "cuda/common/row_reference.cuh"
 #include "cuda/hopper/bwd/scores.cuh"
 #include "cuda/hopper/bwd_jvp/config.h"
+#include "cuda/hopper/plan/work_items.cuh"
 #include "cuda/hopper/tile/fragment_values.cuh"
 #include "cuda/ptx/lane.cuh"
 #include "cuda/ptx/math.cuh"
@@ -41,14 +42,14 @@ struct NumbersOfColumns {
   }
 };
 
-// Writes the numbers of a tile's queries, of which the first num_rows exist, by the warps behind the first one, a
-// thread for each. wait: until they may be written.
+// Writes the numbers of a tile's queries, of which num_rows from row_begin on exist, by the warps behind the first one,
+// a thread for each. first_query: of the sequence; owned: rows of the item. wait: until they may be written.
 template <typename Wait>
 __device__ inline void write_columns(ColumnNumbersOfTile& tile, const BwdJvpRows& rows, int64_t first_query,
-                                     int num_rows, const Wait& wait) {
+                                     const ItemRows& owned, int row_begin, int num_rows, const Wait& wait) {
   const auto column = [] { return ptx::thread_anew() - 32; };
   const bool exists = column() < num_rows;
-  const int64_t query = first_query + column();
+  const int64_t query = first_query + row_begin + column();
   const float lse_log2 = exists ? rows.lse_log2[query] : INFINITY;
   const float mu = exists ? rows.mu[query] : 0;
   const float eps = exists ? rows.eps[query] : 0;
@@ -59,10 +60,10 @@ __device__ inline void write_columns(ColumnNumbersOfTile& tile, const BwdJvpRows
   tile.mu[place] = mu;
   tile.eps[place] = eps;
   tile.gamma[place] = gamma;
-  if (column() == 0) {
-    tile.first_query = first_query;
-    tile.num_rows = num_rows;
-  }
+  tile.row_begin = row_begin;
+  tile.num_rows = num_rows;
+  tile.has_references = *rows.has_references;
+  tile.num_owned = owned.row_end - owned.row_begin;
 }
 
 // Scores become relative to the references of their queries, columns or rows, of which num_queries exist. references:
