@@ -76,8 +76,9 @@ template <typename Element, bool kMovesKeys>
 void launch_adding(const BwdJvpParams& params, const BwdJvpRows& rows, const BwdJvpPlan& plan, void* sums) {
   BwdWorkspace workspace{};
   workspace.plan.dq_form = DqForm::kAtomic;
+  workspace.stats.num_tiles = num_query_tiles(plan.runs);
   DqAccum& dq_accum = workspace.dq_accum;
-  dq_accum.num_tiles = num_query_tiles(plan.runs);
+  dq_accum.num_tiles = workspace.stats.num_tiles;
   dq_accum.others = static_cast<float*>(sums);
   dq_accum.num_others = dq_accum.num_tiles * params.batch_size * params.num_heads;
   const size_t num_bytes = bytes_of_dq_sums(params, plan);
@@ -86,8 +87,7 @@ void launch_adding(const BwdJvpParams& params, const BwdJvpRows& rows, const Bwd
   }
   launch_side<BwdJvpConfig<Element, true, kMovesKeys, false, true>>(
       params, rows, make_key_work_table(params, plan.runs, kBwdJvpBlockM), dq_accum);
-  launch_dq_accum<Element, kJvpHeadDim>(params, QueryStats{nullptr, nullptr, dq_accum.num_tiles}, workspace, plan.runs,
-                                        false);
+  launch_dq_accum<Element, kJvpHeadDim>(params, workspace, plan.runs, false);
 }
 
 template <typename Element>
