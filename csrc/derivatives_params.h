@@ -46,4 +46,30 @@ struct BwdJvpParams : BwdParams {
   int64_t out_dot_step, lse_dot_step, dout_dot_step, dlse_dot_step, dq_dot_step;
 };
 
+// How a rotation moves with what is rotated and by what. out is null where it is not wanted. Each tensor in directions
+// is null where all of them leave it where it is; a step leads from one direction to the next, in elements.
+struct RopeJvpParams : RopeParams {
+  int count;              // of directions; 0 for the gradient of a rotation without tangents
+  const void* x_dot;      // (count, batch_size, seqlen, num_heads, head_dim)
+  const void* freqs_dot;  // (count, batch_size, seqlen, head_dim / 2, 2), batch stride 0 where one sequence serves all
+  void* out_dot;          // (count, batch_size, seqlen, num_heads, head_dim)
+  Strides x_dot_strides, out_dot_strides;
+  int64_t freqs_dot_batch_stride, freqs_dot_row_stride;
+  int64_t x_dot_step, freqs_dot_step, out_dot_step;
+};
+
+// The gradient of <dout, out> + sum over directions of <dout_dot, out_dot>, with respect to all that these are made of.
+// Either of dout and dout_dot may be null, and gradients that nobody wants are. out and out_dot are not looked at.
+struct RopeBwdParams : RopeJvpParams {
+  const void* dout;      // (batch_size, seqlen, num_heads, head_dim)
+  const void* dout_dot;  // (count, batch_size, seqlen, num_heads, head_dim)
+  Strides dout_strides, dout_dot_strides;
+  int64_t dout_dot_step;
+  void* dx;           // (batch_size, seqlen, num_heads, head_dim), contiguous
+  void* dx_dot;       // (count, batch_size, seqlen, num_heads, head_dim), contiguous
+  void* dfreqs;       // (batch_size, seqlen, head_dim / 2, 2) like freqs, contiguous; batch_size 1 with shares_freqs
+  void* dfreqs_dot;   // (count, batch_size, seqlen, head_dim / 2, 2), likewise
+  bool shares_freqs;  // whether one sequence of frequencies serves the batch
+};
+
 }  // namespace mixed_attention

@@ -127,6 +127,16 @@ void run_rms_rope(const RmsRopeParams& params) {
   check(kernels()->run_rms_rope(&params, &why), why);
 }
 
+void run_rope_jvp(const RopeJvpParams& params) {
+  Message why;
+  check(kernels()->run_rope_jvp(&params, &why), why);
+}
+
+void run_rope_backward(const RopeBwdParams& params) {
+  Message why;
+  check(kernels()->run_rope_backward(&params, &why), why);
+}
+
 void run_cast(const cuda::CastParams& params) {
   Message why;
   check(kernels()->run_cast(&params, &why), why);

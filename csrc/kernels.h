@@ -56,6 +56,8 @@ Launch<Params> plan(const Params& params);
 
 void run_rope(const RopeParams& params);
 void run_rms_rope(const RmsRopeParams& params);
+void run_rope_jvp(const RopeJvpParams& params);
+void run_rope_backward(const RopeBwdParams& params);
 void run_cast(const cuda::CastParams& params);
 void run_column_sums(const cuda::ColumnSumsParams& params);
 

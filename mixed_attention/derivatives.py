@@ -66,7 +66,7 @@ def attend(
     if not any(tangent is not None for tangent in tangents):
         return Forward.apply(call, mask, seed, q, k, v)
     out, lse, out_dot, lse_dot = Dual.apply(call, mask, seed, *primals, *one_direction(tangents))
-    return forward_ad.make_dual(out, _dense(out_dot[0])), forward_ad.make_dual(lse, _dense(lse_dot[0]))
+    return forward_ad.make_dual(out, dense(out_dot[0])), forward_ad.make_dual(lse, dense(lse_dot[0]))
 
 
 def unpack(*tensors: Tensor) -> tuple[list[Tensor], list[Tensor | None]]:
@@ -80,7 +80,7 @@ def one_direction(tangents: Sequence[Tensor | None]) -> Tensors:
     return tuple(None if tangent is None else tangent.unsqueeze(0) for tangent in tangents)
 
 
-def _dense(x: Tensor) -> Tensor:
+def dense(x: Tensor) -> Tensor:
     """What a dual can be made with: no stride of 0 over several elements."""
     return x.clone() if any(stride == 0 and size > 1 for stride, size in zip(x.stride(), x.shape)) else x
 
@@ -188,7 +188,7 @@ def gradients(
     """Those of q, k and v, differentiable themselves, for gradients of out and lse of which one may be None."""
     check_gradient()
     if is_legacy_batched(dout, dlse):
-        dq, dk, dv = _batched_gradients(_forward_reference(call, mask, seed), (q, k, v), (dout, dlse))
+        dq, dk, dv = batched_gradients(_forward_reference(call, mask, seed), (q, k, v), (dout, dlse))
         return dq, dk, dv
     dout = _zeros(dout, out)
     return Backward.apply(call, mask, seed, dout, dlse, q, k, v, out, lse)
@@ -212,7 +212,7 @@ class Backward(Function):
             return (None,) * 10
         if is_legacy_batched(*ddqkv):
             function = _backward_reference(call, mask, seed)
-            return None, None, None, *_batched_gradients(function, (dout, dlse, q, k, v), ddqkv), None, None
+            return None, None, None, *batched_gradients(function, (dout, dlse, q, k, v), ddqkv), None, None
         tangents = one_direction(ddqkv)
         out_dot, lse_dot = Jvp.apply(call, mask, seed, q, k, v, out, lse, *tangents)
         grads: Sequence[Tensor | None] = (None, None, None)
@@ -264,7 +264,7 @@ class Jvp(Function):
             return (None,) * 11
         if is_legacy_batched(dout_dot, dlse_dot):
             function, inputs = _jvp_reference(call, mask, seed), (q, k, v, *tangents)
-            dq, dk, dv, *rest = _batched_gradients(function, inputs, (dout_dot, dlse_dot))
+            dq, dk, dv, *rest = batched_gradients(function, inputs, (dout_dot, dlse_dot))
             return None, None, None, dq, dk, dv, None, None, *rest
         cotangents = _zeros(dout_dot, out_dot), dlse_dot, None, None
         saved = (mask, seed, q, k, v, out, lse, *tangents, out_dot, lse_dot)
@@ -276,13 +276,13 @@ class Jvp(Function):
         call = ctx.call
         mask, seed, q, k, v, _, _, *tangents, _, _ = saved
         moved = *moved[:3], *moved[5:]
-        return _reference_tangents(_jvp_reference(call, mask, seed), (q, k, v, *tangents), moved)
+        return reference_tangents(_jvp_reference(call, mask, seed), (q, k, v, *tangents), moved)
 
     @staticmethod
     def vmap(info, in_dims, *inputs):
         if any(d is not None for d in in_dims[:8]):
             return _fold(Jvp, info, in_dims, inputs, "q k v q lse tq tk tv", "tq tlse")
-        tangents = [_as_directions(x, d, info.batch_size) for x, d in zip(inputs[8:], in_dims[8:])]
+        tangents = [as_directions(x, d, info.batch_size) for x, d in zip(inputs[8:], in_dims[8:])]
         results = Jvp.apply(*inputs[:8], *tangents)
         return tuple(x.unflatten(0, (info.batch_size, -1)) for x in results), (0, 0)
 
@@ -307,11 +307,11 @@ class Dual(Function):
         is_within_level = torch_internals.is_forward_mode() and torch_internals.current_transform() is None
         if is_within_level:
             # A plain level is still open around this backward: what was taken off the duals moves with it.
-            q, k, v = (x if t is None else forward_ad.make_dual(x, _dense(t[0])) for x, t in zip((q, k, v), tangents))
-            out, lse = forward_ad.make_dual(out, _dense(out_dot[0])), forward_ad.make_dual(lse, _dense(lse_dot[0]))
+            q, k, v = (x if t is None else forward_ad.make_dual(x, dense(t[0])) for x, t in zip((q, k, v), tangents))
+            out, lse = forward_ad.make_dual(out, dense(out_dot[0])), forward_ad.make_dual(lse, dense(lse_dot[0]))
         if is_legacy_batched(dout, dlse, dout_dot, dlse_dot):
             function, inputs = _dual_reference(call, mask, seed), (q, k, v, *tangents)
-            return None, None, None, *_batched_gradients(function, inputs, (dout, dlse, dout_dot, dlse_dot))
+            return None, None, None, *batched_gradients(function, inputs, (dout, dlse, dout_dot, dlse_dot))
         if is_first_order:
             dq, dk, dv = gradients(call, mask, seed, dout, dlse, q, k, v, out, lse)
             return None, None, None, dq, dk, dv, None, None, None
@@ -327,13 +327,13 @@ class Dual(Function):
     @_rule
     def jvp(ctx: Any, saved, moved):
         mask, seed, q, k, v, *tangents, _, _, _, _ = saved
-        return _reference_tangents(_dual_reference(ctx.call, mask, seed), (q, k, v, *tangents), moved)
+        return reference_tangents(_dual_reference(ctx.call, mask, seed), (q, k, v, *tangents), moved)
 
     @staticmethod
     def vmap(info, in_dims, *inputs):
         if any(d is not None for d in in_dims[:6]):
             return _fold(Dual, info, in_dims, inputs, "q k v tq tk tv", "q lse tq tlse")
-        tangents = [_as_directions(x, d, info.batch_size) for x, d in zip(inputs[6:], in_dims[6:])]
+        tangents = [as_directions(x, d, info.batch_size) for x, d in zip(inputs[6:], in_dims[6:])]
         out, lse, *moved = Dual.apply(*inputs[:6], *tangents)
         return (out, lse, *(x.unflatten(0, (info.batch_size, -1)) for x in moved)), (None, None, 0, 0)
 
@@ -369,7 +369,7 @@ class BackwardJvp(Function):
         mask, seed, *tensors = ctx.saved_tensors
         inputs = *tensors[:7], *tensors[9:12]
         function = BackwardJvp._function(ctx.call, mask, seed, ctx.wants_dq_dot)
-        gradients_of = _batched_gradients if is_legacy_batched(*grads) else _reference_gradients
+        gradients_of = batched_gradients if is_legacy_batched(*grads) else reference_gradients
         found = gradients_of(function, inputs, grads)
         return None, None, None, *found[:7], None, None, *found[7:], None, None, None
 
@@ -377,7 +377,7 @@ class BackwardJvp(Function):
     def jvp(ctx: Any, saved, moved):
         mask, seed, *tensors = saved
         inputs, moved = (*tensors[:7], *tensors[9:12]), (*moved[:7], *moved[9:12])
-        return _reference_tangents(BackwardJvp._function(ctx.call, mask, seed, ctx.wants_dq_dot), inputs, moved)
+        return reference_tangents(BackwardJvp._function(ctx.call, mask, seed, ctx.wants_dq_dot), inputs, moved)
 
     @staticmethod
     def vmap(info, in_dims, *inputs):
@@ -475,14 +475,14 @@ def _given(
     return [x for x in inputs if x is not None], lambda *given: function(*placed(given)), placed
 
 
-def _reference_tangents(function: Composition, inputs: Sequence[Tensor | None], moved: Sequence[Tensor | None]) -> Any:
+def reference_tangents(function: Composition, inputs: Sequence[Tensor | None], moved: Sequence[Tensor | None]) -> Any:
     """How a composition moves with its inputs. Those that stay, or are not there, have None."""
     given, run, _ = _given(function, inputs)
     tangents = [_zeros(moved_x, x) for x, moved_x in zip(inputs, moved) if x is not None]
     return torch.func.jvp(run, tuple(given), tuple(tangents))[1]
 
 
-def _reference_gradients(
+def reference_gradients(
     function: Composition, inputs: Sequence[Tensor | None], grads: Sequence[Tensor | None]
 ) -> list[Any]:
     """Gradients of the inputs of a composition; None of those that are not there."""
@@ -491,7 +491,7 @@ def _reference_gradients(
     return placed(pull(tuple(_zeros(g, o) for g, o in zip(grads, outputs))))
 
 
-def _batched_gradients(
+def batched_gradients(
     function: Composition, inputs: Sequence[Tensor | None], grads: Sequence[Tensor | None]
 ) -> list[Any]:
     """The same for ``is_grads_batched``, which has rules for what torch's own derivatives are made of, and few others.
@@ -528,7 +528,7 @@ def map_forward_jvp(info, in_dims, *inputs):
     """Its rule for vmap: over tangents alone, which become directions."""
     if any(d is not None for d in (*in_dims[:3], *in_dims[6:])):
         raise NotImplementedError("mixed_attention::forward_jvp: vmap over q, k or v; use mixed_attention.attention")
-    tangents = [_as_directions(x, d, info.batch_size) for x, d in zip(inputs[3:6], in_dims[3:6])]
+    tangents = [as_directions(x, d, info.batch_size) for x, d in zip(inputs[3:6], in_dims[3:6])]
     out, lse, *moved = torch.ops.mixed_attention.forward_jvp(*inputs[:3], *tangents, *inputs[6:])
     return (out, lse, *(x.unflatten(0, (info.batch_size, -1)) for x in moved)), (None, None, 0, 0)
 
@@ -575,7 +575,7 @@ def backward_jvp_composed(
 # -- vmap
 
 
-def _as_directions(x: Tensor | None, dim: int | None, size: int) -> Tensor | None:
+def as_directions(x: Tensor | None, dim: int | None, size: int) -> Tensor | None:
     """Tangents that vmap maps, or does not, as so many times the directions."""
     if x is None:
         return None

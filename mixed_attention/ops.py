@@ -21,12 +21,12 @@ import torch
 from torch import Tensor, nn
 from torch.autograd import forward_ad
 
-from mixed_attention import cuda_library, derivatives, reference, torch_internals
+from mixed_attention import cuda_library, derivatives, reference, rotation, torch_internals
 from mixed_attention.autocast import autocast_dtype
 from mixed_attention.derivatives import is_legacy_batched
 from mixed_attention.norms import exact_norms
 from mixed_attention.plan import AttentionPlan, query_segments
-from mixed_attention.rotation import Rotate, rotate_composite
+from mixed_attention.rotation import rotate_composite
 
 try:
     from mixed_attention import _C
@@ -465,7 +465,8 @@ def rotate(x: Tensor, freqs: Tensor, *, conjugate: bool = False) -> Tensor:
         _C.check_rope(x, pairs, x)
         if is_legacy_batched(x, pairs):
             return rotate_composite(x, pairs, conjugate)
-    return Rotate.apply(conjugate, x, pairs)
+        return rotation.rotate(conjugate, x, pairs)
+    return rotation.Rotate.apply(conjugate, x, pairs)
 
 
 def real_freqs(freqs: Tensor, dtype: torch.dtype) -> Tensor:
@@ -816,6 +817,20 @@ if _C is not None:
     @torch.library.register_fake("mixed_attention::rope_out")
     def _rope_out_fake(x, freqs, conjugate, out):
         _C.check_rope(x, freqs, out)
+
+    @torch.library.register_fake("mixed_attention::rope_jvp")
+    def _rope_jvp_fake(x, freqs, x_dot, freqs_dot, conjugate, wants_out=True):
+        out = x.new_empty(x.shape)
+        _C.check_rope(out, freqs, out)
+        moves = x_dot if freqs_dot is None else freqs_dot
+        return out if wants_out else x.new_empty(0), x.new_empty((len(moves), *x.shape))
+
+    @torch.library.register_fake("mixed_attention::rope_backward")
+    def _rope_backward_fake(dout, dout_dot, x, freqs, x_dot, freqs_dot, conjugate, wanted):
+        out = x.new_empty(x.shape)
+        _C.check_rope(out, freqs, out)
+        given = x, freqs, x_dot, freqs_dot
+        return tuple(like.new_empty(like.shape) if each else x.new_empty(0) for like, each in zip(given, wanted))
 
     _library = torch.library.Library("mixed_attention", "IMPL")  # holds the registration as long as it lives
     _library.impl("forward", _forward, "Autograd")

@@ -93,6 +93,8 @@ struct AttentionKernels {
   void (*bwd_jvp)(const BwdJvpParams&, const BwdShared&, const BwdJvpShared&, const BwdItem&, void* scratch);
   void (*rope)(const RopeParams&, int64_t batch, Range rows);
   void (*rms_rope)(const RmsRopeParams&, int64_t batch, Range rows);
+  void (*rope_jvp)(const RopeJvpParams&, int64_t batch, Range rows);
+  void (*rope_backward)(const RopeBwdParams&, int64_t batch, Range rows);  // of all batches if they share frequencies
 };
 
 struct InstructionSet {

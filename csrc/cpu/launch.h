@@ -12,6 +12,8 @@ void run_jvp(const JvpParams& params);
 void run_bwd_jvp(const BwdJvpParams& params);
 void run_rope(const RopeParams& params);
 void run_rms_rope(const RmsRopeParams& params);
+void run_rope_jvp(const RopeJvpParams& params);
+void run_rope_backward(const RopeBwdParams& params);
 
 // Name of the instruction set that the kernels use on this machine: "AMX", "AVX512_BF16", "AVX512", "AVX2" or
 // "portable". Throws std::invalid_argument where MIXED_ATTENTION_CPU asks for one that the machine does not offer.

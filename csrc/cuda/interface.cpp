@@ -15,8 +15,8 @@ namespace {
 
 template <class... Structs>
 constexpr bool are_plain = (std::is_trivially_copyable_v<Structs> && ...);
-static_assert(are_plain<FwdParams, BwdParams, JvpParams, BwdJvpParams, RopeParams, RmsRopeParams, CastParams, Problem,
-                        Layout, Served, Message>,
+static_assert(are_plain<FwdParams, BwdParams, JvpParams, BwdJvpParams, RopeParams, RmsRopeParams, RopeJvpParams,
+                        RopeBwdParams, CastParams, ColumnSumsParams, Problem, Layout, Served, Message>,
               "structs cross the interface as bytes");
 
 void write(std::string_view text, Message* message) {
@@ -89,6 +89,12 @@ constexpr Interface kInterface{
                    Message* why) { return call(why, [&] { mixed_attention::cuda::run_rope(*params); }); },
     .run_rms_rope = [](const RmsRopeParams* params,
                        Message* why) { return call(why, [&] { mixed_attention::cuda::run_rms_rope(*params); }); },
+    .run_rope_jvp = [](const RopeJvpParams* params,
+                       Message* why) { return call(why, [&] { mixed_attention::cuda::run_rope_jvp(*params); }); },
+    .run_rope_backward =
+        [](const RopeBwdParams* params, Message* why) {
+          return call(why, [&] { mixed_attention::cuda::run_rope_backward(*params); });
+        },
     .run_cast = [](const CastParams* params,
                    Message* why) { return call(why, [&] { mixed_attention::cuda::run_cast(*params); }); },
     .run_column_sums = [](const ColumnSumsParams* params,

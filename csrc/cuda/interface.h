@@ -61,6 +61,8 @@ struct Interface {
   // They enqueue and return as the passes do.
   Status (*run_rope)(const RopeParams* params, Message* why);
   Status (*run_rms_rope)(const RmsRopeParams* params, Message* why);
+  Status (*run_rope_jvp)(const RopeJvpParams* params, Message* why);
+  Status (*run_rope_backward)(const RopeBwdParams* params, Message* why);
   Status (*run_cast)(const CastParams* params, Message* why);
   Status (*run_column_sums)(const ColumnSumsParams* params, Message* why);
 };

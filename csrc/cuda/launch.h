@@ -54,6 +54,8 @@ Launch<BwdJvpParams> plan_bwd_jvp(const BwdJvpParams& params);
 // These enqueue on params.stream and return; they never synchronise and never allocate.
 void run_rope(const RopeParams& params);
 void run_rms_rope(const RmsRopeParams& params);
+void run_rope_jvp(const RopeJvpParams& params);
+void run_rope_backward(const RopeBwdParams& params);
 void run_cast(const CastParams& params);
 void run_column_sums(const ColumnSumsParams& params);
 

@@ -9,5 +9,6 @@
 #include "torch/ops.cpp"
 #include "torch/project.cpp"
 #include "torch/ranks.cpp"
+#include "torch/rope_derivatives.cpp"
 #include "torch/rotate.cpp"
 #include "torch/schedules.cpp"

@@ -24,6 +24,7 @@
 #include "torch/layer.h"
 #include "torch/ops.h"
 #include "torch/project.h"
+#include "torch/rope_derivatives.h"
 #include "torch/schedules.h"
 
 namespace {
@@ -171,12 +172,18 @@ TORCH_LIBRARY(mixed_attention, m) {
       "Tensor? dropout_seed=None, bool wants_dq_dot=False) -> (Tensor dq, Tensor dk, Tensor dv, Tensor dq_dot)");
   m.def("rope(Tensor x, Tensor freqs, bool conjugate) -> Tensor");
   m.def("rope_out(Tensor x, Tensor freqs, bool conjugate, Tensor(a!) out) -> ()");
+  m.def(
+      "rope_jvp(Tensor x, Tensor freqs, Tensor? x_dot, Tensor? freqs_dot, bool conjugate, bool wants_out=True) "
+      "-> (Tensor out, Tensor out_dot)");
+  m.def(
+      "rope_backward(Tensor? dout, Tensor? dout_dot, Tensor x, Tensor freqs, Tensor? x_dot, Tensor? freqs_dot, "
+      "bool conjugate, bool[4] wanted) -> (Tensor dx, Tensor dfreqs, Tensor dx_dot, Tensor dfreqs_dot)");
 }
 
 namespace {
 
-constexpr std::array kNames{"forward", "backward",     "backward_out", "forward_jvp",
-                            "jvp",     "backward_jvp", "rope",         "rope_out"};
+constexpr std::array kNames{"forward",      "backward", "backward_out", "forward_jvp", "jvp",
+                            "backward_jvp", "rope",     "rope_out",     "rope_jvp",    "rope_backward"};
 
 void implement(torch::Library& m) {
   m.impl("forward", &mixed_attention::forward);
@@ -184,6 +191,8 @@ void implement(torch::Library& m) {
   m.impl("backward_out", &mixed_attention::backward_out);
   m.impl("rope", &mixed_attention::rope);
   m.impl("rope_out", &mixed_attention::rope_out);
+  m.impl("rope_jvp", &mixed_attention::rope_jvp);
+  m.impl("rope_backward", &mixed_attention::rope_backward);
 }
 
 void refuse(torch::Library& m) {
@@ -228,7 +237,8 @@ TORCH_LIBRARY_IMPL(mixed_attention, ADInplaceOrView, m) {
 }
 
 TORCH_LIBRARY_IMPL(mixed_attention, Autograd, m) {
-  for (const char* name : {"backward", "backward_out", "jvp", "backward_jvp", "rope", "rope_out"}) {
+  for (const char* name :
+       {"backward", "backward_out", "jvp", "backward_jvp", "rope", "rope_out", "rope_jvp", "rope_backward"}) {
     m.impl(name, torch::CppFunction::makeFromBoxedFunction<&refuse_derivatives>());
   }
 }

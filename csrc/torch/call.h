@@ -38,6 +38,11 @@ void fill(AttentionParams& params, const Call& call);
 void run_jvp(JvpParams& params, const at::Tensor& q);
 void run_bwd_jvp(BwdJvpParams& params, const at::Tensor& q);
 
+// Fills all but results. Returns what the params point to beside x, if there are frequencies.
+at::Tensor fill(RopeParams& params, const at::Tensor& x, const std::optional<at::Tensor>& freqs, bool conjugate);
+void run_rope_jvp(const RopeJvpParams& params, const at::Tensor& x);
+void run_rope_backward(const RopeBwdParams& params, const at::Tensor& x);
+
 Strides strides(const at::Tensor& tensor);
 at::Tensor last_dim_contiguous(const at::Tensor& tensor);
 at::ScalarType lse_dtype(const at::Tensor& q);

@@ -156,6 +156,18 @@ void run_rms_rope(const RmsRopeParams& params, const Tensor& x) {
   x.is_cpu() ? cpu::run_rms_rope(params) : kernels::run_rms_rope(params);
 }
 
+}  // namespace
+
+void run_rope_jvp(const RopeJvpParams& params, const Tensor& x) {
+  x.is_cpu() ? cpu::run_rope_jvp(params) : kernels::run_rope_jvp(params);
+}
+
+void run_rope_backward(const RopeBwdParams& params, const Tensor& x) {
+  x.is_cpu() ? cpu::run_rope_backward(params) : kernels::run_rope_backward(params);
+}
+
+namespace {
+
 void check_inputs(const Tensor& q, const Tensor& k, const Tensor& v, double softmax_scale,
                   const OptionalTensor& key_padding_mask, double dropout_p, const OptionalTensor& dropout_seed) {
   check_dense("q", q);
@@ -451,19 +463,14 @@ void check_rope(const Tensor& x, const Tensor& freqs, const Tensor& out) {
   }
 }
 
-namespace {
-
-// Returns what the params point to beside x and out.
-Tensor fill(RopeParams& params, const Tensor& x, const OptionalTensor& freqs, bool conjugate, const Tensor& out) {
+Tensor fill(RopeParams& params, const Tensor& x, const OptionalTensor& freqs, bool conjugate) {
   params.dtype = to_dtype("x", x.scalar_type());
   params.batch_size = x.size(0);
   params.seqlen = x.size(1);
   params.num_heads = x.size(2);
   params.head_dim = x.size(3);
-  params.out = out.mutable_data_ptr();
   params.x = x.const_data_ptr();
   params.x_strides = strides(x);
-  params.out_strides = strides(out);
   params.conjugate = conjugate;
   fill_device(params, x);
   if (!freqs) return {};
@@ -472,6 +479,14 @@ Tensor fill(RopeParams& params, const Tensor& x, const OptionalTensor& freqs, bo
   params.freqs_batch_stride = rows.size(0) == 1 ? 0 : rows.stride(0);
   params.freqs_row_stride = rows.stride(1);
   return rows;
+}
+
+namespace {
+
+Tensor fill(RopeParams& params, const Tensor& x, const OptionalTensor& freqs, bool conjugate, const Tensor& out) {
+  params.out = out.mutable_data_ptr();  // first: a lazy copy gets memory of its own by it
+  params.out_strides = strides(out);
+  return fill(params, x, freqs, conjugate);
 }
 
 }  // namespace

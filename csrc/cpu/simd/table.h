@@ -6,6 +6,7 @@
 #include "cpu/simd/fwd_kernel.h"
 #include "cpu/simd/jvp_kernel.h"
 #include "cpu/simd/rms_rope_kernel.h"
+#include "cpu/simd/rope_derivatives_kernel.h"
 #include "cpu/simd/rope_kernel.h"
 
 namespace mixed_attention::cpu::MIXED_ATTENTION_ISA {
@@ -13,8 +14,9 @@ namespace mixed_attention::cpu::MIXED_ATTENTION_ISA {
 template <class Element>
 constexpr AttentionKernels kernels() {
   using F = Factor<Element>;
-  return {kRowBlock<F>, sizeof(F) / kTerms<F>, fwd<Element>,     measure<Element>, delta<Element>,   bwd<Element>,
-          jvp<Element>, bwd_jvp_rows<Element>, bwd_jvp<Element>, rope<Element>,    rms_rope<Element>};
+  return {kRowBlock<F>,      sizeof(F) / kTerms<F>, fwd<Element>,          measure<Element>, delta<Element>,
+          bwd<Element>,      jvp<Element>,          bwd_jvp_rows<Element>, bwd_jvp<Element>, rope<Element>,
+          rms_rope<Element>, rope_jvp<Element>,     rope_backward<Element>};
 }
 
 // In the order of DType.

@@ -87,11 +87,14 @@ void bwd_jvp(const ma::BwdJvpParams& params, const cpu::BwdShared& shared, const
 void rope(const ma::RopeParams&, int64_t, ma::Range) {}
 
 void rms_rope(const ma::RmsRopeParams&, int64_t, ma::Range) {}
+void rope_jvp(const ma::RopeJvpParams&, int64_t, ma::Range) {}
+void rope_backward(const ma::RopeBwdParams&, int64_t, ma::Range) {}
 
 // Only rows of large scores are measured.
 void measure(const ma::AttentionParams&, const cpu::FwdItem&, void*, void*, void*) {}
 
-const cpu::AttentionKernels kNotes{8, 8, fwd, measure, delta, bwd, jvp, bwd_jvp_rows, bwd_jvp, rope, rms_rope};
+const cpu::AttentionKernels kNotes{8,       8,    fwd,      measure,  delta,        bwd, jvp, bwd_jvp_rows,
+                                   bwd_jvp, rope, rms_rope, rope_jvp, rope_backward};
 
 // What a plan lists but for masked keys.
 Visits listed_visits(const Problem& problem, const std::vector<char>& mask) {
