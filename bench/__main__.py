@@ -21,6 +21,8 @@ from bench import (
     operator,
     ragged,
     repeats,
+    rotation,
+    streamed,
     tables,
     timeline,
 )
@@ -86,8 +88,12 @@ def _measure(args: argparse.Namespace, cases: tuple[Case, ...], device: torch.de
             if "memory" in args.what and device.type == "cuda":
                 yield operator.gpu_memory(case, device, precision, everybody["ours"]())
         if "derivatives" in args.what:
-            for case in (*cases, *_wanted(derivatives.CASES, args)):
+            for case in (*cases, *_wanted(derivatives.cases(device.type), args)):
                 yield from derivatives.measure(case, device, precision, args.rounds)
+            if not args.case or "streamed" in args.case:
+                yield from streamed.measure(device, precision, args.rounds)
+            if not args.case or "rotation" in args.case:
+                yield from rotation.measure(device, precision, args.rounds)
         if "groups" in args.what:
             yield from groups.measure(device, precision, args.rounds)
         if "ragged" in args.what:

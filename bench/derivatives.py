@@ -6,7 +6,6 @@ On GPUs rows have the peak of memory, too.
 from __future__ import annotations
 
 import importlib
-import os
 from collections.abc import Callable, Iterator, Sequence
 from functools import partial
 
@@ -40,10 +39,15 @@ UNITS = {
 FLASH = "jvp-flash-attention"
 FLASH_BLOCK = 128
 OF_FLASH = ("forward", "jvp of all", "training")
-# Beside the suite, as that peer's attention is dense.
-CASES = (Case("dense-16k", 1, 3, 64, {"a": 16384}, ((("a",), ("a",)),)),)
-# Torch's own attention in framework operators holds all scores, several times.
-LARGEST_OF_TORCH = int(os.environ.get("MIXED_ATTENTION_BENCH_MATH_PAIRS", 2**27))
+# Torch's own attention in framework operators holds all scores, several times: a GPU of 80 GiB has room for those of
+# dense-16k, and what does not fit is absent.
+LARGEST_OF_TORCH = {"cpu": 2**27, "cuda": 2**30}
+
+
+def cases(device_type: str) -> tuple[Case, ...]:
+    """Those beside the suite, as the peers' attention is dense."""
+    sizes = (16384, 65536) if device_type == "cuda" else (4096,)
+    return tuple(Case(f"dense-{n // 1024}k", 1, 3, 64, {"a": n}, ((("a",), ("a",)),)) for n in sizes)
 
 
 def measure(case: Case, device: torch.device, precision: str, rounds: int) -> Iterator[Row]:
@@ -54,7 +58,7 @@ def measure(case: Case, device: torch.device, precision: str, rounds: int) -> It
     inputs = make_inputs(case, device, dtype_of(precision))
     q, k, v = (leaf.detach() for leaf in inputs.leaves)
     who: dict[str, Attention] = {"ours": lambda q, k, v: ma.attention(q, k, v, case.plan)}
-    if case.batch_size * case.num_heads * case.plan.num_pairs() <= LARGEST_OF_TORCH:
+    if case.batch_size * case.num_heads * case.plan.num_pairs() <= LARGEST_OF_TORCH[device.type]:
         who["torch, math"] = partial(_by_torch, case)
     if device.type == "cuda" and _fits_flash(case):
         try:
