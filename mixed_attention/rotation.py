@@ -1,9 +1,9 @@
 """Rotation of channel pairs as autograd functions over the operators, and in framework operators.
 
 It is linear in the rows and in the frequencies, which operators take as pairs of real numbers, ``(B or 1, N, D / 2,
-2)``. Three operators are closed under differentiation up to the second order: ``rope``, ``rope_jvp`` (with tangents, in one
-pass) and ``rope_backward`` (the gradient of both). The gradient of a gradient and the tangent of one are these again,
-with other names for what goes in. What is beyond that is composed of framework operators.
+2)``. Three operators are closed under differentiation up to the second order: ``rope``, ``rope_jvp`` (with tangents, in
+one pass) and ``rope_backward`` (the gradient of both). The gradient of a gradient and the tangent of one are these
+again, with other names for what goes in. What is beyond that is composed of framework operators.
 
 Tangents have a dim of directions in front, as those of attention (:mod:`mixed_attention.derivatives`).
 """

@@ -202,6 +202,80 @@ def test_keys_of_minus_infinity_weigh_nothing(moves, dtype, device):
         torch.testing.assert_close(a.float(), b.float(), rtol=0, atol=2**-6 * float(b.abs().max()))
 
 
+BEYOND = float(torch.finfo(torch.float32).max)
+
+
+def make_overflowing(case: Case, moves: str, count: int, where: str, device: torch.device) -> Moving:
+    """Values, or their tangents, whose means fit into bf16 while their sums leave fp32. Scores are of ordinary size."""
+    moving = make_moving(case.with_(dtype=torch.bfloat16), moves, count, device)
+    huge = moving.inputs.v if where == "values" else moving.tangents[2]
+    with torch.no_grad():
+        moving.inputs.q.mul_(0.1)
+        huge.copy_(torch.where(huge.isfinite(), (1 + huge.abs().clamp(max=1)) * 2.0**124, huge))
+        if moving.tangents[0] is not None:
+            moving.tangents[0].mul_(0.1)
+    return moving
+
+
+def sums_on_the_way(moving: Moving, where: str) -> Tensor:
+    """What a walk adds up at least, ``(T or 1, B, H, Nq, D)``, with weights of 1 at the largest score of a row.
+
+    Its own weights are relative to a score that is no larger, and all numbers that it adds are positive: a walk comes
+    by these sums, whatever its tiles are.
+    """
+    i = moving.inputs
+    q, k = (x.double().transpose(-2, -3) for x in (i.q, i.k.nan_to_num(0, 0, 0)))
+    weights = i.weights[:, None]
+    s = torch.where(weights > 0, i.case.scale * q @ k.mT, -torch.inf)
+    p = weights * (s - s.amax(-1, keepdim=True).clamp(min=-1e300)).exp()
+    values = i.v[None] if where == "values" else moving.tangents[2]
+    return p @ values.double().nan_to_num(0, 0, 0).transpose(-2, -3)
+
+
+@pytest.mark.parametrize(
+    ("where", "moves", "count"),
+    [("values", moves, count) for moves, count in (("q", 1), ("q", 3), ("q", 4), ("k", 1), ("qkv", 2), ("v", 1))]
+    + [("tangents of values", "v", 1), ("tangents of values", "qkv", 2)],
+)
+@pytest.mark.parametrize("name", ["one tile", "many tiles", "ragged unions", "rounds", "packed"])
+def test_sums_that_leave_fp32_are_made_again(name, where, moves, count, device):
+    """Every row of these overflows in the first walk, as its sums do; what is right comes from the second alone."""
+    needs_hopper(device)
+    case = Case((80, 60), "ab>b", num_heads=2, head_dim=64) if name == "one tile" else CASES[name]
+    moving = make_overflowing(case, moves, count, where, device)
+    assert moving.inputs.weights.sum(-1).amin() > 1
+    lost = sums_on_the_way(moving, where) > BEYOND
+    assert lost.double().mean() > (0.5 if name == "ragged unions" else 0.99)
+    exact, yardstick = tangents.exact_and_yardstick(moving)
+    for known in (False, True):
+        for result, got in results_of(moving, known).items():
+            expected = getattr(exact, result)
+            assert got.isfinite().all(), result
+            error = float((got.double() - expected).abs().max())
+            assert error <= 2 * yardstick[result], f"{result}: off by {error:.3g}, allowed {2 * yardstick[result]:.3g}"
+
+
+@pytest.mark.parametrize(("moves", "count"), [("q", 1), ("q", 3), ("qkv", 1)])
+def test_a_second_walk_leaves_what_was_right(moves, count, device):
+    """Rows of another segment keep their bits, though their block walks again; an infinite value stays infinite."""
+    needs_hopper(device)
+    case = Case((700, 900), "a>a b>b", num_heads=2, head_dim=64, dtype=torch.bfloat16)
+    moving = make_moving(case, moves, count, device)
+    before = results_of(moving, False)
+    with torch.no_grad():
+        moving.inputs.q[:, 700:] *= 0.1
+        moving.inputs.v[:, 700:] = (1 + moving.inputs.v[:, 700:].abs().clamp(max=1)) * 2.0**124
+        moving.inputs.v[:, 800, :, 5] = torch.inf
+    after = results_of(moving, False)
+    for name in ("out", "out_dot"):
+        assert torch.equal(before[name][..., :700, :, :], after[name][..., :700, :, :]), name
+    out = after["out"][:, 700:]
+    assert (out[..., 5] == torch.inf).all()
+    others = [column for column in range(64) if column != 5]
+    assert out[..., others].isfinite().all()
+    assert after["out_dot"][..., 700:, :, others].isfinite().all()
+
+
 @pytest.mark.parametrize(
     ("case", "moves", "count", "expected"),
     [
