@@ -635,16 +635,13 @@ def gather_tokens(parts: Sequence[Tensor], tokens: Sequence[tuple[int, int]] | N
     return _C.gather_tokens(parts, tokens, where)
 
 
-def spread_layer_call(
-    parts: Sequence[tuple[int, int, Any]], key_shape: Sequence[int], attention: Any, where: Any
-) -> Any:
+def spread_layer_call(parts: Sequence[tuple[int, int, Any]], here: Any, attention: Any, where: Any) -> Any:
     """What :func:`run_layer_over_ranks` computes.
 
-    The parts of keys and values, and of queries, as :func:`layer_call` takes them; the shape of the former ``(B, n, 2,
-    H, D)``; what :func:`packed_call` makes of queries and of the keys and values of all ranks; where these lie.
+    The parts that :func:`layer_call` takes; what :func:`packed_call` makes of the buffers of this rank, and of one of
+    queries and one of keys and values of all ranks; where these lie.
     """
-    keys, queries = (_C.ProjectedPart(*part) for part in parts)
-    return _C.SpreadLayerCall(keys, queries, key_shape, attention, where)
+    return _C.SpreadLayerCall([_C.ProjectedPart(*part) for part in parts], _C.SpreadCall(here, attention, where))
 
 
 def run_layer_over_ranks(
@@ -653,8 +650,7 @@ def run_layer_over_ranks(
     """:func:`run_layer` where keys and values come from all ranks.
 
     Returns:
-        The tokens ``(B, N, dim)`` of this rank, and its keys and values, rotated, as a part of the graph. None, and
-        nothing done, as there.
+        The tokens ``(B, N, dim)`` of this rank, and its buffers of q, k and v. None, and nothing done, as there.
     """
     return _C.run_layer_over_ranks(x, maps, freqs, call)
 
@@ -666,10 +662,11 @@ def fits_layer(
     return _C.fits_layer(x, maps, freqs, *heads)
 
 
-def set_gather_composites(sums: Callable[..., list[Tensor]], rotate_back: Callable[..., Tensor]) -> None:
-    """Says what gathers call where their derivatives are to be differentiated themselves."""
+def set_spread_composites(sums: Callable[..., list[Tensor]], attention: Callable[..., list[Tensor]]) -> None:
+    """Says what gathers and attention over ranks call where their derivatives are to be differentiated themselves."""
     if _C is not None:
-        _C.set_gather_composites(sums, rotate_back)
+        _C.set_sums_composite(sums)
+        _C.set_spread_composite(attention)
 
 
 def set_backward_composite(composite: Callable[..., list[Tensor | None]]) -> None:

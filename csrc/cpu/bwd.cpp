@@ -7,7 +7,7 @@
 
 namespace mixed_attention::cpu {
 
-void run_bwd(const BwdParams& params) {
+void run_bwd(const BwdParams& params, bool wide_keys) {
   const AttentionKernels& kernels = selected_instruction_set().kernels[static_cast<int>(params.dtype)];
   const VisitedTiles plan = visit_tiles_of_keys(*params.schedule, kBwdBlockN);
   const int64_t batch_heads = params.batch_size * params.num_heads;
@@ -23,8 +23,8 @@ void run_bwd(const BwdParams& params) {
     zero_rows(params, rows, params.dq, params.dq_strides, params.head_dim);
   }
 
-  BwdShared shared{delta.get(),           params.dq, params.dq_strides,   measured.row_max,
-                   measured.row_log2_sum, nullptr,   plan.tiles_per_head, wait_until};
+  BwdShared shared{delta.get(), params.dq,           params.dq_strides, measured.row_max, measured.row_log2_sum,
+                   nullptr,     plan.tiles_per_head, wait_until,        wide_keys};
   const bool is_16_bit = element_size(params.dtype) == 2;
   const int64_t row = params.num_heads * params.head_dim;
   const AlignedMemory dq_acc = allocate(is_16_bit ? params.batch_size * params.seqlen_q * row * 4 : 0);

@@ -34,8 +34,8 @@ void run_bwd_jvp(const BwdJvpParams& params) {
     }
   }
 
-  BwdShared shared{gamma,   params.dq,           params.dq_strides, measured.row_max, measured.row_log2_sum,
-                   nullptr, plan.tiles_per_head, wait_until};
+  BwdShared shared{gamma,   params.dq,           params.dq_strides, measured.row_max,   measured.row_log2_sum,
+                   nullptr, plan.tiles_per_head, wait_until,        /*wide_keys=*/false};
   BwdJvpShared tangents{eps, num_rows, params.dq_dot, params.dq_dot_strides, params.dq_dot_step};
   // 16-bit types sum in fp32: dq, and behind it the gradients of its tangents.
   const bool is_16_bit = element_size(params.dtype) == 2;

@@ -68,6 +68,7 @@ struct BwdShared {
   int* progress;  // per (batch, head, query tile): visits that have added their part to dq
   int64_t tiles_per_head;
   void (*wait_until)(const int* progress, int rank);
+  bool wide_keys;  // whether dk and dv are of Acc, not of the element type
 };
 
 // What the items of a backward with tangents share beside that.

@@ -7,7 +7,8 @@
 namespace mixed_attention::cpu {
 
 void run_fwd(const FwdParams& params);
-void run_bwd(const BwdParams& params);
+// wide_keys: whether dk and dv are tensors of the dtype that is computed in, fp32 beside 16 bits.
+void run_bwd(const BwdParams& params, bool wide_keys);
 void run_jvp(const JvpParams& params);
 void run_bwd_jvp(const BwdJvpParams& params);
 void run_rope(const RopeParams& params);

@@ -1,6 +1,7 @@
 // All of this folder as one unit to compile: reading torch's headers takes most of the time, and is done once so.
 #include "torch/attend.cpp"
 #include "torch/attend_in_place.cpp"
+#include "torch/attend_over_ranks.cpp"
 #include "torch/bindings.cpp"
 #include "torch/derivatives.cpp"
 #include "torch/gather.cpp"

@@ -410,7 +410,7 @@ void define_ranks(py::module_& m) {
   m.def(
       "start_sums",
       [](const at::Tensor& rows, const std::shared_ptr<mixed_attention::Shards>& shards) {
-        return mixed_attention::start_sums({rows}, *shards);
+        return mixed_attention::start_sums({rows}, *shards, rows.scalar_type());
       },
       py::arg("rows"), py::arg("shards"), py::call_guard<py::gil_scoped_release>(),
       "Starts to add up rows of the whole over all ranks.");
@@ -429,14 +429,16 @@ void define_ranks(py::module_& m) {
       },
       py::arg("parts"), py::arg("tokens"), py::arg("shards"), py::call_guard<py::gil_scoped_release>(),
       "Brings tokens of all ranks together, as one step of the graph.");
+  using mixed_attention::SpreadCall;
+  py::class_<SpreadCall>(m, "SpreadCall", "What an attention over ranks computes.")
+      .def(py::init<mixed_attention::PackedCall, mixed_attention::PackedCall,
+                    std::shared_ptr<mixed_attention::Shards>>(),
+           py::arg("here"), py::arg("attention"), py::arg("shards"))
+      .def_readonly("here", &SpreadCall::here)
+      .def_readonly("attention", &SpreadCall::attention)
+      .def_readonly("shards", &SpreadCall::shards);
   py::class_<mixed_attention::SpreadLayerCall>(m, "SpreadLayerCall", "What a layer over ranks computes.")
-      .def(py::init([](const mixed_attention::ProjectedPart& key_part, const mixed_attention::ProjectedPart& query_part,
-                       std::vector<int64_t> key_shape, mixed_attention::PackedCall attention,
-                       const std::shared_ptr<mixed_attention::Shards>& shards) {
-             return mixed_attention::SpreadLayerCall{
-                 key_part, query_part, {std::move(key_shape), key_part.tokens}, std::move(attention), shards};
-           }),
-           py::arg("key_part"), py::arg("query_part"), py::arg("key_shape"), py::arg("attention"), py::arg("shards"));
+      .def(py::init<std::vector<mixed_attention::ProjectedPart>, SpreadCall>(), py::arg("parts"), py::arg("attention"));
   m.def(
       "fits_layer",
       [](const py::handle& x, const py::list& maps, const py::handle& freqs, int64_t num_heads, int64_t head_dim) {
@@ -447,16 +449,19 @@ void define_ranks(py::module_& m) {
       py::arg("x"), py::arg("maps"), py::arg("freqs"), py::arg("num_heads"), py::arg("head_dim"),
       "Whether run_layer would run.");
   m.def("run_layer_over_ranks", &run_layer_over_ranks, py::arg("x"), py::arg("maps"), py::arg("freqs"), py::arg("call"),
-        "A whole layer over ranks: the tokens, and keys and values of this rank, or None as run_layer.");
+        "A whole layer over ranks: the tokens, and the buffers of this rank, or None as run_layer.");
   m.def(
-      "set_gather_composites",
-      [](const py::function& sums, const py::function& rotate_back) {
-        mixed_attention::set_gather_composites({
-            from_python<std::vector<at::Tensor>>(sums),
-            from_python<at::Tensor>(rotate_back),
-        });
+      "set_sums_composite",
+      [](const py::function& composite) {
+        mixed_attention::set_sums_composite(from_python<std::vector<at::Tensor>>(composite));
       },
-      py::arg("sums"), py::arg("rotate_back"), "Registers derivatives of gathers that have derivatives themselves.");
+      py::arg("composite"), "Registers the sums over ranks that have derivatives themselves.");
+  m.def(
+      "set_spread_composite",
+      [](const py::function& composite) {
+        mixed_attention::set_spread_composite(from_python<std::vector<at::Tensor>>(composite));
+      },
+      py::arg("composite"), "Registers the backward of an attention over ranks that has derivatives itself.");
 }
 
 }  // namespace

@@ -1,4 +1,4 @@
-// Rows of all ranks as nodes of the graph.
+// Rows of all ranks as a node of the graph.
 #pragma once
 
 #include <ATen/core/Tensor.h>
@@ -10,6 +10,7 @@
 
 #include "torch/ranks.h"
 #include "torch/tokens.h"
+#include "torch/unrounded.h"
 
 namespace mixed_attention {
 
@@ -20,41 +21,20 @@ namespace mixed_attention {
 std::vector<at::Tensor> gather_tokens(const std::vector<at::Tensor>& parts, const std::optional<Ranges>& tokens,
                                       const std::shared_ptr<Shards>& shards);
 
-// Keys and values of some tokens as a projection has made them.
-struct LocalKeys {
-  std::vector<int64_t> shape;    // batch_size, seqlen, 2, num_heads, head_dim
-  std::optional<Ranges> tokens;  // which of those that frequencies are given for, if not all
+// Where the gradient of what a gather has made may be left unrounded, as that of its output of such a number.
+struct UnroundedPlace {
+  std::shared_ptr<UnroundedGradients> gradients;  // null where nobody takes it
+  uint32_t output = 0;
+
+  // The gradient, rounded from sums that are left there.
+  at::Tensor round(const at::Tensor& sums, at::ScalarType dtype) const;
 };
+UnroundedPlace unrounded_place(const at::Tensor& whole);
 
-// Those of this rank, on their way to all ranks.
-class TravellingKeys {
- public:
-  // Rotates the keys where they lie and starts to gather them with the values. What is made before `wait` overlaps with
-  // the gather, and its gradients with the sums. pairs: frequencies as kernels take them.
-  TravellingKeys(const at::Tensor& buffer, const std::optional<at::Tensor>& pairs, const LocalKeys& keys,
-                 std::shared_ptr<Shards> shards);
-
-  // (batch_size, shards.whole, 2, num_heads, head_dim).
-  at::Tensor wait();
-
-  // The buffer after rotation, as a part of the graph.
-  const at::Tensor& here() const { return here_; }
-
-  struct Transfer;
-
- private:
-  std::shared_ptr<Transfer> transfer_;
-  at::Tensor here_;
-};
-
-// Derivatives of the two by functions that have derivatives themselves: sums over ranks of the rows of a whole, and
-// gradients of a buffer given those after rotation.
-struct GatherComposites {
-  std::function<std::vector<at::Tensor>(const std::vector<at::Tensor>& wholes, const std::shared_ptr<Shards>&)> sums;
-  std::function<at::Tensor(const at::Tensor& grad, const at::Tensor& pairs, const std::optional<Ranges>& tokens,
-                           const std::vector<int64_t>& shape)>
-      rotate_back;
-};
-void set_gather_composites(GatherComposites composites);
+// Sums over ranks of the rows of wholes by a function that has derivatives itself: what a second derivative goes
+// through.
+using SumsComposite =
+    std::function<std::vector<at::Tensor>(const std::vector<at::Tensor>& wholes, const std::shared_ptr<Shards>&)>;
+void set_sums_composite(SumsComposite composite);
 
 }  // namespace mixed_attention

@@ -167,19 +167,16 @@ std::optional<variable_list> run_layer(const Tensor& x, const LinearMaps& in, co
 
 std::optional<variable_list> run_layer_over_ranks(const Tensor& x, const LinearMaps& in, const LinearMaps& out,
                                                   const std::optional<Tensor>& freqs, const SpreadLayerCall& call) {
-  std::optional<CastLayer> layer = cast_layer(x, in, out, freqs, call.attention.shapes[0]);
+  std::optional<CastLayer> layer = cast_layer(x, in, out, freqs, call.attention.here.shapes[0]);
   if (!layer) return {};
-  const Tensor &weight = layer->into.weight, cast_tokens = layer->cast_in[0];
-  // Cast tokens become an output of the first projection, so that the second needs another tensor of the same numbers.
-  if (!cast_tokens.is_same(x)) layer->cast_in[0] = cast_tokens.detach();
-  TravellingKeys keys(project_cast(x, weight, layer->into.bias, {call.key_part}, layer->cast_in)[0], layer->pairs,
-                      call.keys, call.shards);
-  layer->cast_in[0] = cast_tokens;
-  const Tensor queries = project_cast(x, weight, layer->into.bias, {call.query_part}, layer->cast_in)[0];
+  variable_list buffers = project_cast(x, layer->into.weight, layer->into.bias, call.parts, layer->cast_in);
   layer->cast_in.clear();
-  const variable_list attended = attend_in_place({queries, keys.wait()}, {layer->pairs, std::nullopt}, std::nullopt,
-                                                 seed_of(x, call.attention), call.attention);
-  return variable_list{layer->project_out(attended[0]), keys.here()};
+  variable_list attended = attend_over_ranks(buffers, OptionalTensors(buffers.size(), layer->pairs),
+                                             seed_of(x, call.attention.attention), call.attention);
+  variable_list result{layer->project_out(attended[0])};
+  if (freqs) buffers.assign(attended.begin() + 1, attended.end());
+  result.insert(result.end(), buffers.begin(), buffers.end());
+  return result;
 }
 
 }  // namespace mixed_attention

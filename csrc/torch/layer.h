@@ -8,7 +8,7 @@
 #include <vector>
 
 #include "torch/attend_in_place.h"
-#include "torch/gather.h"
+#include "torch/attend_over_ranks.h"
 #include "torch/project.h"
 
 namespace mixed_attention {
@@ -22,10 +22,8 @@ struct LayerCall {
 
 // The same of a layer whose tokens are spread over ranks: the queries of this rank attend to the keys of all.
 struct SpreadLayerCall {
-  ProjectedPart key_part, query_part;
-  LocalKeys keys;
-  PackedCall attention;  // of the queries, and keys and values of all ranks
-  std::shared_ptr<Shards> shards;
+  std::vector<ProjectedPart> parts;
+  SpreadCall attention;
 };
 
 // Linear maps that are read as one: weights (rows, channels), one under the other, and their biases.
@@ -50,11 +48,7 @@ std::optional<std::vector<at::Tensor>> run_layer(const at::Tensor& x, const Line
                                                  const std::optional<at::Tensor>& key_padding_mask,
                                                  const LayerCall& call);
 
-// The same over ranks. Keys and values travel while queries are made, and the sums of their gradients while those of
-// queries are.
-//
-// Returns the tokens (batch_size, seqlen, channels) of this rank and its keys and values, rotated, as parts of the
-// graph.
+// The same over ranks. Returns the tokens (batch_size, seqlen, channels) of this rank, and its buffers likewise.
 std::optional<std::vector<at::Tensor>> run_layer_over_ranks(const at::Tensor& x, const LinearMaps& in,
                                                             const LinearMaps& out,
                                                             const std::optional<at::Tensor>& freqs,

@@ -50,6 +50,8 @@ Tensor last_dim_contiguous(const Tensor& tensor) {
 
 at::ScalarType lse_dtype(const Tensor& q) { return q.scalar_type() == at::kDouble ? at::kDouble : at::kFloat; }
 
+bool takes_wide_keys(const Tensor& q) { return q.is_cpu() && q.element_size() == 2; }
+
 namespace {
 
 Strides strides_broadcast(const Tensor& tensor, int64_t batch_size) {
@@ -135,10 +137,11 @@ void run_on_gpu(Params& params, const Tensor& q) {
 
 void run_fwd(FwdParams& params, const Tensor& q) { q.is_cpu() ? cpu::run_fwd(params) : run_on_gpu(params, q); }
 
-// Whether it ran: where the gradients are the inputs themselves, only if kernels can do that.
-bool run_bwd(BwdParams& params, const Tensor& q, bool is_in_place) {
+// Whether it ran: where the gradients are the inputs themselves, only if kernels can do that. wide_keys: see
+// takes_wide_keys.
+bool run_bwd(BwdParams& params, const Tensor& q, bool is_in_place, bool wide_keys) {
   if (q.is_cpu()) {
-    if (!is_in_place) cpu::run_bwd(params);
+    if (!is_in_place) cpu::run_bwd(params, wide_keys);
     return !is_in_place;
   }
   const kernels::Launch launch = kernels::plan(params);
@@ -329,8 +332,10 @@ void check_gradients(const Tensor& dout, const OptionalTensor& dlse, const Tenso
   check("lse", lse, lse_dtype(q), 3, "(batch_size, num_heads, seqlen_q)");
   if (dlse) check("dlse", *dlse, lse_dtype(q), 3, "(batch_size, num_heads, seqlen_q)");
   constexpr std::array names{"dq", "dk", "dv"};
+  const bool wide_keys = grads.size() == 3 && takes_wide_keys(q) && grads[1].scalar_type() == at::kFloat;
   for (size_t i = 0; i < grads.size(); ++i) {
-    check(names[i], grads[i], q.scalar_type(), 4, "of the input, for every sequence of the batch");
+    check(names[i], grads[i], wide_keys && i > 0 ? at::kFloat : q.scalar_type(), 4,
+          "of the input, for every sequence of the batch");
   }
   if (has_symbolic_sizes({&q, &k, &v, &dout, &out, &lse}) || (dlse && has_symbolic_sizes({&*dlse}))) return;
   const at::DimVector out_shape{q.size(0), q.size(1), q.size(2), v.size(3)};
@@ -390,7 +395,7 @@ bool run_backward(const Tensor& dout, const OptionalTensor& dlse, const Tensor& 
   params.dk_strides = strides(dk);
   params.dv_strides = strides(dv);
   params.deterministic = at::globalContext().deterministicAlgorithms();
-  if (!run_bwd(params, q, is_in_place)) return false;
+  if (!run_bwd(params, q, is_in_place, dk.scalar_type() != q.scalar_type())) return false;
   call.restore_like_q(dq);
   return true;
 }

@@ -21,11 +21,16 @@ std::tuple<at::Tensor, at::Tensor, at::Tensor> backward(
     const std::optional<at::Tensor>& key_padding_mask, double dropout_p, const std::optional<at::Tensor>& dropout_seed);
 
 // The same, into tensors of the caller's: slices of one packed gradient, say. They share memory with nothing else.
+// Where takes_wide_keys, dk and dv may both be of fp32: sums that nobody has rounded.
 void backward_out(const at::Tensor& dout, const std::optional<at::Tensor>& dlse, const at::Tensor& q,
                   const at::Tensor& k, const at::Tensor& v, const at::Tensor& out, const at::Tensor& lse,
                   at::IntArrayRef segments, double softmax_scale, const std::optional<at::Tensor>& key_padding_mask,
                   double dropout_p, const std::optional<at::Tensor>& dropout_seed, const at::Tensor& dq,
                   const at::Tensor& dk, const at::Tensor& dv);
+
+// Whether a backward can leave dk and dv in fp32 beside 16 bits: kernels of CPUs add them up in it, and store them
+// once.
+bool takes_wide_keys(const at::Tensor& q);
 
 // The same, over the inputs: dq where q lies, dk where k does, dv where v does. If allowed to, it may leave anything
 // where out lies. False, and nothing done, where no kernel can.

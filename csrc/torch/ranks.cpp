@@ -153,19 +153,22 @@ std::vector<Tensor> finish_gather(const InFlight& gather, const Shards& shards) 
   return split_parts(joined(pieces), gather.rows, shards.whole);
 }
 
-// NOTE: on one host the parts travel in their own dtype, to be added in the order of the ranks: half the bytes of fp32,
-// and bits that depend on no algorithm. Between hosts an all-to-all would not use all network cards.
-InFlight start_sums(at::TensorList parts, const Shards& shards) {
+// NOTE: on one host the parts of all ranks go to the rank that adds them up, in the order of the ranks: bits depend on
+// no algorithm. Those of GPUs travel rounded, which halves the bytes; CPUs have sums of fp32 that nobody has rounded.
+// Whether one rank has them or not, all send the same dtype. Between hosts an all-to-all would not use all network
+// cards.
+InFlight start_sums(at::TensorList parts, const Shards& shards, at::ScalarType dtype) {
   const c10::impl::ExcludeDispatchKeyGuard no_autocast(c10::autocast_dispatch_keyset);
   static const auto exchange = find("_c10d_functional::all_to_all_single");
   static const auto reduce = find("_c10d_functional::reduce_scatter_tensor");
-  InFlight result{{}, {}, parts[0].options()};
+  InFlight result{{}, {}, parts[0].options().dtype(dtype)};
   for (const Tensor& part : parts) result.rows.push_back(row_of(part));
   const int64_t width = numbers(result.rows);
   if (shards.whole * width == 0) return result;
-  const at::ScalarType wide = c10::promoteTypes(parts[0].scalar_type(), at::kFloat);
+  const bool is_rounded = shards.share_a_host && !parts[0].is_cpu();
+  const at::ScalarType sent_dtype = is_rounded ? dtype : c10::promoteTypes(dtype, at::kFloat);
   std::vector<Tensor> wholes;
-  for (const Tensor& part : parts) wholes.push_back(flat(shards.share_a_host ? part : part.to(wide)));
+  for (const Tensor& part : parts) wholes.push_back(flat(part.to(sent_dtype)));
   if (shards.share_a_host) {
     std::vector<int64_t> sent, received(shards.num_ranks(), shards.here() * width);
     for (const int64_t total : shards.totals) sent.push_back(total * width);
@@ -178,17 +181,42 @@ InFlight start_sums(at::TensorList parts, const Shards& shards) {
   return result;
 }
 
+namespace {
+
+// What every rank sent to this one (ranks, shards.here() * numbers of a row), or one sum that was made on the way.
+Tensor wait_for_parts(const InFlight& sums, const Shards& shards) {
+  const Tensor received = wait_for(sums.received);
+  const int64_t count = shards.here() * numbers(sums.rows);
+  return shards.share_a_host ? received.view({shards.num_ranks(), count}) : received.narrow(0, 0, count).unsqueeze(0);
+}
+
+// Adds up along the first dimension, in its order and in fp32 at least, and rounds once.
+void add_up(const Tensor& parts, const Tensor& sum) {
+  if (parts.scalar_type() != sum.scalar_type() || parts.size(0) == 1) {
+    sum.copy_(parts.sum(0));
+  } else if (parts.size(0) == 2) {  // two numbers of 16 bits are added in fp32, too
+    at::add_out(const_cast<Tensor&>(sum), parts[0], parts[1]);
+  } else {
+    at::sum_out(const_cast<Tensor&>(sum), parts, at::IntArrayRef{0});
+  }
+}
+
+}  // namespace
+
 std::vector<Tensor> finish_sums(const InFlight& sums, const Shards& shards) {
   const c10::impl::ExcludeDispatchKeyGuard no_autocast(c10::autocast_dispatch_keyset);
-  if (!sums.received.defined()) return split_parts(at::empty({0}, sums.options), sums.rows, shards.here());
-  const Tensor received = wait_for(sums.received);
-  const at::ScalarType dtype = c10::typeMetaToScalarType(sums.options.dtype());
-  const int64_t count = shards.here() * numbers(sums.rows);
-  const Tensor sum =
-      shards.share_a_host
-          ? received.view({shards.num_ranks(), count}).sum(0, false, c10::promoteTypes(dtype, at::kFloat))
-          : received.narrow(0, 0, count);
-  return split_parts(sum.to(dtype), sums.rows, shards.here());
+  const Tensor together = at::empty({shards.here() * numbers(sums.rows)}, sums.options);
+  if (sums.received.defined()) add_up(wait_for_parts(sums, shards), together);
+  return split_parts(together, sums.rows, shards.here());
+}
+
+void finish_sums_into(const InFlight& sums, const Shards& shards, const Tensor& result) {
+  const c10::impl::ExcludeDispatchKeyGuard no_autocast(c10::autocast_dispatch_keyset);
+  if (!sums.received.defined()) return;  // there is nothing of it
+  const Tensor parts = wait_for_parts(sums, shards);
+  std::vector<int64_t> shape(result.sizes().vec());
+  shape.insert(shape.begin(), parts.size(0));
+  add_up(parts.view(shape), result);
 }
 
 }  // namespace mixed_attention

@@ -32,7 +32,7 @@ struct Shards {
 struct InFlight {
   at::Tensor received;                     // not there before `wait`; undefined where nothing travels
   std::vector<std::vector<int64_t>> rows;  // the shape of a row of each part
-  at::TensorOptions options;               // of the parts
+  at::TensorOptions options;               // of what is made
 };
 
 // Starts to bring the rows of all ranks together. parts: (shards.here(), ...) each, of one dtype, as pieces that lie
@@ -42,10 +42,13 @@ InFlight start_gather(const std::vector<std::vector<at::Tensor>>& parts, const S
 // Waits for it. Returns (shards.whole, ...) for each part.
 std::vector<at::Tensor> finish_gather(const InFlight& gather, const Shards& shards);
 
-// Starts to add up the rows of the whole over all ranks, each rank its own. parts: (shards.whole, ...) each.
-InFlight start_sums(at::TensorList parts, const Shards& shards);
+// Starts to add up the rows of the whole over all ranks, each rank its own. parts: (shards.whole, ...) each. dtype: of
+// the sums; parts of 16 bits, or those of fp32 that these were rounded from.
+InFlight start_sums(at::TensorList parts, const Shards& shards, at::ScalarType dtype);
 
-// Waits for it. Returns the sums (shards.here(), ...) for each part, which were made in fp32 at least.
+// Waits for it. Returns the sums (shards.here(), ...) for each part, which were made in fp32 at least and rounded once.
 std::vector<at::Tensor> finish_sums(const InFlight& sums, const Shards& shards);
+// The same of a single part, to where somebody wants the sums.
+void finish_sums_into(const InFlight& sums, const Shards& shards, const at::Tensor& result);
 
 }  // namespace mixed_attention

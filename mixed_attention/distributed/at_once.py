@@ -63,7 +63,7 @@ class _Call(NamedTuple):
     """What a layer computes, and the caches that it leaves: names, rows of the keys here, and sizes on every rank."""
 
     of_layer: Any
-    key_shape: tuple[int, int, int, int, int]
+    key_shape: tuple[int, int, int, int, int]  # of the buffer that ends with keys and values
     recorded: list[tuple[str, slice, tuple[int, ...]]]
 
 
@@ -101,10 +101,10 @@ def run(
     result = ops.run_layer_over_ranks(x, maps, freqs, found.of_layer)
     if result is None:
         return None
-    out, here = result
+    out, *buffers = result
     if not found.recorded:
         return out, {}
-    k, v = here.view(found.key_shape).unbind(2)
+    *_, k, v = buffers[-1].view(found.key_shape).unbind(2)
     how = {"detach": layer.detach_kv_cache, "compact": layer._records_copies}
     return out, {
         name: {**cache.record_entry(k[:, part], v[:, part], None, **how), "sizes": torch.tensor(everywhere)}
@@ -125,32 +125,60 @@ def _call(
         groups.as_read(dict(zip(groups.gathered, sizes))), groups.patterns, skip_unread_keys=True
     )
     runs = groups.runs(groups.gathered)
-    has_all = all(is_taken for _, is_taken in runs)
-    num_keys = sum(size for size, is_taken in runs if is_taken)
-    channels = heads[0] * heads[1]
-    key_shape = (batch_size, num_keys, 2, *heads)
-    shapes = [(batch_size, plan.num_queries, 1, *heads), (batch_size, plan.num_keys, 2, *heads)]
-    rotated = [int(is_rotated), 0]
-    attention = ops.packed_call(shapes, rotated, [None, None], plan, heads[1] ** -0.5, dropout_p)
-    parts = [(channels, 3 * channels, None if has_all else taken_ranges(runs)), (0, channels, None)]
+    num_tokens, channels, scale = plan.num_queries, heads[0] * heads[1], heads[1] ** -0.5
+    if all(is_taken for _, is_taken in runs):
+        parts: list[tuple[int, int, Any]] = [(0, 3 * channels, None)]
+        shapes, rotated = [(batch_size, num_tokens, 3, *heads)], [2]
+    else:
+        num_keys = sum(size for size, is_taken in runs if is_taken)
+        parts = [(0, channels, None), (channels, 3 * channels, taken_ranges(runs))]
+        shapes, rotated = [(batch_size, num_tokens, 1, *heads), (batch_size, num_keys, 2, *heads)], [1, 1]
+    tokens = [ranges for *_, ranges in parts]
+    here = ops.packed_call(shapes, rotated if is_rotated else [0] * len(parts), tokens, plan, scale, dropout_p)
+    whole = [(batch_size, num_tokens, 1, *heads), (batch_size, plan.num_keys, 2, *heads)]
+    attention = ops.packed_call(whole, [0, 0], [None, None], plan, scale, dropout_p)
     recorded, start = [], 0
     for name, everywhere in zip(groups.gathered, sizes):
         end = start + everywhere[ranks.rank]
         if name in groups.recorded:
             recorded.append((name, slice(start, end), everywhere))
         start = end
-    return _Call(ops.spread_layer_call(parts, key_shape, attention, ranks.native(sizes)), key_shape, recorded)
+    return _Call(ops.spread_layer_call(parts, here, attention, ranks.native(sizes)), shapes[-1], recorded)
+
+
+def _of(shards: Any) -> Shards:
+    return Shards(Ranks.of(torch_internals.process_group(shards.group)), tuple(map(tuple, shards.sizes)))
 
 
 def _sums(wholes: Sequence[Tensor], shards: Any) -> list[Tensor]:
     """The derivative of a gather where it is to be differentiated itself."""
-    ranks = Ranks.of(torch_internals.process_group(shards.group))
-    where = Shards(ranks, tuple(map(tuple, shards.sizes)))
-    return [rows.sums(whole, where) for whole in wholes]
+    return [rows.sums(whole, _of(shards)) for whole in wholes]
 
 
-def _rotate_back(grad: Tensor, pairs: Tensor, tokens: Any, shape: Sequence[int]) -> Tensor:
-    return packed.gradient_of_buffer(grad, None, pairs, None, tokens, shape, 1, 0)
+def _attention_back(
+    buffers: Sequence[Tensor],
+    pairs: Sequence[Tensor | None],
+    seed: Tensor | None,
+    call: Any,
+    out: Tensor,
+    lse: Tensor,
+    dout: Tensor,
+    drotated: Sequence[Tensor | None],
+) -> list[Tensor]:
+    """The same of an attention over ranks: through the attention, the gather, and the rotation of the buffers."""
+    shards, here = _of(call.shards), call.here
+    with torch.enable_grad():
+        buffers = [ops.unhooked(buffer) for buffer in buffers]
+        first = buffers[0].view(here.shapes[0])
+        q, kv = first.split([1, 2], 2) if len(buffers) == 1 else (first, buffers[1].view(here.shapes[1]))
+        whole = rows.gather(kv.transpose(0, 1), shards).transpose(0, 1)
+        dq, dwhole = packed.backward_composite(
+            [q, whole], [None, None], None, seed, call.attention, out, lse, dout, [None, None], [None, None]
+        )
+        dkv = rows.sums(dwhole.transpose(0, 1), shards).transpose(0, 1)
+        grads = [torch.cat([dq, dkv], 2)] if len(buffers) == 1 else [dq, dkv]
+        of_parts = zip(grads, drotated, pairs, buffers, here.tokens, here.shapes, here.rotated, here.normalised)
+        return [packed.gradient_of_buffer(*part).reshape(buffer.shape) for part, buffer in zip(of_parts, buffers)]
 
 
-ops.set_gather_composites(_sums, _rotate_back)
+ops.set_spread_composites(_sums, _attention_back)

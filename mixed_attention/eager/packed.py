@@ -165,7 +165,7 @@ def slots(
     return found
 
 
-def _backward_composite(buffers, pairs, key_padding_mask, seed, call, out, lse, dout, normalised, drotated):
+def backward_composite(buffers, pairs, key_padding_mask, seed, call, out, lse, dout, normalised, drotated):
     """The derivative by functions that have derivatives of their own.
 
     What was saved are the rotated values r = R(x). The derivative is taken with respect to r, then back through R,
@@ -210,4 +210,4 @@ def gradient_of_buffer(grad, more, pairs, buffer, tokens, shape, rotated, normal
     return torch.cat((heads, rest), 2).reshape(grad.shape)
 
 
-ops.set_backward_composite(_backward_composite)
+ops.set_backward_composite(backward_composite)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import itertools
 import sys
 from contextlib import nullcontext
@@ -44,9 +45,9 @@ def at_once_like_in_steps(mesh, way: str, layout: str, options: dict) -> None:
     specs = share.sharded if knows else share.specs
     more = {"return_kv_cache": True} if layout == "fused" and options["records"] else {}
 
-    def run():
+    def run(layer=layer, x=x, autocast=options.get("autocast")):
         leaves = [x.detach().requires_grad_(), *layer.parameters()]
-        with torch.autocast("cpu", torch.bfloat16) if options.get("autocast") else nullcontext():
+        with torch.autocast("cpu", torch.bfloat16) if autocast else nullcontext():
             result = layer(leaves[0], specs, scene.patterns, freqs=freqs, **more)
             with torch.no_grad():
                 without_graph = tensor_of(layer(leaves[0], specs, scene.patterns, freqs=freqs))
@@ -67,7 +68,12 @@ def at_once_like_in_steps(mesh, way: str, layout: str, options: dict) -> None:
     finally:
         at_once.maps_of = before
     assert "_WaitBackward" in in_steps[1] and not any(name.startswith("_") for name in of_ours[1]), of_ours[1]
-    bounds = {"rtol": 1e-12, "atol": 1e-11} if dtype == torch.float64 else {"rtol": 0, "atol": 0.1}
+    if dtype != torch.float64:  # where steps round what this adds up: it is as near to the truth at least
+        exact = run(copy.deepcopy(layer).double(), x.double(), autocast=False)
+        for ours, theirs, truth in zip((of_ours[0], *of_ours[2]), (in_steps[0], *in_steps[2]), (exact[0], *exact[2])):
+            assert (ours - truth).norm() <= 1.1 * (theirs - truth).norm() <= 0.02 * truth.norm()
+        return
+    bounds = {"rtol": 1e-12, "atol": 1e-11}
     torch.testing.assert_close(of_ours[0], in_steps[0], **bounds)
     for ours, theirs in zip(of_ours[2], in_steps[2]):
         torch.testing.assert_close(ours, theirs, **bounds)

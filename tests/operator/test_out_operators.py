@@ -222,3 +222,26 @@ def test_numbers_that_stand_for_their_negative(operator):
         torch.testing.assert_close(result, arguments[name])
         with pytest.raises(ValueError, match=f"{name}: expected the memory of numbers"):
             call(operator, {**arguments, name: torch._neg_view(result)})
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=str)
+@pytest.mark.parametrize("scale", [0.5, -0.5])
+def test_gradients_of_keys_come_unrounded_where_asked(dtype, scale):
+    q, k, v, dout = (torch.randn(SHAPE).to(dtype) for _ in range(4))
+    mask = torch.rand(2, 5) < 0.8
+    out, lse = ops.forward(q, k, v, PLAN.flat(), scale, mask, 0.0, None)
+    given = dout, None, q, k, v, out, lse, PLAN.flat(), scale, mask, 0.0, None
+    dq, *expected = ops.backward(*given)
+    into = torch.full(SHAPE, torch.nan, dtype=dtype)
+    unrounded = [torch.full(SHAPE, torch.nan) for _ in range(2)]
+    ops.backward_out(*given, into, *unrounded)
+    assert torch.equal(into, dq)
+    for wide, rounded in zip(unrounded, expected):
+        assert torch.equal(wide.to(dtype), rounded)
+        assert wide.count_nonzero() == 0 or not torch.equal(wide, rounded.float())
+    with pytest.raises(ValueError, match="dv: expected dtype Float"):
+        ops.backward_out(*given, into, unrounded[0], torch.empty(SHAPE, dtype=dtype))
+    with pytest.raises(ValueError, match="dk: expected dtype"):
+        ops.backward_out(*given, into, *(t.double() for t in unrounded))
+    with pytest.raises(ValueError, match="dq: expected dtype"):
+        ops.backward_out(*given, into.float(), *unrounded)

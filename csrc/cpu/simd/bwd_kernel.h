@@ -267,17 +267,26 @@ class BwdTile {
   }
 
   Acc* sum_at(void* sums, const Strides& strides, int64_t row) const {
-    return static_cast<Acc*>(sums) + item_.batch * strides.batch + item_.head * strides.head + row * strides.row;
+    return first_row<Acc>(sums, strides) + row * strides.row;
   }
 
-  void store_keys() {
-    store_gradient(dk_, p_.head_dim, static_cast<Acc>(p_.softmax_scale), at(p_.dk, p_.dk_strides, 0),
+  template <class Out>
+  Out* first_row(void* base, const Strides& strides) const {
+    return static_cast<Out*>(base) + item_.batch * strides.batch + item_.head * strides.head;
+  }
+
+  void store_keys() { shared_.wide_keys ? store_keys_as<Acc>() : store_keys_as<Element>(); }
+
+  template <class Out>
+  void store_keys_as() {
+    store_gradient(dk_, p_.head_dim, static_cast<Acc>(p_.softmax_scale), first_row<Out>(p_.dk, p_.dk_strides),
                    p_.dk_strides.row);
-    store_gradient(dv_, p_.head_dim_v, Acc(1), at(p_.dv, p_.dv_strides, 0), p_.dv_strides.row);
+    store_gradient(dv_, p_.head_dim_v, Acc(1), first_row<Out>(p_.dv, p_.dv_strides), p_.dv_strides.row);
   }
 
   // Rows of gathered keys back to their places, exact zeros for those that the mask left out.
-  void store_gradient(const KeySums<Element>& sums, int64_t size, Acc scale, Element* out, int64_t row_stride) {
+  template <class Out>
+  void store_gradient(const KeySums<Element>& sums, int64_t size, Acc scale, Out* out, int64_t row_stride) {
     sums.write(count_, scale, [&](int64_t i) { return out + keys_[i].row * row_stride; });
     int64_t i = 0;
     for (int64_t row = item_.keys.begin; row < item_.keys.end; ++row) {
