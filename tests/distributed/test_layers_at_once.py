@@ -45,7 +45,7 @@ def at_once_like_in_steps(mesh, way: str, layout: str, options: dict) -> None:
     specs = share.sharded if knows else share.specs
     more = {"return_kv_cache": True} if layout == "fused" and options["records"] else {}
 
-    def run(layer=layer, x=x, autocast=options.get("autocast")):
+    def run(layer=layer, x=x, autocast="autocast" in options):
         leaves = [x.detach().requires_grad_(), *layer.parameters()]
         with torch.autocast("cpu", torch.bfloat16) if autocast else nullcontext():
             result = layer(leaves[0], specs, scene.patterns, freqs=freqs, **more)

@@ -1,4 +1,4 @@
-"""Gradients of gathered keys are added up over the ranks before anybody rounds them, where kernels have them in fp32."""
+"""Gradients of gathered keys are added up over ranks before anybody rounds them, where kernels have them in fp32."""
 
 from __future__ import annotations
 
