@@ -22,7 +22,8 @@ struct OwnOperand {
 
   // first_row: of this warp in the tile.
   __device__ void load(const Element* tile, int first_row) {
-    if constexpr (kIsKept) load_row_operand<kRowBytes, 0>(words, tile, first_row);
+    const auto has_slab = [](int) { return true; };
+    if constexpr (kIsKept) load_row_operand<kRowBytes, 0>(words, tile, first_row, has_slab);
   }
 
   // rows: where they lie.
