@@ -12,7 +12,6 @@
 #include "cuda/hopper/bwd/query_producer.cuh"
 #include "cuda/hopper/bwd/wide_dk_dv_config.h"
 #include "cuda/hopper/bwd_fp32/config.h"
-#include "cuda/hopper/bwd_fp32/rows.cuh"
 #include "cuda/hopper/fwd/producer.cuh"
 #include "cuda/hopper/plan/tile_list.h"
 #include "hopper.h"
