@@ -11,6 +11,7 @@
 #include "cuda/hopper/bwd_jvp/params.h"
 #include "cuda/hopper/tile/mma.cuh"
 #include "cuda/hopper/tile/register_operand.cuh"
+#include "cuda/ptx/keep.cuh"
 #include "cuda/ptx/wgmma.cuh"
 
 namespace mixed_attention::cuda::hopper {
@@ -132,7 +133,10 @@ struct SideMma {
   }
 
  private:
-  __device__ Operand owned(int i) const { return owned_side.advance(i / Config::kOwnedStep * Config::kTileBytesM); }
+  // Computed anew in every step: the compiler would hold all of them.
+  __device__ Operand owned(int i) const {
+    return Operand{ptx::keep(owned_side.low)}.advance(i / Config::kOwnedStep * Config::kTileBytesM);
+  }
   __device__ Operand streamed(Step<Config> step, int i) const {
     return streamed_ring.advance((step.use().stage() * Config::kStreamedTensors + i) * Config::kTileBytesN +
                                  step.first_row() * kRowBytes);
