@@ -132,6 +132,9 @@ __global__ void __launch_bounds__(dk_dv_tile(kArithmetic, kHeadDim).num_threads(
   constexpr bool kShares = kTile.sharing > 1;
   constexpr int kThreads = kTile.num_threads(), kTilesM = kTile.warp_rows / 16, kWarpCols = kHeadDim / kTile.sharing;
   constexpr int kScoreRows = kTile.score_rows(), kTurns = kTile.block_rows / kTile.sharing / kScoreRows;
+  // NOTE: only dq wants rows of ds that are hidden cleared. Without the branch, though, ptxas spills at other
+  // head_dims.
+  constexpr bool kBranchesOnHidden = kAddsDq || kHeadDim != 128;
   static_assert(!kShares || (kTurns == 1 && is_16_bit(kArithmetic)), "fp32 operands by depth want another order");
   extern __shared__ __align__(16) char shared_memory[];
   Shared& shared = *reinterpret_cast<Shared*>(shared_memory);
@@ -225,7 +228,7 @@ __global__ void __launch_bounds__(dk_dv_tile(kArithmetic, kHeadDim).num_threads(
       if constexpr (kWantsDk) multiply_rows<Mma>(ds, lane_k.at(shared.v), warp_row, lane_dout, query);
       // p and ds. The exponentials run under the MMAs of dp: nothing may stand between them.
       exponentiate<Mma>(p, shared.lse_log2[stage] + query, args.scale_log2);
-      if (drops || (kAddsDq && some_hidden)) {
+      if (drops || (kBranchesOnHidden && some_hidden)) {
         if (drops) {
           const WorkRange& range = walk.range_of(block);
           const int key =
