@@ -17,7 +17,7 @@ from bench.timing import Calls, take_turns
 from mixed_attention import func
 
 INFERENCE, TANGENTS = "streamed inference", "streamed, 3 tangents"
-# Of anchors, queries and of those of a chunk.
+# Numbers of anchors, of queries, and of queries of a chunk.
 SIZES = {"cuda": (8192, 10**6, 65536), "cpu": (1024, 8192, 2048)}
 DIM, NUM_HEADS = 192, 3
 

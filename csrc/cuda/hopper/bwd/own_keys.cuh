@@ -27,7 +27,9 @@ class OwnKeys {
     }
   }
 
-  __device__ explicit OwnKeys(int num_rows) : state_(num_rows) { static_assert(!kIsMasked); }
+  __device__ explicit OwnKeys(int num_rows) : state_(num_rows) {
+    static_assert(!kIsMasked, "a mask says more of keys than their number");
+  }
 
   __device__ bool count(int i) const { return kIsMasked ? (state_ >> i & 1) != 0 : row(i) < state_; }
 
