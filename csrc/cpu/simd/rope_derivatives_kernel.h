@@ -6,6 +6,7 @@
 #pragma once
 
 #include <algorithm>
+#include <cstring>
 
 #include "cpu/simd/convert.h"
 #include "params.h"
@@ -13,32 +14,49 @@
 
 namespace mixed_attention::cpu::MIXED_ATTENTION_ISA {
 
-// sums += a b, or conj(a) b, with signs of the imaginary parts of a that may be turned: 1 or -1.
+// One product of complex numbers, pairs of neighbours; sign: of the imaginary parts of a, 1 or -1.
 template <class A, class B, class Acc>
-inline void add_products(const A* __restrict a, Acc sign, const B* __restrict b, int64_t size, Acc* __restrict sums) {
+inline void multiply_pair(const A* a, Acc sign, const B* b, Acc& even, Acc& odd) {
+  const Acc a_re = to_accumulator(a[0]), a_im = sign * to_accumulator(a[1]);
+  const Acc b_re = to_accumulator(b[0]), b_im = to_accumulator(b[1]);
+  even = a_re * b_re - a_im * b_im;
+  odd = a_re * b_im + a_im * b_re;
+}
+
+// out = a b
+template <class A, class B, class Acc, class Element>
+inline void set_product(const A* __restrict a, Acc sign, const B* __restrict b, int64_t size, Element* __restrict out) {
   for (int64_t i = 0; i < size; i += 2) {
-    const Acc a_re = to_accumulator(a[i]), a_im = sign * to_accumulator(a[i + 1]);
-    const Acc b_re = to_accumulator(b[i]), b_im = to_accumulator(b[i + 1]);
-    sums[i] += a_re * b_re - a_im * b_im;
-    sums[i + 1] += a_re * b_im + a_im * b_re;
+    Acc even, odd;
+    multiply_pair(a + i, sign, b + i, even, odd);
+    from_accumulator(even, out[i]);
+    from_accumulator(odd, out[i + 1]);
   }
 }
 
-// Sums of products over some channels of a row, which are rounded once.
-template <class Acc>
-struct ChannelSums {
-  static constexpr int64_t kMost = 64;
-
-  Acc sums[kMost];
-  int64_t size;
-
-  explicit ChannelSums(int64_t count) : size(std::min(count, kMost)) { std::fill_n(sums, size, Acc(0)); }
-
-  template <class Element>
-  void write(Element* __restrict out) const {
-    for (int64_t i = 0; i < size; ++i) from_accumulator(sums[i], out[i]);
+// out = a b + c d, with one sign for a and c
+template <class A, class B, class Acc, class Element>
+inline void set_products(const A* __restrict a, const B* __restrict b, const A* __restrict c, const B* __restrict d,
+                         Acc sign, int64_t size, Element* __restrict out) {
+  for (int64_t i = 0; i < size; i += 2) {
+    Acc even, odd, more_even, more_odd;
+    multiply_pair(a + i, sign, b + i, even, odd);
+    multiply_pair(c + i, sign, d + i, more_even, more_odd);
+    from_accumulator(even + more_even, out[i]);
+    from_accumulator(odd + more_odd, out[i + 1]);
   }
-};
+}
+
+// sums += a b
+template <class A, class B, class Acc>
+inline void add_product(const A* __restrict a, Acc sign, const B* __restrict b, int64_t size, Acc* __restrict sums) {
+  for (int64_t i = 0; i < size; i += 2) {
+    Acc even, odd;
+    multiply_pair(a + i, sign, b + i, even, odd);
+    sums[i] += even;
+    sums[i + 1] += odd;
+  }
+}
 
 // A row of a head, in a tensor that may have directions in front.
 template <class Element>
@@ -68,6 +86,8 @@ struct RowFreqs {
                                    : static_cast<const Acc*>(p.freqs_dot) + batch * p.freqs_dot_batch_stride +
                                          row * p.freqs_dot_row_stride),
         step(p.freqs_dot_step) {}
+
+  const Acc* dot_of(int64_t direction) const { return dot + direction * step; }
 };
 
 template <class Element>
@@ -79,22 +99,16 @@ void rope_jvp(const RopeJvpParams& p, int64_t batch, Range rows) {
     for (int64_t head = 0; head < p.num_heads; ++head) {
       const Element* x = row_of<Element>(p.x, p.x_strides, 0, 0, batch, row, head);
       Element* out = row_of<Element>(p.out, p.out_strides, 0, 0, batch, row, head);
-      for (int64_t begin = 0; begin < p.head_dim; begin += ChannelSums<Acc>::kMost) {
-        if (out != nullptr) {
-          ChannelSums<Acc> sums(p.head_dim - begin);
-          add_products(freqs.still + begin, sign, x + begin, sums.size, sums.sums);
-          sums.write(out + begin);
-        }
-        for (int64_t t = 0; t < p.count; ++t) {
-          ChannelSums<Acc> sums(p.head_dim - begin);
-          if (p.x_dot != nullptr) {
-            const Element* x_dot = row_of<Element>(p.x_dot, p.x_dot_strides, p.x_dot_step, t, batch, row, head);
-            add_products(freqs.still + begin, sign, x_dot + begin, sums.size, sums.sums);
-          }
-          if (freqs.dot != nullptr) {
-            add_products(freqs.dot + t * freqs.step + begin, sign, x + begin, sums.size, sums.sums);
-          }
-          sums.write(row_of<Element>(p.out_dot, p.out_dot_strides, p.out_dot_step, t, batch, row, head) + begin);
+      if (out != nullptr) set_product(freqs.still, sign, x, p.head_dim, out);
+      for (int64_t t = 0; t < p.count; ++t) {
+        const Element* x_dot = row_of<Element>(p.x_dot, p.x_dot_strides, p.x_dot_step, t, batch, row, head);
+        Element* out_dot = row_of<Element>(p.out_dot, p.out_dot_strides, p.out_dot_step, t, batch, row, head);
+        if (freqs.dot == nullptr) {
+          set_product(freqs.still, sign, x_dot, p.head_dim, out_dot);
+        } else if (x_dot == nullptr) {
+          set_product(freqs.dot_of(t), sign, x, p.head_dim, out_dot);
+        } else {
+          set_products(freqs.still, x_dot, freqs.dot_of(t), x, sign, p.head_dim, out_dot);
         }
       }
     }
@@ -109,6 +123,27 @@ inline Element* gradient_row(void* data, int64_t direction, int64_t batch_size, 
   return static_cast<Element*>(data) + ((direction * batch_size + batch) * seqlen + row) * size;
 }
 
+// dx of a row of a head, rounded once, however many directions there are. Either of dout and dout_dot may be null.
+template <class Element, class Acc>
+void rotate_back(const RopeBwdParams& p, const RowFreqs<Acc>& freqs, Acc sign, const Element* dout,
+                 const Element* dout_dot, Element* dx) {
+  const int64_t moving = dout_dot == nullptr || freqs.dot == nullptr ? 0 : p.count;
+  if (dout != nullptr && moving == 0) return set_product(freqs.still, sign, dout, p.head_dim, dx);
+  if (dout != nullptr && moving == 1) {
+    return set_products(freqs.still, dout, freqs.dot, dout_dot, sign, p.head_dim, dx);
+  }
+  constexpr int64_t kAtOnce = 64;
+  for (int64_t begin = 0; begin < p.head_dim; begin += kAtOnce) {
+    const int64_t size = std::min(kAtOnce, p.head_dim - begin);
+    Acc sums[kAtOnce] = {};
+    if (dout != nullptr) add_product(freqs.still + begin, sign, dout + begin, size, sums);
+    for (int64_t t = 0; t < moving; ++t) {
+      add_product(freqs.dot_of(t) + begin, sign, dout_dot + t * p.dout_dot_step + begin, size, sums);
+    }
+    store_row(sums, size, Acc(1), dx + begin);
+  }
+}
+
 template <class Element>
 void rope_backward(const RopeBwdParams& p, int64_t first_batch, Range rows) {
   using Acc = Accumulator<Element>;
@@ -117,6 +152,7 @@ void rope_backward(const RopeBwdParams& p, int64_t first_batch, Range rows) {
   const int64_t end_batch = p.shares_freqs ? p.batch_size : first_batch + 1;
   const int64_t batches_of_freqs = p.shares_freqs ? 1 : p.batch_size;
   const int64_t width = p.num_heads * p.head_dim;
+  const int64_t moving = p.dout_dot == nullptr ? 0 : p.count;
   const auto conjugate = [&](Acc* freqs) {
     for (int64_t i = 1; i < p.head_dim; i += 2) freqs[i] = -freqs[i];
   };
@@ -135,33 +171,25 @@ void rope_backward(const RopeBwdParams& p, int64_t first_batch, Range rows) {
       for (int64_t head = 0; head < p.num_heads; ++head) {
         const Element* x = row_of<Element>(p.x, p.x_strides, 0, 0, batch, row, head);
         const Element* dout = row_of<Element>(p.dout, p.dout_strides, 0, 0, batch, row, head);
-        for (int64_t begin = 0; begin < p.head_dim; begin += ChannelSums<Acc>::kMost) {
-          ChannelSums<Acc> dx(p.head_dim - begin);
-          if (dout != nullptr) {
-            if (dx_row != nullptr) add_products(freqs.still + begin, -sign, dout + begin, dx.size, dx.sums);
-            if (dfreqs != nullptr) add_products(x + begin, Acc(-1), dout + begin, dx.size, dfreqs + begin);
+        const Element* dout_dot = row_of<Element>(p.dout_dot, p.dout_dot_strides, 0, 0, batch, row, head);
+        if (dx_row != nullptr) rotate_back(p, freqs, -sign, dout, dout_dot, dx_row + head * p.head_dim);
+        if (dfreqs != nullptr && dout != nullptr) add_product(x, Acc(-1), dout, p.head_dim, dfreqs);
+        for (int64_t t = 0; t < p.count && p.dx_dot != nullptr; ++t) {
+          Element* dx_dot = gradient_row<Element>(p.dx_dot, t, p.batch_size, batch, p.seqlen, row, width);
+          dx_dot += head * p.head_dim;
+          if (moving == 0) {
+            std::memset(dx_dot, 0, p.head_dim * sizeof(Element));
+          } else {
+            set_product(freqs.still, -sign, dout_dot + t * p.dout_dot_step, p.head_dim, dx_dot);
           }
-          for (int64_t t = 0; t < p.count && p.dout_dot != nullptr; ++t) {
-            const Element* dout_dot =
-                row_of<Element>(p.dout_dot, p.dout_dot_strides, p.dout_dot_step, t, batch, row, head) + begin;
-            if (dx_row != nullptr && freqs.dot != nullptr) {
-              add_products(freqs.dot + t * freqs.step + begin, -sign, dout_dot, dx.size, dx.sums);
-            }
-            if (dfreqs != nullptr && p.x_dot != nullptr) {
-              const Element* x_dot = row_of<Element>(p.x_dot, p.x_dot_strides, p.x_dot_step, t, batch, row, head);
-              add_products(x_dot + begin, Acc(-1), dout_dot, dx.size, dfreqs + begin);
-            }
-            if (p.dfreqs_dot != nullptr) {
-              add_products(x + begin, Acc(-1), dout_dot, dx.size, dfreqs_of(p.dfreqs_dot, t) + begin);
-            }
-            if (p.dx_dot != nullptr) {
-              ChannelSums<Acc> dx_dot(p.head_dim - begin);
-              add_products(freqs.still + begin, -sign, dout_dot, dx.size, dx_dot.sums);
-              dx_dot.write(gradient_row<Element>(p.dx_dot, t, p.batch_size, batch, p.seqlen, row, width) +
-                           head * p.head_dim + begin);
-            }
+        }
+        for (int64_t t = 0; t < moving; ++t) {
+          const Element* moved = dout_dot + t * p.dout_dot_step;
+          if (dfreqs != nullptr && p.x_dot != nullptr) {
+            const Element* x_dot = row_of<Element>(p.x_dot, p.x_dot_strides, p.x_dot_step, t, batch, row, head);
+            add_product(x_dot, Acc(-1), moved, p.head_dim, dfreqs);
           }
-          if (dx_row != nullptr) dx.write(dx_row + head * p.head_dim + begin);
+          if (p.dfreqs_dot != nullptr) add_product(x, Acc(-1), moved, p.head_dim, dfreqs_of(p.dfreqs_dot, t));
         }
       }
     }
