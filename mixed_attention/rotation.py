@@ -68,7 +68,11 @@ def _gradients(conjugate: bool, needed: Sequence[bool], dout: Tensor, x: Tensor,
     if not needed[1]:
         return rotate_back(dout, pairs, conjugate) if needed[0] else None, None
     if is_legacy_batched(dout):
-        return tuple(batched_gradients(lambda *given: (rotate_composite(*given, conjugate),), (x, pairs), (dout,)))
+
+        def composed(x: Tensor, pairs: Tensor) -> tuple[Tensor]:
+            return (rotate_composite(x, pairs, conjugate),)
+
+        return tuple(batched_gradients(composed, (x, pairs), (dout,)))
     dx, dpairs, _, _ = RotateBack.apply(conjugate, (needed[0], True, False, False), dout, None, x, pairs, None, None)
     return dx if needed[0] else None, dpairs
 
