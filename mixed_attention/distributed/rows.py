@@ -2,8 +2,8 @@
 
 Bringing rows together and adding them up are linear and each other's derivative. In plain eager mode a gather is two
 nodes of the graph, one that starts the collective and one that waits for it; in the backward their roles are exchanged,
-so that what was made between them is differentiated while the sums are in flight. Layers that go at once have such
-nodes in C++, csrc/torch/gather.cpp.
+so that what was made between them is differentiated while the sums are in flight. Layers that go at once have one node
+in C++ for gather and attention, csrc/torch/attend_over_ranks.cpp.
 """
 
 from __future__ import annotations
