@@ -224,6 +224,9 @@ class SpreadCall:
 class SpreadLayerCall:
     def __init__(self, parts: Sequence[ProjectedPart], attention: SpreadCall) -> None: ...
 
+def fits_layer(
+    x: Tensor, maps: Sequence[tuple[Tensor, Tensor | None]], freqs: Tensor | None, num_heads: int, head_dim: int
+) -> bool: ...
 def run_layer_over_ranks(
     x: Tensor, maps: Sequence[tuple[Tensor, Tensor | None]], freqs: Tensor | None, call: SpreadLayerCall
 ) -> list[Tensor] | None: ...
