@@ -5,11 +5,11 @@
 namespace mixed_attention::cuda::hopper {
 
 enum NamedBarrier : int {
-  kTurnBarrier = 1,       // forward: it is the consumer's turn to issue its MMAs
-  kDqStagingBarrier = 1,  // dk and dv: the third warpgroup and its buffer for dq
+  kTurnBarrier = 1,                  // forward: it is the consumer's turn to issue its MMAs
+  kDqStagingBarrier = 1,             // dk and dv: the third warpgroup and its buffer for dq
   kDqStagingBarrierBesideTurns = 3,  // double backward: the same, behind the turns of two consumers
-  kRelatesBarrier = 1,    // dq in fp32: whether a row of the consumer has a reference
-  kRareItemBarrier = 8,   // dk and dv: whether an item of the consumer is rare
+  kRelatesBarrier = 1,               // dq in fp32: whether a row of the consumer has a reference
+  kRareItemBarrier = 8,              // dk and dv: whether an item of the consumer is rare
 };
 
 // Forward: whether a row of the consumer overflows. Those of the turns come before.
