@@ -101,6 +101,7 @@ struct FwdTuning {
   int polynomial_every;  // one exponential out of so many is a polynomial; 0: none
   int query_buffers;
   int blocks = 1;  // that run at a time on a multiprocessor
+  int teams = 1;   // of a block: so many consumers each, with a producer, buffers and work items of their own
 
   constexpr int block_m() const { return consumers * kWarpgroupRows; }
 };
@@ -129,11 +130,12 @@ constexpr bool has_list(int head_dim) { return head_dim == 32 || head_dim == 64 
 
 // The tuning of the kernel that goes through a list of tiles, for 16-bit inputs. Lists are of many groups of a few
 // hundred rows each: a tile of 192 rows would be a half empty one for most of them, and to begin and to end an item
-// takes as long as its tiles. At 32 two blocks share a multiprocessor, and one works while the other begins.
+// takes as long as its tiles. At 32 two blocks share a multiprocessor, and one works while the other begins. At 64
+// these would have 104 registers to a consumer, for which ptxas waits for every MMA; two teams of one block have 112.
 constexpr FwdTuning fwd_tuning_of_list(int head_dim) {
   switch (head_dim) {
     case 32: return {2, 64, 3, 40, 96, 8, 2, 2};
-    case 64: return {2, 128, 4, 40, 232, 16, 2};
+    case 64: return {2, 64, 4, 32, 112, 16, 2, 1, 2};
     default: return fwd_tuning(head_dim);
   }
 }
@@ -145,7 +147,9 @@ struct FwdCost {
 
 // What they take in the kernel that goes through a table, and in the one that goes through a list.
 constexpr FwdCost fwd_cost(int head_dim) { return head_dim == 32 ? FwdCost{13, 22} : FwdCost{15, 23}; }
-constexpr FwdCost fwd_cost_of_list(int head_dim) { return head_dim == 32 ? FwdCost{5, 15} : FwdCost{12, 23}; }
+constexpr FwdCost fwd_cost_of_list(int head_dim) {
+  return head_dim == 32 ? FwdCost{5, 15} : head_dim == 64 ? FwdCost{6, 12} : FwdCost{12, 23};
+}
 
 // The tuning for fp32 inputs.
 constexpr FwdTuning fwd_tuning_fp32(int head_dim, int limbs) {
@@ -194,8 +198,9 @@ struct FwdConfig {
   static constexpr int kSlabColumns = slab_columns(kHeadDim);
   static constexpr int kSlabs = kHeadDim / kSlabColumns;
   static constexpr int kRowBytes = kSlabColumns * sizeof(Factor);
-  static constexpr int kThreads = (1 + kConsumers) * kWarpgroup;
-  static constexpr int kBlocks = kTuning.blocks;
+  static constexpr int kBlocks = kTuning.blocks, kTeams = kTuning.teams;
+  static constexpr int kConsumersOfBlock = kTeams * kConsumers;
+  static constexpr int kThreads = (1 + kConsumersOfBlock) * kWarpgroup;
 
   static constexpr int kSlabBytesM = kBlockM * kSlabColumns * sizeof(Factor);
   static constexpr int kSlabBytesN = kBlockN * kSlabColumns * sizeof(Factor);
@@ -207,8 +212,9 @@ struct FwdConfig {
   static_assert(sizeof(Factor) == 2 && kHeadDim % kSlabColumns == 0, "tiles are whole slabs of 16-bit factors");
   static_assert(kHasRowScales ? kForm == FwdForm::kPlain : kLimbs == 1,
                 "no kernel for fp32 masks keys or has a list, and 16-bit inputs are limbs");
-  static_assert(kProducerRegisters + kConsumers * kConsumerRegisters <=
-                    65536 / kBlocks / kThreads / 8 * 8 * (1 + kConsumers),
+  static_assert(kTeams == 1 || kIsListed, "the walk of a table knows no teams");
+  static_assert(kProducerRegisters + kConsumersOfBlock * kConsumerRegisters <=
+                    65536 / kBlocks / kThreads / 8 * 8 * (1 + kConsumersOfBlock),
                 "the warpgroups ask for more registers than the launch gives, and would wait for ever");
 };
 

@@ -22,7 +22,7 @@ Layout layout_fwd(const FwdParams& params, const FwdPlan& plan) {
     return plan.form == FwdForm::kListed ? fwd_tuning_of_list(kHeadDim) : kFwdTuning<Element, kHeadDim, kLimbs>;
   });
   Layout layout = layout_of(params, params.schedule->query_segments, tuning.block_m(), tuning.block_n);
-  layout.num_slots *= tuning.blocks;
+  layout.num_slots *= tuning.blocks * tuning.teams;
   const ItemSplits& splits = plan.table.splits;
   layout.num_splits = splits.num_splits;
   layout.num_tiles += splits.num_items() - splits.num_whole;

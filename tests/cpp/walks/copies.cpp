@@ -97,7 +97,7 @@ void check_fwd(const Problem& problem, const ma::Schedule& schedule, Widths widt
   const auto shared = stale_memory(&Storage::q, &Storage::k, &Storage::v);
   hopper::clear_missing_slabs<Config>(params, *shared);
   hopper::Loaded<Config> loaded;
-  hopper::produce<Config>(params, *shared, loaded);
+  hopper::produce<Config>(params, *shared, loaded, 0);
   expect_complete(shared->q_pipe.full);
   expect_complete(shared->k_pipe.full);
   expect_complete(shared->v_pipe.full);

@@ -3,10 +3,12 @@
 #include <memory>
 #include <vector>
 
+#include "ceil_div.h"
 #include "cuda/hopper/config.h"
 #include "cuda/hopper/fwd/launch.h"
 #include "cuda/hopper/fwd/rows_of_splits.cuh"
 #include "cuda/hopper/fwd/split_items.h"
+#include "cuda/hopper/fwd/walk.cuh"
 #include "cuda/hopper/jvp/config.h"
 #include "cuda/hopper/plan/persistent_blocks.h"
 #include "cuda/hopper/plan/tile_list.h"
@@ -25,7 +27,7 @@ struct SplitRows {
 };
 
 // As the blocks of hopper_attention_fwd_kernel (fwd/kernel.cuh) and those of the combination go.
-template <class Walk, int kBlockM, int kBlockN>
+template <class Walk, int kBlockM, int kBlockN, class ProducersWalk = Walk, int kTeams = 1>
 void check_launch(const Problem& problem, const Visits& listed, const hopper::WorkTable& table) {
   const hopper::ItemSplits& splits = table.splits;
   Visits visits;
@@ -38,13 +40,17 @@ void check_launch(const Problem& problem, const Visits& listed, const hopper::Wo
     return ma::Range{rows.row_begin, std::min(rows.row_begin + kBlockM, rows.row_end)};
   };
 
-  for_each_block(hopper::num_persistent_blocks(table.num_items, kDevice), [&] {
-    Walk items(table);
+  // As one of the teams of a block, or as the block where it has one.
+  const auto walk_as = [&](int team) {
+    auto items = hopper::walk_of_team<Walk>(table, team);
+    auto producers_items = hopper::walk_of_team<ProducersWalk>(table, team);
     while (items.next_with_keys()) {
-      const hopper::TileShare share = items.share();
+      const bool is_same = producers_items.next_with_keys() && producers_items.item == items.item;
+      expect(is_same, "a producer goes through other items than consumers");
+      const hopper::TileShare share = producers_items.share();
       const hopper::ItemRows rows = items.rows();
       expect(share.begin < share.end, "a split has no key tile, but its producer copies one");
-      hopper::KeyTileIterator<kBlockN> keys(items, share.begin);
+      hopper::KeyTileIterator<kBlockN> keys(producers_items, share.begin);
       for (int i = share.begin; i < share.end; ++i) {
         const hopper::KeyTile tile = keys.next();
         const bool is_partial = i < share.num_partial;
@@ -60,10 +66,14 @@ void check_launch(const Problem& problem, const Visits& listed, const hopper::Wo
         stored.add(sequence_of(rows), rows_of(rows));
       }
     }
+    expect(!producers_items.next_with_keys(), "a producer copies for an item that consumers do not have");
     for (bool is_left = items.item < table.num_items; is_left; is_left = items.next()) {
       expect(items.tiles().num_tiles == 0 && !splits.has(items.item), "an item with keys comes behind one without");
       stored.add(sequence_of(items.rows()), rows_of(items.rows()));
     }
+  };
+  for_each_block(hopper::num_persistent_blocks(ma::ceil_div(table.num_items, kTeams), kDevice), [&] {
+    for (int team = 0; team < kTeams; ++team) walk_as(team);
   });
 
   const hopper::RowsOfSplits<kBlockM> rows_of_splits{table};
@@ -98,8 +108,9 @@ void check_table(const Problem& problem, const Visits& listed, const hopper::Wor
 }
 
 // The list where the device has it, between rows that no plan lists.
-template <int kBlockM, int kBlockN>
+template <class Config>
 void check_list(const Problem& problem, const Visits& listed, const ma::FwdParams& params) {
+  constexpr int kBlockM = Config::kBlockM, kBlockN = Config::kBlockN;
   const hopper::HostTileList list = hopper::make_tile_list(params, kBlockM, kBlockN);
   std::vector<hopper::ListedTile> tiles(list.tiles.size() + 2, {-1000, -900, 0, 0, 1});
   std::copy(list.tiles.begin(), list.tiles.end(), tiles.begin() + 1);
@@ -108,7 +119,8 @@ void check_list(const Problem& problem, const Visits& listed, const ma::FwdParam
   hopper::WorkTable table = list.table(params);
   table.list.tiles = tiles.data() + 1;
   table.list.ranges = ranges.data() + 1;
-  check_launch<hopper::ListWalk<kBlockM>, kBlockM, kBlockN>(problem, listed, table);
+  check_launch<hopper::Walk<Config>, kBlockM, kBlockN, hopper::LeanWalk<Config>, Config::kTeams>(problem, listed,
+                                                                                                 table);
 }
 
 // The walks of the tangents' kernels (jvp), which have no splits.
@@ -160,8 +172,9 @@ void check_hopper_fwd(const Problem& problem) {
   const Visits listed = listed_visits(problem);
   hopper::with_fwd_kernel(params, [&]<typename Element, int kHeadDim, int kLimbs>() {
     using Config = hopper::FwdConfig<Element, kHeadDim, kLimbs, hopper::FwdForm::kPlain>;
-    constexpr hopper::FwdTuning kOfList = hopper::fwd_tuning_of_list(kHeadDim);
-    if (!is_fp32) check_list<kOfList.block_m(), kOfList.block_n>(problem, listed, params);
+    if constexpr (!Config::kHasRowScales) {
+      check_list<hopper::FwdConfig<Element, kHeadDim, kLimbs, hopper::FwdForm::kListed>>(problem, listed, params);
+    }
     if (!hopper::fits_work_table(params)) return;
     check_tangents<hopper::JvpForm::kQuery>(problem, listed, params);
     check_tangents<hopper::JvpForm::kQueries>(problem, listed, params);

@@ -10,6 +10,9 @@
 // last MMA runs beside the next one's first. Between warpgroups, a ring of named barriers makes them issue their MMAs
 // in turn, so that the softmax of one lies under the MMAs of the others.
 //
+// The kernel of 64 columns that goes through a list has two teams of a producer and two consumers, which share a
+// block's registers and shared memory and nothing else: each has its own items, as a block has elsewhere.
+//
 // Who signals whom: *_full is completed by TMA (one arrival of the producer and the bytes; under a mask k_full also by
 // one of the thread that brings its bits), row_scales.full by one of the warp that brings the row_scales of fp32 tiles
 // (half_limbs.h), *_empty by one arrival of every consumer warp. Items without keys come last and take part in no
@@ -55,7 +58,7 @@ __device__ inline void init_barriers(FwdSharedStorage<Config>& shared) {
 // Under a mask a second thread follows the first and brings the bits of the key tiles.
 template <typename Config>
 __device__ inline void produce_key_bits(const FwdKernelParams& params, FwdSharedStorage<Config>& shared,
-                                        Loaded<Config>& loaded) {
+                                        Loaded<Config>& loaded, int) {
   RingUse<Config::kStages> use{loaded.num_key_tiles};
   for (Walk<Config> items(params.table); items.next_with_keys();) {
     const TileShare share = items.share();
@@ -93,7 +96,8 @@ __device__ inline void produce_row_scales(const FwdKernelParams& params, FwdShar
 }
 
 template <typename Config>
-__device__ inline void consume(const FwdKernelParams& params, FwdSharedStorage<Config>& shared, int consumer) {
+__device__ inline void consume(const FwdKernelParams& params, FwdSharedStorage<Config>& shared, int consumer,
+                               int team) {
   using Element = typename Config::Element;
   using Ring = RingUse<Config::kStages>;
   const int lane = threadIdx.x % 32;
@@ -101,13 +105,14 @@ __device__ inline void consume(const FwdKernelParams& params, FwdSharedStorage<C
   const int first_row = consumer * kWarpgroupRows + warp * kWarpRows;  // of this warp in the tile
 
   // Consumer 0's first turn comes from the last one.
-  const int own_turn = kTurnBarrier + consumer;
-  const int next_turn = kTurnBarrier + (consumer + 1) % Config::kConsumers;
-  const int own_vote = vote_barrier(Config::kConsumers) + consumer;
+  const int first_of_team = team * Config::kConsumers;
+  const int own_turn = kTurnBarrier + first_of_team + consumer;
+  const int next_turn = kTurnBarrier + first_of_team + (consumer + 1) % Config::kConsumers;
+  const int own_vote = vote_barrier(Config::kConsumersOfBlock) + first_of_team + consumer;
   if (consumer == Config::kConsumers - 1) ptx::named_barrier_arrive(next_turn, 2 * kWarpgroup);
 
   // Walk, ring uses and registers
-  Walk<Config> items(params.table);
+  auto items = walk_of_team<Walk<Config>>(params.table, team);
   TileShare share{};     // of the current item
   bool has_rows = true;  // whether it has some for this warpgroup, which goes along in any case
   RingUse<Config::kQueryBuffers> q_use{0};
@@ -232,37 +237,42 @@ __device__ inline void consume(const FwdKernelParams& params, FwdSharedStorage<C
   }
   // Second walk after an overflow
   finish_items(shared);
-  if (must_repair(shared)) repair_items(params, shared, mma, q_use, k_use, first_row);
+  if (must_repair(shared)) repair_items(params, shared, mma, q_use, k_use, first_row, team);
 }
 
 template <typename Config>
 __global__ void __launch_bounds__(Config::kThreads, Config::kBlocks)
     hopper_attention_fwd_kernel(const __grid_constant__ FwdKernelParams params) {
   extern __shared__ __align__(1024) unsigned char memory[];
-  FwdSharedStorage<Config>& shared = *reinterpret_cast<FwdSharedStorage<Config>*>(memory);
+  auto* const shared = reinterpret_cast<FwdSharedStorage<Config>*>(memory);  // of every team
 
-  clear_missing_slabs(params, shared);
+#pragma unroll
+  for (int team = 0; team < Config::kTeams; ++team) clear_missing_slabs(params, shared[team]);
   const auto prepare = [&] {
     ptx::prefetch_tensor_map(params.q);
     ptx::prefetch_tensor_map(params.k);
     ptx::prefetch_tensor_map(params.v);
-    init_barriers(shared);
+    for (int team = 0; team < Config::kTeams; ++team) init_barriers(shared[team]);
   };
   const auto produce_as_warp = [&](int warp) {
+    const int team = Config::kTeams == 1 ? 0 : warp;
     Loaded<Config> loaded;
     const auto produce_by = [&](const auto& load) {
-      load(params, shared, loaded);
-      if (must_repair(shared)) load(params, shared, loaded);
+      load(params, shared[team], loaded, team);
+      if (must_repair(shared[team])) load(params, shared[team], loaded, team);
     };
-    if (warp == 0 && ptx::elect_one()) {
+    if (warp < Config::kTeams && ptx::elect_one()) {
       produce_by(produce<Config>);
     } else if constexpr (Config::kHasRowScales) {
-      if (warp == 1) produce_row_scales(params, shared);
+      if (warp == 1) produce_row_scales(params, shared[0]);
     } else if (Config::kIsMasked && warp == 1 && ptx::elect_one()) {
       produce_by(produce_key_bits<Config>);
     }
   };
-  run_roles<Config>(prepare, produce_as_warp, [&](int consumer) { consume(params, shared, consumer); });
+  run_roles<Config>(prepare, produce_as_warp, [&](int consumer) {
+    const int team = Config::kTeams == 1 ? 0 : consumer / Config::kConsumers;
+    consume(params, shared[team], consumer - team * Config::kConsumers, team);
+  });
 }
 
 }  // namespace mixed_attention::cuda::hopper

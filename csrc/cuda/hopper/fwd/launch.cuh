@@ -3,6 +3,7 @@
 
 #include <numbers>
 
+#include "ceil_div.h"
 #include "cuda/common/allow_shared_memory.cuh"
 #include "cuda/common/combine_kernel.cuh"
 #include "cuda/hopper/fwd/kernel.cuh"
@@ -99,10 +100,10 @@ void launch_combine(const FwdParams& params, const FwdPlan& plan) {
 template <typename Config>
 void launch_tiles(const FwdParams& params, const FwdPlan& plan) {
   constexpr auto kKernel = hopper_attention_fwd_kernel<Config>;
-  constexpr int kSharedBytes = sizeof(FwdSharedStorage<Config>);
+  constexpr int kSharedBytes = Config::kTeams * sizeof(FwdSharedStorage<Config>);
   allow_shared_memory<kKernel>(kSharedBytes, params.device, "cudaFuncSetAttribute(hopper_attention_fwd_kernel)");
-  const LaunchShape shape{num_persistent_blocks(plan.table.num_items, params.device, 1, Config::kBlocks),
-                          Config::kThreads};
+  const int num_shares = ceil_div(plan.table.num_items, Config::kTeams);  // of blocks
+  const LaunchShape shape{num_persistent_blocks(num_shares, params.device, 1, Config::kBlocks), Config::kThreads};
   launch_kernel<kKernel, kSharedBytes>("launch of hopper_attention_fwd_kernel", shape, params.stream,
                                        make_fwd_kernel_params<Config>(params, plan));
 }

@@ -29,15 +29,15 @@ struct Loaded {
 };
 
 template <typename Config>
-__device__ inline void produce(const FwdKernelParams& params, FwdSharedStorage<Config>& shared,
-                               Loaded<Config>& loaded) {
+__device__ inline void produce(const FwdKernelParams& params, FwdSharedStorage<Config>& shared, Loaded<Config>& loaded,
+                               int team) {
   using Ring = RingUse<Config::kStages>;
   using Loads = TileLoads<Config::kHeadDim, Config::kLimbs>;
   constexpr int kBlockM = Config::kBlockM, kBlockN = Config::kBlockN;
   const Loads qk{params.head_dim}, v{params.head_dim_v};
   uint32_t& num_loaded = loaded.num_key_tiles;
   auto& q = loaded.q;
-  for (Walk<Config> items(params.table); items.next_with_keys(); ++q.count) {
+  for (auto items = walk_of_team<LeanWalk<Config>>(params.table, team); items.next_with_keys(); ++q.count) {
     const TileShare share = items.share();
     const ItemRows queries = items.rows();
 
@@ -61,7 +61,7 @@ __device__ inline void produce(const FwdKernelParams& params, FwdSharedStorage<C
     ptx::Mbarrier& q_full = begin_copy(shared.q_pipe, q, qk.template bytes<kBlockM>());
     qk.template load<kBlockM>(shared.q[q.stage()], params.q, q_full, queries.row_begin, queries.head,
                               queries.batch * params.q_batch_step, params.row_scales.q_limb_step);
-    for (int i = share.begin + 1; i < share.end; ++i) {
+    for (int num_left = share.end - share.begin - 1; num_left > 0; --num_left) {
       const KeyTile next = keys.next();
       load_k(next, Ring{num_loaded + 1});
       load_v(tile, Ring{num_loaded});

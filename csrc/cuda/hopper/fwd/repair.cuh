@@ -79,12 +79,12 @@ __device__ inline void replace_item(const FwdKernelParams& params, const Walk<Co
 template <typename Config>
 __device__ inline void repair_items(const FwdKernelParams& params, FwdSharedStorage<Config>& shared,
                                     FwdMma<Config>& mma, RingUse<Config::kQueryBuffers> q_use,
-                                    RingUse<Config::kStages> k_use, int first_row) {
+                                    RingUse<Config::kStages> k_use, int first_row, int team) {
   using Element = typename Config::Element;
   auto& s = mma.s;
   auto& o = mma.o;
   const RowBases bases{shared.bases[0] + first_row + threadIdx.x % 32 / 4, true};
-  for (Walk<Config> items(params.table); items.next_with_keys(); ++q_use.count) {
+  for (auto items = walk_of_team<Walk<Config>>(params.table, team); items.next_with_keys(); ++q_use.count) {
     const TileShare share = items.share();
     OnlineSoftmax softmax;
     mma.start_item(params, items.rows(), first_row);

@@ -1,4 +1,4 @@
-// How the blocks of a forward kernel go through their work items.
+// How the blocks of a forward kernel, or the teams of a block, go through their work items.
 #pragma once
 
 #include <type_traits>
@@ -8,6 +8,20 @@
 namespace mixed_attention::cuda::hopper {
 
 template <typename Config>
-using Walk = std::conditional_t<Config::kIsListed, ListWalk<Config::kBlockM>, ItemWalk<Config::kBlockM>>;
+using Walk =
+    std::conditional_t<Config::kIsListed, ListWalk<Config::kBlockM, Config::kTeams>, ItemWalk<Config::kBlockM>>;
+
+// The producer's.
+template <typename Config>
+using LeanWalk = std::conditional_t<Config::kTeams == 1, Walk<Config>, LeanListWalk<Config::kBlockM, Config::kTeams>>;
+
+template <typename Walk>
+__device__ inline Walk walk_of_team(const WorkTable& table, [[maybe_unused]] int team) {
+  if constexpr (requires { Walk(table, team); }) {
+    return Walk(table, team);
+  } else {
+    return Walk(table);
+  }
+}
 
 }  // namespace mixed_attention::cuda::hopper

@@ -2,6 +2,7 @@
 #pragma once
 
 #include "cuda/hopper/plan/query_table.h"
+#include "cuda/ptx/grid.cuh"
 
 namespace mixed_attention::cuda::hopper {
 
@@ -76,30 +77,16 @@ struct ItemWalk {
   }
 };
 
-// The items of this block in a list. The tile of the next item is read ahead, as an access takes some hundred cycles.
-template <int kTileRows>
-struct ListWalk {
+// The items of this block in a list, or of one of its kTeams teams.
+template <int kTileRows, int kTeams = 1>
+struct ListItem {
   const WorkTable& table;
-  int round = 0;
-  int item = 0;  // the current one
-  ListedTile tile{}, next_tile{};
-
-  __device__ explicit ListWalk(const WorkTable& table) : table(table) { read_ahead(); }
-
-  __device__ bool next() {
-    item = item_of_round();
-    if (item >= table.num_items) return false;
-    tile = next_tile;
-    ++round;
-    read_ahead();
-    return true;
-  }
-
-  __device__ bool next_with_keys() { return next() && tile.num_tiles > 0; }
+  int item;  // the current one
+  ListedTile tile{};
 
   __device__ const ListedTile& tiles() const { return tile; }
 
-  __device__ const KeyTiles* ranges() const { return table.list.ranges + tile.first_range; }
+  __device__ const KeyTiles* ranges() const { return table.list.ranges + static_cast<uint32_t>(tile.first_range); }
 
   __device__ ItemRows rows() const {
     const int batch_head = item % table.list.num_batch_heads;
@@ -108,13 +95,57 @@ struct ListWalk {
 
   __device__ TileShare share() const { return {0, tile.num_tiles, tile.num_partial}; }
 
- private:
-  // Tiles of the same length need no turns to be fair to blocks, and others stand in falling order.
-  __device__ int item_of_round() const { return round * static_cast<int>(gridDim.x) + static_cast<int>(blockIdx.x); }
+  __device__ ListedTile read(int number) const { return table.list.tiles[number / table.list.num_batch_heads]; }
 
+  __device__ static int first_item(int team) { return static_cast<int>(blockIdx.x) * kTeams + team; }
+
+  // Tiles of the same length need no turns to be fair to blocks, and others stand in falling order.
+  __device__ static int step() { return static_cast<int>(gridDim.x) * kTeams; }
+};
+
+// Their walk. The tile of the next item is read ahead, as an access takes some hundred cycles.
+template <int kTileRows, int kTeams = 1>
+struct ListWalk : ListItem<kTileRows, kTeams> {
+  using Item = ListItem<kTileRows, kTeams>;
+
+  int next_item;
+  ListedTile next_tile{};
+
+  __device__ explicit ListWalk(const WorkTable& table, int team = 0)
+      : Item{table, 0}, next_item(Item::first_item(team)) {
+    read_ahead();
+  }
+
+  __device__ bool next() {
+    this->item = next_item;
+    if (next_item >= this->table.num_items) return false;
+    this->tile = next_tile;
+    next_item += Item::step();
+    read_ahead();
+    return true;
+  }
+
+  __device__ bool next_with_keys() { return next() && this->tile.num_tiles > 0; }
+
+ private:
   __device__ void read_ahead() {
-    const int number = item_of_round();
-    if (number < table.num_items) next_tile = table.list.tiles[number / table.list.num_batch_heads];
+    if (next_item < this->table.num_items) next_tile = this->read(next_item);
+  }
+};
+
+// The same for who has few registers, and is ahead of all others anyway.
+template <int kTileRows, int kTeams = 1>
+struct LeanListWalk : ListItem<kTileRows, kTeams> {
+  using Item = ListItem<kTileRows, kTeams>;
+
+  __device__ explicit LeanListWalk(const WorkTable& table, int team = 0)
+      : Item{table, Item::first_item(team) - Item::step()} {}
+
+  __device__ bool next_with_keys() {
+    this->item += ptx::num_blocks_anew() * kTeams;
+    if (this->item >= this->table.num_items) return false;
+    this->tile = this->read(this->item);
+    return this->tile.num_tiles > 0;
   }
 };
 
@@ -148,7 +179,8 @@ template <int kBlockN>
 struct KeyTileIterator {
   const KeyTiles* ranges;
   int num_partial;
-  int range = 0, tile = 0;
+  uint32_t range = 0;
+  int tile = 0;
 
   // Starts at the tile of this index, which the item of a walk has.
   template <typename Walk>
@@ -167,7 +199,7 @@ struct KeyTileIterator {
     if (num_partial > 0) {
       const KeyTiles& partial = ranges[range];
       const KeyTile result{partial.begin + partial.num_full * kBlockN, partial.tail};
-      if (++range == num_partial) num_partial = range = 0;
+      if (++range == static_cast<uint32_t>(num_partial)) num_partial = range = 0;
       return result;
     }
     while (tile == ranges[range].num_full) {
