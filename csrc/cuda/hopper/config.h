@@ -148,7 +148,7 @@ struct FwdCost {
 // What they take in the kernel that goes through a table, and in the one that goes through a list.
 constexpr FwdCost fwd_cost(int head_dim) { return head_dim == 32 ? FwdCost{13, 22} : FwdCost{15, 23}; }
 constexpr FwdCost fwd_cost_of_list(int head_dim) {
-  return head_dim == 32 ? FwdCost{5, 15} : head_dim == 64 ? FwdCost{6, 12} : FwdCost{12, 23};
+  return head_dim == 32 ? FwdCost{5, 15} : head_dim == 64 ? FwdCost{5, 14} : FwdCost{12, 23};
 }
 
 // The tuning for fp32 inputs.
