@@ -125,7 +125,7 @@ bool solve_by_kernels(ma::DType dtype, const ma::Schedule& schedule, const Probl
   bwd.dk = dk.data();
   bwd.dv = dv.data();
   bwd.out_strides = bwd.dout_strides = bwd.dq_strides = bwd.dk_strides = bwd.dv_strides = strides;
-  ma::cpu::run_bwd(bwd);
+  ma::cpu::run_bwd(bwd, /*wide_keys=*/false);
 
   const double tolerance = 1000 * std::numeric_limits<T>::epsilon();
   bool good = agrees("out", out, x.out, tolerance);
