@@ -189,7 +189,7 @@ void check_cpu(const Problem& problem) {
   check_backward(problem, listed, "backward on the CPU", [&](double* dq, const ma::Strides& strides) {
     params.dq = dq;
     params.dq_strides = strides;
-    cpu::run_bwd(params);
+    cpu::run_bwd(params, /*wide_keys=*/false);
   });
   check_backward(problem, listed, "gradients of tangents on the CPU", [&](double* dq, const ma::Strides& strides) {
     ma::BwdJvpParams bwd_jvp{params};
