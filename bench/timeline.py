@@ -23,7 +23,7 @@ FORWARD, BACKWARD = "attention forward", "attention backward"
 BUCKETS = (
     (BACKWARD, r"_bwd_|dk_dv|_dq_|portable_sum|flash_?\w*bwd|bprop|fmha_cutlassB|dot_do_o|convert_dq|flex_\w*backward"),
     (FORWARD, r"attention_(fwd|jvp)|portable_(fwd|jvp)|attention_combine|flash_?\w*fwd|fprop|fmha|sdpa|flex_attention"),
-    ("rotation", r"rope_kernel|complex|conj_|polar_|rotary"),
+    ("rotation", r"rope_\w*kernel|complex|conj_|polar_|rotary"),
     ("matrix products", r"gemm|gemv|nvjet|cutlass|xmma|cublas|splitk"),
     (
         "casts, copies, elementwise",

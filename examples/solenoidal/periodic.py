@@ -21,9 +21,9 @@ def make_problem(steps: int, points: int, resolution: int, seed: int) -> Problem
     """A flow that was held out.
 
     Args:
-        steps: Of training, for each model.
+        steps: How many each model trains.
         points: That are streamed to take the time.
-        resolution: Of the picture.
+        resolution: How many points a side of the picture has.
         seed: Fixes flows, points and initial weights.
     """
     generator = torch.Generator().manual_seed(seed + 1)

@@ -22,7 +22,7 @@ class Problem:
     """A held-out flow in d dimensions.
 
     Attributes:
-        name: Of the flow; that of its picture's file.
+        name: The flow's, and that of its picture's file.
         learners: By name, what trains a model and returns its prediction of this flow.
         tests: Points ``(1, n, d)``.
         truth: Velocities there, ``(1, n, d)``, less the background.

@@ -70,8 +70,12 @@ def at_once_like_in_steps(mesh, way: str, layout: str, options: dict) -> None:
     assert "_WaitBackward" in in_steps[1] and not any(name.startswith("_") for name in of_ours[1]), of_ours[1]
     if dtype != torch.float64:  # where steps round what this adds up: it is as near to the truth at least
         exact = run(copy.deepcopy(layer).double(), x.double(), autocast=False)
+        # In steps it takes eight roundings, of half an eps each: tokens and weight, their product, its rotation, the
+        # output, and on the way back the gradients of output, rotated rows and rows.
+        roundings = 8 * torch.finfo(torch.bfloat16).eps / 2
         for ours, theirs, truth in zip((of_ours[0], *of_ours[2]), (in_steps[0], *in_steps[2]), (exact[0], *exact[2])):
-            assert (ours - truth).norm() <= 1.1 * (theirs - truth).norm() <= 0.02 * truth.norm()
+            assert (theirs - truth).norm() <= roundings * truth.norm()
+            assert (ours - truth).norm() <= 1.1 * (theirs - truth).norm()
         return
     bounds = {"rtol": 1e-12, "atol": 1e-11}
     torch.testing.assert_close(of_ours[0], in_steps[0], **bounds)
