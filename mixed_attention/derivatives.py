@@ -582,6 +582,16 @@ def as_directions(x: Tensor | None, dim: int | None, size: int) -> Tensor | None
     return (x.expand(size, *x.shape) if dim is None else x.movedim(dim, 0)).flatten(0, 1)
 
 
+def folded(x: Tensor | None, dim: int | None, axis: int, size: int, batch_size: int) -> Tensor | None:
+    """What vmap maps, or does not, as so many times the batch, which is the axis of what is not mapped."""
+    if x is None:
+        return None
+    x = x.unsqueeze(axis) if dim is None else x.movedim(dim, axis)
+    shape = list(x.shape)
+    shape[axis : axis + 2] = size, batch_size
+    return x.expand(shape).flatten(axis, axis + 1)
+
+
 def _fold(function, info, in_dims: Sequence[int | None], inputs: Sequence[Any], kinds: str, results: str) -> Any:
     """What is mapped becomes part of the batch, or, under dropout, which draws by it, a loop.
 
@@ -603,21 +613,13 @@ def _fold(function, info, in_dims: Sequence[int | None], inputs: Sequence[Any], 
     batch = [_unmapped(x, d).shape[name[0] == "t"] for x, d, name in zip(tensors, dims, names) if x is not None]
     batch_size = max(batch) if 0 not in batch else 0
 
-    def folded(x: Tensor | None, dim: int | None, axis: int) -> Tensor | None:
-        if x is None:
-            return None
-        x = x.unsqueeze(axis) if dim is None else x.movedim(dim, axis)
-        shape = list(x.shape)
-        shape[axis : axis + 2] = size, batch_size
-        return x.expand(shape).flatten(axis, axis + 1)
-
     # One sequence of keys for the batch has one gradient for each of what is mapped.
     shared = {name: _unmapped(x, d).shape[0] == 1 for x, d, name in zip(tensors, dims, names) if name in ("k", "v")}
     outputs = function.apply(
         call,
-        folded(mask, in_dims[1], 0),
+        folded(mask, in_dims[1], 0, size, batch_size),
         seed,
-        *(folded(x, d, int(name[0] == "t")) for x, d, name in zip(tensors, dims, names)),
+        *(folded(x, d, int(name[0] == "t"), size, batch_size) for x, d, name in zip(tensors, dims, names)),
         *more,
     )
     unfolded, out_dims = [], []

@@ -22,6 +22,7 @@ from mixed_attention.derivatives import (
     as_directions,
     batched_gradients,
     dense,
+    folded,
     forward_rule,
     is_legacy_batched,
     one_direction,
@@ -252,15 +253,8 @@ def _fold(
     }
     batch_size = sequences["x"]
 
-    def folded(x: Tensor | None, dim: int | None, axis: int) -> Tensor | None:
-        if x is None:
-            return None
-        x = x.unsqueeze(axis) if dim is None else x.movedim(dim, axis)
-        shape = list(x.shape)
-        shape[axis : axis + 2] = size, batch_size
-        return x.expand(shape).flatten(axis, axis + 1)
-
-    outputs = function.apply(*inputs[:2], *(folded(x, dim, int(kind[0] == "t")) for x, dim, kind in given))
+    tensors = (folded(x, dim, int(kind[0] == "t"), size, batch_size) for x, dim, kind in given)
+    outputs = function.apply(*inputs[:2], *tensors)
     unfolded, out_dims = [], []
     for x, kind in zip(outputs, results.split()):
         axis = int(kind[0] == "t")

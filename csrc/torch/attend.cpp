@@ -2,10 +2,10 @@
 
 #include <ATen/Functions.h>
 #include <ATen/core/LegacyTypeDispatch.h>
-#include <ATen/core/dispatch/Dispatcher.h>
 #include <torch/csrc/autograd/custom_function.h>
 
 #include "torch/call.h"
+#include "torch/dispatched.h"
 #include "torch/gather.h"
 #include "torch/ops.h"
 
@@ -24,9 +24,7 @@ AttentionComposite& attention_composite() {
 std::tuple<Tensor, Tensor> run_forward(const Tensor& q, const Tensor& k, const Tensor& v,
                                        const std::optional<Tensor>& key_padding_mask,
                                        const std::optional<Tensor>& dropout_seed, const AttentionCall& call) {
-  static const auto op = c10::Dispatcher::singleton()
-                             .findSchemaOrThrow("mixed_attention::forward", "")
-                             .typed<decltype(mixed_attention::forward)>();
+  const auto& op = dispatched<&mixed_attention::forward>("mixed_attention::forward");
   const at::AutoDispatchBelowADInplaceOrView guard;
   return op.call(q, k, v, call.segments(), call.softmax_scale, key_padding_mask, call.dropout_p, dropout_seed);
 }
@@ -70,9 +68,7 @@ struct Attend : torch::autograd::Function<Attend> {
     const at::AutoDispatchBelowADInplaceOrView guard;
     const Tensor dout = grads[0].defined() ? grads[0] : at::zeros_like(out);
     if (state.leaves_sums()) {
-      static const auto into = c10::Dispatcher::singleton()
-                                   .findSchemaOrThrow("mixed_attention::backward_out", "")
-                                   .typed<decltype(backward_out)>();
+      const auto& into = dispatched<&mixed_attention::backward_out>("mixed_attention::backward_out");
       const auto sums_of = [&](const Tensor& keys) {
         return at::empty({q.size(0), keys.size(1), keys.size(2), keys.size(3)}, keys.options().dtype(at::kFloat));
       };
@@ -84,9 +80,7 @@ struct Attend : torch::autograd::Function<Attend> {
       result[2] = state.v.round(sum_broadcast(dv, v), v.scalar_type());
       return result;
     }
-    static const auto op = c10::Dispatcher::singleton()
-                               .findSchemaOrThrow("mixed_attention::backward", "")
-                               .typed<decltype(mixed_attention::backward)>();
+    const auto& op = dispatched<&mixed_attention::backward>("mixed_attention::backward");
     std::tie(result[0], result[1], result[2]) =
         op.call(dout, optional_tensor(grads[1]), q, k, v, out, lse, call.segments(), call.softmax_scale, mask,
                 call.dropout_p, seed);

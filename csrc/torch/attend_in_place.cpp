@@ -3,7 +3,6 @@
 #include <ATen/Functions.h>
 #include <ATen/TensorOperators.h>
 #include <ATen/core/LegacyTypeDispatch.h>
-#include <ATen/core/dispatch/Dispatcher.h>
 #include <c10/core/impl/LocalDispatchKeySet.h>
 #include <c10/util/accumulate.h>
 #include <torch/csrc/autograd/custom_function.h>
@@ -13,6 +12,7 @@
 #include <utility>
 
 #include "torch/checks.h"
+#include "torch/dispatched.h"
 #include "torch/ops.h"
 #include "torch/rotate.h"
 
@@ -104,9 +104,7 @@ struct Attended {
 // Rotates the buffers that have frequencies, where they lie if nobody sees it, and attends.
 Attended run_attend(at::TensorList given, const OptionalTensors& freqs, const std::optional<Tensor>& key_padding_mask,
                     const std::optional<Tensor>& dropout_seed, const PackedCall& call) {
-  static const auto op = c10::Dispatcher::singleton()
-                             .findSchemaOrThrow("mixed_attention::forward", "")
-                             .typed<decltype(mixed_attention::forward)>();
+  const auto& op = dispatched<&mixed_attention::forward>("mixed_attention::forward");
   const c10::impl::ExcludeDispatchKeyGuard no_autocast(c10::autocast_dispatch_keyset);
   const at::AutoDispatchBelowADInplaceOrView guard;
   Attended result{{}, {}, given.vec(), OptionalTensors(given.size()), {}, {}};
@@ -240,9 +238,7 @@ struct AttendInPlace : torch::autograd::Function<AttendInPlace> {
     } else {
       state.memory.take_back();
       for (const Tensor& buffer : buffers) dbuffers.push_back(at::empty_like(buffer));
-      static const auto op = c10::Dispatcher::singleton()
-                                 .findSchemaOrThrow("mixed_attention::backward_out", "")
-                                 .typed<decltype(backward_out)>();
+      const auto& op = dispatched<&mixed_attention::backward_out>("mixed_attention::backward_out");
       const std::vector<Tensor> dqkv = slots(dbuffers, call.shapes);
       op.call(dheads, std::nullopt, qkv[0], qkv[1], qkv[2], heads, saved[1], call.segments(), call.softmax_scale, mask,
               call.dropout_p, seed, dqkv[0], dqkv[1], dqkv[2]);

@@ -2,13 +2,13 @@
 
 #include <ATen/Functions.h>
 #include <ATen/core/LegacyTypeDispatch.h>
-#include <ATen/core/dispatch/Dispatcher.h>
 #include <c10/core/impl/LocalDispatchKeySet.h>
 #include <torch/csrc/autograd/custom_function.h>
 
 #include <array>
 #include <utility>
 
+#include "torch/dispatched.h"
 #include "torch/ops.h"
 #include "torch/rotate.h"
 
@@ -47,9 +47,7 @@ struct AttendedOverRanks {
 
 AttendedOverRanks run_over_ranks(const variable_list& given, const OptionalTensors& freqs,
                                  const std::optional<Tensor>& dropout_seed, const SpreadCall& call) {
-  static const auto op = c10::Dispatcher::singleton()
-                             .findSchemaOrThrow("mixed_attention::forward", "")
-                             .typed<decltype(mixed_attention::forward)>();
+  const auto& op = dispatched<&mixed_attention::forward>("mixed_attention::forward");
   const c10::impl::ExcludeDispatchKeyGuard no_autocast(c10::autocast_dispatch_keyset);
   const at::AutoDispatchBelowADInplaceOrView guard;
   AttendedOverRanks result{{}, {}, {}, given, {}, {}};
@@ -127,9 +125,7 @@ struct AttendOverRanks : torch::autograd::Function<AttendOverRanks> {
                                     const std::optional<Tensor>& seed, const SpreadCall& call, const Tensor& out,
                                     const Tensor& lse, const Tensor& whole, const Tensor& dout,
                                     const OptionalTensors& drotated) {
-    static const auto op = c10::Dispatcher::singleton()
-                               .findSchemaOrThrow("mixed_attention::backward_out", "")
-                               .typed<decltype(backward_out)>();
+    const auto& op = dispatched<&mixed_attention::backward_out>("mixed_attention::backward_out");
     variable_list dbuffers;
     for (const Tensor& buffer : buffers) dbuffers.push_back(at::empty_like(buffer));
     const Slots slots = slots_of(buffers, call.here), dslots = slots_of(dbuffers, call.here);

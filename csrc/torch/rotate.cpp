@@ -1,8 +1,8 @@
 #include "torch/rotate.h"
 
 #include <ATen/Functions.h>
-#include <ATen/core/dispatch/Dispatcher.h>
 
+#include "torch/dispatched.h"
 #include "torch/ops.h"
 
 namespace mixed_attention {
@@ -16,8 +16,7 @@ Tensor first_heads(const Tensor& buffer, const std::vector<int64_t>& shape, int6
 
 void rotate_in_place(const Tensor& buffer, const std::vector<int64_t>& shape, int64_t count, const Tensor& freqs,
                      const std::optional<Ranges>& tokens, bool conjugate) {
-  static const auto op =
-      c10::Dispatcher::singleton().findSchemaOrThrow("mixed_attention::rope_out", "").typed<decltype(rope_out)>();
+  const auto& op = dispatched<&mixed_attention::rope_out>("mixed_attention::rope_out");
   const Tensor heads = first_heads(buffer, shape, count);
   for_each_run(freqs, tokens, shape[1], [&](int64_t begin, int64_t end, const std::optional<Tensor>& of_rows) {
     const Tensor run = heads.slice(1, begin, end);
@@ -27,8 +26,7 @@ void rotate_in_place(const Tensor& buffer, const std::vector<int64_t>& shape, in
 
 Tensor rotated(const Tensor& heads, const std::optional<Tensor>& freqs, const std::optional<Ranges>& tokens,
                bool conjugate) {
-  static const auto op =
-      c10::Dispatcher::singleton().findSchemaOrThrow("mixed_attention::rope", "").typed<decltype(rope)>();
+  const auto& op = dispatched<&mixed_attention::rope>("mixed_attention::rope");
   return freqs ? op.call(heads, take(*freqs, tokens), conjugate) : heads;
 }
 
