@@ -12,7 +12,7 @@ from collections.abc import Callable
 from dataclasses import dataclass, replace
 
 import torch
-from cases import Case, Inputs, make_inputs
+from cases import EDGE_CASES, Case, Inputs, make_inputs
 from compare import units_of
 from torch import Tensor
 
@@ -20,6 +20,23 @@ from mixed_attention import derivatives, reference
 
 operators = torch.ops.mixed_attention
 Noise = Callable[..., Tensor]
+
+# What Hopper's kernels of either order are tried on.
+TANGENT_CASES = {
+    "listed twice": Case((219, 143), "a>abb b>aab", num_heads=2, head_dim=32),
+    "k and v of batch 1": EDGE_CASES["k and v of batch 1"].with_(head_dim=64, layout="contiguous"),
+    "k of batch 1": EDGE_CASES["k of batch 1"].with_(head_dim=16),
+    "many tiles": Case((700, 730), "a>ba b>b", batch_size=2, num_heads=4, head_dim=24),
+    "rounds": Case((1500, 1300), "a>a b>b", num_heads=8, head_dim=64),
+    "many queries, few keys": Case((3000, 9), "a>b b>b", num_heads=2, head_dim=64),
+    "only empty keys": EDGE_CASES["only empty keys"],
+    "packed": Case((133, 240), "a>ab b>a", batch_size=2, num_heads=3, head_dim=64, layout="packed"),
+    "spaced": Case((133, 240), "a>ab b>a", batch_size=2, num_heads=3, head_dim=40, layout="spaced"),
+    "heads before rows": Case((133, 240), "a>ab b>a", batch_size=2, num_heads=3, head_dim=48, layout="transposed"),
+    "negative scale": Case((133, 140), "a>b b>ab", head_dim=16, softmax_scale=-0.3),
+    "large logits": Case((133, 540), "a>b b>ab", head_dim=32, magnitude=60.0),
+    "heavy tails": Case((100, 530), "a>b b>ab", num_heads=3, head_dim=64, heavy_tails=True),
+}
 
 
 @dataclass(frozen=True)

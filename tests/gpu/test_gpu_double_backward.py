@@ -9,31 +9,19 @@ from dataclasses import replace
 import pytest
 import tangents
 import torch
-from cases import DTYPES, EDGE_CASES, Case
-from tangents import Moving, check, make_moving
+from cases import DTYPES, Case
+from tangents import TANGENT_CASES, Moving, check, make_moving
 
 pytestmark = [pytest.mark.gpu, pytest.mark.parametrize("device", ["cuda"], indirect=True, scope="session")]
 
 FORMS = "all", "tangents", "double"
 CASES = {
+    **TANGENT_CASES,
     "partial tiles of unions": Case((133, 240, 5), "a>bc b>a c>cab", batch_size=3, num_heads=2, head_dim=64),
-    "listed twice": Case((219, 143), "a>abb b>aab", num_heads=2, head_dim=32),
     "empty groups": Case((0, 200, 70, 0), "a>b b>abcd c>d d>b", batch_size=2, num_heads=2, head_dim=64),
-    "only empty keys": EDGE_CASES["only empty keys"],
     "nobody reads some": Case((150, 90, 200), "abc>b", num_heads=2, head_dim=64),
     "narrow values": Case((77, 130, 165), "a>b bc>ac", 2, num_heads=3, head_dim=64, head_dim_v=40),
     "wide values": Case((77, 130, 165), "a>b bc>ac", 2, num_heads=3, head_dim=40, head_dim_v=64),
-    "k and v of batch 1": EDGE_CASES["k and v of batch 1"].with_(head_dim=64, layout="contiguous"),
-    "k of batch 1": EDGE_CASES["k of batch 1"].with_(head_dim=16),
-    "packed": Case((133, 240), "a>ab b>a", batch_size=2, num_heads=3, head_dim=64, layout="packed"),
-    "spaced": Case((133, 240), "a>ab b>a", batch_size=2, num_heads=3, head_dim=40, layout="spaced"),
-    "heads before rows": Case((133, 240), "a>ab b>a", batch_size=2, num_heads=3, head_dim=48, layout="transposed"),
-    "negative scale": Case((133, 140), "a>b b>ab", head_dim=16, softmax_scale=-0.3),
-    "large logits": Case((133, 540), "a>b b>ab", head_dim=32, magnitude=60.0),
-    "heavy tails": Case((100, 530), "a>b b>ab", num_heads=3, head_dim=64, heavy_tails=True),
-    "many tiles": Case((700, 730), "a>ba b>b", batch_size=2, num_heads=4, head_dim=24),
-    "rounds": Case((1500, 1300), "a>a b>b", num_heads=8, head_dim=64),
-    "many queries, few keys": Case((3000, 9), "a>b b>b", num_heads=2, head_dim=64),
     "one token": Case((1,), "a>a", head_dim=64),
 }
 

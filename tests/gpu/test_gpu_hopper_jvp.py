@@ -7,8 +7,8 @@ from collections import Counter
 import pytest
 import tangents
 import torch
-from cases import DTYPES, EDGE_CASES, Case
-from tangents import Moving, check, make_moving
+from cases import DTYPES, Case
+from tangents import TANGENT_CASES, Moving, check, make_moving
 from torch import Tensor
 
 import mixed_attention as ma
@@ -19,21 +19,9 @@ operators = torch.ops.mixed_attention
 KERNEL, OF_THREE = "hopper_attention_jvp_kernel", "hopper_attention_jvp_directions_kernel"
 
 CASES = {
+    **TANGENT_CASES,
     "joint": Case((40, 61, 20, 33), "abcd>ac", batch_size=2, num_heads=2, head_dim=64),
     "ragged unions": Case((133, 240, 5), "a>bc b>a c>cab", batch_size=3, num_heads=2, head_dim=64),
-    "listed twice": Case((219, 143), "a>abb b>aab", num_heads=2, head_dim=32),
-    "k and v of batch 1": EDGE_CASES["k and v of batch 1"].with_(head_dim=64, layout="contiguous"),
-    "k of batch 1": EDGE_CASES["k of batch 1"].with_(head_dim=16),
-    "many tiles": Case((700, 730), "a>ba b>b", batch_size=2, num_heads=4, head_dim=24),
-    "rounds": Case((1500, 1300), "a>a b>b", num_heads=8, head_dim=64),
-    "many queries, few keys": Case((3000, 9), "a>b b>b", num_heads=2, head_dim=64),
-    "only empty keys": EDGE_CASES["only empty keys"],
-    "packed": Case((133, 240), "a>ab b>a", batch_size=2, num_heads=3, head_dim=64, layout="packed"),
-    "spaced": Case((133, 240), "a>ab b>a", batch_size=2, num_heads=3, head_dim=40, layout="spaced"),
-    "heads before rows": Case((133, 240), "a>ab b>a", batch_size=2, num_heads=3, head_dim=48, layout="transposed"),
-    "negative scale": Case((133, 140), "a>b b>ab", head_dim=16, softmax_scale=-0.3),
-    "large logits": Case((133, 540), "a>b b>ab", head_dim=32, magnitude=60.0),
-    "heavy tails": Case((100, 530), "a>b b>ab", num_heads=3, head_dim=64, heavy_tails=True),
     "spread": Case((300, 430), "a>b b>ab", num_heads=3, head_dim=64, spread=0.7),
     "one token": Case((1,), "a>a"),
     "one key": Case((200, 1), "ab>b", head_dim=64),

@@ -7,7 +7,7 @@ from collections.abc import Callable, Sequence
 
 import pytest
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 from torch.profiler import ProfilerActivity, profile
 
 import mixed_attention as ma
@@ -41,19 +41,25 @@ def test_of_the_operator(moves):
     assert found == {"jvp": 1, "backward_jvp": 1}
 
 
-@pytest.mark.parametrize("use_rope", [False, True])
-@pytest.mark.parametrize("qk_norm", [False, True])
-def test_of_a_layer(qk_norm, use_rope):
-    layer = ma.MixedAttention({"dim": 24, "num_heads": 3, "use_rope": use_rope, "qk_norm": qk_norm}).double()
+LAYERS = {"packed": ma.MixedAttention, "separate": ma.noether.MixedAttention}
+
+
+def run_layer(cls: type[nn.Module], qk_norm: bool, use_rope: bool) -> tuple[nn.Module, Tensor, Tensor]:
+    """A layer, tokens and their output."""
+    layer = cls({"dim": 24, "num_heads": 3, "use_rope": use_rope, "qk_norm": qk_norm}).double()
     x = torch.randn(2, 12, 24, dtype=torch.double, requires_grad=True)
     freqs = torch.polar(torch.ones(1, 12, 4).double(), torch.randn(1, 12, 4).double()) if use_rope else None
+    result = layer(x, SPECS, PATTERNS, freqs=freqs)
+    return layer, x, result[0] if isinstance(result, tuple) else result
 
-    def first() -> Tensor:
-        out = layer(x, SPECS, PATTERNS, freqs=freqs)
-        (grad,) = torch.autograd.grad(out.square().sum(), x, create_graph=True)
-        return grad.square().sum()
 
-    loss = first()
+@pytest.mark.parametrize("use_rope", [False, True])
+@pytest.mark.parametrize("qk_norm", [False, True])
+@pytest.mark.parametrize("cls", LAYERS.values(), ids=LAYERS)
+def test_of_a_layer(cls, qk_norm, use_rope):
+    layer, x, out = run_layer(cls, qk_norm, use_rope)
+    (grad,) = torch.autograd.grad(out.square().sum(), x, create_graph=True)
+    loss = grad.square().sum()
     parameters = [x, *layer.parameters()]
     # The output weighs its own gradient: it has one itself, of first order.
     found = calls(lambda: torch.autograd.grad(loss, parameters, retain_graph=True))
@@ -62,12 +68,11 @@ def test_of_a_layer(qk_norm, use_rope):
 
 @pytest.mark.parametrize("use_rope", [False, True])
 @pytest.mark.parametrize("qk_norm", [False, True])
-def test_of_a_layer_whose_output_is_not_asked(qk_norm, use_rope):
-    layer = ma.MixedAttention({"dim": 24, "num_heads": 3, "use_rope": use_rope, "qk_norm": qk_norm}).double()
-    x = torch.randn(2, 12, 24, dtype=torch.double, requires_grad=True)
-    freqs = torch.polar(torch.ones(1, 12, 4).double(), torch.randn(1, 12, 4).double()) if use_rope else None
+@pytest.mark.parametrize("cls", LAYERS.values(), ids=LAYERS)
+def test_of_a_layer_whose_output_is_not_asked(cls, qk_norm, use_rope):
+    layer, x, out = run_layer(cls, qk_norm, use_rope)
     dout = torch.randn(2, 12, 24, dtype=torch.double)
-    wanted = [x, *(parameter for name, parameter in layer.named_parameters() if name.startswith("qkv"))]
-    (grad,) = torch.autograd.grad(layer(x, SPECS, PATTERNS, freqs=freqs), x, dout, create_graph=True)
+    wanted = [x, *(parameter for name, parameter in layer.named_parameters() if not name.startswith("proj"))]
+    (grad,) = torch.autograd.grad(out, x, dout, create_graph=True)
     loss = weigh((grad,))
     assert calls(lambda: torch.autograd.grad(loss, wanted, retain_graph=True)) == {"jvp": 1, "backward_jvp": 1}
