@@ -392,7 +392,11 @@ def _as_row(where: str, number: Any) -> int:
 
 def is_integer(number: Any) -> bool:
     """Whether it is an integer of any class, numpy's and symbolic ones among them, but none that says yes or no."""
-    return type(number) is int or (hasattr(number, "__index__") and not isinstance(number, bool))
+    if type(number) is int:
+        return True
+    # Truth of numpy (before 2.3) and of torch has __index__ as well.
+    says_yes_or_no = isinstance(number, bool) or "bool" in str(getattr(number, "dtype", ""))
+    return hasattr(number, "__index__") and not says_yes_or_no
 
 
 def as_integer(number: Any) -> int:

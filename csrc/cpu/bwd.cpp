@@ -8,7 +8,7 @@
 namespace mixed_attention::cpu {
 
 void run_bwd(const BwdParams& params, bool wide_keys) {
-  const AttentionKernels& kernels = selected_instruction_set().kernels[static_cast<int>(params.dtype)];
+  const AttentionKernels& kernels = attention_kernels(params);
   const VisitedTiles plan = visit_tiles_of_keys(*params.schedule, kBwdBlockN);
   const int64_t batch_heads = params.batch_size * params.num_heads;
   const int64_t operations = params.schedule->num_pairs * batch_heads * 3 * (params.head_dim + params.head_dim_v);

@@ -14,7 +14,7 @@ constexpr int64_t kKeysOfItem = kBwdBlockN / 2;
 }  // namespace
 
 void run_bwd_jvp(const BwdJvpParams& params) {
-  const AttentionKernels& kernels = selected_instruction_set().kernels[static_cast<int>(params.dtype)];
+  const AttentionKernels& kernels = attention_kernels(params);
   const VisitedTiles plan = visit_tiles_of_keys(*params.schedule, kKeysOfItem);
   const int64_t batch_heads = params.batch_size * params.num_heads, count = params.tangents.count;
   const int64_t operations = params.schedule->num_pairs * batch_heads * 5 * (params.head_dim + params.head_dim_v);

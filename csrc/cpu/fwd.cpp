@@ -6,7 +6,7 @@
 namespace mixed_attention::cpu {
 
 void run_fwd(const FwdParams& params) {
-  const AttentionKernels& kernels = selected_instruction_set().kernels[static_cast<int>(params.dtype)];
+  const AttentionKernels& kernels = attention_kernels(params);
   const std::vector<FwdItem> items = fwd_items(params, rows_of_item(params, kFwdBlockM));
   const FwdWork work = work_of(params, items);
   const int64_t num_items = static_cast<int64_t>(items.size());

@@ -1,4 +1,5 @@
 #include <algorithm>
+#include <cmath>
 #include <string>
 #include <vector>
 
@@ -38,6 +39,16 @@ const InstructionSet& choose() {
 const InstructionSet& selected_instruction_set() {
   static const InstructionSet& selected = choose();
   return selected;
+}
+
+const AttentionKernels& attention_kernels(const AttentionParams& params) {
+  // A score is the product times the scale. With the scale of any head_dim the product overflows where the score is
+  // beyond 2^112, which decides its row anyhow.
+  constexpr double kLeastScale = 0x1p-16;
+  const InstructionSet* set = &selected_instruction_set();
+  const bool has_pairs = set == &kAmx || set == &kAvx512Bf16;
+  if (has_pairs && params.dtype == DType::kBFloat16 && std::abs(params.softmax_scale) < kLeastScale) set = &kAvx512;
+  return set->kernels[static_cast<int>(params.dtype)];
 }
 
 const char* instruction_set() { return selected_instruction_set().name; }

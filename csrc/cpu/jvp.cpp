@@ -9,7 +9,7 @@
 namespace mixed_attention::cpu {
 
 void run_jvp(const JvpParams& params) {
-  const AttentionKernels& kernels = selected_instruction_set().kernels[static_cast<int>(params.dtype)];
+  const AttentionKernels& kernels = attention_kernels(params);
   // Sums of tangents take as much of L2 as those of the primal.
   const int64_t most_rows = std::max(kFwdBlockM / (1 + params.tangents.count), kFwdBlockM / 4);
   const std::vector<FwdItem> items = fwd_items(params, rows_of_item(params, most_rows));

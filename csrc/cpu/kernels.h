@@ -109,6 +109,10 @@ extern const InstructionSet kAmx, kAvx512Bf16, kAvx512, kAvx2, kPortable;
 // The instruction set of this process: the best that the machine has, or the one that MIXED_ATTENTION_CPU names.
 const InstructionSet& selected_instruction_set();
 
+// Its kernels for a call of attention; those of AVX-512 where products of bfloat16 pairs, which know no scale, would
+// overflow although the scores do not.
+const AttentionKernels& attention_kernels(const AttentionParams& params);
+
 inline int64_t accumulator_size(DType dtype) { return dtype == DType::kFloat64 ? 8 : 4; }
 
 // Bytes of scratch that one worker needs. The layouts are in simd/fwd_kernel.h, simd/bwd_kernel.h and those for

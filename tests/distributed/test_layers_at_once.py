@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 import itertools
+import math
 import sys
 from contextlib import nullcontext
 
@@ -75,7 +76,9 @@ def at_once_like_in_steps(mesh, way: str, layout: str, options: dict) -> None:
         roundings = 8 * torch.finfo(torch.bfloat16).eps / 2
         for ours, theirs, truth in zip((of_ours[0], *of_ours[2]), (in_steps[0], *in_steps[2]), (exact[0], *exact[2])):
             assert (theirs - truth).norm() <= roundings * truth.norm()
-            assert (ours - truth).norm() <= 1.1 * (theirs - truth).norm()
+            # The norm of n errors is random by 1 / sqrt(2 n) of itself, and so is the other: three times that of both.
+            chance = 3 / math.sqrt(truth.numel())
+            assert (ours - truth).norm() <= (1 + chance) * (theirs - truth).norm()
         return
     bounds = {"rtol": 1e-12, "atol": 1e-11}
     torch.testing.assert_close(of_ours[0], in_steps[0], **bounds)

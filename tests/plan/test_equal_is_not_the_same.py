@@ -48,7 +48,7 @@ def test_sizes_that_are_no_integers_are_refused(size):
         AttentionPlan.compile([Spec("a", 5)], PATTERNS)
 
 
-@pytest.mark.parametrize("size", [True, False, np.True_], ids=repr)
+@pytest.mark.parametrize("size", [True, False, np.True_, torch.tensor(True)], ids=repr)
 def test_truth_is_no_size(size):
     for _ in range(2):
         with pytest.raises(ValueError, match="must be an integer or None, got"):
