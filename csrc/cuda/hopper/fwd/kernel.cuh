@@ -73,9 +73,13 @@ __device__ inline void produce_key_bits(const FwdKernelParams& params, FwdShared
   loaded.num_key_tiles = use.count;
 }
 
-// The row_scales of the key tiles of fp32 inputs come by a warp of their own, too.
+// The row_scales of the key tiles of fp32 inputs come by warps of their own, too, which take tiles in turn: one would
+// need longer for a tile, from reading where it lies to the end of its barrier, than the consumers for a step.
+inline constexpr int kRowScaleWarps = 2;
+
 template <typename Config>
-__device__ inline void produce_row_scales(const FwdKernelParams& params, FwdSharedStorage<Config>& shared) {
+__device__ inline void produce_row_scales(const FwdKernelParams& params, FwdSharedStorage<Config>& shared,
+                                          uint32_t turn) {
   RingUse<Config::kStages> use{0};
   for (Walk<Config> items(params.table); items.next_with_keys();) {
     const TileShare share = items.share();
@@ -87,7 +91,9 @@ __device__ inline void produce_row_scales(const FwdKernelParams& params, FwdShar
     const float* v_scales = row_scales_of_keys(params.row_scales.v, params.v_batch_step);
     KeyTileIterator<Config::kBlockN> keys(items, share.begin);
     for (int i = share.begin; i < share.end; ++i, ++use.count) {
-      const TileRowScalesLoad<Config::kBlockN> load(k_scales, v_scales, keys.next());
+      const KeyTile tile = keys.next();
+      if (use.count % kRowScaleWarps != turn) continue;
+      const TileRowScalesLoad<Config::kBlockN> load(k_scales, v_scales, tile);
       wait_empty(shared.row_scales.pipe, use);
       load.store(shared.row_scales.tiles[use.stage()]);
       sync_and_arrive_as_warp(shared.row_scales.pipe.full[use.stage()]);
@@ -264,7 +270,7 @@ __global__ void __launch_bounds__(Config::kThreads, Config::kBlocks)
     if (warp < Config::kTeams && ptx::elect_one()) {
       produce_by(produce<Config>);
     } else if constexpr (Config::kHasRowScales) {
-      if (warp == 1) produce_row_scales(params, shared[0]);
+      if (warp >= 1 && warp <= kRowScaleWarps) produce_row_scales(params, shared[0], warp - 1);
     } else if (Config::kIsMasked && warp == 1 && ptx::elect_one()) {
       produce_by(produce_key_bits<Config>);
     }
