@@ -6,8 +6,8 @@ and patterns of a call are looked up by who they are, and the call's shapes, row
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
-from typing import Any
+from collections.abc import Callable, Iterable, Sequence, Set
+from typing import Any, NamedTuple
 
 from torch import Tensor
 
@@ -19,6 +19,27 @@ from mixed_attention.plan import MANY, AttentionPlan, ends
 from mixed_attention.spec import AttentionPattern, ShardedTokenSpec, TokenSpec
 
 
+class Unread(NamedTuple):
+    """The tokens of a sequence that nobody attends to, and how many runs of neighbours they are."""
+
+    num_tokens: int
+    num_runs: int
+
+    @classmethod
+    def of(cls, specs: Iterable[TokenSpec], read: Set[str]) -> Unread:
+        """Those of the groups that are in the sequence, but for the named ones. Sizes may be symbolic."""
+        num_tokens = num_runs = 0
+        is_run = False
+        for spec in specs:
+            if spec.size is None:
+                continue
+            goes_on, is_run = is_run, spec.name not in read
+            if is_run:
+                num_tokens += spec.size
+                num_runs += not goes_on
+        return cls(num_tokens, num_runs)
+
+
 class Request:
     """Token groups and patterns, and what layers ask of them that is no matter of a call's tensors.
 
@@ -26,7 +47,7 @@ class Request:
         num_tokens: Those of the groups that are in the sequence.
         has_cached: Whether there are others.
         read: Names of the groups that somebody attends to.
-        num_unread: Tokens of the groups that nobody attends to.
+        unread: What of the sequence nobody attends to.
     """
 
     def __init__(self, specs: tuple[TokenSpec, ...], patterns: tuple[AttentionPattern, ...]) -> None:
@@ -34,7 +55,7 @@ class Request:
         self.num_tokens = sum([spec.size for spec in specs if spec.size is not None])
         self.has_cached = any(spec.size is None for spec in specs)
         self.read = frozenset([name for pattern in patterns for name in pattern.key_value_tokens])
-        self.num_unread = sum([spec.size for spec in specs if spec.size is not None and spec.name not in self.read])
+        self.unread = Unread.of(specs, self.read)
         self._plans: dict[bool, AttentionPlan] = {}
         self._recorded: dict[frozenset[str], frozenset[str]] = {}
 

@@ -144,7 +144,7 @@ class MixedAttention(DotProductAttention):
         if key_padding_mask is not None:
             check_tokens(x, token_specs, key_padding_mask)
         to_record = request.recorded(self.cached_groups) if record else frozenset()
-        plan = request.plan(request.read.issuperset(to_record) and _pays_to_skip(x, request.num_unread))
+        plan = request.plan(request.read.issuperset(to_record) and _pays_to_skip(x, request.unread))
         mask = key_padding_mask
         if mask is not None and plan.num_keys != plan.num_queries:
             mask = take(mask, at_once.runs_with_keys(plan))
@@ -200,12 +200,12 @@ class MixedAttention(DotProductAttention):
             else {spec.name for spec in token_specs if cache.is_recorded(spec.name, self.cached_groups)}
         )
         read = {name for pattern in attention_patterns for name in pattern.key_value_tokens}
-        num_unread = sum(spec.size for spec in token_specs if spec.size is not None and spec.name not in read)
+        unread = at_once.Unread.of(token_specs, read)
         plan = AttentionPlan.compile(
             token_specs,
             attention_patterns,
             cached=[TokenSpec(name, cache.cached_length(kv_cache, name)) for name in cached],
-            skip_unread_keys=read.issuperset(to_record) and (bool(cached) or _pays_to_skip(x, num_unread)),
+            skip_unread_keys=read.issuperset(to_record) and (bool(cached) or _pays_to_skip(x, unread)),
         )
         cache.check_names(kv_cache, cached)
         kv_cache = kv_cache if cached else None
@@ -254,17 +254,18 @@ class MixedAttention(DotProductAttention):
             raise ValueError(rope_mismatch(self.use_rope))
 
 
-LEAST_SKIPPED = {"cuda": 6_000_000}
-"""By type of device, from how many numbers of unread tokens on no keys and values are made of them.
+LEAST_SKIPPED = {"cuda": 3_000_000}
+"""By type of device, from how many numbers of unread tokens on, for each run of them, no keys and values are made.
 
-On a GPU a second product, and a rotation of its own for each run of tokens, cost more than they save below that. Above
-it they cost hardly any time and save memory.
+On a GPU a second product, and a product and a rotation for each run, cost more than they save below that. Above it they
+cost hardly any time and save memory.
 """
 
 
-def _pays_to_skip(x: Tensor, num_unread: int) -> bool:
+def _pays_to_skip(x: Tensor, unread: at_once.Unread) -> bool:
     # NOTE: dropout draws by ranges of neighbouring keys, which unread ones part, be they none: every eager way through
     # a layer has to decide alike, or a recomputation by another way drops other weights.
     if torch.compiler.is_compiling():  # sizes may be symbolic: they must not be compared
         return True
-    return x.shape[0] * num_unread * x.shape[2] >= LEAST_SKIPPED.get(x.device.type, 0)
+    least = LEAST_SKIPPED.get(x.device.type, 0) * max(unread.num_runs, 1)
+    return x.shape[0] * unread.num_tokens * x.shape[2] >= least
