@@ -73,9 +73,10 @@ __device__ inline void produce_key_bits(const FwdKernelParams& params, FwdShared
   loaded.num_key_tiles = use.count;
 }
 
-// The row_scales of the key tiles of fp32 inputs come by warps of their own, too, which take tiles in turn: one would
-// need longer for a tile, from reading where it lies to the end of its barrier, than the consumers for a step.
-inline constexpr int kRowScaleWarps = 2;
+// The row_scales of the key tiles of fp32 inputs come by warps of their own, too, which take tiles in turn. One would
+// need longer for a tile, from reading where it lies to the end of its barrier, than a step of 64 keys by one limb takes.
+template <typename Config>
+inline constexpr int kRowScaleWarps = Config::kLimbs == 1 && Config::kBlockN <= 64 ? 2 : 1;
 
 template <typename Config>
 __device__ inline void produce_row_scales(const FwdKernelParams& params, FwdSharedStorage<Config>& shared,
@@ -92,7 +93,7 @@ __device__ inline void produce_row_scales(const FwdKernelParams& params, FwdShar
     KeyTileIterator<Config::kBlockN> keys(items, share.begin);
     for (int i = share.begin; i < share.end; ++i, ++use.count) {
       const KeyTile tile = keys.next();
-      if (use.count % kRowScaleWarps != turn) continue;
+      if (use.count % kRowScaleWarps<Config> != turn) continue;
       const TileRowScalesLoad<Config::kBlockN> load(k_scales, v_scales, tile);
       wait_empty(shared.row_scales.pipe, use);
       load.store(shared.row_scales.tiles[use.stage()]);
@@ -270,7 +271,7 @@ __global__ void __launch_bounds__(Config::kThreads, Config::kBlocks)
     if (warp < Config::kTeams && ptx::elect_one()) {
       produce_by(produce<Config>);
     } else if constexpr (Config::kHasRowScales) {
-      if (warp >= 1 && warp <= kRowScaleWarps) produce_row_scales(params, shared[0], warp - 1);
+      if (warp >= 1 && warp <= kRowScaleWarps<Config>) produce_row_scales(params, shared[0], warp - 1);
     } else if (Config::kIsMasked && warp == 1 && ptx::elect_one()) {
       produce_by(produce_key_bits<Config>);
     }
