@@ -1,8 +1,10 @@
 from collections.abc import Callable, Sequence
+from types import ModuleType
 
 from torch import Tensor, dtype
 
 build_flags: str
+torch_internals: ModuleType
 
 def has_cuda_kernels() -> bool: ...
 def open_kernels(path: str) -> None: ...

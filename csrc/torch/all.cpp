@@ -13,3 +13,4 @@
 #include "torch/rope_derivatives.cpp"
 #include "torch/rotate.cpp"
 #include "torch/schedules.cpp"
+#include "torch/tested_internals.cpp"

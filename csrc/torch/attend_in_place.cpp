@@ -3,7 +3,6 @@
 #include <ATen/Functions.h>
 #include <ATen/TensorOperators.h>
 #include <ATen/core/LegacyTypeDispatch.h>
-#include <c10/core/impl/LocalDispatchKeySet.h>
 #include <c10/util/accumulate.h>
 #include <torch/csrc/autograd/custom_function.h>
 
@@ -105,7 +104,7 @@ struct Attended {
 Attended run_attend(at::TensorList given, const OptionalTensors& freqs, const std::optional<Tensor>& key_padding_mask,
                     const std::optional<Tensor>& dropout_seed, const PackedCall& call) {
   const auto& op = dispatched<&mixed_attention::forward>("mixed_attention::forward");
-  const c10::impl::ExcludeDispatchKeyGuard no_autocast(c10::autocast_dispatch_keyset);
+  const WithoutAutocast no_autocast;
   const at::AutoDispatchBelowADInplaceOrView guard;
   Attended result{{}, {}, given.vec(), OptionalTensors(given.size()), {}, {}};
   for (size_t part = 0; part < given.size(); ++part) {
@@ -164,7 +163,7 @@ struct AttendInPlace : torch::autograd::Function<AttendInPlace> {
     const variable_list saved = ctx->get_saved_variables();
     AttendState& state = Kept<AttendState>::of(ctx->saved_data["state"]);
     state.memory.check();
-    const c10::impl::ExcludeDispatchKeyGuard no_autocast(c10::autocast_dispatch_keyset);
+    const WithoutAutocast no_autocast;
     const PackedCall& call = state.call;
     const size_t num_parts = call.shapes.size();
     const auto first = saved.begin() + 4;
@@ -294,7 +293,7 @@ std::vector<Tensor> attend_in_place(const std::vector<Tensor>& buffers, const Op
   if (!c10::GradMode::is_enabled()) {
     Attended attended = run_attend(buffers, freqs, key_padding_mask, dropout_seed, call);
     for (const Tensor& each : attended.written) {
-      if (!each.is_inference()) torch::autograd::impl::bump_version(each);
+      if (!each.is_inference()) bump_version(each);
     }
     attended.rotated.insert(attended.rotated.begin(), attended.out);
     return attended.rotated;

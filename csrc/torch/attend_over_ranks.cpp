@@ -2,7 +2,6 @@
 
 #include <ATen/Functions.h>
 #include <ATen/core/LegacyTypeDispatch.h>
-#include <c10/core/impl/LocalDispatchKeySet.h>
 #include <torch/csrc/autograd/custom_function.h>
 
 #include <array>
@@ -48,7 +47,7 @@ struct AttendedOverRanks {
 AttendedOverRanks run_over_ranks(const variable_list& given, const OptionalTensors& freqs,
                                  const std::optional<Tensor>& dropout_seed, const SpreadCall& call) {
   const auto& op = dispatched<&mixed_attention::forward>("mixed_attention::forward");
-  const c10::impl::ExcludeDispatchKeyGuard no_autocast(c10::autocast_dispatch_keyset);
+  const WithoutAutocast no_autocast;
   const at::AutoDispatchBelowADInplaceOrView guard;
   AttendedOverRanks result{{}, {}, {}, given, {}, {}};
   const auto rotate = [&](size_t part) {
@@ -97,7 +96,7 @@ struct AttendOverRanks : torch::autograd::Function<AttendOverRanks> {
   static variable_list backward(AutogradContext* ctx, variable_list grads) {
     const variable_list saved = ctx->get_saved_variables();
     const SpreadCall& call = Kept<SpreadCall>::of(ctx->saved_data["call"]);
-    const c10::impl::ExcludeDispatchKeyGuard no_autocast(c10::autocast_dispatch_keyset);
+    const WithoutAutocast no_autocast;
     const Tensor &out = saved[0], &lse = saved[1], &whole = saved[2];
     const std::optional<Tensor> seed = optional_tensor(saved[3]);
     const size_t num_parts = call.here.shapes.size();
@@ -159,7 +158,7 @@ variable_list attend_over_ranks(const variable_list& buffers, const OptionalTens
   }
   AttendedOverRanks attended = run_over_ranks(buffers, freqs, dropout_seed, call);
   for (const Tensor& each : attended.written) {
-    if (!each.is_inference()) torch::autograd::impl::bump_version(each);
+    if (!each.is_inference()) bump_version(each);
   }
   attended.rotated.insert(attended.rotated.begin(), attended.out);
   return attended.rotated;

@@ -1,19 +1,16 @@
 // What our nodes of autograd's graph share.
 #pragma once
 
-#include <ATen/SavedTensorHooks.h>
 #include <ATen/core/Tensor.h>
 #include <ATen/core/ivalue.h>
 #include <c10/core/GradMode.h>
-#include <c10/core/impl/LocalDispatchKeySet.h>
-#include <c10/core/impl/TorchDispatchModeTLS.h>
-#include <torch/csrc/autograd/custom_function.h>
-#include <torch/csrc/autograd/graph_task.h>
 
 #include <algorithm>
 #include <optional>
 #include <utility>
 #include <vector>
+
+#include "torch/torch_internals.h"
 
 namespace mixed_attention {
 
@@ -38,16 +35,6 @@ struct Kept : torch::CustomClassHolder {
   Value value;
 };
 
-// Whether a transform of functorch is active. Kernels would answer it with zeros.
-inline bool is_mapped() {
-  return c10::impl::tls_is_dispatch_key_included(c10::DispatchKey::FuncTorchDynamicLayerFrontMode);
-}
-
-// Whether a tensor stands for several, or has a tangent.
-inline bool is_transformed(const at::Tensor& tensor) {
-  return tensor.key_set().has(c10::DispatchKey::Batched) || tensor._fw_grad(/*level=*/0).defined();
-}
-
 // Whether a derivative itself is to be differentiated or mapped: then it may neither overwrite nor run kernels.
 inline bool needs_composite(const std::vector<at::Tensor>& grads) {
   return c10::GradMode::is_enabled() || is_mapped() ||
@@ -55,29 +42,18 @@ inline bool needs_composite(const std::vector<at::Tensor>& grads) {
                      [](const at::Tensor& grad) { return grad.defined() && is_transformed(grad); });
 }
 
-// Whether Python sees every operation, as selective checkpointing does to keep results: then what was made must stay as
-// it is, and be made by operations that return it, as one that writes elsewhere might be left out of a recomputation.
-inline bool is_watched() { return c10::impl::dispatch_mode_enabled(); }
-
 // Knows of the memory that a node has saved whether the node may give it away, and whether it has. It is made while the
 // node saves.
 class SavedMemory {
  public:
   // Raises torch's own error in a node that is called again after it gave away what it needs. That happens where it
   // failed half way, for want of memory, say: otherwise the engine frees what a node saved and raises by itself.
-  void check() const { TORCH_CHECK(!is_given_, torch::autograd::ERR_BACKWARD_TWICE); }
+  void check() const { TORCH_CHECK(!is_given_, backward_twice()); }
 
-  // Whether this is the last call of the node, and no hook has seen what was saved and may hold it. The last call is
-  // one that the engine makes in a backward that does not keep the graph; a call by hand says nothing of that,
-  // whatever backward it lies in. A hook of the node itself may call the node by hand, or fail after the node is done,
-  // so that it is called again.
+  // Whether this is the last call of the node, and no hook has seen what was saved and may hold it.
   template <class Function>
   bool may_be_given(const torch::autograd::AutogradContext* ctx) const {
-    if (is_hooked_ || torch::autograd::get_current_graph_task_keep_graph()) return false;
-    const auto evaluated = torch::autograd::get_current_node();
-    auto* node = dynamic_cast<torch::autograd::CppNode<Function>*>(evaluated.get());
-    return node != nullptr && &node->ctx_ == ctx && node->pre_hooks().empty() && node->tensor_pre_hooks().empty() &&
-           node->post_hooks().empty();
+    return !is_hooked_ && is_last_call<Function>(ctx);
   }
 
   void give() { is_given_ = true; }
@@ -85,12 +61,12 @@ class SavedMemory {
 
  private:
   // NOTE: hooks bring along tensors of their own, too, so that nobody could say who else holds the memory.
-  bool is_hooked_ = at::SavedTensorDefaultHooks::get_hooks().has_value();
+  bool is_hooked_ = are_saved_tensors_hooked();
   bool is_given_ = false;
 };
 
 // Whether nobody sees the memory of an output that a node has saved, beside what is saved and what came of it; a
 // recorded cache might. Inputs have another number, which says nothing of who else holds them.
-inline bool is_seen_by_nobody_else(const at::Tensor& unpacked) { return unpacked.storage().use_count() == 2; }
+inline bool is_seen_by_nobody_else(const at::Tensor& unpacked) { return num_holders(unpacked) == 2; }
 
 }  // namespace mixed_attention

@@ -1,10 +1,6 @@
 // Registers the operators with torch's dispatcher and names the module. Fakes and derivatives: mixed_attention/ops.py.
-#include <ATen/core/LegacyTypeDispatch.h>
-#include <ATen/core/dispatch/Dispatcher.h>
 #include <c10/core/GradMode.h>
 #include <pybind11/stl.h>
-#include <torch/csrc/autograd/python_variable.h>
-#include <torch/csrc/autograd/variable.h>
 #include <torch/csrc/utils/pybind.h>
 #include <torch/library.h>
 #include <torch/version.h>
@@ -26,6 +22,8 @@
 #include "torch/project.h"
 #include "torch/rope_derivatives.h"
 #include "torch/schedules.h"
+#include "torch/tested_internals.h"
+#include "torch/torch_internals.h"
 
 namespace {
 
@@ -36,12 +34,11 @@ void refuse_derivatives(const c10::OperatorHandle& op, c10::DispatchKeySet keys,
     if (!argument.isTensor()) continue;
     const at::Tensor& tensor = argument.toTensor();
     TORCH_CHECK_NOT_IMPLEMENTED(
-        !(tensor.requires_grad() && c10::GradMode::is_enabled()) && !tensor._fw_grad(/*level=*/0).defined(),
+        !(tensor.requires_grad() && c10::GradMode::is_enabled()) && !mixed_attention::has_tangent(tensor),
         op.schema().name(),
         " has no derivative; use mixed_attention.attention and mixed_attention.apply_rope, which do");
   }
-  at::AutoDispatchBelowAutograd guard;
-  op.redispatchBoxed(keys & c10::after_autograd_keyset, stack);
+  mixed_attention::redispatch_below_autograd(op, keys, stack);
 }
 
 // Stands before operators that write into what they are given: whoever has saved such a tensor is to know.
@@ -55,11 +52,8 @@ void bump_versions(const c10::OperatorHandle& op, c10::DispatchKeySet keys, torc
     TORCH_CHECK_VALUE(!written.back().is_neg(), arguments[i].name(),
                       ": expected the memory of numbers, got a view that stands for their negatives");
   }
-  {
-    const at::AutoDispatchBelowADInplaceOrView guard;
-    op.redispatchBoxed(keys & c10::after_ADInplaceOrView_keyset, stack);
-  }
-  for (const at::Tensor& each : written) torch::autograd::impl::bump_version(each);
+  mixed_attention::redispatch_below_versions(op, keys, stack);
+  for (const at::Tensor& each : written) mixed_attention::bump_version(each);
 }
 
 // Stands wherever there are no kernels, and says which argument has led there.
@@ -76,20 +70,14 @@ void refuse_place(const c10::OperatorHandle& op, torch::jit::Stack* stack) {
   };
   for_each_tensor([](const char* name, const at::Tensor& tensor) { mixed_attention::check_dense(name, tensor); });
   for_each_tensor([&](const char* name, const at::Tensor& tensor) {
-    const c10::DispatchKey backend = tensor.options().computeDispatchKey();
-    TORCH_CHECK_NOT_IMPLEMENTED(op.hasKernelForDispatchKey(backend), name, ": expected a tensor on ", places, ", got ",
-                                tensor.device(), "; mixed_attention.reference.attention computes it");
+    TORCH_CHECK_NOT_IMPLEMENTED(mixed_attention::has_kernel(op, tensor), name, ": expected a tensor on ", places,
+                                ", got ", tensor.device(), "; mixed_attention.reference.attention computes it");
   });
   TORCH_CHECK_NOT_IMPLEMENTED(false, op.schema().name(), ": no kernel for tensors of these kinds");
 }
 
+using mixed_attention::plain_tensor;
 using OptionalTensor = std::optional<at::Tensor>;
-
-// A tensor of torch's own class; others may have functions of their own, and are none here.
-std::optional<at::Tensor> plain_tensor(py::handle object) {
-  if (!THPVariable_CheckExact(object.ptr())) return {};
-  return THPVariable_Unpack(object.ptr());
-}
 
 // The tensors of a layer as they come from Python. maps: weight and bias each, of the output projection at last.
 struct LayerTensors {
@@ -100,13 +88,13 @@ struct LayerTensors {
 // None where one is not of torch's own class.
 std::optional<LayerTensors> layer_tensors(const py::handle& x, const py::list& maps, const py::handle& freqs,
                                           const py::handle& key_padding_mask) {
-  LayerTensors found{plain_tensor(x), plain_tensor(freqs), plain_tensor(key_padding_mask), {}, {}};
+  LayerTensors found{plain_tensor(x.ptr()), plain_tensor(freqs.ptr()), plain_tensor(key_padding_mask.ptr()), {}, {}};
   if (!found.x || !(found.freqs || freqs.is_none()) || !(found.key_padding_mask || key_padding_mask.is_none())) {
     return {};
   }
   for (size_t i = 0; i < maps.size(); ++i) {
     const py::tuple map = maps[i];
-    const OptionalTensor weight = plain_tensor(map[0]), bias = plain_tensor(map[1]);
+    const OptionalTensor weight = plain_tensor(map[0].ptr()), bias = plain_tensor(map[1].ptr());
     if (!weight || !(bias || map[1].is_none())) return {};
     mixed_attention::LinearMaps& into = i + 1 < maps.size() ? found.in : found.out;
     into.weights.push_back(*weight);
@@ -472,4 +460,5 @@ PYBIND11_MODULE(TORCH_EXTENSION_NAME, m) {
   define_checks(m);
   define_nodes(m);
   define_ranks(m);
+  mixed_attention::define_tested_internals(m);
 }

@@ -3,22 +3,14 @@
 
 #include <ATen/core/Tensor.h>
 
-#include <initializer_list>
 #include <utility>
 
 #include "torch/memory.h"
+#include "torch/torch_internals.h"
 
 namespace mixed_attention {
 
 using Named = std::pair<const char*, const at::Tensor*>;
-
-// Sizes of a compiler may stand for many: what depends on them is checked where they are numbers, in front of kernels.
-inline bool has_symbolic_sizes(std::initializer_list<const at::Tensor*> tensors) {
-  for (const at::Tensor* each : tensors) {
-    if (each->unsafeGetTensorImpl()->has_symbolic_sizes_strides()) return true;
-  }
-  return false;
-}
 
 inline void check_dense(const char* name, const at::Tensor& tensor) {
   TORCH_CHECK_NOT_IMPLEMENTED(tensor.layout() == at::kStrided && !tensor.is_quantized() && !tensor.is_nested(), name,

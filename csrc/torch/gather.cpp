@@ -3,7 +3,6 @@
 #include <ATen/Functions.h>
 #include <ATen/core/LegacyTypeDispatch.h>
 #include <c10/core/GradMode.h>
-#include <c10/core/impl/LocalDispatchKeySet.h>
 #include <torch/csrc/autograd/custom_function.h>
 
 #include <utility>
@@ -63,7 +62,7 @@ struct GatherTokens : torch::autograd::Function<GatherTokens> {
   }
 
   static variable_list backward(AutogradContext* ctx, const variable_list& grads) {
-    const c10::impl::ExcludeDispatchKeyGuard no_autocast(c10::autocast_dispatch_keyset);
+    const WithoutAutocast no_autocast;
     const GatherState& state = Kept<GatherState>::of(ctx->saved_data["state"]);
     const bool differentiable = needs_composite(grads);
     std::optional<at::AutoDispatchBelowADInplaceOrView> guard;
@@ -96,9 +95,8 @@ Tensor UnroundedPlace::round(const Tensor& sums, at::ScalarType dtype) const {
 
 UnroundedPlace unrounded_place(const Tensor& whole) {
   const auto node = whole.grad_fn();
-  if (const auto* gather = dynamic_cast<torch::autograd::CppNode<GatherTokens>*>(node.get())) {
-    return {Kept<GatherState>::of(gather->ctx_.saved_data.at("state")).unrounded,
-            static_cast<uint32_t>(whole.output_nr())};
+  if (const auto* gather = context_of<GatherTokens>(node.get())) {
+    return {Kept<GatherState>::of(gather->saved_data.at("state")).unrounded, static_cast<uint32_t>(whole.output_nr())};
   }
   return {};
 }

@@ -1,8 +1,6 @@
 #include "torch/layer.h"
 
 #include <ATen/Functions.h>
-#include <ATen/autocast_mode.h>
-#include <c10/core/impl/LocalDispatchKeySet.h>
 
 #include <algorithm>
 #include <limits>
@@ -28,9 +26,7 @@ bool is_ordinary(const Tensor& tensor) {
 // The dtype that a layer over tokens computes in: autocast's or its own; none where no kernel serves it.
 std::optional<at::ScalarType> dtype_of(const Tensor& x) {
   if (!x.is_cpu() && !(x.is_cuda() && kernels::are_there())) return {};
-  const at::DeviceType device = x.device().type();
-  const at::ScalarType dtype =
-      at::autocast::is_autocast_enabled(device) ? at::autocast::get_autocast_dtype(device) : x.scalar_type();
+  const at::ScalarType dtype = autocast_dtype(x.device().type()).value_or(x.scalar_type());
   return is_number_of_ours(dtype, x.is_cpu()) ? std::optional(dtype) : std::nullopt;
 }
 
@@ -38,7 +34,7 @@ std::optional<at::ScalarType> dtype_of(const Tensor& x) {
 bool goes_with(const Tensor& x, at::ScalarType dtype, const Tensor& other) {
   if (!is_ordinary(other) || other.device() != x.device()) return false;
   const at::ScalarType own = other.scalar_type();
-  if (!at::autocast::is_autocast_enabled(x.device().type())) return own == dtype;
+  if (!autocast_dtype(x.device().type())) return own == dtype;
   return own == at::kFloat || own == at::kHalf || own == at::kBFloat16;
 }
 
@@ -78,7 +74,7 @@ struct LinearMap {
 LinearMap joined(const LinearMaps& maps) {
   if (maps.weights.size() == 1) return {maps.weights[0], maps.biases[0]};
   // NOTE: autocast would promote, and refuses numbers of 16 bits that are not its own.
-  const c10::impl::ExcludeDispatchKeyGuard no_autocast(c10::autocast_dispatch_keyset);
+  const WithoutAutocast no_autocast;
   LinearMap map{at::cat(maps.weights), std::nullopt};
   if (std::none_of(maps.biases.begin(), maps.biases.end(), [](const auto& bias) { return bias.has_value(); })) {
     return map;

@@ -6,7 +6,6 @@
 #include <ATen/Parallel.h>
 #include <ATen/core/LegacyTypeDispatch.h>
 #include <c10/core/DeviceGuard.h>
-#include <c10/core/impl/VirtualGuardImpl.h>
 
 #include <array>
 #include <cmath>
@@ -22,6 +21,7 @@
 #include "torch/call.h"
 #include "torch/checks.h"
 #include "torch/schedules.h"
+#include "torch/torch_internals.h"
 
 namespace mixed_attention {
 namespace {
@@ -83,17 +83,6 @@ void check_environment(const Tensor& tensor) {
   } catch (const std::invalid_argument& error) {
     TORCH_CHECK_VALUE(false, error.what());
   }
-}
-
-// NOTE: what is no operator is called with what stands for other numbers than those in its memory.
-bool is_resolved(const Tensor& tensor) {
-  constexpr c10::DispatchKeySet kLazy{c10::DispatchKey::Negative, c10::DispatchKey::ZeroTensor,
-                                      c10::DispatchKey::Python};
-  return !tensor.key_set().has_any(kLazy);
-}
-
-void* current_stream(const Tensor& tensor) {
-  return c10::impl::VirtualGuardImpl(tensor.device().type()).getStream(tensor.device()).native_handle();
 }
 
 // Fields that depend on where the call runs.

@@ -4,7 +4,6 @@
 #include <ATen/Functions.h>
 #include <ATen/TensorOperators.h>
 #include <ATen/core/LegacyTypeDispatch.h>
-#include <c10/core/impl/LocalDispatchKeySet.h>
 #include <torch/csrc/autograd/custom_function.h>
 
 #include <algorithm>
@@ -57,7 +56,7 @@ Tensor sum_rows(const Tensor& rows, at::ScalarType dtype, bool differentiable) {
 
 // cast: tokens, weight and, if there is one, bias, in the dtype of the products.
 variable_list run_project(const variable_list& cast, const std::vector<ProjectedPart>& parts) {
-  const c10::impl::ExcludeDispatchKeyGuard no_autocast(c10::autocast_dispatch_keyset);
+  const WithoutAutocast no_autocast;
   const at::AutoDispatchBelowADInplaceOrView guard;
   variable_list products;
   for (const ProjectedPart& part : parts) {
@@ -109,7 +108,7 @@ struct ProjectState {
   Tensor connected(const Tensor& cast_weight) const {
     if (!cast_weight.defined() || !weight_edge.is_valid()) return cast_weight;
     const Tensor stand_in = cast_weight.detach().to(weight_dtype);
-    torch::autograd::impl::set_gradient_edge(stand_in, weight_edge);
+    set_gradient_edge(stand_in, weight_edge);
     return stand_in.to(cast_weight.scalar_type());
   }
 };
@@ -129,16 +128,16 @@ struct Project : torch::autograd::Function<Project> {
                has_cast_weight = both && weight.scalar_type() != dtype;
     if (has_cast_tokens) outputs.push_back(tokens);
     ctx->save_for_backward({weight.requires_grad() ? tokens : Tensor(), x.requires_grad() ? cast_weight : Tensor()});
-    ctx->saved_data["state"] = Kept<ProjectState>::make(
-        {parts,
-         x.size(1),
-         weight.size(0),
-         x.scalar_type(),
-         weight.scalar_type(),
-         bias ? std::optional(bias->scalar_type()) : std::nullopt,
-         has_cast_tokens,
-         has_cast_weight ? torch::autograd::impl::gradient_edge(weight) : torch::autograd::Edge(),
-         {}});
+    ctx->saved_data["state"] =
+        Kept<ProjectState>::make({parts,
+                                  x.size(1),
+                                  weight.size(0),
+                                  x.scalar_type(),
+                                  weight.scalar_type(),
+                                  bias ? std::optional(bias->scalar_type()) : std::nullopt,
+                                  has_cast_tokens,
+                                  has_cast_weight ? gradient_edge(weight) : torch::autograd::Edge(),
+                                  {}});
     ctx->set_materialize_grads(false);
     return outputs;
   }
@@ -147,7 +146,7 @@ struct Project : torch::autograd::Function<Project> {
     const variable_list saved = ctx->get_saved_variables();
     ProjectState& state = Kept<ProjectState>::of(ctx->saved_data["state"]);
     state.memory.check();
-    const c10::impl::ExcludeDispatchKeyGuard no_autocast(c10::autocast_dispatch_keyset);
+    const WithoutAutocast no_autocast;
     const bool differentiable = needs_composite(grads);
     std::optional<at::AutoDispatchBelowADInplaceOrView> guard;
     if (!differentiable) guard.emplace();
@@ -172,7 +171,7 @@ struct Project : torch::autograd::Function<Project> {
     if (state.has_cast_tokens && !differentiable && is_seen_by_nobody_else(tokens) &&
         state.memory.may_be_given<Project>(ctx)) {
       state.memory.give();
-      tokens.storage().unsafeGetStorageImpl()->release_resources();
+      release_memory(tokens);
     }
     Tensor dx = state.has_cast_tokens && grads.back().defined() ? grads.back().to(state.x_dtype) : Tensor();
     for (size_t i = 0; i < parts.size(); ++i) {
@@ -235,7 +234,7 @@ void check_project(const Tensor& x, const Tensor& weight, const std::optional<Te
 }  // namespace
 
 variable_list cast_all(const variable_list& tensors, at::ScalarType dtype) {
-  const c10::impl::ExcludeDispatchKeyGuard no_autocast(c10::autocast_dispatch_keyset);
+  const WithoutAutocast no_autocast;
   const at::AutoDispatchBelowADInplaceOrView guard;
   variable_list result = tensors, from, to;
   for (Tensor& each : result) {
@@ -248,7 +247,7 @@ variable_list cast_all(const variable_list& tensors, at::ScalarType dtype) {
     each = at::empty_like(each, each.options().dtype(dtype));
     to.push_back(each);
   }
-  if (!from.empty() && !cast_by_one_launch(from, to)) at::_foreach_copy_(to, from);
+  if (!from.empty() && !cast_by_one_launch(from, to)) copy_all(to, from);
   return result;
 }
 

@@ -1,14 +1,14 @@
 #include "torch/ranks.h"
 
 #include <ATen/Functions.h>
-#include <ATen/core/dispatch/Dispatcher.h>
 #include <ATen/core/ivalue.h>
 #include <c10/core/ScalarType.h>
-#include <c10/core/impl/LocalDispatchKeySet.h>
 #include <c10/util/accumulate.h>
 
 #include <algorithm>
 #include <utility>
+
+#include "torch/torch_internals.h"
 
 namespace mixed_attention {
 namespace {
@@ -23,10 +23,8 @@ Tensor collective(const c10::OperatorHandle& op, Arguments&&... arguments) {
   return stack.at(0).toTensor();
 }
 
-c10::OperatorHandle find(const char* name) { return c10::Dispatcher::singleton().findSchemaOrThrow(name, ""); }
-
 Tensor wait_for(const Tensor& received) {
-  static const auto op = find("_c10d_functional::wait_tensor");
+  static const auto op = collective_operator("wait_tensor");
   return collective(op, received);
 }
 
@@ -113,8 +111,8 @@ Shards::Shards(std::string group, int64_t rank, bool share_a_host, std::vector<s
 }
 
 InFlight start_gather(const std::vector<std::vector<Tensor>>& parts, const Shards& shards) {
-  const c10::impl::ExcludeDispatchKeyGuard no_autocast(c10::autocast_dispatch_keyset);
-  static const auto op = find("_c10d_functional::all_gather_into_tensor");
+  const WithoutAutocast no_autocast;
+  static const auto op = collective_operator("all_gather_into_tensor");
   InFlight result{{}, {}, parts[0][0].options()};
   const int64_t missing = shards.most - shards.here();
   std::vector<Tensor> pieces;
@@ -129,7 +127,7 @@ InFlight start_gather(const std::vector<std::vector<Tensor>>& parts, const Shard
 }
 
 std::vector<Tensor> finish_gather(const InFlight& gather, const Shards& shards) {
-  const c10::impl::ExcludeDispatchKeyGuard no_autocast(c10::autocast_dispatch_keyset);
+  const WithoutAutocast no_autocast;
   if (!gather.received.defined()) return split_parts(at::empty({0}, gather.options), gather.rows, shards.whole);
   const Tensor received = wait_for(gather.received);
   const bool is_whole = gather.rows.size() == 1 && shards.sizes.size() == 1 &&
@@ -158,9 +156,9 @@ std::vector<Tensor> finish_gather(const InFlight& gather, const Shards& shards) 
 // Whether one rank has them or not, all send the same dtype. Between hosts an all-to-all would not use all network
 // cards.
 InFlight start_sums(at::TensorList parts, const Shards& shards, at::ScalarType dtype) {
-  const c10::impl::ExcludeDispatchKeyGuard no_autocast(c10::autocast_dispatch_keyset);
-  static const auto exchange = find("_c10d_functional::all_to_all_single");
-  static const auto reduce = find("_c10d_functional::reduce_scatter_tensor");
+  const WithoutAutocast no_autocast;
+  static const auto exchange = collective_operator("all_to_all_single");
+  static const auto reduce = collective_operator("reduce_scatter_tensor");
   InFlight result{{}, {}, parts[0].options().dtype(dtype)};
   for (const Tensor& part : parts) result.rows.push_back(row_of(part));
   const int64_t width = numbers(result.rows);
@@ -204,14 +202,14 @@ void add_up(const Tensor& parts, const Tensor& sum) {
 }  // namespace
 
 std::vector<Tensor> finish_sums(const InFlight& sums, const Shards& shards) {
-  const c10::impl::ExcludeDispatchKeyGuard no_autocast(c10::autocast_dispatch_keyset);
+  const WithoutAutocast no_autocast;
   const Tensor together = at::empty({shards.here() * numbers(sums.rows)}, sums.options);
   if (sums.received.defined()) add_up(wait_for_parts(sums, shards), together);
   return split_parts(together, sums.rows, shards.here());
 }
 
 void finish_sums_into(const InFlight& sums, const Shards& shards, const Tensor& result) {
-  const c10::impl::ExcludeDispatchKeyGuard no_autocast(c10::autocast_dispatch_keyset);
+  const WithoutAutocast no_autocast;
   if (!sums.received.defined()) return;  // there is nothing of it
   const Tensor parts = wait_for_parts(sums, shards);
   std::vector<int64_t> shape(result.sizes().vec());

@@ -45,6 +45,6 @@ at::Tensor rotate_copy(const at::Tensor& buffer, const std::vector<int64_t>& sha
 
 // Whether somebody may see a product beside the one who hands it over: another tensor over its memory, or whoever
 // watches.
-inline bool is_seen(const at::Tensor& buffer) { return is_watched() || buffer.storage().use_count() != 1; }
+inline bool is_seen(const at::Tensor& buffer) { return is_watched() || num_holders(buffer) != 1; }
 
 }  // namespace mixed_attention

@@ -9,6 +9,8 @@
 #include <utility>
 #include <vector>
 
+#include "torch/torch_internals.h"
+
 namespace mixed_attention {
 
 // What a node that makes gradients leaves for the node that gets them, because the engine rounds gradients to the dtype
@@ -18,7 +20,7 @@ class UnroundedGradients {
   // gradient: of the getting node's output of that number, rounded from sums.
   void leave(uint32_t output, const at::Tensor& gradient, at::Tensor sums) {
     const std::lock_guard lock(mutex_);
-    left_[output] = {gradient, gradient._version(), std::move(sums)};
+    left_[output] = {gradient, version_of(gradient), std::move(sums)};
   }
 
   // The sums behind gradients of all outputs. None where a gradient is not the one that was rounded: hooks may have
@@ -30,7 +32,7 @@ class UnroundedGradients {
     for (uint32_t output = 0; output < gradients.size(); ++output) {
       const auto found = left.find(output);
       if (found == left.end() || !found->second.gradient.is_same(gradients[output]) ||
-          found->second.version != gradients[output]._version()) {
+          found->second.version != version_of(gradients[output])) {
         return {};
       }
       sums.push_back(found->second.sums);
