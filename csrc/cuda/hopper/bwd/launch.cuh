@@ -6,29 +6,27 @@
 #include <type_traits>
 #include <vector>
 
-#include "cuda/common/allow_shared_memory.cuh"
 #include "cuda/hopper/bwd/dk_dv_kernel.cuh"
 #include "cuda/hopper/bwd/dq_accum_kernel.cuh"
 #include "cuda/hopper/bwd/dq_kernel.cuh"
 #include "cuda/hopper/bwd/launch.h"
 #include "cuda/hopper/bwd/stats_kernel.cuh"
 #include "cuda/hopper/bwd/wide_dk_dv_kernel.cuh"
-#include "cuda/hopper/plan/persistent_blocks.h"
+#include "cuda/hopper/plan/launch_persistent.cuh"
 #include "cuda/hopper/plan/tensor_map.h"
 #include "cuda/hopper/tile/launch_kernel.cuh"
 
 namespace mixed_attention::cuda::hopper {
 
-// One persistent block a multiprocessor, fewer where there are fewer items. The blocks of a cluster share an item.
+// The blocks of a cluster share an item.
 template <typename Config, auto kKernel, typename KernelParams>
-void launch_persistent(const char* name, const KernelParams& kernel_params, const BwdParams& params,
-                       Start start = Start::kInOrder) {
-  if (kernel_params.table.num_items == 0) return;
-  constexpr int kSharedBytes = sizeof(typename Config::SharedStorage);
-  allow_shared_memory<kKernel>(kSharedBytes, params.device, name);
-  const LaunchShape shape{num_persistent_blocks(kernel_params.table.num_items, params.device, Config::kSplits),
-                          Config::kThreads, start, Config::kSplits};
-  launch_kernel<kKernel, kSharedBytes>(name, shape, params.stream, kernel_params);
+void launch_of_config(const char* name, const KernelParams& kernel_params, const BwdParams& params,
+                      Start start = Start::kInOrder) {
+  const PersistentShape shape{.num_items = kernel_params.table.num_items,
+                              .threads = Config::kThreads,
+                              .start = start,
+                              .cluster = Config::kSplits};
+  launch_persistent<kKernel, sizeof(typename Config::SharedStorage)>(name, shape, params, kernel_params);
 }
 
 // The kernels of gradients that no block adds up for others. Those of fp32: bwd_fp32/launch.cuh.
@@ -185,8 +183,8 @@ void launch_dk_dv(const BwdParams& params, const BwdWorkspace& workspace, const 
       return shared;
     }
   }();
-  launch_persistent<Config, kDkDvKernel<Config>>("launch of hopper_dk_dv_kernel", kernel_params, params,
-                                                 Config::kIsOrdered ? Start::kTogether : Start::kInOrder);
+  launch_of_config<Config, kDkDvKernel<Config>>("launch of hopper_dk_dv_kernel", kernel_params, params,
+                                                Config::kIsOrdered ? Start::kTogether : Start::kInOrder);
 }
 
 template <typename Config>
@@ -227,7 +225,7 @@ void launch_dq(const BwdParams& params, const BwdWorkspace& workspace, const Wor
       return shared;
     }
   }();
-  launch_persistent<Config, kDqKernel<Config>>("launch of hopper_dq_kernel", kernel_params, params);
+  launch_of_config<Config, kDqKernel<Config>>("launch of hopper_dq_kernel", kernel_params, params);
 }
 
 template <typename Element, int kHeadDim, typename KernelParams>
@@ -315,7 +313,7 @@ void launch_listed_dk_dv(const BwdParams& params, const BwdWorkspace& workspace,
   kernel_params.dq_strides = params.dq_strides;
   kernel_params.own_sums = workspace.own_sums;
   kernel_params.num_slots = host.num_slots;
-  launch_persistent<Config, kDkDvKernel<Config>>("launch of hopper_dk_dv_kernel", kernel_params, params);
+  launch_of_config<Config, kDkDvKernel<Config>>("launch of hopper_dk_dv_kernel", kernel_params, params);
 }
 
 // All kernels of a plan that has a list.

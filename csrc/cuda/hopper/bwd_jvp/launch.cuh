@@ -3,15 +3,13 @@
 
 #include <numbers>
 
-#include "cuda/common/allow_shared_memory.cuh"
 #include "cuda/common/check.h"
 #include "cuda/hopper/bwd/launch.cuh"
 #include "cuda/hopper/bwd_jvp/kernel.cuh"
 #include "cuda/hopper/bwd_jvp/launch.h"
 #include "cuda/hopper/bwd_jvp/tensors.h"
-#include "cuda/hopper/plan/persistent_blocks.h"
+#include "cuda/hopper/plan/launch_persistent.cuh"
 #include "cuda/hopper/plan/tensor_map.h"
-#include "cuda/hopper/tile/launch_kernel.cuh"
 
 namespace mixed_attention::cuda::hopper {
 
@@ -29,7 +27,6 @@ inline void make_side(SideMap* side, const TensorView* tensors, CUtensorMap (*ma
 template <typename Config, typename Table>
 void launch_side(const BwdJvpParams& params, const BwdJvpRows& rows, const Table& table, const DqAccum& dq_accum = {}) {
   constexpr auto kKernel = hopper_attention_bwd_jvp_kernel<Config>;
-  constexpr int kSharedBytes = sizeof(BwdJvpSharedStorage<Config>);
   constexpr bool kOwnsKeys = Config::kOwnsKeys;
   if (table.num_items == 0) return;
   const BwdJvpTensors tensors = bwd_jvp_tensors(params);
@@ -55,9 +52,9 @@ void launch_side(const BwdJvpParams& params, const BwdJvpRows& rows, const Table
             Config::kAddsDq ? &make_clipped_tile_map : &make_tile_map, Config::kBlockM);
   make_side(of_kernel.streamed, kOwnsKeys ? &tensors.queries[0] : &tensors.keys[0], &make_clipped_tile_map,
             Config::kBlockN);
-  allow_shared_memory<kKernel>(kSharedBytes, params.device, "cudaFuncSetAttribute(hopper_attention_bwd_jvp_kernel)");
-  const LaunchShape shape{num_persistent_blocks(table.num_items, params.device), Config::kThreads, Start::kInOrder};
-  launch_kernel<kKernel, kSharedBytes>("launch of hopper_attention_bwd_jvp_kernel", shape, params.stream, of_kernel);
+  launch_persistent<kKernel, sizeof(BwdJvpSharedStorage<Config>)>("launch of hopper_attention_bwd_jvp_kernel",
+                                                                  {table.num_items, Config::kThreads, Start::kInOrder},
+                                                                  params, of_kernel);
 }
 
 // Two kernels, of which each owns what it writes.

@@ -4,12 +4,11 @@
 #include <numbers>
 
 #include "ceil_div.h"
-#include "cuda/common/allow_shared_memory.cuh"
 #include "cuda/common/combine_kernel.cuh"
 #include "cuda/hopper/fwd/kernel.cuh"
 #include "cuda/hopper/fwd/launch.h"
 #include "cuda/hopper/fwd/rows_of_splits.cuh"
-#include "cuda/hopper/plan/persistent_blocks.h"
+#include "cuda/hopper/plan/launch_persistent.cuh"
 #include "cuda/hopper/plan/tensor_map.h"
 #include "cuda/hopper/tile/launch_kernel.cuh"
 
@@ -101,11 +100,11 @@ template <typename Config>
 void launch_tiles(const FwdParams& params, const FwdPlan& plan) {
   constexpr auto kKernel = hopper_attention_fwd_kernel<Config>;
   constexpr int kSharedBytes = Config::kTeams * sizeof(FwdSharedStorage<Config>);
-  allow_shared_memory<kKernel>(kSharedBytes, params.device, "cudaFuncSetAttribute(hopper_attention_fwd_kernel)");
-  const int num_shares = ceil_div(plan.table.num_items, Config::kTeams);  // of blocks
-  const LaunchShape shape{num_persistent_blocks(num_shares, params.device, 1, Config::kBlocks), Config::kThreads};
-  launch_kernel<kKernel, kSharedBytes>("launch of hopper_attention_fwd_kernel", shape, params.stream,
-                                       make_fwd_kernel_params<Config>(params, plan));
+  const PersistentShape shape{.num_items = ceil_div(plan.table.num_items, Config::kTeams),
+                              .threads = Config::kThreads,
+                              .blocks = Config::kBlocks};
+  launch_persistent<kKernel, kSharedBytes>("launch of hopper_attention_fwd_kernel", shape, params,
+                                           make_fwd_kernel_params<Config>(params, plan));
 }
 
 template <typename Element, int kHeadDim, int kLimbs>

@@ -3,14 +3,12 @@
 
 #include <numbers>
 
-#include "cuda/common/allow_shared_memory.cuh"
 #include "cuda/hopper/jvp/directions_kernel.cuh"
 #include "cuda/hopper/jvp/kernel.cuh"
 #include "cuda/hopper/jvp/launch.h"
 #include "cuda/hopper/jvp/tensors.h"
-#include "cuda/hopper/plan/persistent_blocks.h"
+#include "cuda/hopper/plan/launch_persistent.cuh"
 #include "cuda/hopper/plan/tensor_map.h"
-#include "cuda/hopper/tile/launch_kernel.cuh"
 
 namespace mixed_attention::cuda::hopper {
 
@@ -83,19 +81,12 @@ DirectionsKernelParams make_directions_kernel_params(const JvpParams& params, co
   return made;
 }
 
-template <auto kKernel, typename Config, typename SharedStorage, typename Params>
-void launch_tangents(const char* name, const JvpParams& params, const WorkTable& table, const Params& of_kernel) {
-  constexpr int kSharedBytes = sizeof(SharedStorage);
-  allow_shared_memory<kKernel>(kSharedBytes, params.device, name);
-  const LaunchShape shape{num_persistent_blocks(table.num_items, params.device), Config::kThreads};
-  launch_kernel<kKernel, kSharedBytes>(name, shape, params.stream, of_kernel);
-}
-
 template <typename Config>
 void launch_each_direction(const JvpParams& params, const WorkTable& table) {
   for (int direction = 0; direction < params.tangents.count; ++direction) {
-    launch_tangents<hopper_attention_jvp_kernel<Config>, Config, JvpSharedStorage<Config>>(
-        "hopper_attention_jvp_kernel", params, table, make_jvp_kernel_params<Config>(params, direction, table));
+    launch_persistent<hopper_attention_jvp_kernel<Config>, sizeof(JvpSharedStorage<Config>)>(
+        "launch of hopper_attention_jvp_kernel", {table.num_items, Config::kThreads}, params,
+        make_jvp_kernel_params<Config>(params, direction, table));
   }
 }
 
@@ -107,8 +98,8 @@ void launch_jvp(const JvpParams& params, const WorkTable& table) {
     case JvpForm::kAll: return launch_each_direction<JvpConfig<Element, JvpForm::kAll>>(params, table);
     case JvpForm::kQueries: {
       using Config = DirectionsConfig<Element>;
-      launch_tangents<hopper_attention_jvp_directions_kernel<Config>, Config, DirectionsSharedStorage<Config>>(
-          "hopper_attention_jvp_directions_kernel", params, table,
+      launch_persistent<hopper_attention_jvp_directions_kernel<Config>, sizeof(DirectionsSharedStorage<Config>)>(
+          "launch of hopper_attention_jvp_directions_kernel", {table.num_items, Config::kThreads}, params,
           make_directions_kernel_params<Config>(params, table));
     }
   }
