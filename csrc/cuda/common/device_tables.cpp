@@ -8,7 +8,6 @@
 #include <unordered_map>
 #include <utility>
 
-#include "ceil_div.h"
 #include "cuda/common/scratch.h"
 
 namespace mixed_attention::cuda {
@@ -33,7 +32,7 @@ class Places {
 
   void add(uint64_t id, size_t bytes) {
     places_.emplace(id, end_);
-    end_ += round_up(bytes, kPartAlignment);
+    end_ += part_bytes(bytes);
   }
 
   void forget_all() { *this = {}; }

@@ -11,6 +11,9 @@ namespace mixed_attention::cuda {
 // Where a part of some memory may begin: at multiples of this many bytes, as what cudaMalloc returns.
 inline constexpr size_t kPartAlignment = 256;
 
+// What a part of so many bytes takes, so that the next one may begin behind it.
+constexpr size_t part_bytes(size_t bytes) { return round_up(bytes, kPartAlignment); }
+
 // Hands out aligned parts of the workspace; without one it counts their bytes.
 class Scratch {
  public:
@@ -19,7 +22,7 @@ class Scratch {
   template <class T>
   T* take(int64_t count) {
     T* part = base_ ? reinterpret_cast<T*>(base_ + bytes_) : nullptr;
-    bytes_ += round_up(static_cast<size_t>(count) * sizeof(T), kPartAlignment);
+    bytes_ += part_bytes(static_cast<size_t>(count) * sizeof(T));
     return part;
   }
 

@@ -35,7 +35,7 @@ void number_tiles(HostWork& work, int tile_rows) {
 
 }  // namespace
 
-size_t HostWork::segment_bytes() const { return round_up(segments.size() * sizeof(WorkSegment), kPartAlignment); }
+size_t HostWork::segment_bytes() const { return part_bytes(segments.size() * sizeof(WorkSegment)); }
 
 size_t HostWork::device_bytes() const { return segment_bytes() + ranges.size() * sizeof(WorkRange); }
 

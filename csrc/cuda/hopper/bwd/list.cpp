@@ -6,6 +6,7 @@
 #include <utility>
 
 #include "ceil_div.h"
+#include "cuda/common/scratch.h"
 #include "cuda/common/table_id.h"
 #include "cuda/hopper/plan/tile_list.h"
 #include "schedule.h"
@@ -199,7 +200,7 @@ class Maker {
   template <class Part>
   static int64_t append(BwdList& list, const std::vector<Part>& part) {
     const size_t begin = list.bytes.size(), bytes = part.size() * sizeof(Part);
-    list.bytes.resize(begin + (bytes + 255) / 256 * 256);
+    list.bytes.resize(begin + part_bytes(bytes));
     if (bytes > 0) std::memcpy(list.bytes.data() + begin, part.data(), bytes);
     return static_cast<int64_t>(begin);
   }

@@ -2,22 +2,18 @@
 
 #include <algorithm>
 
-#include "ceil_div.h"
 #include "cuda/common/scratch.h"
 #include "cuda/common/table_id.h"
 #include "cuda/hopper/plan/key_tiles.h"
 #include "schedule.h"
 
 namespace mixed_attention::cuda::hopper {
-namespace {
 
-int64_t aligned_bytes(size_t bytes) { return static_cast<int64_t>(round_up(bytes, kPartAlignment)); }
+int64_t HostTileList::tile_bytes() const { return static_cast<int64_t>(part_bytes(tiles.size() * sizeof(ListedTile))); }
 
-}  // namespace
-
-int64_t HostTileList::tile_bytes() const { return aligned_bytes(tiles.size() * sizeof(ListedTile)); }
-
-int64_t HostTileList::device_bytes() const { return tile_bytes() + aligned_bytes(ranges.size() * sizeof(KeyTiles)); }
+int64_t HostTileList::device_bytes() const {
+  return tile_bytes() + static_cast<int64_t>(part_bytes(ranges.size() * sizeof(KeyTiles)));
+}
 
 WorkTable HostTileList::table(const AttentionParams& params) const {
   WorkTable table{};
