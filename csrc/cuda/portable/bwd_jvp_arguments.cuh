@@ -46,6 +46,17 @@ struct KeySide {
   Tile k, v, k_dot, v_dot;
 };
 
+// The side that a kernel owns, where gradients of its tensors wait to be stored in the end, and the one that it
+// streams.
+template <template <class> class OwnedSide, template <class> class StreamedSide, Arithmetic kArithmetic, int kHeadDim>
+struct BwdJvpShared {
+  static constexpr Tile kTile = bwd_jvp_tile(kArithmetic, kHeadDim);
+  using Element = typename MmaOf<kArithmetic>::Element;
+
+  OwnedSide<SharedTile<Element, kTile.rows, kHeadDim>> owned;
+  StreamedSide<SharedTile<Element, kTile.block_rows, kHeadDim>> streamed[kTile.stages];
+};
+
 // Starts to load rows of a tensor, unless it is null: then it is not there, and nobody reads the tile.
 template <int kThreads, class Element, class Tile>
 __device__ void load_present(Tile& tile, const BlockContext<Element, BwdArguments>& context, const void* tensor,
@@ -80,6 +91,22 @@ __device__ void load_side(KeySide<Tile>& side, const BlockContext<Element, BwdAr
   load(side.v, params.v, params.v_strides, params.head_dim_v);
   load(side.k_dot, args.tangents.k, args.tangents.k_strides, params.head_dim);
   load(side.v_dot, args.tangents.v, args.tangents.v_strides, params.head_dim_v);
+}
+
+// Scores, their tangents z, and products of gradients with values, e and x. multiply(result, query tile, key tile) adds
+// a product; relate() takes the scores to where their references are.
+template <class Queries, class Keys, class Scores, class Multiply, class Relate>
+__device__ void multiply_sides(const BwdJvpArguments& args, const QuerySide<Queries>& queries,
+                               const KeySide<Keys>& keys, Scores& p, Scores& z, Scores& e, Scores& x,
+                               const Multiply& multiply, const Relate& relate) {
+  const Tangents& tangents = args.tangents;
+  multiply(p, queries.q, keys.k);
+  relate();
+  if (tangents.q != nullptr) multiply(z, queries.q_dot, keys.k);
+  if (tangents.k != nullptr) multiply(z, queries.q, keys.k_dot);
+  multiply(e, queries.dout_dot, keys.v);
+  if (args.bwd.params.dout != nullptr) multiply(x, queries.dout, keys.v);
+  if (tangents.v != nullptr) multiply(x, queries.dout_dot, keys.v_dot);
 }
 
 // What becomes of the scores of a pair. On entry p bears the marks of dropped ones, and e and x, which are products of

@@ -66,11 +66,7 @@ void launch_bwd_jvp_by_key(const BwdJvpParams& params, const BwdJvpBuffers& buff
   if (by_key.grid == 0) return;
   launch_tiles<portable_dk_dv_jvp_kernel<kArithmetic, kHeadDim>, DkDvJvpShared<kArithmetic, kHeadDim>>(
       "portable_dk_dv_jvp_kernel", params, args, by_key);
-  const int splits = by_key.table.num_splits;
-  sum_splits<Element>(params, buffers.bwd.partial_dk, splits, params.seqlen_k, params.head_dim, params.dk,
-                      params.dk_strides);
-  sum_splits<Element>(params, buffers.bwd.partial_dv, splits, params.seqlen_k, params.head_dim_v, params.dv,
-                      params.dv_strides);
+  sum_splits_of_keys<Element>(params, buffers.bwd, by_key.table.num_splits);
 }
 
 template <Arithmetic kArithmetic, int kHeadDim>

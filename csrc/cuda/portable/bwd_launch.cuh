@@ -27,6 +27,15 @@ void sum_splits(const BwdParams& params, const float* partial, int num_splits, i
   check(cudaGetLastError(), "portable_sum_kernel");
 }
 
+// Those of the gradients of keys and values.
+template <class Element>
+void sum_splits_of_keys(const BwdParams& params, const BwdBuffers& buffers, int num_splits) {
+  sum_splits<Element>(params, buffers.partial_dk, num_splits, params.seqlen_k, params.head_dim, params.dk,
+                      params.dk_strides);
+  sum_splits<Element>(params, buffers.partial_dv, num_splits, params.seqlen_k, params.head_dim_v, params.dv,
+                      params.dv_strides);
+}
+
 template <Arithmetic kArithmetic>
 BwdArguments bwd_arguments(const BwdParams& params, const BwdBuffers& buffers, const DeviceWork& work) {
   return {
@@ -80,11 +89,7 @@ void launch_bwd_by_key(const BwdParams& params, const BwdBuffers& buffers, const
     } else {
       launch_dk_dv<kArithmetic, kHeadDim, Grads::kKeyAndValue>(args, by_key);
     }
-    const int splits = by_key.table.num_splits;
-    sum_splits<Element>(params, args.partial_dk, splits, params.seqlen_k, params.head_dim, params.dk,
-                        params.dk_strides);
-    sum_splits<Element>(params, args.partial_dv, splits, params.seqlen_k, params.head_dim_v, params.dv,
-                        params.dv_strides);
+    sum_splits_of_keys<Element>(params, buffers, by_key.table.num_splits);
   }
   if (adds_dq && rows > 0) {
     portable_dq_accum_kernel<Element><<<blocks_for(32 * rows, 256), 256, 0, stream>>>(args);

@@ -7,21 +7,17 @@
 
 namespace mixed_attention::cuda::portable {
 
+// What is known of each query.
+template <int kRows>
+struct QueriesNumbers {
+  float lse_log2[kRows], mu[kRows], eps[kRows], gamma[kRows];
+};
+
 template <Arithmetic kArithmetic, int kHeadDim>
-struct DkDvJvpShared {
+struct DkDvJvpShared : BwdJvpShared<KeySide, QuerySide, kArithmetic, kHeadDim> {
   static constexpr Tile kTile = bwd_jvp_tile(kArithmetic, kHeadDim);
-  using Element = typename MmaOf<kArithmetic>::Element;
-  using Owned = SharedTile<Element, kTile.rows, kHeadDim>;
-  using Streamed = SharedTile<Element, kTile.block_rows, kHeadDim>;
 
-  // What is known of each query.
-  struct Numbers {
-    float lse_log2[kTile.block_rows], mu[kTile.block_rows], eps[kTile.block_rows], gamma[kTile.block_rows];
-  };
-
-  KeySide<Owned> owned;  // k and v: and dk, dv, at the end
-  QuerySide<Streamed> streamed[kTile.stages];
-  Numbers numbers[kTile.stages];
+  QueriesNumbers<kTile.block_rows> numbers[kTile.stages];
 };
 
 template <Arithmetic kArithmetic, int kHeadDim>
@@ -69,13 +65,7 @@ __global__ void __launch_bounds__(bwd_jvp_tile(kArithmetic, kHeadDim).num_thread
   load_side<kThreads>(shared.owned, context, args, item.row_begin, item.num_rows, mask);
   if (!walk.done()) load_next(0);
 
-  // Rows behind the tile's end or blocked by the mask: what comes of their zeroed values is nobody's gradient.
-  unsigned hidden = 0;
-#pragma unroll
-  for (int i = 0; i < 2 * kTilesM; ++i) {
-    const int row = thread_row + 8 * i;
-    if (row >= item.num_rows || (mask != nullptr && !mask[item.row_begin + row])) hidden |= 1u << i;
-  }
+  const unsigned hidden = hidden_keys<2 * kTilesM>(item, thread_row, mask);
   const bool drops = bwd.dropout.seed != nullptr;
   const bool moves_scores = tangents.q != nullptr || tangents.k != nullptr;  // else all z are 0
   const bool some_references = *bwd.has_references != 0;
@@ -90,24 +80,20 @@ __global__ void __launch_bounds__(bwd_jvp_tile(kArithmetic, kHeadDim).num_thread
     walk.advance();
     const auto& streamed = shared.streamed[stage];
 
-    // Scores, their tangents z, and products of gradients with values, e and x
+    // Scores, and the other products of rows
     float p[kTilesM][kTilesN][4] = {}, z[kTilesM][kTilesN][4] = {};
     float e[kTilesM][kTilesN][4] = {}, x[kTilesM][kTilesN][4] = {};
-    const auto multiply = [&](auto& result, const auto& owned, const auto& streamed) {
-      multiply_rows<Mma>(result, lane_k.at(owned), warp_row, lane_k.at(streamed));
+    const auto multiply = [&](auto& result, const auto& queries, const auto& keys) {
+      multiply_rows<Mma>(result, lane_k.at(keys), warp_row, lane_k.at(queries));
     };
-    multiply(p, shared.owned.k, streamed.q);
-    if (some_references) {
-      relate_columns<Mma::kLosesInfinities>(p, bwd.references + first_query + block.row_begin, block.num_rows);
-    }
-    if constexpr (!Mma::kLosesInfinities) {
-      if (block.num_rows < kTile.block_rows) clear_columns(p, block.num_rows);
-    }
-    if (tangents.q != nullptr) multiply(z, shared.owned.k, streamed.q_dot);
-    if (tangents.k != nullptr) multiply(z, shared.owned.k_dot, streamed.q);
-    multiply(e, shared.owned.v, streamed.dout_dot);
-    if (params.dout != nullptr) multiply(x, shared.owned.v, streamed.dout);
-    if (tangents.v != nullptr) multiply(x, shared.owned.v_dot, streamed.dout_dot);
+    multiply_sides(args, streamed, shared.owned, p, z, e, x, multiply, [&] {
+      if (some_references) {
+        relate_columns<Mma::kLosesInfinities>(p, bwd.references + first_query + block.row_begin, block.num_rows);
+      }
+      if constexpr (!Mma::kLosesInfinities) {
+        if (block.num_rows < kTile.block_rows) clear_columns(p, block.num_rows);
+      }
+    });
     // Behind the MMAs, whose last results take a while.
     if (kTile.stages == 2 && !walk.done()) load_next(stage ^ 1);
 

@@ -120,6 +120,19 @@ __device__ void add_dq(const DqAccum& accum, int64_t row_begin, int num_rows, co
   }
 }
 
+// Bit i: a thread's row i lies behind the tile's end or is blocked by the mask. What comes of its zeroed values is
+// nobody's gradient.
+template <int kRows>
+__device__ unsigned hidden_keys(const WorkItem& item, int thread_row, const bool* mask) {
+  unsigned hidden = 0;
+#pragma unroll
+  for (int i = 0; i < kRows; ++i) {
+    const int row = thread_row + 8 * i;
+    if (row >= item.num_rows || (mask != nullptr && !mask[item.row_begin + row])) hidden |= 1u << i;
+  }
+  return hidden;
+}
+
 template <Arithmetic kArithmetic, int kHeadDim, Grads kGrads>
 __global__ void __launch_bounds__(dk_dv_tile(kArithmetic, kHeadDim).num_threads(),
                                   dk_dv_tile(kArithmetic, kHeadDim).blocks)
@@ -177,13 +190,7 @@ __global__ void __launch_bounds__(dk_dv_tile(kArithmetic, kHeadDim).num_threads(
                       item.num_rows, mask);
   if (!walk.done()) load_next(0);
 
-  // Rows behind the tile's end or blocked by the mask: what comes of their zeroed values is nobody's gradient.
-  unsigned hidden = 0;
-#pragma unroll
-  for (int i = 0; i < 2 * kTilesM; ++i) {
-    const int row = thread_row + 8 * i;
-    if (row >= item.num_rows || (mask != nullptr && !mask[item.row_begin + row])) hidden |= 1u << i;
-  }
+  const unsigned hidden = hidden_keys<2 * kTilesM>(item, thread_row, mask);
   const bool some_hidden = item.num_rows < kTile.rows || mask != nullptr;
   const bool drops = args.dropout.seed != nullptr;
   // NOTE: to ask for each block whether one of its queries has a reference costs all calls a few percent.

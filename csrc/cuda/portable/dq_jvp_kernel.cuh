@@ -6,15 +6,7 @@
 namespace mixed_attention::cuda::portable {
 
 template <Arithmetic kArithmetic, int kHeadDim>
-struct DqJvpShared {
-  static constexpr Tile kTile = bwd_jvp_tile(kArithmetic, kHeadDim);
-  using Element = typename MmaOf<kArithmetic>::Element;
-  using Owned = SharedTile<Element, kTile.rows, kHeadDim>;
-  using Streamed = SharedTile<Element, kTile.block_rows, kHeadDim>;
-
-  QuerySide<Owned> owned;  // q and q_dot: and their gradients, at the end
-  KeySide<Streamed> streamed[kTile.stages];
-};
+using DqJvpShared = BwdJvpShared<QuerySide, KeySide, kArithmetic, kHeadDim>;
 
 template <Arithmetic kArithmetic, int kHeadDim>
 __global__ void __launch_bounds__(bwd_jvp_tile(kArithmetic, kHeadDim).num_threads(),
@@ -76,21 +68,17 @@ __global__ void __launch_bounds__(bwd_jvp_tile(kArithmetic, kHeadDim).num_thread
     walk.advance();
     const auto& streamed = shared.streamed[stage];
 
-    // Scores, their tangents z, and products of gradients with values, e and x
+    // Scores, and the other products of rows
     float p[kTilesM][kTilesN][4] = {}, z[kTilesM][kTilesN][4] = {};
     float e[kTilesM][kTilesN][4] = {}, x[kTilesM][kTilesN][4] = {};
-    const auto multiply = [&](auto& result, const auto& owned, const auto& streamed) {
-      multiply_rows<Mma>(result, lane_q.at(owned), warp_row, lane_q.at(streamed));
+    const auto multiply = [&](auto& result, const auto& queries, const auto& keys) {
+      multiply_rows<Mma>(result, lane_q.at(queries), warp_row, lane_q.at(keys));
     };
-    multiply(p, shared.owned.q, streamed.k);
-    if (has_reference) {
-      relate_rows<Mma::kLosesInfinities>(p, bwd.references + first_row, item.num_rows - thread_row);
-    }
-    if (tangents.q != nullptr) multiply(z, shared.owned.q_dot, streamed.k);
-    if (tangents.k != nullptr) multiply(z, shared.owned.q, streamed.k_dot);
-    multiply(e, shared.owned.dout_dot, streamed.v);
-    if (params.dout != nullptr) multiply(x, shared.owned.dout, streamed.v);
-    if (tangents.v != nullptr) multiply(x, shared.owned.dout_dot, streamed.v_dot);
+    multiply_sides(args, shared.owned, streamed, p, z, e, x, multiply, [&] {
+      if (has_reference) {
+        relate_rows<Mma::kLosesInfinities>(p, bwd.references + first_row, item.num_rows - thread_row);
+      }
+    });
     // Behind the MMAs, whose last results take a while.
     if (kTile.stages == 2 && !walk.done()) load_next(stage ^ 1);
 
