@@ -80,6 +80,24 @@ void PassOfCall::take(Scratch& scratch) {
   table = scratch.take<char>(static_cast<int64_t>(pass->host.device_bytes()));
 }
 
+float* PassOfCall::take_splits(Scratch& scratch, int64_t count) const {
+  return pass->num_splits > 1 ? scratch.take<float>(pass->num_splits * count) : nullptr;
+}
+
+void take_rows(const BwdParams& params, Scratch& scratch, BwdBuffers& buffers) {
+  const int64_t rows = params.batch_size * params.num_heads * params.seqlen_q;
+  buffers.lse_log2 = scratch.take<float>(rows);
+  buffers.delta = scratch.take<float>(rows);
+  buffers.references = scratch.take<RowReference>(rows);
+  buffers.has_references = scratch.take<int>(1);
+}
+
+void take_splits_of_keys(const BwdParams& params, const PassOfCall& by_key, Scratch& scratch, BwdBuffers& buffers) {
+  const int64_t rows = params.batch_size * params.num_heads * params.seqlen_k;
+  buffers.partial_dk = by_key.take_splits(scratch, rows * params.head_dim);
+  buffers.partial_dv = by_key.take_splits(scratch, rows * params.head_dim_v);
+}
+
 FwdPasses plan_fwd(const FwdParams& params) {
   FwdPasses plan{.arithmetic = arithmetic_of(params), .head_dim = padded_head_dim(params)};
   plan.by_query.pass = pass_of(Side::kQueries, params, fwd_tile(plan.arithmetic, plan.head_dim));
@@ -88,12 +106,12 @@ FwdPasses plan_fwd(const FwdParams& params) {
 }
 
 void take_workspace(const FwdParams& params, FwdPasses& plan) {
-  const int64_t num_batch_heads = params.batch_size * params.num_heads;
+  const int64_t rows = params.batch_size * params.num_heads * params.seqlen_q;
   Scratch scratch(params.workspace);
   plan.by_query.take(scratch);
+  plan.buffers.partial_out = plan.by_query.take_splits(scratch, rows * params.head_dim_v);
   if (const int64_t splits = plan.by_query.pass->num_splits; splits > 1) {
-    plan.buffers.partial_out = scratch.take<float>(splits * num_batch_heads * params.seqlen_q * params.head_dim_v);
-    plan.buffers.row_lses = scratch.take<RowLse>(splits * num_batch_heads * params.seqlen_q);
+    plan.buffers.row_lses = scratch.take<RowLse>(splits * rows);
   }
   plan.workspace_size = scratch.bytes();
 }
@@ -108,27 +126,20 @@ BwdPasses plan_bwd(const BwdParams& params) {
 }
 
 void take_workspace(const BwdParams& params, BwdPasses& plan) {
-  const int64_t num_batch_heads = params.batch_size * params.num_heads;
+  const int64_t rows = params.batch_size * params.num_heads * params.seqlen_q;
   Scratch scratch(params.workspace);
   plan.by_key.take(scratch);
-  plan.buffers.lse_log2 = scratch.take<float>(num_batch_heads * params.seqlen_q);
-  plan.buffers.delta = scratch.take<float>(num_batch_heads * params.seqlen_q);
-  plan.buffers.references = scratch.take<RowReference>(num_batch_heads * params.seqlen_q);
-  plan.buffers.has_references = scratch.take<int>(1);
+  BwdBuffers& buffers = plan.buffers;
+  take_rows(params, scratch, buffers);
   if (plan.adds_dq) {
-    plan.buffers.dq_accum_cols = static_cast<int>(round_up(params.head_dim, 8));
-    plan.buffers.dq_accum_size = round_up(num_batch_heads * params.seqlen_q, 8) * plan.buffers.dq_accum_cols;
-    plan.buffers.dq_accum = scratch.take<float>(plan.buffers.dq_accum_size);
+    buffers.dq_accum_cols = static_cast<int>(round_up(params.head_dim, 8));
+    buffers.dq_accum_size = round_up(rows, 8) * buffers.dq_accum_cols;
+    buffers.dq_accum = scratch.take<float>(buffers.dq_accum_size);
   } else {
     plan.by_query.take(scratch);
-    if (const int64_t splits = plan.by_query.pass->num_splits; splits > 1) {
-      plan.buffers.partial_dq = scratch.take<float>(splits * num_batch_heads * params.seqlen_q * params.head_dim);
-    }
+    buffers.partial_dq = plan.by_query.take_splits(scratch, rows * params.head_dim);
   }
-  if (const int64_t splits = plan.by_key.pass->num_splits; splits > 1) {
-    plan.buffers.partial_dk = scratch.take<float>(splits * num_batch_heads * params.seqlen_k * params.head_dim);
-    plan.buffers.partial_dv = scratch.take<float>(splits * num_batch_heads * params.seqlen_k * params.head_dim_v);
-  }
+  take_splits_of_keys(params, plan.by_key, scratch, buffers);
   plan.workspace_size = scratch.bytes();
 }
 

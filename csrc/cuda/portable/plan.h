@@ -39,7 +39,13 @@ struct PassOfCall {
 
   // Takes the room.
   void take(Scratch& scratch);
+  // Takes room for so many numbers of every split; null where there is one.
+  float* take_splits(Scratch& scratch, int64_t count) const;
 };
+
+// Takes room for what rows of queries have, and for splits of dk and dv.
+void take_rows(const BwdParams& params, Scratch& scratch, BwdBuffers& buffers);
+void take_splits_of_keys(const BwdParams& params, const PassOfCall& by_key, Scratch& scratch, BwdBuffers& buffers);
 
 // The passes of a call, what else is decided of it once, and, in buffers, where all of it lies in the workspace.
 struct FwdPasses {

@@ -66,26 +66,18 @@ BwdJvpPlan plan_bwd_jvp(const BwdJvpParams& params) {
 }
 
 void take_workspace(const BwdJvpParams& params, BwdJvpPlan& plan) {
-  const int64_t num_batch_heads = params.batch_size * params.num_heads, rows = num_batch_heads * params.seqlen_q;
+  const int64_t rows = params.batch_size * params.num_heads * params.seqlen_q;
   Scratch scratch(params.workspace);
   plan.by_query.take(scratch);
   plan.by_key.take(scratch);
   BwdBuffers& bwd = plan.buffers.bwd;
-  bwd.lse_log2 = scratch.take<float>(rows);
-  bwd.delta = scratch.take<float>(rows);
+  take_rows(params, scratch, bwd);
   plan.buffers.eps = scratch.take<float>(rows);
-  bwd.references = scratch.take<RowReference>(rows);
-  bwd.has_references = scratch.take<int>(1);
-  if (const int64_t splits = plan.by_query.pass->num_splits; splits > 1) {
-    bwd.partial_dq = scratch.take<float>(splits * rows * params.head_dim);
-    if (params.dq_dot != nullptr) {
-      plan.buffers.partial_dq_dot = scratch.take<float>(splits * rows * params.head_dim);
-    }
+  bwd.partial_dq = plan.by_query.take_splits(scratch, rows * params.head_dim);
+  if (params.dq_dot != nullptr) {
+    plan.buffers.partial_dq_dot = plan.by_query.take_splits(scratch, rows * params.head_dim);
   }
-  if (const int64_t splits = plan.by_key.pass->num_splits; splits > 1) {
-    bwd.partial_dk = scratch.take<float>(splits * num_batch_heads * params.seqlen_k * params.head_dim);
-    bwd.partial_dv = scratch.take<float>(splits * num_batch_heads * params.seqlen_k * params.head_dim_v);
-  }
+  take_splits_of_keys(params, plan.by_key, scratch, bwd);
   plan.workspace_size = scratch.bytes();
 }
 
