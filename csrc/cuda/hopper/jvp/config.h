@@ -25,7 +25,7 @@ constexpr JvpForm jvp_form(const Tangents& tangents) {
 }
 
 struct JvpTuning {
-  int block_n, stages;
+  int block_n, stages, producer_registers, consumer_registers;
 
   static constexpr int kConsumers = 2;
   constexpr int block_m() const { return kConsumers * kWarpgroupRows; }
@@ -36,9 +36,9 @@ struct JvpTuning {
 // their tangents in one direction at a time, and operands of both, take 72.
 constexpr JvpTuning jvp_tuning(JvpForm form) {
   switch (form) {
-    case JvpForm::kQuery: return {80, 4};
-    case JvpForm::kQueries: return {48, 4};
-    default: return {80, 3};
+    case JvpForm::kQuery: return {80, 4, 40, 232};
+    case JvpForm::kQueries: return {48, 4, 24, 240};
+    default: return {80, 3, 40, 232};
   }
 }
 
@@ -46,17 +46,20 @@ template <typename Element_, JvpForm kForm>
 struct JvpConfig {
   using Element = Element_;
   static constexpr bool kMovesKeys = kForm == JvpForm::kAll;  // or queries alone
+  static constexpr int kDirections = directions_of(kForm);
   static constexpr int kHeadDim = kJvpHeadDim;
   static constexpr JvpTuning kTuning = jvp_tuning(kForm);
   static constexpr int kConsumers = kTuning.kConsumers, kBlockM = kTuning.block_m(), kBlockN = kTuning.block_n;
   static constexpr int kStages = kTuning.stages, kQueryBuffers = 2;
-  static constexpr int kProducerRegisters = 40, kConsumerRegisters = 232;
+  static constexpr int kProducerRegisters = kTuning.producer_registers;
+  static constexpr int kConsumerRegisters = kTuning.consumer_registers;
   static constexpr int kThreads = (1 + kConsumers) * kWarpgroup;
   static constexpr int kBlocks = 1;
 
   // One slab each.
   static constexpr int kTileBytesM = kBlockM * kRowBytes;
   static constexpr int kTileBytesN = kBlockN * kRowBytes;
+  static constexpr int kQueryBytes = (1 + kDirections) * kTileBytesM;  // q, then its tangents
 
   static_assert(kHeadDim * sizeof(Element) == kRowBytes, "a tile is one slab");
   static_assert(kProducerRegisters + kConsumers * kConsumerRegisters <= 65536 / kThreads / 8 * 8 * (1 + kConsumers),

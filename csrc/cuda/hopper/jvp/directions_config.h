@@ -1,4 +1,4 @@
-// Tiles of the Hopper kernel for three tangents of queries, and the shared memory of a block.
+// The shared memory of a block of the Hopper kernel for three tangents of queries.
 #pragma once
 
 #include <cuda_runtime.h>
@@ -9,25 +9,8 @@
 
 namespace mixed_attention::cuda::hopper {
 
-template <typename Element_>
-struct DirectionsConfig {
-  using Element = Element_;
-  static constexpr int kDirections = directions_of(JvpForm::kQueries);
-  static constexpr int kHeadDim = kJvpHeadDim;
-  static constexpr JvpTuning kTuning = jvp_tuning(JvpForm::kQueries);
-  static constexpr int kConsumers = kTuning.kConsumers, kBlockM = kTuning.block_m(), kBlockN = kTuning.block_n;
-  static constexpr int kStages = kTuning.stages, kQueryBuffers = 2;
-  static constexpr int kProducerRegisters = 24, kConsumerRegisters = 240;
-  static constexpr int kThreads = (1 + kConsumers) * kWarpgroup;
-  static constexpr int kBlocks = 1;
-
-  static constexpr int kTileBytesM = kBlockM * kRowBytes;
-  static constexpr int kTileBytesN = kBlockN * kRowBytes;
-  static constexpr int kQueryBytes = (1 + kDirections) * kTileBytesM;  // q, then its tangents
-
-  static_assert(kProducerRegisters + kConsumers * kConsumerRegisters <= 65536 / kThreads / 8 * 8 * (1 + kConsumers),
-                "the warpgroups ask for more registers than the launch gives, and would wait for ever");
-};
+template <typename Element>
+using DirectionsConfig = JvpConfig<Element, JvpForm::kQueries>;
 
 template <typename Config>
 struct DirectionsSharedStorage {

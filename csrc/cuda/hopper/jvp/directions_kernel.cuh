@@ -19,14 +19,13 @@
 #include "cuda/hopper/jvp/directions_config.h"
 #include "cuda/hopper/jvp/epilogue.cuh"
 #include "cuda/hopper/jvp/params.h"
+#include "cuda/hopper/jvp/run_tangents.cuh"
 #include "cuda/hopper/jvp/softmax.cuh"
 #include "cuda/hopper/plan/work_items.cuh"
 #include "cuda/hopper/tile/load_tile.cuh"
 #include "cuda/hopper/tile/mma.cuh"
 #include "cuda/hopper/tile/named_barriers.h"
 #include "cuda/hopper/tile/ring.cuh"
-#include "cuda/hopper/tile/run_roles.cuh"
-#include "cuda/ptx/elect.cuh"
 #include "cuda/ptx/lane.cuh"
 #include "cuda/ptx/mbarrier.cuh"
 #include "cuda/ptx/named_barrier.cuh"
@@ -310,27 +309,14 @@ __global__ void __launch_bounds__(Config::kThreads, Config::kBlocks)
   extern __shared__ __align__(1024) unsigned char memory[];
   DirectionsSharedStorage<Config>& shared = *reinterpret_cast<DirectionsSharedStorage<Config>*>(memory);
 
-  const auto prepare = [&] {
-    constexpr int kConsumerWarps = Config::kConsumers * kWarpgroup / 32;
+  const auto prefetch = [&] {
     ptx::prefetch_tensor_map(params.q);
     ptx::prefetch_tensor_map(params.k);
     ptx::prefetch_tensor_map(params.v);
     for (const CUtensorMap& map : params.q_dot) ptx::prefetch_tensor_map(map);
-    init_pipe(shared.q_pipe, 1, kConsumerWarps);
-    init_pipe(shared.k_pipe, 1, kConsumerWarps);
-    init_pipe(shared.v_pipe, 1, kConsumerWarps);
-    ptx::mbarrier_init(shared.finished, kConsumerWarps);
-    shared.has_overflowed = 0;
-    ptx::mbarrier_fence_init();
   };
-  const auto produce = [&](int warp) {
-    if (warp != 0 || !ptx::elect_one()) return;
-    uint32_t num_loaded = 0;  // key tiles
-    RingUse<Config::kQueryBuffers> q_use{0};
-    produce_directions(params, shared, num_loaded, q_use);
-    if (must_repair(shared)) produce_directions(params, shared, num_loaded, q_use);
-  };
-  run_roles<Config>(prepare, produce, [&](int consumer) { consume_directions(params, shared, consumer); });
+  const auto produce = [&](auto&... counts) { produce_directions(params, shared, counts...); };
+  run_tangents(shared, prefetch, produce, [&](int consumer) { consume_directions(params, shared, consumer); });
 }
 
 }  // namespace mixed_attention::cuda::hopper

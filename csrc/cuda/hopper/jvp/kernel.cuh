@@ -17,13 +17,12 @@
 #include "cuda/hopper/jvp/mma.cuh"
 #include "cuda/hopper/jvp/params.h"
 #include "cuda/hopper/jvp/repair.cuh"
+#include "cuda/hopper/jvp/run_tangents.cuh"
 #include "cuda/hopper/jvp/softmax.cuh"
 #include "cuda/hopper/plan/work_items.cuh"
 #include "cuda/hopper/tile/load_tile.cuh"
 #include "cuda/hopper/tile/named_barriers.h"
 #include "cuda/hopper/tile/ring.cuh"
-#include "cuda/hopper/tile/run_roles.cuh"
-#include "cuda/ptx/elect.cuh"
 #include "cuda/ptx/fence.cuh"
 #include "cuda/ptx/mbarrier.cuh"
 #include "cuda/ptx/named_barrier.cuh"
@@ -256,27 +255,14 @@ __global__ void __launch_bounds__(Config::kThreads, Config::kBlocks)
   JvpSharedStorage<Config>& shared = *reinterpret_cast<JvpSharedStorage<Config>*>(memory);
 
   fill_still_tangents(params, shared);
-  const auto prepare = [&] {
-    constexpr int kConsumerWarps = Config::kConsumers * kWarpgroup / 32;
+  const auto prefetch = [&] {
     for (const MovingMaps* maps : {&params.q, &params.k, &params.v}) {
       ptx::prefetch_tensor_map(maps->still);
       if (maps->moves) ptx::prefetch_tensor_map(maps->dot);
     }
-    init_pipe(shared.q_pipe, 1, kConsumerWarps);
-    init_pipe(shared.k_pipe, 1, kConsumerWarps);
-    init_pipe(shared.v_pipe, 1, kConsumerWarps);
-    ptx::mbarrier_init(shared.finished, kConsumerWarps);
-    shared.has_overflowed = 0;
-    ptx::mbarrier_fence_init();
   };
-  const auto produce = [&](int warp) {
-    if (warp != 0 || !ptx::elect_one()) return;
-    uint32_t num_loaded = 0;  // key tiles
-    RingUse<Config::kQueryBuffers> q_use{0};
-    produce_moving(params, shared, num_loaded, q_use);
-    if (must_repair(shared)) produce_moving(params, shared, num_loaded, q_use);
-  };
-  run_roles<Config>(prepare, produce, [&](int consumer) { consume_moving(params, shared, consumer); });
+  const auto produce = [&](auto&... counts) { produce_moving(params, shared, counts...); };
+  run_tangents(shared, prefetch, produce, [&](int consumer) { consume_moving(params, shared, consumer); });
 }
 
 }  // namespace mixed_attention::cuda::hopper
