@@ -20,11 +20,25 @@ struct alignas(kAligned ? sizeof(Element) * 2 * kPairs : sizeof(Element)) Pairs 
 template <class Element>
 inline constexpr int kPairsAtOnce = 8 / sizeof(Element);
 
-// Whether vectors of `count` elements can be read wherever the tensor has one.
-inline bool fits(const void* data, const Strides& strides, int64_t count, int64_t element_size) {
-  return reinterpret_cast<uintptr_t>(data) % (count * element_size) == 0 && strides.batch % count == 0 &&
-         strides.row % count == 0 && strides.head % count == 0;
-}
+// Whether so many pairs can be read and written at once wherever the tensors of a call, those that are there, have
+// them.
+template <class Element>
+struct Alignment {
+  bool holds;
+
+  explicit Alignment(int64_t head_dim) : holds(head_dim % kCount == 0) {}
+
+  // step: from one of several such tensors to the next.
+  Alignment& add(const void* data, const Strides& strides, int64_t step = 0) {
+    holds = holds && (data == nullptr ||
+                      (reinterpret_cast<uintptr_t>(data) % (kCount * sizeof(Element)) == 0 && step % kCount == 0 &&
+                       strides.batch % kCount == 0 && strides.row % kCount == 0 && strides.head % kCount == 0));
+    return *this;
+  }
+
+ private:
+  static constexpr int64_t kCount = 2 * kPairsAtOnce<Element>;
+};
 
 // Calls with a number of the type that the dtype stands for.
 template <class Run>

@@ -114,14 +114,9 @@ void launch(const RmsRopeParams& params) {
 
 template <class Element>
 void run(const RmsRopeParams& params) {
-  constexpr int kPairs = kPairsAtOnce<Element>;
-  const auto is_aligned = [](const void* data, const Strides& strides) {
-    return fits(data, strides, 2 * kPairs, sizeof(Element));
-  };
-  const bool aligned = params.head_dim % (2 * kPairs) == 0 && is_aligned(params.x, params.x_strides) &&
-                       is_aligned(params.out, params.out_strides) &&
-                       (params.rows == nullptr || is_aligned(params.rows, params.rows_strides));
-  aligned ? launch<Element, kPairs, true>(params) : launch<Element, 1, false>(params);
+  Alignment<Element> alignment(params.head_dim);
+  alignment.add(params.x, params.x_strides).add(params.out, params.out_strides).add(params.rows, params.rows_strides);
+  alignment.holds ? launch<Element, kPairsAtOnce<Element>, true>(params) : launch<Element, 1, false>(params);
 }
 
 }  // namespace

@@ -57,11 +57,9 @@ void launch(const RopeParams& params) {
 
 template <class Element>
 void run(const RopeParams& params) {
-  constexpr int kPairs = kPairsAtOnce<Element>;
-  const bool aligned = params.head_dim % (2 * kPairs) == 0 &&
-                       fits(params.x, params.x_strides, 2 * kPairs, sizeof(Element)) &&
-                       fits(params.out, params.out_strides, 2 * kPairs, sizeof(Element));
-  aligned ? launch<Element, kPairs, true>(params) : launch<Element, 1, false>(params);
+  Alignment<Element> alignment(params.head_dim);
+  alignment.add(params.x, params.x_strides).add(params.out, params.out_strides);
+  alignment.holds ? launch<Element, kPairsAtOnce<Element>, true>(params) : launch<Element, 1, false>(params);
 }
 
 }  // namespace

@@ -234,21 +234,13 @@ void launch(void (*kernel)(Params), const Params& params, int64_t batches, int p
   check(cudaGetLastError(), name);
 }
 
-// Whether all tensors of a call, where they are, can be read by vectors.
+// The alignment of what both read.
 template <class Element>
-struct Alignment {
-  static constexpr int64_t kCount = 2 * kPairsAtOnce<Element>;
-  bool holds;
-
-  explicit Alignment(const RopeJvpParams& p) : holds(p.head_dim % kCount == 0) {
-    add(p.x, p.x_strides, 0);
-    add(p.x_dot, p.x_dot_strides, p.x_dot_step);
-  }
-
-  void add(const void* data, const Strides& strides, int64_t step) {
-    if (data != nullptr) holds = holds && step % kCount == 0 && fits(data, strides, kCount, sizeof(Element));
-  }
-};
+Alignment<Element> alignment_of(const RopeJvpParams& params) {
+  return Alignment<Element>(params.head_dim)
+      .add(params.x, params.x_strides)
+      .add(params.x_dot, params.x_dot_strides, params.x_dot_step);
+}
 
 }  // namespace
 
@@ -256,9 +248,8 @@ void run_rope_jvp(const RopeJvpParams& params) {
   run_with_element(params.dtype, [&](auto element) {
     using Element = decltype(element);
     constexpr int kPairs = kPairsAtOnce<Element>;
-    Alignment<Element> alignment(params);
-    alignment.add(params.out, params.out_strides, 0);
-    alignment.add(params.out_dot, params.out_dot_strides, params.out_dot_step);
+    Alignment<Element> alignment = alignment_of<Element>(params);
+    alignment.add(params.out, params.out_strides).add(params.out_dot, params.out_dot_strides, params.out_dot_step);
     const auto run = [&](void (*kernel)(RopeJvpParams), int pairs) {
       launch(kernel, params, params.num_heads == 0 ? 0 : params.batch_size, pairs, "rope_jvp_kernel");
     };
@@ -270,12 +261,10 @@ void run_rope_backward(const RopeBwdParams& params) {
   run_with_element(params.dtype, [&](auto element) {
     using Element = decltype(element);
     constexpr int kPairs = kPairsAtOnce<Element>;
-    Alignment<Element> alignment(params);
-    alignment.add(params.dout, params.dout_strides, 0);
-    alignment.add(params.dout_dot, params.dout_dot_strides, params.dout_dot_step);
     const Strides contiguous{0, 0, params.head_dim};
-    alignment.add(params.dx, contiguous, 0);
-    alignment.add(params.dx_dot, contiguous, 0);
+    Alignment<Element> alignment = alignment_of<Element>(params);
+    alignment.add(params.dout, params.dout_strides).add(params.dout_dot, params.dout_dot_strides, params.dout_dot_step);
+    alignment.add(params.dx, contiguous).add(params.dx_dot, contiguous);
     const auto run = [&](void (*kernel)(RopeBwdParams), int pairs) {
       launch(kernel, params, params.shares_freqs ? 1 : params.batch_size, pairs, "rope_backward_kernel");
     };
