@@ -78,14 +78,11 @@ bool is_aligned(const BwdJvpParams& params) {
 
 BwdJvpTensors bwd_jvp_tensors(const BwdJvpParams& params) {
   const Tangents& tangents = params.tangents;
-  const auto view = [&](const void* data, int64_t seqlen, int64_t width, const Strides& strides) {
-    return TensorView{data, params.dtype, params.batch_size, seqlen, params.num_heads, width, strides};
-  };
   const auto of_queries = [&](const void* data, int64_t width, const Strides& strides) {
-    return view(data, params.seqlen_q, width, strides);
+    return view_of(params, data, params.seqlen_q, width, strides);
   };
   const auto of_keys = [&](const void* data, int64_t width, const Strides& strides) {
-    return view(data, params.seqlen_k, width, strides);
+    return view_of(params, data, params.seqlen_k, width, strides);
   };
   return {
       {of_queries(params.q, params.head_dim, params.q_strides),

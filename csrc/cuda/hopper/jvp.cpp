@@ -62,18 +62,18 @@ bool is_aligned(const JvpParams& params) {
 
 JvpTensors jvp_tensors(const JvpParams& params, int direction) {
   const Tangents& tangents = params.tangents;
-  const auto view = [&](const void* data, int64_t seqlen, int64_t head_dim, const Strides& strides) {
-    return TensorView{data, params.dtype, params.batch_size, seqlen, params.num_heads, head_dim, strides};
-  };
   const auto in_direction = [&](const void* data, int64_t step) {
     return data == nullptr ? nullptr : static_cast<const uint16_t*>(data) + direction * step;
   };
-  return {{view(params.q, params.seqlen_q, params.head_dim, params.q_strides),
-           view(in_direction(tangents.q, tangents.q_step), params.seqlen_q, params.head_dim, tangents.q_strides)},
-          {view(params.k, params.seqlen_k, params.head_dim, params.k_strides),
-           view(in_direction(tangents.k, tangents.k_step), params.seqlen_k, params.head_dim, tangents.k_strides)},
-          {view(params.v, params.seqlen_k, params.head_dim_v, params.v_strides),
-           view(in_direction(tangents.v, tangents.v_step), params.seqlen_k, params.head_dim_v, tangents.v_strides)}};
+  return {{view_of(params, params.q, params.seqlen_q, params.head_dim, params.q_strides),
+           view_of(params, in_direction(tangents.q, tangents.q_step), params.seqlen_q, params.head_dim,
+                   tangents.q_strides)},
+          {view_of(params, params.k, params.seqlen_k, params.head_dim, params.k_strides),
+           view_of(params, in_direction(tangents.k, tangents.k_step), params.seqlen_k, params.head_dim,
+                   tangents.k_strides)},
+          {view_of(params, params.v, params.seqlen_k, params.head_dim_v, params.v_strides),
+           view_of(params, in_direction(tangents.v, tangents.v_step), params.seqlen_k, params.head_dim_v,
+                   tangents.v_strides)}};
 }
 
 std::string refusal_jvp(const Problem& problem) {

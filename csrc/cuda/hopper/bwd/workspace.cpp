@@ -80,13 +80,10 @@ BwdLimbs take_limbs(const BwdParams& params, Scratch& scratch) {
 }  // namespace
 
 BwdTensors bwd_tensors(const BwdParams& params) {
-  const auto view = [&](const void* data, int64_t seqlen, int64_t head_dim, const Strides& strides) {
-    return TensorView{data, params.dtype, params.batch_size, seqlen, params.num_heads, head_dim, strides};
-  };
-  return {view(params.q, params.seqlen_q, params.head_dim, params.q_strides),
-          view(params.k, params.seqlen_k, params.head_dim, params.k_strides),
-          view(params.v, params.seqlen_k, params.head_dim_v, params.v_strides),
-          view(params.dout, params.seqlen_q, params.head_dim_v, params.dout_strides)};
+  return {view_of(params, params.q, params.seqlen_q, params.head_dim, params.q_strides),
+          view_of(params, params.k, params.seqlen_k, params.head_dim, params.k_strides),
+          view_of(params, params.v, params.seqlen_k, params.head_dim_v, params.v_strides),
+          view_of(params, params.dout, params.seqlen_q, params.head_dim_v, params.dout_strides)};
 }
 
 BwdWorkspace bwd_workspace(const BwdParams& params, const std::vector<QueryRun>& runs, BwdPlan plan) {

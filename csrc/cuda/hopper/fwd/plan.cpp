@@ -18,12 +18,9 @@
 namespace mixed_attention::cuda::hopper {
 
 FwdTensors fwd_tensors(const FwdParams& params) {
-  const auto view = [&](const void* data, int64_t seqlen, int64_t head_dim, const Strides& strides) {
-    return TensorView{data, params.dtype, params.batch_size, seqlen, params.num_heads, head_dim, strides};
-  };
-  return {view(params.q, params.seqlen_q, params.head_dim, params.q_strides),
-          view(params.k, params.seqlen_k, params.head_dim, params.k_strides),
-          view(params.v, params.seqlen_k, params.head_dim_v, params.v_strides)};
+  return {view_of(params, params.q, params.seqlen_q, params.head_dim, params.q_strides),
+          view_of(params, params.k, params.seqlen_k, params.head_dim, params.k_strides),
+          view_of(params, params.v, params.seqlen_k, params.head_dim_v, params.v_strides)};
 }
 
 namespace {

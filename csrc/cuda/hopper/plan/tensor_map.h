@@ -15,6 +15,12 @@ struct TensorView {
   Strides strides;
 };
 
+// A tensor of a call, of so many rows and columns.
+inline TensorView view_of(const AttentionParams& params, const void* data, int64_t seqlen, int64_t head_dim,
+                          const Strides& strides) {
+  return {data, params.dtype, params.batch_size, seqlen, params.num_heads, head_dim, strides};
+}
+
 // How far the coordinate of a map moves from one sequence to the next: not at all where one serves all.
 inline int batch_step(const Strides& strides) { return strides.batch == 0 ? 0 : 1; }
 
