@@ -45,6 +45,13 @@ void check(Status status, const Message& why) {
   if (status != Status::kOk) throw std::runtime_error(why.text);
 }
 
+// Calls a function of the interface.
+template <class Params>
+void call(Status (*function)(const Params*, Message*), const Params& params) {
+  Message why;
+  check(function(&params, &why), why);
+}
+
 }  // namespace
 
 bool are_there() { return kernels() != nullptr; }
@@ -117,34 +124,11 @@ template Launch<BwdParams> plan(const BwdParams&);
 template Launch<JvpParams> plan(const JvpParams&);
 template Launch<BwdJvpParams> plan(const BwdJvpParams&);
 
-void run_rope(const RopeParams& params) {
-  Message why;
-  check(kernels()->run_rope(&params, &why), why);
-}
-
-void run_rms_rope(const RmsRopeParams& params) {
-  Message why;
-  check(kernels()->run_rms_rope(&params, &why), why);
-}
-
-void run_rope_jvp(const RopeJvpParams& params) {
-  Message why;
-  check(kernels()->run_rope_jvp(&params, &why), why);
-}
-
-void run_rope_backward(const RopeBwdParams& params) {
-  Message why;
-  check(kernels()->run_rope_backward(&params, &why), why);
-}
-
-void run_cast(const cuda::CastParams& params) {
-  Message why;
-  check(kernels()->run_cast(&params, &why), why);
-}
-
-void run_column_sums(const cuda::ColumnSumsParams& params) {
-  Message why;
-  check(kernels()->run_column_sums(&params, &why), why);
-}
+void run_rope(const RopeParams& params) { call(kernels()->run_rope, params); }
+void run_rms_rope(const RmsRopeParams& params) { call(kernels()->run_rms_rope, params); }
+void run_rope_jvp(const RopeJvpParams& params) { call(kernels()->run_rope_jvp, params); }
+void run_rope_backward(const RopeBwdParams& params) { call(kernels()->run_rope_backward, params); }
+void run_cast(const cuda::CastParams& params) { call(kernels()->run_cast, params); }
+void run_column_sums(const cuda::ColumnSumsParams& params) { call(kernels()->run_column_sums, params); }
 
 }  // namespace mixed_attention::kernels

@@ -34,18 +34,6 @@ __device__ void mark_dropped_columns(float (&p)[kTilesM][kTilesN][4], const Drop
 
 __device__ inline bool is_dropped(float p) { return __float_as_uint(p) >> 31; }
 
-template <int kTilesM, int kTilesN>
-__device__ void zero_dropped(float (&p)[kTilesM][kTilesN][4]) {
-#pragma unroll
-  for (int m = 0; m < kTilesM; ++m) {
-#pragma unroll
-    for (int n = 0; n < kTilesN; ++n) {
-#pragma unroll
-      for (int e = 0; e < 4; ++e) p[m][n][e] = is_dropped(p[m][n][e]) ? 0 : p[m][n][e];
-    }
-  }
-}
-
 // Zeroes of x what stands where p was dropped.
 template <int kTilesM, int kTilesN>
 __device__ void zero_where_dropped(float (&x)[kTilesM][kTilesN][4], const float (&p)[kTilesM][kTilesN][4]) {
@@ -57,6 +45,11 @@ __device__ void zero_where_dropped(float (&x)[kTilesM][kTilesN][4], const float 
       for (int e = 0; e < 4; ++e) x[m][n][e] = is_dropped(p[m][n][e]) ? 0 : x[m][n][e];
     }
   }
+}
+
+template <int kTilesM, int kTilesN>
+__device__ void zero_dropped(float (&p)[kTilesM][kTilesN][4]) {
+  zero_where_dropped(p, p);
 }
 
 // Multiplies dp by dropout's factors, which p was marked with.
