@@ -210,4 +210,8 @@ const InstructionSet& selected_instruction_set() {
   return notes;
 }
 
+const AttentionKernels& attention_kernels(const AttentionParams& params) {
+  return selected_instruction_set().kernels[static_cast<int>(params.dtype)];
+}
+
 }  // namespace mixed_attention::cpu
