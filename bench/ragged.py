@@ -1,10 +1,12 @@
 """A batch of samples of different sizes through our layer: as one sequence, and padded with a mask.
 
 The largest sample has the size of its case, and the others are smaller, so that 60 % of the padded batch are tokens.
+Small batches take the host longer than the GPU, whichever form they have: both are replayed from CUDA graphs, too.
 """
 
 from __future__ import annotations
 
+import copy
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from functools import partial
@@ -17,7 +19,7 @@ from bench import check
 from bench.cases import Case
 from bench.layer import CALLS_A_SAMPLE, FORWARD, TRAINING, peak_bytes
 from bench.rows import Row, dtype_of, in_precision, timing_row
-from bench.timing import Calls, take_turns
+from bench.timing import Calls, graphed, take_turns
 
 SMALLEST = 0.2  # of the largest sample; sizes grow evenly, so that their mean is 0.6 of it
 _SELF = ((("sa",), ("sa",)), (("va",), ("va",)))
@@ -152,15 +154,26 @@ def measure(device: torch.device, precision: str, rounds: int) -> Iterator[Row]:
             forms = make_forms(problem, device)
             difference = _difference(layer, forms, dtype)
             for passed in (FORWARD, TRAINING):
-                calls = {name: partial(step, layer, form, dtype, passed) for name, form in forms.items()}
-                peaks = {name: peak_bytes(call, device) for name, call in calls.items()}
+                calls: dict[tuple[str, str], Callable[[], object]] = {
+                    (name, "eager"): partial(step, layer, form, dtype, passed) for name, form in forms.items()
+                }
+                peaks = {key: peak_bytes(call, device) for key, call in calls.items()}
+                for name, form in forms.items() if is_gpu else ():
+                    calls[name, "graph"] = graphed(partial(_on_own_leaves, layer, form, dtype, passed))
                 count = CALLS_A_SAMPLE if is_gpu else 1
-                samples = {name: Calls(partial(_repeat, call, count), count) for name, call in calls.items()}
+                samples = {key: Calls(partial(_repeat, call, count), count) for key, call in calls.items()}
                 flops = problem.flops(backward=passed == TRAINING)
-                for name, timing in take_turns(samples, device, rounds).items():
-                    facts = {"pass": passed, "dtype": precision, "mode": "eager", "fill": problem.fill}
+                for (name, mode), timing in take_turns(samples, device, rounds).items():
+                    facts = {"pass": passed, "dtype": precision, "mode": mode, "fill": problem.fill}
                     facts |= {"gflops_per_second": flops / timing.median / 1e6, "difference": difference}
-                    yield timing_row("ragged", case.name, name, timing, **facts, **peaks[name])
+                    yield timing_row("ragged", case.name, name, timing, **facts, **peaks.get((name, mode), {}))
+
+
+def _on_own_leaves(layer: nn.Module, form: Form, dtype: torch.dtype, passed: str) -> Callable[[], object]:
+    """A step as a graph can capture it: autograd delivers a gradient on the stream that its leaf was first used on."""
+    own = copy.copy(form)
+    own.x = form.x.detach().requires_grad_()
+    return partial(step, copy.deepcopy(layer), own, dtype, passed)
 
 
 def _difference(layer: nn.Module, forms: dict[str, Form], dtype: torch.dtype) -> float:

@@ -313,6 +313,7 @@ def _ragged(rows: Sequence[Row]) -> Iterator[str]:
     columns = [
         *_everybody(_rate),
         ("ours is faster", _compared(tables.faster)),
+        ("by graph", _compared(tables.faster, "graph")),
         *(_column(who, _peak, f"{NAMES[who]}, MiB") for who in ("ours", "padded")),
     ]
     for (dtype, passed), group in grouped(rows_of(rows, "ragged"), "dtype", "pass"):
