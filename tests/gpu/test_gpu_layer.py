@@ -295,6 +295,35 @@ def test_a_training_step_as_a_graph(device):
                 assert torch.equal(got, expected)
 
 
+class Fixed(nn.Module):
+    """A layer with the groups and patterns of all its calls, so that only tensors are left to say."""
+
+    def __init__(self, layer: nn.Module, scene: Scene) -> None:
+        super().__init__()
+        self.layer, self.specs, self.patterns = layer, scene.specs, scene.patterns
+
+    def forward(self, x: Tensor, freqs: Tensor) -> Tensor:
+        return self.layer(x, self.specs, self.patterns, freqs=freqs)
+
+
+@pytest.mark.parametrize("dtype", LOW.values(), ids=LOW)
+def test_graphed_callables(dtype, device):
+    """Both passes as graphs of torch's own making, called as the layer is."""
+    eager = Fixed(make_layer(use_rope=True, dtype=torch.float32, **REAL_SHAPE).to(device), REAL)
+    freqs = make_freqs(REAL.num_tokens, head_dim=64).to(device, torch.complex64)
+    with torch.autocast("cuda", dtype, enabled=dtype != torch.float32, cache_enabled=False):
+        sample = make_tokens(REAL, 192, torch.float32, device)
+        graphed = torch.cuda.make_graphed_callables(copy.deepcopy(eager), (sample, freqs))
+        for seed in (2, 3):
+            x, found = make_tokens(REAL, 192, torch.float32, device, seed), []
+            for module in (eager, graphed):
+                out = module(x, freqs)
+                grads = gradients(out, [x, *module.parameters()])
+                found.append([out.detach().clone(), *(grad.clone() for grad in grads)])
+            for expected, got in zip(*found):
+                assert (got - expected).norm() <= 1e-2 * expected.norm()
+
+
 def test_frequencies_of_a_device(device):
     """Coordinates to rotations, where the tokens are."""
     coords = torch.rand(2, 50, 3) * 1000
