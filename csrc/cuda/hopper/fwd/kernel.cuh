@@ -74,7 +74,8 @@ __device__ inline void produce_key_bits(const FwdKernelParams& params, FwdShared
 }
 
 // The row_scales of the key tiles of fp32 inputs come by warps of their own, too, which take tiles in turn. One would
-// need longer for a tile, from reading where it lies to the end of its barrier, than a step of 64 keys by one limb takes.
+// need longer for a tile, from reading where it lies to the end of its barrier, than a step of 64 keys by one limb
+// takes.
 template <typename Config>
 inline constexpr int kRowScaleWarps = Config::kLimbs == 1 && Config::kBlockN <= 64 ? 2 : 1;
 
