@@ -152,6 +152,31 @@ WGMMA_DEFINE(256, __nv_bfloat16, "bf16", 128, "128", "129", "130", "131", "132",
 WGMMA_DEFINE(256, __half, "f16", 128, "128", "129", "130", "131", "132", "133", "134")
 
 #undef WGMMA_DEFINE
+
+// The same for b of two tiles of N rows, one behind the other in shared memory, whose results are two arrays.
+template <typename Element, int kN>
+struct WgmmaPair;
+
+#define WGMMA_DEFINE_PAIR_OF_64(Element, type)                                                          \
+  template <>                                                                                           \
+  struct WgmmaPair<Element, 64> {                                                                       \
+    __device__ static void ss(float (&d)[32], float (&e)[32], uint64_t a, uint64_t b, int accumulate) { \
+      asm volatile(                                                                                     \
+          "{\n"                                                                                         \
+          ".reg .pred p;\n"                                                                             \
+          "setp.ne.b32 p, %66, 0;\n"                                                                    \
+          "wgmma.mma_async.sync.aligned.m64n128k16.f32." type "." type " {" WGMMA_REGISTERS_64          \
+          "}, %64, %65, p, 1, 1, 0, 0;\n"                                                               \
+          "}\n"                                                                                         \
+          : WGMMA_ACCUMULATORS_32(d), WGMMA_ACCUMULATORS_32(e)                                          \
+          : "l"(a), "l"(b), "r"(accumulate));                                                           \
+    }                                                                                                   \
+  };
+
+WGMMA_DEFINE_PAIR_OF_64(__nv_bfloat16, "bf16")
+WGMMA_DEFINE_PAIR_OF_64(__half, "f16")
+
+#undef WGMMA_DEFINE_PAIR_OF_64
 #undef WGMMA_ACCUMULATORS_128
 #undef WGMMA_ACCUMULATORS_96
 #undef WGMMA_ACCUMULATORS_88

@@ -29,20 +29,25 @@ struct BwdJvpConfig {
   static constexpr bool kStreamsFourth = kOwnsKeys ? kIsWhole : kMovesKeys;
   static constexpr bool kHasFourth = kOwnsFourth || kStreamsFourth;
   static constexpr bool kHasSecondGradient = kOwnsKeys || kIsWhole;
-  // Which of a consumer's own rows stay in registers, so far as these reach.
-  static constexpr bool kKeepsFirst = true, kKeepsSecond = !kOwnsKeys && !kHasFourth;
-  static constexpr bool kKeepsThird = kAddsDq || !kHasFourth || !kHasSecondGradient;
+  // Whether s and z are one product, of k with q and q' one behind the other, which reads k once.
+  static constexpr bool kJoinsScores = kAddsDq && !kMovesKeys;
+  // Which of a consumer's own rows stay in registers, so far as these reach, and whether kᵀ of the third warpgroup
+  // does.
+  static constexpr bool kKeepsFirst = !kJoinsScores, kKeepsSecond = !kOwnsKeys && !kHasFourth;
+  static constexpr bool kKeepsThird = kAddsDq ? kMovesKeys : !kHasFourth || !kHasSecondGradient;
+  static constexpr bool kKeepsKeysOfDq = kMovesKeys;
   static constexpr int kHeadDim = kJvpHeadDim;
   static constexpr int kConsumers = 2, kBlockM = kBwdJvpBlockM, kBlockN = kBwdJvpBlockN;
   // A consumer takes so many rows of a tile that streams at a time: beside both gradients its registers hold s, z, e
-  // and x of 32 of them, or s, z and e of all.
-  static constexpr int kStepRows = kAddsDq ? kBlockN / 2 : kBlockN;
+  // and x of 32 of them, or s, z and e of all, if nothing of its own is there.
+  static constexpr int kStepRows = kAddsDq && kMovesKeys ? kBlockN / 2 : kBlockN;
   // Where dq is added to, shared memory has no room for what may not be there.
   static constexpr int kOwnedStep = kAddsDq && !kMovesKeys ? 2 : 1;  // from one tensor of those that own to the next
   static constexpr int kStreamedTensors = kAddsDq ? kSideTensors - 1 : kSideTensors;
   static constexpr int kStages = !kAddsDq ? 4 : kMovesKeys ? 3 : 5;
-  static constexpr int kProducerRegisters = kAddsDq ? 32 : 24, kConsumerRegisters = kAddsDq ? 192 : 240;
-  static constexpr int kDqRegisters = 96;
+  static constexpr int kProducerRegisters = kAddsDq ? 32 : 24;
+  static constexpr int kConsumerRegisters = kJoinsScores ? 208 : kAddsDq ? 192 : 240;
+  static constexpr int kDqRegisters = kKeepsKeysOfDq ? 96 : 64;
   static constexpr int kThreads = (1 + kConsumers + kAddsDq) * kWarpgroup;
 
   static constexpr int kTileBytesM = kBlockM * kRowBytes;

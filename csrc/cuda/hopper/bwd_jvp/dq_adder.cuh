@@ -1,6 +1,6 @@
 // dq of double backward where keys own: the consumers hand over ds, and g where keys move, and a third warpgroup adds
 // dqᵀ = kᵀ dsᵀ + k'ᵀ gᵀ to sums in global memory, as that of the backward does (bwd/dq_adder.cuh). Its kᵀ stays in
-// registers for a whole item.
+// registers for a whole item, or in shared memory where these go to the consumers.
 //
 // Who signals whom: full by one arrival of every consumer warp, empty by one of every warp that reads.
 #pragma once
@@ -59,11 +59,10 @@ __device__ inline void add_dq(const BwdJvpKernelParams<Config>& params, BwdJvpSh
   uint32_t num_used = 0;  // query tiles, over all items
   uint32_t owned_parity = 0;
   for (SideItems<Config> items(params.table); items.next_with_keys();) {
-    uint32_t keys[Config::kBlockM / 4];
+    [[maybe_unused]] uint32_t keys[Config::kBlockM / 4];
     wait_full(shared.owned_pipe, owned_parity);
     owned_parity ^= 1;
-    load_column_operand(keys, shared.owned[0]);
-    if constexpr (!Config::kMovesKeys) sync_and_release(shared.owned_pipe);
+    if constexpr (Config::kKeepsKeysOfDq) load_column_operand(keys, shared.owned[0]);
 
     const ItemRows rows = items.rows();
     const int64_t first_tile = (int64_t{rows.batch} * params.table.num_heads + rows.head) * params.dq_accum.num_tiles;
@@ -73,7 +72,11 @@ __device__ inline void add_dq(const BwdJvpKernelParams<Config>& params, BwdJvpSh
       const ptx::Operand ds = factors.advance(use.stage() * Exchange::kFactors * kFactorBytes);
       float dq[Exchange::kDqTileFloats / kWarpgroup] = {};
       wait_full(exchange.pipe, use);
-      issue_column_mma<Element>(dq, keys, ds);
+      if constexpr (Config::kKeepsKeysOfDq) {
+        issue_column_mma<Element>(dq, keys, ds);
+      } else {
+        issue_transposed_mma<Element, Config::kBlockM>(dq, ptx::Operand::make(shared.owned[0]), ds);
+      }
       if constexpr (Config::kMovesKeys) {
         issue_transposed_mma<Element, Config::kBlockM, true>(dq, ptx::Operand::make(shared.owned[1]),
                                                              ds.advance(kFactorBytes));
@@ -84,7 +87,7 @@ __device__ inline void add_dq(const BwdJvpKernelParams<Config>& params, BwdJvpSh
           exchange.staging[num_used % Exchange::kStagings], dq, kDqStagingBarrierBesideTurns,
           [&] { return params.dq_accum.of_tile(first_tile + tiles.next().index, Exchange::kDqTileFloats); });
     }
-    if constexpr (Config::kMovesKeys) release(shared.owned_pipe);
+    release(shared.owned_pipe);
   }
   if (threadIdx.x % kWarpgroup == 0) ptx::bulk_wait<0>();
 }

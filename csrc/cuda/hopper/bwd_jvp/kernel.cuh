@@ -194,7 +194,7 @@ __device__ inline void consume_sides(const BwdJvpKernelParams<Config>& params, B
       ptx::wgmma_fence();
       mma.issue_scores(step);
       mma.issue_tangents(step);
-      ptx::wgmma_wait<1>(mma.s);
+      mma.template wait_for_scores<1>();
       weigh(0);
       for (int i = 1; i < num_tiles * step.kPerTile; ++i) {
         const Step<Config> next{step.count + 1};
@@ -211,7 +211,7 @@ __device__ inline void consume_sides(const BwdJvpKernelParams<Config>& params, B
         ptx::wgmma_fence();
         mma.issue_tangents(step);
         pass_turn();
-        ptx::wgmma_wait<1>(mma.s);
+        mma.template wait_for_scores<1>();
         weigh(i);
       }
       take_operands();

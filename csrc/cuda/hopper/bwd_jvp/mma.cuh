@@ -36,6 +36,18 @@ struct OwnOperand {
       add_row_mma<Element, kJvpHeadDim, 0, 0>(d, rows, streamed, overwrites);
     }
   }
+
+  // Overwrites d and e by the products with a tile and with the one behind it.
+  template <int kCount>
+  __device__ void multiply_pair(float (&d)[kCount], float (&e)[kCount], ptx::Operand rows,
+                                ptx::Operand streamed) const {
+    static_assert(!kIsKept, "beside the results of two tiles there are no registers for rows");
+#pragma unroll
+    for (int step = 0; step < kJvpHeadDim / 16; ++step) {
+      ptx::WgmmaPair<Element, 2 * kCount>::ss(d, e, rows.advance(step * kColumnStepBytes).descriptor(),
+                                              streamed.advance(step * kColumnStepBytes).descriptor(), step > 0);
+    }
+  }
 };
 
 template <typename Config>
@@ -66,15 +78,29 @@ struct SideMma {
     own_third.load(shared.owned[2 / Config::kOwnedStep], first_row);
   }
 
-  // One batch: s.
+  // One batch: s, and z if it is joined.
   __device__ void issue_scores(Step<Config> step) {
-    own_first.multiply(s, owned(0), streamed(step, 0), true);
+    if constexpr (Config::kJoinsScores) {
+      own_first.multiply_pair(s, z, owned(0), streamed(step, 0));
+    } else {
+      own_first.multiply(s, owned(0), streamed(step, 0), true);
+    }
     ptx::wgmma_commit();
   }
 
-  // One batch: z, e and x.
+  template <int kPending>
+  __device__ void wait_for_scores() {
+    if constexpr (Config::kJoinsScores) {
+      ptx::wgmma_wait<kPending>(s, z);
+    } else {
+      ptx::wgmma_wait<kPending>(s);
+    }
+  }
+
+  // One batch: e, x, and z unless it is joined.
   __device__ void issue_tangents(Step<Config> step) {
-    if constexpr (Config::kOwnsSecond && Config::kStreamsSecond) {
+    if constexpr (Config::kJoinsScores) {
+    } else if constexpr (Config::kOwnsSecond && Config::kStreamsSecond) {
       own_second.multiply(z, owned(1), streamed(step, params.owned[1].exists ? 0 : 1), true);
       multiply_shared(z, owned(params.streamed[1].exists ? 0 : 1), streamed(step, 1));
     } else if constexpr (Config::kOwnsSecond) {
