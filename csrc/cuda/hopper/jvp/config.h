@@ -46,6 +46,7 @@ template <typename Element_, JvpForm kForm>
 struct JvpConfig {
   using Element = Element_;
   static constexpr bool kMovesKeys = kForm == JvpForm::kAll;  // or queries alone
+  static constexpr bool kKeepsQueries = !kMovesKeys;          // in registers, where there is room for them
   static constexpr int kDirections = directions_of(kForm);
   static constexpr int kHeadDim = kJvpHeadDim;
   static constexpr JvpTuning kTuning = jvp_tuning(kForm);

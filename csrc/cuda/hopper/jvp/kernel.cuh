@@ -24,6 +24,7 @@
 #include "cuda/hopper/tile/named_barriers.h"
 #include "cuda/hopper/tile/ring.cuh"
 #include "cuda/ptx/fence.cuh"
+#include "cuda/ptx/lane.cuh"
 #include "cuda/ptx/mbarrier.cuh"
 #include "cuda/ptx/named_barrier.cuh"
 #include "cuda/ptx/tma.cuh"
@@ -86,9 +87,8 @@ __device__ inline void consume_moving(const JvpKernelParams& params, JvpSharedSt
   using Numbers = WithTangents<typename Config::Element>;
   using Ring = RingUse<Config::kStages>;
   using Walk = ItemWalk<Config::kBlockM>;
-  const int lane = threadIdx.x % 32;
-  const int warp = __shfl_sync(0xffffffff, threadIdx.x / 32 % 4, 0);
-  const int first_row = consumer * kWarpgroupRows + warp * kWarpRows;  // of this warp in the tile
+  // Of this warp in the tile, computed where it is used: it would take a register through the MMAs.
+  const auto first_row = [] { return (ptx::thread_anew() - kWarpgroup) / 32 * kWarpRows; };
 
   // Consumer 0's first turn comes from the last one.
   const int own_turn = kTurnBarrier + consumer;
@@ -105,6 +105,10 @@ __device__ inline void consume_moving(const JvpKernelParams& params, JvpSharedSt
   TangentSums tangents;
   const float scale_log2[2] = {params.softmax_scale_log2, params.softmax_scale_log2};
 
+  const auto wait_for_queries = [&] {
+    wait_full(shared.q_pipe, q_use);
+    mma.load_queries(shared, q_use.stage(), first_row());
+  };
   const auto issue_scores = [&] { mma.issue_scores(q_use.stage(), k_use.stage()); };
   const auto issue_outputs = [&](Ring v_use) {
     wait_full(shared.v_pipe, v_use);
@@ -127,7 +131,9 @@ __device__ inline void consume_moving(const JvpKernelParams& params, JvpSharedSt
   const auto finish_scores = [&](int tile) {
     if (tile < share.num_partial) mask_columns(mma.s, items.ranges()[tile].tail);
   };
-  const auto bases_of = [&](uint32_t item) { return RowBases{shared.bases[item % 2] + first_row + lane / 4, false}; };
+  const auto bases_of = [&](uint32_t item) {
+    return RowBases{shared.bases[item % 2] + first_row() + ptx::lane_anew() / 4, false};
+  };
   const auto start_softmax = [&] { softmax.start<Numbers, 0>(mma.s, scale_log2, bases_of(q_use.count)); };
   const auto weigh = [&] { tangents.weigh(mma.x, mma.s, params.softmax_scale); };
   // NOTE: the answer depends on all that runs under the MMAs, as ptxas would move that behind the wait for them.
@@ -150,7 +156,7 @@ __device__ inline void consume_moving(const JvpKernelParams& params, JvpSharedSt
   bool has_keys = items.next_with_keys();
   if (has_keys) {
     share = items.share();
-    wait_full(shared.q_pipe, q_use);
+    wait_for_queries();
     wait_full(shared.k_pipe, k_use);
     issue_first();
     finish_scores(share.begin);
@@ -198,7 +204,7 @@ __device__ inline void consume_moving(const JvpKernelParams& params, JvpSharedSt
     ++q_use.count;
     has_keys = items.next_with_keys();
     if (has_keys) {
-      wait_full(shared.q_pipe, q_use);
+      wait_for_queries();
       issue_all(v_use);
       share = items.share();
       finish_scores(share.begin);
@@ -215,19 +221,19 @@ __device__ inline void consume_moving(const JvpKernelParams& params, JvpSharedSt
       mma.wait();
     }
     release(shared.v_pipe, v_use);
-    store_tangents(params, shared, finished.rows(), first_row, mma.out, mma.out_dot, total, total_dot,
+    store_tangents(params, shared, finished.rows(), first_row(), mma.out, mma.out_dot, total, total_dot,
                    bases_of(q_use.count - 1));
   }
   // Items without keys
   for (bool is_left = items.item < params.table.num_items; is_left; is_left = items.next()) {
     clear(mma.out);
     clear(mma.out_dot);
-    store_tangents(params, shared, items.rows(), first_row, mma.out, mma.out_dot, OnlineSoftmax{}, TangentSums{},
+    store_tangents(params, shared, items.rows(), first_row(), mma.out, mma.out_dot, OnlineSoftmax{}, TangentSums{},
                    bases_of(0));
   }
   // Second walk after an overflow
   finish_items(shared);
-  if (must_repair(shared)) repair_tangents(params, shared, mma, q_use, k_use, first_row);
+  if (must_repair(shared)) repair_tangents(params, shared, mma, q_use, k_use, first_row());
 }
 
 // Zeros for tangents of what does not move: they stay, as no copy comes.

@@ -12,6 +12,7 @@
 #include "cuda/hopper/jvp/params.h"
 #include "cuda/hopper/jvp/softmax.cuh"
 #include "cuda/hopper/tile/mma.cuh"
+#include "cuda/hopper/tile/register_operand.cuh"
 #include "cuda/ptx/wgmma.cuh"
 
 namespace mixed_attention::cuda::hopper {
@@ -25,12 +26,13 @@ struct JvpMma {
   Operand k_dot, v_dot;    // only where keys move
   Operand k_of_q_dot, q_of_k_dot;
 
-  float s[Config::kBlockN / 2];         // scores, then p
-  float x[Config::kBlockN / 2];         // tangents of scores but for their scale, then h
-  uint32_t p[Config::kBlockN / 4];      // of the tile before
-  uint32_t h[Config::kBlockN / 4];      // likewise
-  float out[Config::kHeadDim / 2];      // sums of p v
-  float out_dot[Config::kHeadDim / 2];  // sums of h v + p v'
+  uint32_t q_words[Config::kKeepsQueries ? Config::kHeadDim / 4 : 1];  // rows of this warp
+  float s[Config::kBlockN / 2];                                        // scores, then p
+  float x[Config::kBlockN / 2];                                        // tangents of scores but for their scale, then h
+  uint32_t p[Config::kBlockN / 4];                                     // of the tile before
+  uint32_t h[Config::kBlockN / 4];                                     // likewise
+  float out[Config::kHeadDim / 2];                                     // sums of p v
+  float out_dot[Config::kHeadDim / 2];                                 // sums of h v + p v'
 
   __device__ JvpMma(const JvpKernelParams& params, JvpSharedStorage<Config>& shared, int consumer)
       : q(Operand::make(shared.q.still).advance(consumer * kWarpgroupRows * kRowBytes)),
@@ -46,11 +48,22 @@ struct JvpMma {
     }
   }
 
+  // Loads the queries that stay in registers; first_row: of this warp in the tile.
+  __device__ void load_queries(const JvpSharedStorage<Config>& shared, int q_stage, int first_row) {
+    if constexpr (Config::kKeepsQueries) {
+      load_row_operand<kRowBytes, 0>(q_words, shared.q.still[q_stage], first_row, [](int) { return true; });
+    }
+  }
+
   // Two batches: scores, and their tangents.
   __device__ void issue_scores(int q_stage, int k_stage) {
     const int q_bytes = q_stage * Config::kTileBytesM, k_bytes = k_stage * Config::kTileBytesN;
     ptx::wgmma_fence();
-    multiply(s, q.advance(q_bytes), k.advance(k_bytes), true);
+    if constexpr (Config::kKeepsQueries) {
+      add_row_mma<Element, 0>(s, q_words, k.advance(k_bytes), true);
+    } else {
+      multiply(s, q.advance(q_bytes), k.advance(k_bytes), true);
+    }
     ptx::wgmma_commit();
     multiply(x, q_dot.advance(q_bytes), k_of_q_dot.advance(k_bytes), true);
     if constexpr (Config::kMovesKeys) multiply(x, q_of_k_dot.advance(q_bytes), k_dot.advance(k_bytes), false);

@@ -53,6 +53,7 @@ __device__ inline void repair_tangents(const JvpKernelParams& params, JvpSharedS
     clear(mma.out);
     clear(mma.out_dot);
     wait_full(shared.q_pipe, q_use);
+    mma.load_queries(shared, q_use.stage(), first_row);
     for (int tile = share.begin; tile < share.end; ++tile, ++k_use.count) {
       wait_full(shared.k_pipe, k_use);
       mma.issue_scores(q_use.stage(), k_use.stage());
