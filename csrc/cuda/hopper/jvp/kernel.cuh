@@ -87,7 +87,7 @@ __device__ inline void consume_moving(const JvpKernelParams& params, JvpSharedSt
   using Numbers = WithTangents<typename Config::Element>;
   using Ring = RingUse<Config::kStages>;
   using Walk = ItemWalk<Config::kBlockM>;
-  // Of this warp in the tile, computed where it is used: it would take a register through the MMAs.
+  // This warp's first row in the tile is computed where it is used: it would take a register through the MMAs.
   const auto first_row = [] { return (ptx::thread_anew() - kWarpgroup) / 32 * kWarpRows; };
 
   // Consumer 0's first turn comes from the last one.
