@@ -55,9 +55,8 @@ def test_query_segments_cover_the_queries_once_and_in_order(case: Case):
     assert ends[-1] == plan.num_queries
 
 
-@given(case=cases())
-def test_key_segments_are_the_inverse(case: Case):
-    plan = case.plan
+def check_key_segments(plan: ma.AttentionPlan, case: Case) -> None:
+    """Key segments follow each other up to the last key, and count each pair as often as the patterns of the case."""
     total = torch.zeros(plan.num_queries, plan.num_keys, dtype=torch.float64)
     ends = [0]
     for segment in plan.key_segments:
@@ -67,6 +66,11 @@ def test_key_segments_are_the_inverse(case: Case):
             total[start:end, segment.start : segment.end] += 1
     assert ends[-1] == plan.num_keys
     assert torch.equal(total, counts(case))
+
+
+@given(case=cases())
+def test_key_segments_are_the_inverse(case: Case):
+    check_key_segments(case.plan, case)
 
 
 @given(case=cases(), data=st.data())
@@ -333,15 +337,7 @@ def test_row_ranges_say_the_same_as_the_names_they_came_from(case: Case):
     assert plan.flat() == named.flat()
     assert (plan.num_queries, plan.num_keys, plan.num_pairs()) == (named.num_queries, named.num_keys, named.num_pairs())
     assert torch.equal(plan.mask(), named.mask())
-    total = torch.zeros(plan.num_queries, plan.num_keys, dtype=torch.float64)
-    ends = [0]
-    for segment in plan.key_segments:
-        assert segment.start == ends[-1]
-        ends.append(segment.end)
-        for start, end in segment.query_ranges:
-            total[start:end, segment.start : segment.end] += 1
-    assert ends[-1] == plan.num_keys
-    assert torch.equal(total, counts(case))
+    check_key_segments(plan, case)
 
 
 def test_attention_by_row_ranges_is_that_by_names():
