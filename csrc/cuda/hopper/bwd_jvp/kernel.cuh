@@ -61,6 +61,7 @@ __device__ inline void produce_sides(const BwdJvpKernelParams<Config>& params, B
   uint32_t owned_parity = 1;
   for (SideItems<Config> items(params.table); items.next_with_keys(); owned_parity ^= 1) {
     const ItemRows rows = items.rows();
+    // Rows that own
     ptx::Mbarrier& owned_full =
         begin_copy(shared.owned_pipe, owned_parity, bytes_of(params.owned, Config::kTileBytesM));
 #pragma unroll
@@ -77,6 +78,7 @@ __device__ inline void produce_sides(const BwdJvpKernelParams<Config>& params, B
         load_rows<Config::kBlockM, Config::kHeadDim>(buffer, side.map, owned_full, rows.row_begin, rows.head, batch);
       }
     }
+    // Rows that stream
     auto tiles = tiles_of<Config>(items);
     for (int num_left = items.tiles().num_tiles; num_left > 0; --num_left, ++use.count) {
       const auto streamed = tiles.next();
@@ -137,6 +139,7 @@ __device__ inline void consume_sides(const BwdJvpKernelParams<Config>& params, B
     clear(mma.second);
 
     if (const int num_tiles = items.tiles().num_tiles; num_tiles > 0) {
+      // Numbers of the thread's two queries
       NumbersOfRows of_rows;
       if constexpr (!kOwnsKeys) {
         const ItemRows rows = items.rows();
@@ -187,6 +190,7 @@ __device__ inline void consume_sides(const BwdJvpKernelParams<Config>& params, B
         }
       };
 
+      // Products of the first step
       ptx::mbarrier_wait(shared.owned_pipe.full, owned_parity);
       owned_parity ^= 1;
       mma.load(shared, warp_row());
@@ -196,6 +200,7 @@ __device__ inline void consume_sides(const BwdJvpKernelParams<Config>& params, B
       mma.issue_tangents(step);
       mma.template wait_for_scores<1>();
       weigh(0);
+      // Gradients of a step, and scores of the next
       for (int i = 1; i < num_tiles * step.kPerTile; ++i) {
         const Step<Config> next{step.count + 1};
         take_operands();
@@ -214,6 +219,7 @@ __device__ inline void consume_sides(const BwdJvpKernelParams<Config>& params, B
         mma.template wait_for_scores<1>();
         weigh(i);
       }
+      // Gradients of the last step
       take_operands();
       ptx::wgmma_fence();
       mma.issue_gradients(step);
@@ -224,6 +230,7 @@ __device__ inline void consume_sides(const BwdJvpKernelParams<Config>& params, B
       release(shared.owned_pipe);
     }
 
+    // Store of the gradients
     const auto store = [&](const float (&grad)[kHeadDim / 2], const SideGrad& target) {
       if (target.data == nullptr) return;
       const ItemRows rows = items.rows();
@@ -262,6 +269,7 @@ __global__ void __launch_bounds__(Config::kThreads, 1)
     for (int stage = 0; stage < Config::kStages; ++stage) fill(shared.streamed[stage][i]);
   }
   ptx::fence_async_shared();
+  // Barriers, and who does what
   const auto prepare = [&] {
     constexpr int kConsumerWarps = Config::kConsumers * kWarpgroup / 32;
     for (int i = 0; i < kSideTensors; ++i) {

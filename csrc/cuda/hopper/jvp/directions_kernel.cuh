@@ -51,10 +51,12 @@ __device__ inline void produce_directions(const DirectionsKernelParams& params, 
                                                            queries.head, queries.batch * batch_step);
     };
 
+    // Queries with their tangents
     ptx::Mbarrier& q_full = begin_copy(shared.q_pipe, q_use, Config::kQueryBytes);
     load_q(0, params.q, q_full, params.q_batch_step);
 #pragma unroll
     for (int t = 0; t < Config::kDirections; ++t) load_q(1 + t, params.q_dot[t], q_full, params.q_dot_batch_step);
+    // Keys and values
     KeyTileIterator<Config::kBlockN> keys(items, share.begin);
     for (int i = share.begin; i < share.end; ++i, ++num_loaded) {
       const KeyTile tile = keys.next();
@@ -175,6 +177,7 @@ __device__ inline void consume_directions(const DirectionsKernelParams& params, 
   };
   const float scale_log2[2] = {params.softmax_scale_log2, params.softmax_scale_log2};
 
+  // Ring uses and registers; what tangents have summed lies in shared memory
   RingUse<Config::kQueryBuffers> q_use{0};
   RingUse<Config::kStages> use{0};  // of keys and of values
   DirectionsMma<Config> mma(shared, consumer);
@@ -201,6 +204,7 @@ __device__ inline void consume_directions(const DirectionsKernelParams& params, 
       const auto finish_scores = [&](int tile) {
         if (tile < share.num_partial) mask_columns(mma.s, items.ranges()[tile].tail);
       };
+      // Sums start
       mma.clear_sums();
 #pragma unroll
       for (int t = 0; t < kDirections; ++t) {
@@ -238,6 +242,7 @@ __device__ inline void consume_directions(const DirectionsKernelParams& params, 
           ptx::wgmma_wait<0>(mma.out, mma.out_dot[kDirections - 1], mma.s, mma.x);
           release(shared.v_pipe, before);
           if (is_overflow) {
+            // Scores once more, under raised bases
             float factor[2];
             issue_scores();
             ptx::wgmma_wait<0>(mma.s, mma.x);
@@ -283,6 +288,7 @@ __device__ inline void consume_directions(const DirectionsKernelParams& params, 
         softmax.add_tile();
         round_operand<typename Config::Element>(mma.p, mma.s);
       }
+      // Last MMAs, and the results
       release(shared.q_pipe, q_use);
       const RingUse<Config::kStages> last{use.count - 1};
       mma.issue_last(last.stage());

@@ -96,6 +96,7 @@ __device__ inline void consume_moving(const JvpKernelParams& params, JvpSharedSt
   const int own_vote = vote_barrier(Config::kConsumers) + consumer;
   if (consumer == Config::kConsumers - 1) ptx::named_barrier_arrive(next_turn, 2 * kWarpgroup);
 
+  // Walk, ring uses and registers
   Walk items(params.table);
   TileShare share{};  // of the current item
   RingUse<Config::kQueryBuffers> q_use{0};
@@ -153,6 +154,7 @@ __device__ inline void consume_moving(const JvpKernelParams& params, JvpSharedSt
     mma.take_factors();
   };
 
+  // Softmax of the first tile of the first item
   bool has_keys = items.next_with_keys();
   if (has_keys) {
     share = items.share();
@@ -167,6 +169,7 @@ __device__ inline void consume_moving(const JvpKernelParams& params, JvpSharedSt
     add_first_tile();
   }
   while (has_keys) {
+    // Tiles behind the first
     clear(mma.out);
     clear(mma.out_dot);
     for (int tile = share.begin + 1; tile < share.end; ++tile) {
@@ -181,6 +184,7 @@ __device__ inline void consume_moving(const JvpKernelParams& params, JvpSharedSt
       mma.wait();
       release(shared.v_pipe, v_use);
       if (is_overflow) {
+        // Scores once more, under raised bases
         float factor[2];
         issue_first();
         finish_scores(tile);
@@ -221,6 +225,7 @@ __device__ inline void consume_moving(const JvpKernelParams& params, JvpSharedSt
       mma.wait();
     }
     release(shared.v_pipe, v_use);
+    // Results of the finished item
     store_tangents(params, shared, finished.rows(), first_row(), mma.out, mma.out_dot, total, total_dot,
                    bases_of(q_use.count - 1));
   }
