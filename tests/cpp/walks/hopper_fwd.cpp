@@ -41,10 +41,12 @@ void check_launch(const Problem& problem, const Visits& listed, const hopper::Wo
   };
 
   // As one of the teams of a block, or as the block where it has one.
+  int num_items_of_block = 0;
   const auto walk_as = [&](int team) {
     auto items = hopper::walk_of_team<Walk>(table, team);
     auto producers_items = hopper::walk_of_team<ProducersWalk>(table, team);
     while (items.next_with_keys()) {
+      ++num_items_of_block;
       const bool is_same = producers_items.next_with_keys() && producers_items.item == items.item;
       expect(is_same, "a producer goes through other items than consumers");
       const hopper::TileShare share = producers_items.share();
@@ -68,12 +70,18 @@ void check_launch(const Problem& problem, const Visits& listed, const hopper::Wo
     }
     expect(!producers_items.next_with_keys(), "a producer copies for an item that consumers do not have");
     for (bool is_left = items.item < table.num_items; is_left; is_left = items.next()) {
+      ++num_items_of_block;
       expect(items.tiles().num_tiles == 0 && !splits.has(items.item), "an item with keys comes behind one without");
       stored.add(sequence_of(items.rows()), rows_of(items.rows()));
     }
   };
-  for_each_block(hopper::num_persistent_blocks(ma::ceil_div(table.num_items, kTeams), kDevice), [&] {
+  const int num_blocks = hopper::num_persistent_blocks(ma::ceil_div(table.num_items, kTeams), kDevice);
+  for_each_block(num_blocks, [&] {
+    num_items_of_block = 0;
     for (int team = 0; team < kTeams; ++team) walk_as(team);
+    const bool is_even = num_items_of_block == table.num_items / num_blocks ||
+                         num_items_of_block == ma::ceil_div(table.num_items, num_blocks);
+    expect(is_even, "a block has two items more than another one");
   });
 
   const hopper::RowsOfSplits<kBlockM> rows_of_splits{table};

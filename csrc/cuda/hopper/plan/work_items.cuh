@@ -97,7 +97,10 @@ struct ListItem {
 
   __device__ ListedTile read(int number) const { return table.list.tiles[number / table.list.num_batch_heads]; }
 
-  __device__ static int first_item(int team) { return static_cast<int>(blockIdx.x) * kTeams + team; }
+  // What is left for the last round goes to the first teams of all blocks before any block's second one gets some.
+  __device__ static int first_item(int team) {
+    return static_cast<int>(blockIdx.x) + team * static_cast<int>(gridDim.x);
+  }
 
   // Tiles of the same length need no turns to be fair to blocks, and others stand in falling order.
   __device__ static int step() { return static_cast<int>(gridDim.x) * kTeams; }
