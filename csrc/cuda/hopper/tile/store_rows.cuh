@@ -8,6 +8,7 @@
 #include "cuda/ptx/lane.cuh"
 #include "cuda/ptx/shared_address.cuh"
 #include "cuda/ptx/stmatrix.cuh"
+#include "cuda/ptx/store_global.cuh"
 
 namespace mixed_attention::cuda::hopper {
 
@@ -77,9 +78,7 @@ __device__ inline void store_row(Element* out, int num_columns, const float (&o)
       for (int j = 0; j < 4; ++j) words[j] = ptx::pack<Element>(first[4 * j] * factor, first[4 * j + 1] * factor);
       transpose_quad(words);
       const int own_column = column + 8 * thread;
-      if (exists && own_column < num_columns) {
-        *reinterpret_cast<uint4*>(out + own_column) = uint4{words[0], words[1], words[2], words[3]};
-      }
+      if (exists && own_column < num_columns) ptx::store_four(out + own_column, words);
     } else {
       // There are two times 8 columns. Even threads get 4 each of the first ones, odd threads of the second ones.
       const bool is_odd = thread % 2;
@@ -87,10 +86,10 @@ __device__ inline void store_row(Element* out, int num_columns, const float (&o)
       const float2 sent = is_odd ? low : high;
       const float2 received{__shfl_xor_sync(0xffffffff, sent.x, 1), __shfl_xor_sync(0xffffffff, sent.y, 1)};
       const int own_column = column + (is_odd ? 8 : 0) + thread / 2 * 4;
-      if (exists && own_column < num_columns) {
-        *reinterpret_cast<float4*>(out + own_column) =
-            is_odd ? float4{received.x, received.y, high.x, high.y} : float4{low.x, low.y, received.x, received.y};
-      }
+      const float2 left = is_odd ? received : low, right = is_odd ? high : received;
+      const uint32_t words[4] = {__float_as_uint(left.x), __float_as_uint(left.y), __float_as_uint(right.x),
+                                 __float_as_uint(right.y)};
+      if (exists && own_column < num_columns) ptx::store_four(out + own_column, words);
     }
   }
 }
