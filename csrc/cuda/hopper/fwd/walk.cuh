@@ -7,13 +7,14 @@
 
 namespace mixed_attention::cuda::hopper {
 
+// The consumers'.
 template <typename Config>
 using Walk =
-    std::conditional_t<Config::kIsListed, ListWalk<Config::kBlockM, Config::kTeams>, ItemWalk<Config::kBlockM>>;
+    std::conditional_t<Config::kIsListed, WarpListWalk<Config::kBlockM, Config::kTeams>, ItemWalk<Config::kBlockM>>;
 
-// The producer's.
+// The producer's, which is a thread by itself.
 template <typename Config>
-using LeanWalk = std::conditional_t<Config::kTeams == 1, Walk<Config>, LeanListWalk<Config::kBlockM, Config::kTeams>>;
+using LeanWalk = std::conditional_t<Config::kIsListed, LeanListWalk<Config::kBlockM, Config::kTeams>, Walk<Config>>;
 
 template <typename Walk>
 __device__ inline Walk walk_of_team(const WorkTable& table, [[maybe_unused]] int team) {

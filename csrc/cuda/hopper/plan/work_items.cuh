@@ -3,6 +3,7 @@
 
 #include "cuda/hopper/plan/query_table.h"
 #include "cuda/ptx/grid.cuh"
+#include "cuda/ptx/warp_copy.cuh"
 
 namespace mixed_attention::cuda::hopper {
 
@@ -95,7 +96,9 @@ struct ListItem {
 
   __device__ TileShare share() const { return {0, tile.num_tiles, tile.num_partial}; }
 
-  __device__ ListedTile read(int number) const { return table.list.tiles[number / table.list.num_batch_heads]; }
+  __device__ const ListedTile* find(int number) const { return table.list.tiles + number / table.list.num_batch_heads; }
+
+  __device__ ListedTile read(int number) const { return *find(number); }
 
   // What is left for the last round goes to the first teams of all blocks before any block's second one gets some.
   __device__ static int first_item(int team) {
@@ -133,6 +136,36 @@ struct ListWalk : ListItem<kTileRows, kTeams> {
  private:
   __device__ void read_ahead() {
     if (next_item < this->table.num_items) next_tile = this->read(next_item);
+  }
+};
+
+// The same for whole warps, which wait for no tile before they are at it.
+template <int kTileRows, int kTeams = 1>
+struct WarpListWalk : ListItem<kTileRows, kTeams> {
+  using Item = ListItem<kTileRows, kTeams>;
+
+  int next_item;
+  ptx::WarpCopy<ListedTile, 5> next_tile;
+
+  __device__ explicit WarpListWalk(const WorkTable& table, int team = 0)
+      : Item{table, 0}, next_item(Item::first_item(team)) {
+    read_ahead();
+  }
+
+  __device__ bool next() {
+    this->item = next_item;
+    if (next_item >= this->table.num_items) return false;
+    this->tile = next_tile.get();
+    next_item += Item::step();
+    read_ahead();
+    return true;
+  }
+
+  __device__ bool next_with_keys() { return next() && this->tile.num_tiles > 0; }
+
+ private:
+  __device__ void read_ahead() {
+    if (next_item < this->table.num_items) next_tile.read(this->find(next_item));
   }
 };
 
