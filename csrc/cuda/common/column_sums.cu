@@ -14,7 +14,7 @@ namespace {
 constexpr int kThreads = 1024, kWarp = 32, kWarps = kThreads / kWarp;
 // A thread reads eight columns of a row at once, two neighbours a sector of memory; a warp reads sixteen rows.
 constexpr int kVector = 8, kVectors = 2, kColumns = kVector * kVectors, kRows = kThreads / kVectors;
-constexpr int kRowsInFlight = 4;  // of a thread
+constexpr int kRowsInFlight = 8;  // of a thread
 
 __device__ inline float2 as_floats(__nv_bfloat162 pair) { return __bfloat1622float2(pair); }
 __device__ inline float2 as_floats(__half2 pair) { return __half22float2(pair); }
@@ -31,8 +31,10 @@ __device__ inline void add(float (&sums)[kVector], const uint4& vector) {
 }
 
 // A block has all rows of its columns, so that equal calls add in equal order.
+// NOTE: without the promise that a multiprocessor need not hold two blocks, ptxas spares registers for a second one,
+// and makes each load only when the numbers of the one before are added.
 template <class Pair>
-__global__ void __launch_bounds__(kThreads) column_sums_kernel(const __grid_constant__ ColumnSumsParams params) {
+__global__ void __launch_bounds__(kThreads, 1) column_sums_kernel(const __grid_constant__ ColumnSumsParams params) {
   const int64_t column = static_cast<int64_t>(blockIdx.x) * kColumns + threadIdx.x % kVectors * kVector;
   float sums[kVector] = {};
   if (column < params.num_columns) {
