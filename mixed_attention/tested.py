@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-TESTED = (("2.11", "3.12"), ("2.13", "3.11"), ("2.14", "3.14"), ("2.15", "3.13"))
+TESTED = (("2.11", "3.12"), ("2.12", "3.10"), ("2.13", "3.11"), ("2.14", "3.14"), ("2.15", "3.13"))
 """Pairs of torch and Python, as major and minor numbers."""
 
 

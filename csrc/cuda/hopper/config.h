@@ -134,7 +134,7 @@ constexpr bool has_list(int head_dim) { return head_dim == 32 || head_dim == 64 
 // these would have 104 registers to a consumer, for which ptxas waits for every MMA; two teams of one block have 112.
 constexpr FwdTuning fwd_tuning_of_list(int head_dim) {
   switch (head_dim) {
-    case 32: return {2, 64, 3, 40, 96, 8, 2, 2};
+    case 32: return {2, 64, 3, 40, 96, 16, 2, 2};
     case 64: return {2, 64, 4, 32, 112, 16, 2, 1, 2};
     default: return fwd_tuning(head_dim);
   }
