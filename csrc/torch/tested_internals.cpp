@@ -4,6 +4,7 @@
 #include <pybind11/stl.h>
 #include <torch/csrc/autograd/custom_function.h>
 
+#include <memory>
 #include <string>
 #include <vector>
 
@@ -18,17 +19,29 @@ using torch::autograd::AutogradContext;
 using torch::autograd::variable_list;
 namespace py = pybind11;
 
+// A function of Python's that may be let go of where the GIL is not held, as the engine does.
+struct Told {
+  py::function call;
+
+  explicit Told(const py::function& call) : call(call) {}
+  Told(const Told&) = delete;
+  ~Told() {
+    const py::gil_scoped_acquire gil;
+    call = py::function();
+  }
+};
+
 // A copy. Its node tells a function of Python's whether it is called for the last time.
 struct Telling : torch::autograd::Function<Telling> {
   static Tensor forward(AutogradContext* ctx, const Tensor& x, const py::function& tell) {
-    ctx->saved_data["tell"] = Kept<py::function>::make(tell);
+    ctx->saved_data["tell"] = Kept<std::shared_ptr<Told>>::make(std::make_shared<Told>(tell));
     return x.clone();
   }
 
   static variable_list backward(AutogradContext* ctx, const variable_list& grads) {
     const bool is_last = is_last_call<Telling>(ctx);
     const py::gil_scoped_acquire gil;
-    Kept<py::function>::of(ctx->saved_data["tell"])(is_last);
+    Kept<std::shared_ptr<Told>>::of(ctx->saved_data["tell"])->call(is_last);
     return {grads[0], Tensor()};
   }
 };
